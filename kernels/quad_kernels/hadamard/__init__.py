@@ -1,0 +1,6 @@
+"""Orthonormal Hadamard transforms of any width, fast where the order allows it."""
+
+from quad_kernels.hadamard.construct import HadamardPlan, hadamard_matrix, is_hadamard_order, plan_hadamard
+from quad_kernels.hadamard.reference import apply_hadamard
+
+__all__ = ["HadamardPlan", "apply_hadamard", "hadamard_matrix", "is_hadamard_order", "plan_hadamard"]

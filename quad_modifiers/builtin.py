@@ -1,0 +1,30 @@
+"""This project's own plugin: the modifiers, architectures and recipes come in through the same hooks as anyone's."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from quad_modifiers.architectures import BUILTIN_ARCHITECTURES, Architecture
+from quad_modifiers.plugins.hookspecs import hookimpl
+from quad_modifiers.recipe.resolve import builtin_recipe_folder
+
+
+@hookimpl
+def quad_modifiers_modifiers() -> Mapping[str, str]:
+    """The modifiers of this project by recipe name."""
+    return {
+        "SVDOutlierProjection": "quad_modifiers.modifiers.svd_outlier_projection:SVDOutlierProjection",
+        "OutlierSplitGPTQ": "quad_modifiers.modifiers.outlier_split_gptq:OutlierSplitGPTQ",
+        "DynamicActQuant": "quad_modifiers.modifiers.dynamic_act_quant:DynamicActQuant",
+    }
+
+
+@hookimpl
+def quad_modifiers_architectures() -> Sequence[Architecture]:
+    """Llama, Mistral, Qwen2 / 2.5 and Qwen3."""
+    return BUILTIN_ARCHITECTURES
+
+
+@hookimpl
+def quad_modifiers_recipe_folders() -> Sequence[Path]:
+    """The folder recipes/."""
+    return [builtin_recipe_folder()]

@@ -1,0 +1,146 @@
+"""Describes a compressed model in the terms of its checkpoint: one entry per role, and compressed-tensors' groups."""
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from quad_modifiers.architectures import Architecture
+from quad_modifiers.checkpoint.format import (
+    QUANT_METHOD,
+    BasisFormat,
+    InputFormat,
+    LinearFormat,
+    QuadFormat,
+    WeightFormat,
+)
+from quad_modifiers.nn.quad_linear import QuadLinear
+
+RoleFormats = dict[str, LinearFormat]
+
+
+def describe_linears(model: nn.Module, architecture: Architecture) -> tuple[bool, RoleFormats]:
+    """Returns whether plain compressed-tensors can express the model, and the format of each role.
+
+    Roles are described once: in every block they must be alike.
+
+    Raises:
+        ValueError: naming a linear that differs from the same role in the first block, or that cannot be stored.
+    """
+    formats: RoleFormats = {}
+    for index, layer in enumerate(model.get_submodule(architecture.layers).children()):
+        for path in architecture.linear_paths():
+            module = layer.get_submodule(path)
+            described = _describe(module, f"layer {index} {path}")
+            known = formats.setdefault(module.role, described)
+            if known != described:
+                raise ValueError(
+                    f"layer {index} {path} is quantized differently from layer 0: {described} against {known}; the "
+                    "checkpoint format needs the same settings in every layer"
+                )
+    return all(_is_plain(f) for f in formats.values()), formats
+
+
+def _is_plain(linear: LinearFormat) -> bool:
+    clip_is_stock = linear.input is None or linear.input.clip_ratio == 1.0
+    return linear.outliers_per_block == 0 and not linear.hadamard and clip_is_stock
+
+
+def _describe(module: QuadLinear, where: str) -> LinearFormat:
+    split = module.split
+    quantized_input = module.input_quantization if module.quantize_input else None
+    return LinearFormat(
+        outliers_per_block=split.outliers,
+        block=split.block,
+        keep_width=split.keep_width,
+        hadamard=split.hadamard,
+        in_features=split.width,
+        out_features=module.out_features,
+        bias=module.bias is not None,
+        weight=_weight_format(module, where),
+        input=None
+        if quantized_input is None
+        else InputFormat(
+            bits=quantized_input.bits, clip_ratio=quantized_input.clip_ratio, group_size=quantized_input.group_size
+        ),
+    )
+
+
+def _weight_format(module: QuadLinear, where: str) -> WeightFormat | None:
+    if module.integer_weight() is None:
+        return None
+    arguments = module.residual.quantization_scheme.weights
+    if arguments.type != "int" or arguments.num_bits not in (2, 4, 8) or arguments.strategy not in ("channel", "group"):
+        raise ValueError(
+            f"{where}: weights of {arguments.num_bits} bits, type {arguments.type}, strategy {arguments.strategy} cannot "
+            "be stored; use int, 2, 4 or 8 bits, per channel or group"
+        )
+    return WeightFormat(bits=arguments.num_bits, group_size=arguments.group_size, symmetric=bool(arguments.symmetric))
+
+
+def quantization_config(
+    model: nn.Module, architecture: Architecture, plain: bool, linears: RoleFormats
+) -> dict[str, Any] | None:
+    """Returns `quantization_config` of config.json, or None for a plain model with nothing quantized."""
+    groups = _config_groups(architecture, plain, linears)
+    if plain and not groups:
+        return None
+    config: dict[str, Any] = {
+        "quant_method": "compressed-tensors" if plain else QUANT_METHOD,
+        "format": "pack-quantized",
+        "quantization_status": "compressed",
+        "config_groups": groups,
+        "ignore": [architecture.head],
+        "kv_cache_scheme": None,
+    }
+    if not plain:
+        projection = getattr(model, "quad_projection", None)
+        config["quad"] = QuadFormat(
+            base_model_type=architecture.model_type,
+            residual_basis=None if projection is None else BasisFormat(**projection),
+            linears=linears,
+        ).model_dump()
+    return config
+
+
+def _config_groups(architecture: Architecture, plain: bool, linears: RoleFormats) -> dict[str, Any]:
+    """Roles with the same quantization share a group."""
+    settings: dict[str, tuple[list[str], dict[str, Any]]] = {}
+    suffix = "" if plain else r"\.residual"
+    for role, linear in linears.items():
+        if linear.weight is None:
+            continue
+        scheme = {
+            "weights": _arguments(linear.weight.bits, linear.weight.group_size, linear.weight.symmetric, dynamic=False),
+            "input_activations": None
+            if linear.input is None
+            else _arguments(linear.input.bits, linear.input.group_size, True, dynamic=True),
+            "output_activations": None,
+            "format": "pack-quantized",
+        }
+        settings.setdefault(repr(scheme), ([], scheme))[0].append(rf"re:.*\.{role}{suffix}$")
+    return {
+        f"group_{index}": {"targets": targets, **scheme} for index, (targets, scheme) in enumerate(settings.values())
+    }
+
+
+def _arguments(bits: int, group_size: int | None, symmetric: bool, dynamic: bool) -> dict[str, Any]:
+    per_row = "token" if dynamic else "channel"
+    return {
+        "num_bits": bits,
+        "type": "int",
+        "symmetric": symmetric,
+        "strategy": per_row if group_size is None else "group",
+        "group_size": group_size,
+        "dynamic": dynamic,
+        "observer": None,
+    }
+
+
+def packed_tensor_names(weight: WeightFormat) -> tuple[str, ...]:
+    """Names of a packed residual's tensors."""
+    names = ("weight_packed", "weight_scale", "weight_shape")
+    return names if weight.symmetric else (*names, "weight_zero_point")
+
+
+__all__ = ["RoleFormats", "describe_linears", "packed_tensor_names", "quantization_config", "torch"]

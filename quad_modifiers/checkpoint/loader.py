@@ -1,0 +1,167 @@
+"""Loads QUAD checkpoints through transformers' quantizer interface; llm-compressor is not needed."""
+
+import logging
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from torch import nn
+from transformers.quantizers import HfQuantizer
+from transformers.quantizers.auto import (
+    AUTO_QUANTIZATION_CONFIG_MAPPING,
+    register_quantization_config,
+    register_quantizer,
+)
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from quad_modifiers.architectures import Architecture
+from quad_modifiers.checkpoint.format import QUANT_METHOD, LinearFormat, QuadFormat, read_format
+from quad_modifiers.checkpoint.models import quad_model_type, register_models
+from quad_modifiers.nn.packed_linear import PackedLinear
+from quad_modifiers.nn.quad_linear import QuadLinear
+from quad_modifiers.plugins import architectures
+
+logger = logging.getLogger(__name__)
+
+_LISTED = 5  # tensors named in one error message
+
+
+class QuadQuantizationConfig(QuantizationConfigMixin):
+    """`quantization_config` of a QUAD checkpoint, kept as it was read."""
+
+    def __init__(self, **content: Any) -> None:
+        self.quant_method = QUANT_METHOD  # type: ignore[assignment]  # transformers' enum is closed
+        self.content = {key: value for key, value in content.items() if key != "quant_method"}
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], return_unused_kwargs: bool = False, **kwargs: Any) -> Any:
+        """Keeps every key."""
+        config = cls(**config_dict)
+        return (config, kwargs) if return_unused_kwargs else config
+
+    def to_dict(self) -> dict[str, Any]:
+        """The section of config.json."""
+        return {"quant_method": QUANT_METHOD, **self.content}
+
+
+class QuadHfQuantizer(HfQuantizer):
+    """Puts the containers of a QUAD checkpoint in place of a stock model's linears and checks every tensor."""
+
+    requires_calibration = True
+
+    def _process_model_before_weight_loading(self, model: nn.Module, **kwargs: Any) -> None:
+        quad = read_format(self.quantization_config.content.get("quad"))
+        architecture = _architecture(model, quad)
+        for layer in model.get_submodule(architecture.layers).children():
+            for path in architecture.linear_paths():
+                _install(layer, path, quad)
+        files = kwargs.get("checkpoint_files")
+        if files:
+            check_tensors(model, files)
+
+    def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> None:
+        for name, module in model.named_modules():
+            if not isinstance(module, PackedLinear) or module.weight_scale.is_meta:
+                continue
+            scale = module.weight_scale
+            if not bool((torch.isfinite(scale) & (scale >= 0)).all()):
+                raise ValueError(
+                    f"{name}.weight_scale holds NaN, infinite or negative values; the checkpoint is damaged"
+                )
+            if module.weight_shape.tolist() != [module.out_features, module.in_features]:
+                raise ValueError(
+                    f"{name}.weight_shape says {module.weight_shape.tolist()}, config.json says "
+                    f"{[module.out_features, module.in_features]}; the checkpoint is damaged"
+                )
+
+    def is_serializable(self, *args: Any, **kwargs: Any) -> bool:
+        """A loaded model can be saved again as it is."""
+        return True
+
+    @property
+    def is_trainable(self) -> bool:
+        """Adapters train on the outlier weights; the packed weights stay."""
+        return True
+
+
+def _architecture(model: nn.Module, quad: QuadFormat) -> Architecture:
+    known = architectures()
+    if quad.base_model_type not in known:
+        raise ValueError(
+            f"the checkpoint's base model type {quad.base_model_type!r} is not supported by this installation; supported "
+            f"are {', '.join(sorted(known))}"
+        )
+    if model.config.model_type != quad_model_type(quad.base_model_type):
+        raise ValueError(
+            f"the checkpoint's base model type is {quad.base_model_type!r}, but it is being loaded as "
+            f"{type(model).__name__}; use AutoModelForCausalLM"
+        )
+    return known[quad.base_model_type]
+
+
+def _install(layer: nn.Module, path: str, quad: QuadFormat) -> None:
+    parent, _, role = path.rpartition(".")
+    linear: LinearFormat | None = quad.linears.get(role)
+    if linear is None:
+        raise ValueError(f"the checkpoint does not describe {role}; its quantization_config is damaged")
+    old = layer.get_submodule(path)
+    dtype, device = old.weight.dtype, old.weight.device
+    split = linear.split()
+    with torch.device(device):
+        residual: nn.Module
+        if linear.weight is None:
+            residual = nn.Linear(split.residual_width, linear.out_features, bias=False, dtype=dtype)
+        else:
+            weight = linear.weight
+            residual = PackedLinear(
+                split.residual_width, linear.out_features, weight.bits, weight.group_size, weight.symmetric, dtype
+            )
+        container = QuadLinear.from_parts(role, split, residual, linear.bias, dtype)
+    if linear.input is not None:
+        container.input_quantization = linear.input.settings()
+        container.quantize_input = True
+    container.requires_grad_(False)
+    setattr(layer.get_submodule(parent), role, container)
+
+
+def check_tensors(model: nn.Module, files: list[str]) -> None:
+    """Compares the tensors in safetensors files with those the model needs, by name, shape and kind of number.
+
+    Raises:
+        ValueError: naming missing, surplus and mis-shaped tensors.
+    """
+    found: dict[str, tuple[tuple[int, ...], str]] = {}
+    for file in files:
+        try:
+            with safe_open(file, framework="pt") as handle:
+                for name in handle.keys():  # noqa: SIM118  (no mapping)
+                    part = handle.get_slice(name)
+                    found[name] = tuple(part.get_shape()), part.get_dtype()
+        except Exception as error:
+            raise ValueError(f"{file} cannot be read as safetensors ({error}); download it again") from error
+    needed = {name: tensor for name, tensor in model.state_dict().items() if name not in _tied(model)}
+    problems = [f"{name} is missing" for name in needed if name not in found]
+    problems += [
+        f"{name} is not part of the model" for name in found if name not in needed and name not in _tied(model)
+    ]
+    for name in needed.keys() & found.keys():
+        shape, kind = found[name]
+        if shape != tuple(needed[name].shape):
+            problems.append(f"{name} has shape {list(shape)}, needed is {list(needed[name].shape)}")
+        elif kind.startswith(("F", "BF")) != needed[name].is_floating_point():
+            problems.append(f"{name} has dtype {kind}, needed is {needed[name].dtype}")
+    if problems:
+        more = f" and {len(problems) - _LISTED} more problems" if len(problems) > _LISTED else ""
+        raise ValueError(f"the checkpoint does not fit its config: {'; '.join(sorted(problems)[:_LISTED])}{more}")
+
+
+def _tied(model: nn.Module) -> set[str]:
+    return {"lm_head.weight"} if model.config.tie_word_embeddings else set()
+
+
+def register_loader() -> None:
+    """Registers the quantizer and the model classes with transformers; calling it again changes nothing."""
+    register_models(sorted(architectures()))
+    if QUANT_METHOD not in AUTO_QUANTIZATION_CONFIG_MAPPING:
+        register_quantization_config(QUANT_METHOD)(QuadQuantizationConfig)
+        register_quantizer(QUANT_METHOD)(QuadHfQuantizer)

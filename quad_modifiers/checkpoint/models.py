@@ -1,0 +1,78 @@
+"""Model classes of QUAD checkpoints: stock transformers models under a `model_type` that only this package registers.
+
+Stock transformers would only warn about an unknown quant_method and fill the weights it cannot find with random
+numbers. A model type that it does not know stops it instead, and the type's text tells the reader what to install.
+`LlamaForCausalLM.from_pretrained` and its like do not look at the model type; for them a field that no runtime needs
+holds the same text where a number belongs, which stock config classes refuse with the text in their message.
+"""
+
+from typing import Any
+
+from huggingface_hub.dataclasses import strict
+from transformers import AutoConfig, AutoModelForCausalLM
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
+
+INSTALL_HINT = "pip install quad-modifiers, then import quad_modifiers"
+TRIPWIRE_FIELD = "initializer_range"  # only a new, untrained model needs it
+
+
+def quad_model_type(base: str) -> str:
+    """`model_type` of a QUAD checkpoint of the stock type `base`."""
+    return f"quad_{base} ({INSTALL_HINT})"
+
+
+def register_models(model_types: list[str]) -> None:
+    """Registers a config and a causal LM class for each stock model type; calling it again changes nothing."""
+    for base in model_types:
+        if quad_model_type(base) not in CONFIG_MAPPING:
+            _register(base)
+
+
+def set_tripwire(config: dict[str, Any]) -> None:
+    """Puts the installation hint where stock config classes expect a number."""
+    config[TRIPWIRE_FIELD] = f"this is a QUAD checkpoint: {INSTALL_HINT}"
+
+
+def _register(base: str) -> None:
+    config_class = CONFIG_MAPPING[base]
+    model_class = MODEL_FOR_CAUSAL_LM_MAPPING[config_class]
+
+    def from_dict(cls: Any, config_dict: dict[str, Any], **kwargs: Any) -> Any:
+        """Reads a config.json without the tripwire."""
+        if isinstance(config_dict.get(TRIPWIRE_FIELD), str):
+            config_dict = {key: value for key, value in config_dict.items() if key != TRIPWIRE_FIELD}
+        return super(quad_config, cls).from_dict(config_dict, **kwargs)
+
+    quad_config = strict(
+        type(
+            f"Quad{config_class.__name__}",
+            (config_class,),
+            {
+                "__doc__": f"{config_class.__name__} of a QUAD checkpoint: hidden_size is not tied to the number of heads.",
+                "__module__": __name__,
+                "model_type": quad_model_type(base),
+                # head_dim is explicit, so the stock rule that the heads divide hidden_size does not apply.
+                "validate_architecture": lambda self: None,
+                "from_dict": classmethod(from_dict),
+            },
+        )
+    )
+    quad_model = type(
+        f"Quad{model_class.__name__}",
+        (model_class,),
+        {
+            "__doc__": f"{model_class.__name__} of a QUAD checkpoint.",
+            "__module__": __name__,
+            "config_class": quad_config,
+        },
+    )
+    globals()[quad_config.__name__] = quad_config
+    globals()[quad_model.__name__] = quad_model
+    AutoConfig.register(quad_model_type(base), quad_config)
+    AutoModelForCausalLM.register(quad_config, quad_model)
+
+
+def quad_config_class(base: str) -> Any:
+    """The registered config class of the stock type `base`."""
+    return CONFIG_MAPPING[quad_model_type(base)]

@@ -1,0 +1,208 @@
+"""Writes a compressed model as a QUAD checkpoint, or as a plain compressed-tensors one where that can express it.
+
+The folder is written under a temporary name beside its target and renamed when it is complete.
+"""
+
+import json
+import logging
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import split_torch_state_dict_into_shards
+from quad_kernels.packing import pack_int32
+from safetensors.torch import save_file
+from torch import nn
+
+from quad_modifiers.architectures import Architecture
+from quad_modifiers.checkpoint.describe import describe_linears, quantization_config
+from quad_modifiers.nn.quad_linear import QuadLinear
+
+logger = logging.getLogger(__name__)
+
+WEIGHTS_NAME = "model{suffix}.safetensors"
+INDEX_NAME = "model.safetensors.index.json"
+
+
+def attach_saver(model: nn.Module, architecture: Architecture) -> None:
+    """Makes `model.save_pretrained` write a QUAD checkpoint (llm-compressor's own wrapper loses our config)."""
+    saver = partial(_save_pretrained, model, architecture)
+    saver._overridden = True  # type: ignore[attr-defined]  # llm-compressor's mark of a replaced save_pretrained
+    model.save_pretrained = saver
+
+
+def _save_pretrained(
+    model: nn.Module,
+    architecture: Architecture,
+    save_directory: str | Path,
+    save_compressed: bool = True,
+    max_shard_size: str | int = "5GB",
+    **unsupported: Any,
+) -> None:
+    """Stands in for `PreTrainedModel.save_pretrained`.
+
+    Raises:
+        ValueError: for `save_compressed=False` or an argument that has no meaning here.
+    """
+    if not save_compressed:
+        raise ValueError("a QUAD model can only be saved compressed; leave save_compressed at True")
+    unknown = {key for key, value in unsupported.items() if value not in (None, False, True)}
+    if unknown:
+        raise ValueError(f"save_pretrained of a QUAD model does not take {', '.join(sorted(unknown))}")
+    save_checkpoint(model, architecture, Path(save_directory), max_shard_size=max_shard_size)
+
+
+def check_target(folder: Path) -> None:
+    """Checks that a checkpoint can be written to `folder`.
+
+    Raises:
+        FileExistsError: if it exists and is not empty.
+        NotADirectoryError: if it is a file.
+    """
+    if folder.is_file():
+        raise NotADirectoryError(f"{folder} is a file; choose a folder")
+    if folder.is_dir() and any(folder.iterdir()):
+        raise FileExistsError(f"{folder} exists and is not empty; remove it or choose another output folder")
+
+
+@contextmanager
+def complete_or_absent(folder: Path) -> Iterator[Path]:
+    """Yields a temporary folder that becomes `folder` if the block succeeds and vanishes if it does not."""
+    check_target(folder)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
+    try:
+        yield temporary
+        temporary.chmod(0o755)
+        if folder.is_dir():
+            folder.rmdir()
+        temporary.rename(folder)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+
+
+def save_checkpoint(
+    model: nn.Module,
+    architecture: Architecture,
+    folder: Path,
+    tokenizer: Any = None,
+    recipe: str | None = None,
+    max_shard_size: str | int = "5GB",
+) -> None:
+    """Writes model, config, recipe, generation config and tokenizer.
+
+    Args:
+        model: with `QuadLinear` linears.
+        architecture: names of its parts.
+        folder: must not exist or be empty.
+        tokenizer: saved beside the model if given.
+        recipe: text of recipe.yaml; the active llm-compressor session's recipe by default.
+        max_shard_size: largest size of one weight file.
+
+    Raises:
+        FileExistsError: if `folder` is not empty.
+        OSError: if the disk is full; nothing is left behind.
+        ValueError: if the model cannot be expressed in the format.
+    """
+    check_target(folder)
+    plain, linears = describe_linears(model, architecture)
+    tensors = dict(_tensors(model, plain))
+    if model.config.tie_word_embeddings:
+        tensors.pop(f"{architecture.head}.weight", None)
+    config = _config(model, architecture, plain, linears)
+    size = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    free = shutil.disk_usage(folder.parent).free
+    if free < size * 1.01 + 2**20:
+        raise OSError(f"{folder.parent} has {free / 1e9:.2f} GB free, the checkpoint needs {size / 1e9:.2f} GB")
+    with complete_or_absent(folder) as temporary:
+        _write_tensors(tensors, temporary, max_shard_size)
+        (temporary / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+        generation = getattr(model, "generation_config", None)
+        if generation is not None:
+            generation.save_pretrained(temporary)
+        text = recipe if recipe is not None else _session_recipe()
+        if text:
+            (temporary / "recipe.yaml").write_text(text)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(temporary)
+    kind = "compressed-tensors" if plain else "QUAD"
+    logger.info("wrote a %s checkpoint of %.1f MB to %s", kind, size / 1e6, folder)
+
+
+def _tensors(model: nn.Module, plain: bool) -> Iterator[tuple[str, torch.Tensor]]:
+    containers = {name: module for name, module in model.named_modules() if isinstance(module, QuadLinear)}
+    for name, tensor in model.state_dict().items():
+        owner = next(
+            (c for c in (name.rpartition(".")[0], name.rpartition(".")[0].rpartition(".")[0]) if c in containers), None
+        )
+        if owner is None:
+            yield name, tensor.contiguous()
+    for name, module in containers.items():
+        residual = name if plain else f"{name}.residual"
+        yield from _residual_tensors(module, residual)
+        if module.outlier is not None:
+            yield f"{name}.outlier.weight", module.outlier.weight.data.contiguous()
+        if module.bias is not None:
+            yield f"{name}.bias", module.bias.data.contiguous()
+
+
+def _residual_tensors(module: QuadLinear, prefix: str) -> Iterator[tuple[str, torch.Tensor]]:
+    quantized = module.integer_weight()
+    if quantized is None:
+        yield f"{prefix}.weight", module.residual.weight.data.contiguous()
+        return
+    bits = module.weight_bits()
+    yield f"{prefix}.weight_packed", pack_int32(quantized.integers, bits).contiguous()
+    yield f"{prefix}.weight_scale", quantized.scale.data.contiguous()
+    yield f"{prefix}.weight_shape", torch.tensor(quantized.integers.shape, dtype=torch.int64)
+    if quantized.zero_point is not None:
+        # compressed-tensors packs zero points along the output channels
+        packed = pack_int32(quantized.zero_point.to(torch.int8).T.contiguous(), bits).T
+        yield f"{prefix}.weight_zero_point", packed.contiguous()
+
+
+def _config(model: nn.Module, architecture: Architecture, plain: bool, linears: dict[str, Any]) -> dict[str, Any]:
+    from quad_modifiers.checkpoint.models import quad_model_type, register_models, set_tripwire
+
+    config = model.config.to_dict()
+    config.pop("_name_or_path", None)
+    config.pop("quantization_config", None)
+    config["dtype"] = str(model.dtype).removeprefix("torch.")
+    if not plain:
+        register_models([architecture.model_type])
+        config["model_type"] = quad_model_type(architecture.model_type)
+        config["architectures"] = [
+            f"Quad{name.removeprefix('Quad')}" for name in config.get("architectures") or [type(model).__name__]
+        ]
+        set_tripwire(config)
+    config["quantization_config"] = quantization_config(model, architecture, plain, linears)
+    if config["quantization_config"] is None:
+        del config["quantization_config"]
+    return config
+
+
+def _write_tensors(tensors: dict[str, torch.Tensor], folder: Path, max_shard_size: str | int) -> None:
+    split = split_torch_state_dict_into_shards(
+        tensors, filename_pattern="model{suffix}.safetensors", max_shard_size=max_shard_size
+    )
+    for filename, names in split.filename_to_tensors.items():
+        save_file({name: tensors[name].cpu() for name in names}, folder / filename, metadata={"format": "pt"})
+    if split.is_sharded:
+        index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
+        (folder / INDEX_NAME).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
+
+
+def _session_recipe() -> str | None:
+    try:
+        from llmcompressor.core import active_session
+    except ImportError:
+        return None
+    recipe = active_session().lifecycle.recipe
+    return recipe.yaml() if recipe is not None and recipe.modifiers else None

@@ -1,0 +1,223 @@
+"""`oneshot`: from a model and a recipe to a checkpoint."""
+
+import logging
+import os
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from quad_modifiers.architectures import find_architecture
+from quad_modifiers.calibration.data import CalibrationSource, as_dataloader, calibration_windows
+from quad_modifiers.checkpoint.save import check_target, complete_or_absent
+from quad_modifiers.nn.quad_linear import QuadLinear
+from quad_modifiers.plugins import architectures, modifier_paths
+from quad_modifiers.recipe import check_recipe, resolve_recipe
+from quad_modifiers.reporting import gigabytes, table
+
+logger = logging.getLogger(__name__)
+
+_NO_TOKENIZER = object()  # llm-compressor insists on a processor, and uses it for nothing but saving
+
+
+def oneshot(
+    model: str | Path | PreTrainedModel,
+    recipe: Any,
+    *,
+    dataset: CalibrationSource = None,
+    output_dir: str | Path | None = None,
+    tokenizer: str | Path | PreTrainedTokenizerBase | None = None,
+    num_calibration_samples: int = 128,
+    max_seq_length: int = 512,
+    text_column: str = "text",
+    splits: Any = None,
+    dataset_config_name: str | None = None,
+    seed: int = 0,
+    **arguments: Any,
+) -> PreTrainedModel:
+    """Compresses a causal language model by a recipe and, if asked, writes the checkpoint.
+
+    Everything that can be wrong without looking at the weights is checked first: recipe, output folder, model type.
+
+    Args:
+        model: folder, hub id, or loaded transformers model (which is changed in place).
+        recipe: path or name of a recipe YAML, its text, or llm-compressor modifiers.
+        dataset: calibration text; None takes the first half of the Wikipedia articles that gensim ships. Otherwise a
+            `datasets` name, Dataset, DataLoader, local text / jsonl file, list of strings, or token ids.
+        output_dir: where the checkpoint goes; must not exist or be empty. None writes nothing.
+        tokenizer: folder, hub id or tokenizer; the model's own by default.
+        num_calibration_samples: windows of calibration text.
+        max_seq_length: tokens per window.
+        text_column: column of the text in `dataset`.
+        splits: split of a `datasets` name.
+        dataset_config_name: configuration of a `datasets` name.
+        seed: of the choice of windows.
+        arguments: passed on to `llmcompressor.oneshot`.
+
+    Returns:
+        The compressed model, ready to run.
+
+    Raises:
+        RecipeError: with line and remedy for everything wrong in the recipe.
+        FileNotFoundError, FileExistsError, ValueError, TypeError, OSError: naming the argument that cannot be used.
+    """
+    from llmcompressor import oneshot as llmcompressor_oneshot
+
+    with _visible_log():
+        for warning in check_recipe(recipe):
+            logger.warning("%s", warning)
+        if isinstance(recipe, (str, Path)) and "\n" not in str(recipe):
+            recipe = str(resolve_recipe(recipe))
+        if output_dir is not None:
+            check_target(Path(output_dir))
+        _check_model(model, _needs_known_architecture(recipe))
+        start = time.perf_counter()
+        loaded, processor = _load(model, tokenizer)
+        before = _parameter_bytes(loaded)
+        windows = calibration_windows(
+            dataset,
+            processor,
+            num_samples=num_calibration_samples,
+            sequence_length=max_seq_length,
+            text_column=text_column,
+            splits=splits,
+            dataset_config_name=dataset_config_name,
+            seed=seed,
+        )
+        with _config_on_disk(loaded):
+            llmcompressor_oneshot(
+                model=loaded,
+                tokenizer=processor if processor is not None else _NO_TOKENIZER,
+                recipe=recipe,
+                dataset=as_dataloader(windows),
+                pipeline=arguments.pop("pipeline", "independent"),
+                **arguments,
+            )
+        if output_dir is not None:
+            _save(loaded, processor, Path(output_dir))
+        _log_summary(loaded, before, None if output_dir is None else Path(output_dir), time.perf_counter() - start)
+    return loaded
+
+
+@contextmanager
+def _config_on_disk(model: PreTrainedModel) -> Iterator[None]:
+    """Gives a model that was built in memory a config file, which llm-compressor reads to see if it is quantized."""
+    name = model.config._name_or_path
+    if name:
+        yield
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        model.config.save_pretrained(folder)
+        model.config._name_or_path = folder
+        try:
+            yield
+        finally:
+            model.config._name_or_path = name
+
+
+@contextmanager
+def _visible_log() -> Iterator[None]:
+    """Shows this package's INFO lines while compressing, unless the application has set up logging itself."""
+    package = logging.getLogger("quad_modifiers")
+    if package.hasHandlers():
+        yield
+        return
+    handler = logging.StreamHandler()
+    handler.setFormatter(logging.Formatter("%(asctime)s quad | %(message)s", datefmt="%H:%M:%S"))
+    level = package.level
+    package.addHandler(handler)
+    package.setLevel(logging.INFO)
+    try:
+        yield
+    finally:
+        package.removeHandler(handler)
+        package.setLevel(level)
+
+
+def _needs_known_architecture(recipe: Any) -> bool:
+    """True if the recipe uses a modifier of this project, which works on known architectures only."""
+    from llmcompressor.recipe import Recipe
+
+    parsed = Recipe.create_instance(recipe)
+    own = {name for name, item in modifier_paths().items() if item.path.startswith("quad_modifiers.")}
+    return any(type(modifier).__name__ in own for modifier in parsed.modifiers)
+
+
+def _check_model(model: str | Path | PreTrainedModel, known_only: bool) -> None:
+    if isinstance(model, (str, Path)):
+        if _looks_local(model) and not Path(model).is_dir():
+            raise FileNotFoundError(f"there is no model folder {model}")
+        config = AutoConfig.from_pretrained(model)
+    elif isinstance(model, PreTrainedModel):
+        config = model.config
+    else:
+        raise TypeError(f"model must be a folder, a hub id or a transformers model, not {type(model).__name__}")
+    if getattr(config, "quantization_config", None) is not None:
+        raise ValueError(
+            f"{model if isinstance(model, (str, Path)) else 'the model'} is already quantized; start from the original"
+        )
+    if known_only:
+        find_architecture(config, architectures())
+
+
+def _looks_local(model: str | Path) -> bool:
+    text = str(model)
+    return (
+        isinstance(model, Path)
+        or text.startswith((".", "/", "~"))
+        or text.count("/") != 1
+        or Path(text).parent.is_dir()
+    )
+
+
+def _load(
+    model: str | Path | PreTrainedModel, tokenizer: str | Path | PreTrainedTokenizerBase | None
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase | None]:
+    if isinstance(model, PreTrainedModel):
+        loaded, source = model, model.config._name_or_path
+    else:
+        loaded, source = AutoModelForCausalLM.from_pretrained(str(model), dtype="auto"), str(model)
+    loaded.eval()
+    if isinstance(tokenizer, PreTrainedTokenizerBase):
+        return loaded, tokenizer
+    try:
+        return loaded, AutoTokenizer.from_pretrained(str(tokenizer or source))
+    except (OSError, ValueError) as error:
+        if tokenizer is not None:
+            raise
+        logger.warning("no tokenizer found beside the model (%s); the data set must be token ids", type(error).__name__)
+        return loaded, None
+
+
+def _save(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, folder: Path) -> None:
+    with complete_or_absent(folder) as temporary:
+        inner = temporary / "checkpoint"
+        model.save_pretrained(inner)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(inner)
+        for item in inner.iterdir():
+            item.rename(temporary / item.name)
+        inner.rmdir()
+    logger.info("checkpoint in %s", folder)
+
+
+def _parameter_bytes(model: torch.nn.Module) -> int:
+    return sum(p.numel() * p.element_size() for p in {id(p): p for p in model.parameters()}.values())
+
+
+def _log_summary(model: PreTrainedModel, before: int, folder: Path | None, seconds: float) -> None:
+    quantized = [m for m in model.modules() if isinstance(m, QuadLinear) and m.integer_weight() is not None]
+    rows = [
+        ("quantized linears", str(len(quantized))),
+        ("size before", gigabytes(before)),
+        ("time", f"{seconds:.0f} s"),
+    ]
+    if folder is not None:
+        size = sum(os.path.getsize(file) for file in folder.glob("*.safetensors"))
+        rows.insert(2, ("size on disk", f"{gigabytes(size)} ({100 * size / before:.0f} %)"))
+    logger.info("done\n%s", table(("", ""), rows))

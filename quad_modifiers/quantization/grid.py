@@ -1,0 +1,131 @@
+"""Integer grids for weights: scales, rounding, and the clip search.
+
+The grid is the one of compressed-tensors, so that a stock runtime reads the same numbers: `bits`-bit integers from
+-2^(bits-1) to 2^(bits-1) - 1 and a symmetric scale of absmax / ((2^bits - 1) / 2).
+"""
+
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass(frozen=True)
+class IntegerGrid:
+    """What a weight is rounded to.
+
+    Attributes:
+        bits: 2 to 8.
+        group_size: input coordinates per scale, None for one scale per output channel.
+        symmetric: False adds an integer zero point per scale.
+    """
+
+    bits: int = 4
+    group_size: int | None = None
+    symmetric: bool = True
+
+    @property
+    def low(self) -> int:
+        """Smallest integer."""
+        return -(2 ** (self.bits - 1))
+
+    @property
+    def high(self) -> int:
+        """Largest integer."""
+        return 2 ** (self.bits - 1) - 1
+
+    def groups(self, columns: int) -> int:
+        """Number of scales per output channel.
+
+        Raises:
+            ValueError: if `columns` is not a multiple of `group_size`.
+        """
+        if self.group_size is None:
+            return 1
+        if columns % self.group_size:
+            raise ValueError(f"group_size ({self.group_size}) must divide the input width ({columns})")
+        return columns // self.group_size
+
+
+@dataclass
+class WeightScales:
+    """Scales and zero points, `[out, groups]`; the zero point is an integer-valued float (0 when symmetric)."""
+
+    scale: torch.Tensor
+    zero_point: torch.Tensor
+
+    def expand(self, columns: int) -> "WeightScales":
+        """One scale per weight, `[out, columns]`."""
+        repeat = columns // self.scale.shape[1]
+        return WeightScales(
+            self.scale.repeat_interleave(repeat, dim=1), self.zero_point.repeat_interleave(repeat, dim=1)
+        )
+
+
+def round_to_grid(weight: torch.Tensor, scales: WeightScales, grid: IntegerGrid) -> torch.Tensor:
+    """Returns integer-valued floats, same shape as `weight`; scales must broadcast against it."""
+    return (weight / scales.scale + scales.zero_point).round_().clamp_(grid.low, grid.high)
+
+
+def dequantize(integers: torch.Tensor, scales: WeightScales) -> torch.Tensor:
+    """Returns (q - zero_point) * scale."""
+    return (integers - scales.zero_point) * scales.scale
+
+
+def full_range_scales(weight: torch.Tensor, grid: IntegerGrid, scale_dtype: torch.dtype) -> WeightScales:
+    """Returns the scales that clip nothing.
+
+    Args:
+        weight: `[out, in]`, float32.
+        grid: the integer grid.
+        scale_dtype: the dtype in which the checkpoint stores scales; they are rounded to it here, before any weight
+            is rounded with them.
+    """
+    grouped = weight.reshape(weight.shape[0], grid.groups(weight.shape[1]), -1)
+    if grid.symmetric:
+        scale = grouped.abs().amax(-1) / ((grid.high - grid.low) / 2)
+        return WeightScales(_storable(scale, scale_dtype), torch.zeros_like(scale))
+    low, high = grouped.amin(-1).clamp(max=0), grouped.amax(-1).clamp(min=0)
+    scale = _storable((high - low) / (grid.high - grid.low), scale_dtype)
+    return WeightScales(scale, (grid.low - low / scale).round().clamp(grid.low, grid.high))
+
+
+def _storable(scale: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    smallest = torch.finfo(dtype).tiny
+    return scale.clamp(min=smallest).to(dtype).to(scale.dtype)
+
+
+def search_clip(
+    weight: torch.Tensor,
+    grid: IntegerGrid,
+    scale_dtype: torch.dtype,
+    importance: torch.Tensor | None = None,
+    candidates: int = 40,
+    smallest: float = 0.4,
+) -> WeightScales:
+    """Returns the scales of least weighted squared rounding error (QUAD, section 4.1: MSE clip search).
+
+    Args:
+        weight: `[out, in]`, float32.
+        grid: the integer grid.
+        scale_dtype: storage dtype of scales.
+        importance: `[in]`, weight of each input's error (the Hessian's diagonal); None counts all alike.
+        candidates: number of clip ratios tried between `smallest` and 1.
+        smallest: smallest clip ratio.
+    """
+    out, columns = weight.shape
+    groups = grid.groups(columns)
+    grouped = weight.reshape(out, groups, -1)
+    cost = torch.ones(1, groups, grouped.shape[-1], device=weight.device, dtype=weight.dtype)
+    if importance is not None:
+        cost = importance.to(weight).reshape(1, groups, -1)
+    best = full_range_scales(weight, grid, scale_dtype)
+    best_error = torch.full_like(best.scale, float("inf"))
+    for ratio in torch.linspace(1.0, smallest, candidates).tolist():
+        trial = full_range_scales(weight * ratio, grid, scale_dtype)
+        wide = WeightScales(trial.scale.unsqueeze(-1), trial.zero_point.unsqueeze(-1))
+        error = dequantize(round_to_grid(grouped, wide, grid), wide).sub_(grouped).square_().mul_(cost).sum(-1)
+        better = error < best_error
+        best_error = torch.where(better, error, best_error)
+        best.scale = torch.where(better, trial.scale, best.scale)
+        best.zero_point = torch.where(better, trial.zero_point, best.zero_point)
+    return best

@@ -1,0 +1,224 @@
+"""Quantizes the linears that share one input: moments of that input, then all of them as one weight."""
+
+import math
+from dataclasses import dataclass
+
+import torch
+
+from quad_modifiers.nn.quad_linear import QuadLinear
+from quad_modifiers.quantization.gptq import GptqResult, quantize_columns
+from quad_modifiers.quantization.grid import (
+    IntegerGrid,
+    WeightScales,
+    dequantize,
+    full_range_scales,
+    round_to_grid,
+    search_clip,
+)
+
+
+@dataclass(frozen=True)
+class WeightQuantization:
+    """Settings of the weight quantization; see `OutlierSplitGPTQ` for their meaning."""
+
+    grid: IntegerGrid
+    method: str = "gptq"
+    clip_search: bool = True
+    scale_candidates: tuple[float, ...] = (1.0,)
+    activation_order: bool = True
+    damping: float = 0.01
+    block_size: int = 128
+    sweeps: int = 0
+    error_correction: float = 0.0
+
+
+class InputMoments:
+    """Second moments of the inputs of one group of linears, columns [residual | outlier].
+
+    Args:
+        linear: one of the linears; all share its split and input quantization.
+        error_correction: whether the full-precision model's inputs are tracked as well.
+    """
+
+    def __init__(self, linear: QuadLinear, error_correction: bool) -> None:
+        self.linear = linear
+        size = linear.split.residual_width + linear.split.rank
+        device = linear.residual.weight.device
+        self.hessian = torch.zeros(size, size, dtype=torch.float64, device=device)
+        self.drift = torch.zeros_like(self.hessian) if error_correction else None
+        self.tokens = 0
+
+    def add(self, x: torch.Tensor, original: torch.Tensor | None) -> None:
+        """Adds inputs `[n, width]` of the quantized model and, for error correction, of the original model.
+
+        The Hessian is taken of what the runtime computes with: residual coordinates after input quantization.
+        """
+        quantizer = self.linear.input_quantization
+        outlier, residual = self.linear.split(x)
+        seen = residual if quantizer is None else quantizer.fake(residual)
+        seen = seen if outlier is None else torch.cat([seen, outlier], dim=-1)
+        self.hessian += (seen.T @ seen).double()
+        self.tokens += x.shape[0]
+        if self.drift is not None and original is not None:
+            outlier, residual = self.linear.split(original)
+            wanted = residual if outlier is None else torch.cat([residual, outlier], dim=-1)
+            self.drift += ((wanted - seen).T @ seen).double()
+
+
+@dataclass
+class LinearReport:
+    """What the quantization of one group of linears did.
+
+    Attributes:
+        name: the linears.
+        error: expected squared output error over expected squared output, in decibels are 10 log10 of it.
+        damping: damping used; attempts: factorizations tried.
+        attempts: Cholesky factorizations tried, 0 for RTN.
+    """
+
+    name: str
+    error: float
+    damping: float
+    attempts: int
+
+    @property
+    def decibels(self) -> float:
+        """Signal-to-quantization-noise ratio of the output, dB."""
+        return -10 * math.log10(max(self.error, 1e-30))
+
+
+@torch.no_grad()
+def quantize_group(
+    linears: list[QuadLinear],
+    moments: InputMoments | None,
+    settings: WeightQuantization,
+    scale_dtype: torch.dtype,
+    name: str,
+) -> tuple[list[WeightScales], LinearReport]:
+    """Quantizes linears that share their input, as one stacked weight.
+
+    Afterwards each residual weight holds the dequantized values and each outlier weight has absorbed error.
+
+    Args:
+        linears: in float32.
+        moments: of their common input; None for RTN.
+        settings: how to quantize.
+        scale_dtype: storage dtype of the scales.
+        name: for errors and the report.
+
+    Raises:
+        ValueError: naming the linears if their moments or weights cannot be used.
+    """
+    columns = linears[0].split.residual_width
+    weight = torch.cat([_stacked(linear) for linear in linears])
+    if moments is None:
+        result = _round_to_nearest(weight, columns, settings, scale_dtype)
+        error = (dequantize(result.integers, result.scales.expand(columns)) - weight[:, :columns]).square().sum()
+        relative = float(error / weight[:, :columns].square().sum().clamp(min=1e-30))
+    else:
+        try:
+            result = _gptq(weight, columns, moments, settings, scale_dtype)
+        except ValueError as problem:
+            raise ValueError(f"{name}: {problem}") from problem
+        hessian = (moments.hessian / moments.tokens).to(weight)
+        relative = float(result.loss.sum() / ((weight @ hessian) * weight).sum().clamp(min=1e-30))
+    return _write_back(linears, result, columns), LinearReport(name, relative, result.damping, result.attempts)
+
+
+def _stacked(linear: QuadLinear) -> torch.Tensor:
+    parts = [linear.residual.weight, *([] if linear.outlier is None else [linear.outlier.weight])]
+    return torch.cat([part.float() for part in parts], dim=1)
+
+
+def _write_back(linears: list[QuadLinear], result: GptqResult, columns: int) -> list[WeightScales]:
+    values = dequantize(result.integers, result.scales.expand(columns))
+    scales = []
+    start = 0
+    for linear in linears:
+        rows = slice(start, start + linear.out_features)
+        start = rows.stop
+        linear.residual.weight.copy_(values[rows])
+        if linear.outlier is not None:
+            linear.outlier.weight.copy_(result.outlier[rows])
+        scales.append(WeightScales(result.scales.scale[rows].clone(), result.scales.zero_point[rows].clone()))
+    return scales
+
+
+def _round_to_nearest(
+    weight: torch.Tensor, columns: int, settings: WeightQuantization, scale_dtype: torch.dtype
+) -> GptqResult:
+    scales = _initial_scales(weight[:, :columns], None, settings, scale_dtype)
+    integers = round_to_grid(weight[:, :columns], scales.expand(columns), settings.grid)
+    return GptqResult(integers, scales, weight[:, columns:], torch.zeros(len(weight)), 0.0, 0)
+
+
+def _initial_scales(
+    weight: torch.Tensor, importance: torch.Tensor | None, settings: WeightQuantization, scale_dtype: torch.dtype
+) -> WeightScales:
+    if not settings.clip_search:
+        return full_range_scales(weight, settings.grid, scale_dtype)
+    return search_clip(weight, settings.grid, scale_dtype, importance)
+
+
+def _gptq(
+    weight: torch.Tensor,
+    columns: int,
+    moments: InputMoments,
+    settings: WeightQuantization,
+    scale_dtype: torch.dtype,
+) -> GptqResult:
+    if moments.tokens == 0:
+        raise ValueError("no calibration token reached this layer")
+    hessian = moments.hessian / moments.tokens
+    target = weight
+    if moments.drift is not None:
+        target = _corrected(weight, hessian, moments.drift / moments.tokens, columns, settings)
+    base = _initial_scales(target[:, :columns], hessian.diagonal()[:columns], settings, scale_dtype)
+    best: GptqResult | None = None
+    for candidate in settings.scale_candidates:
+        scales = WeightScales((base.scale * candidate).to(scale_dtype).to(base.scale), base.zero_point)
+        trial = quantize_columns(
+            target,
+            hessian,
+            columns,
+            scales,
+            settings.grid,
+            settings.damping,
+            settings.activation_order,
+            settings.block_size,
+            settings.sweeps,
+        )
+        best = trial if best is None else _better_rows(best, trial)
+    assert best is not None
+    return best
+
+
+def _corrected(
+    weight: torch.Tensor, hessian: torch.Tensor, drift: torch.Tensor, columns: int, settings: WeightQuantization
+) -> torch.Tensor:
+    """Weight that best reproduces the original model's output from the quantized model's input.
+
+    argmin_V E |W x_original - V x_seen|^2 = W + W E[(x_original - x_seen) x_seen^T] E[x_seen x_seen^T]^-1, damped, and
+    taken only in part (`error_correction`), because the moments come from a sample.
+    """
+    level = hessian.diagonal()[:columns].mean() * settings.damping
+    damped = hessian + torch.eye(len(hessian), dtype=hessian.dtype, device=hessian.device) * level
+    change = torch.cholesky_solve((weight.double() @ drift).T, torch.linalg.cholesky(damped)).T
+    return weight + settings.error_correction * change.to(weight)
+
+
+def _better_rows(first: GptqResult, second: GptqResult) -> GptqResult:
+    """Takes each output channel from the result with the smaller loss."""
+    better = second.loss < first.loss
+    rows = better.unsqueeze(1)
+    return GptqResult(
+        torch.where(rows, second.integers, first.integers),
+        WeightScales(
+            torch.where(rows, second.scales.scale, first.scales.scale),
+            torch.where(rows, second.scales.zero_point, first.scales.zero_point),
+        ),
+        torch.where(rows, second.outlier, first.outlier),
+        torch.where(better, second.loss, first.loss),
+        max(first.damping, second.damping),
+        max(first.attempts, second.attempts),
+    )

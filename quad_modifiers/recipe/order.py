@@ -1,0 +1,198 @@
+"""The rules about which modifiers may stand together in a recipe, and in which order.
+
+A modifier class says what it does in `recipe_role: ClassVar[str]`, one of `ROLES`; llm-compressor's own are
+told by their class. A rule is applied only where at least one of the modifiers is not llm-compressor's own:
+whether stock modifiers go together is for llm-compressor to say.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import combinations
+from typing import TYPE_CHECKING
+
+from quad_modifiers.recipe.coverage import (
+    covered,
+    matching,
+    matching_containers,
+    outlier_names,
+    stock_schemes,
+    weight_names,
+)
+from quad_modifiers.recipe.problems import Problem
+
+if TYPE_CHECKING:
+    from llmcompressor.modifiers import Modifier
+
+SMOOTH = "smooth"
+PROJECT = "project"
+QUANTIZE_ACTIVATIONS = "quantize_activations"
+QUANTIZE_WEIGHTS = "quantize_weights"
+TUNE = "tune"
+ROLES = (SMOOTH, PROJECT, QUANTIZE_ACTIVATIONS, QUANTIZE_WEIGHTS, TUNE)
+
+STOCK_ROLES = {
+    "SmoothQuantModifier": SMOOTH,  # its subclass LogarithmicEqualizationModifier as well
+    "AWQModifier": SMOOTH,
+    "SpinQuantModifier": PROJECT,
+    "QuIPModifier": PROJECT,
+}
+
+FORBIDDEN_ORDER = {
+    (QUANTIZE_WEIGHTS, PROJECT): "the projection would rotate weights that are quantized already",
+    (QUANTIZE_ACTIVATIONS, PROJECT): "the projection changes the inputs that the quantizer was set up for",
+    (
+        PROJECT,
+        SMOOTH,
+    ): "smoothing would scale channels of the rotated basis, where no channel stands out any more",
+    (QUANTIZE_WEIGHTS, SMOOTH): "smoothing would scale weights that are quantized already",
+    (TUNE, PROJECT): "the projection would rotate weights that were tuned for the old basis",
+    (TUNE, QUANTIZE_WEIGHTS): "quantizing the weights would undo what was tuned",
+}
+
+IGNORE_OUTLIER = "re:.*outlier$"
+
+
+@dataclass(frozen=True)
+class PlacedModifier:
+    """A modifier of a recipe with the line of its name, None where there is no text."""
+
+    modifier: Modifier
+    line: int | None = None
+
+    @property
+    def name(self) -> str:
+        """The class name, which is the recipe name."""
+        return type(self.modifier).__name__
+
+    @property
+    def is_stock(self) -> bool:
+        """Whether the class declares no role, as llm-compressor's own do not."""
+        return getattr(type(self.modifier), "recipe_role", None) is None
+
+    @property
+    def roles(self) -> frozenset[str]:
+        """What the modifier does, of `ROLES`; a stock quantizer may quantize weights and activations."""
+        declared = getattr(type(self.modifier), "recipe_role", None)
+        if declared is not None:
+            return frozenset((declared,))
+        table = {STOCK_ROLES[each.__name__] for each in type(self.modifier).__mro__ if each.__name__ in STOCK_ROLES}
+        schemes = stock_schemes(self.modifier)
+        if any(scheme.weights for scheme in schemes):
+            table.add(QUANTIZE_WEIGHTS)
+        if any(scheme.input_activations for scheme in schemes):
+            table.add(QUANTIZE_ACTIVATIONS)
+        return frozenset(table)
+
+
+def order_problems(placed: Sequence[PlacedModifier]) -> list[Problem]:
+    """Return what is wrong with the order and the company of the modifiers, errors before the warning."""
+    problems = [problem for each in placed for problem in _unknown_role(each)]
+    for first, second in combinations(placed, 2):
+        if not (first.is_stock and second.is_stock):
+            problems += _wrong_order(first, second)
+            problems += _two_projections(first, second)
+            problems += _two_quantizers(first, second)
+            problems += _quantized_outlier(first, second)
+    return problems
+
+
+def nothing_quantized(placed: Sequence[PlacedModifier]) -> list[Problem]:
+    """Return a warning if the recipe prepares a model for quantization but quantizes nothing."""
+    roles = frozenset[str]().union(*(each.roles for each in placed))
+    if not roles & {PROJECT, SMOOTH} or roles & {QUANTIZE_WEIGHTS, QUANTIZE_ACTIVATIONS}:
+        return []
+    names = ", ".join(each.name for each in placed)
+    return [
+        Problem(
+            placed[0].line,
+            f"nothing is quantized: the recipe has only {names}",
+            "Add OutlierSplitGPTQ for 4-bit weights and DynamicActQuant for 4-bit inputs, unless a prepared "
+            "model in "
+            "full precision is what you want",
+            "warning",
+        )
+    ]
+
+
+def _unknown_role(placed: PlacedModifier) -> Iterator[Problem]:
+    for role in placed.roles - set(ROLES):
+        yield Problem(
+            placed.line,
+            f"{placed.name}.recipe_role is {role!r}, which is no role",
+            f"Set the class attribute to one of {', '.join(ROLES)}, or None",
+        )
+
+
+def _wrong_order(first: PlacedModifier, second: PlacedModifier) -> Iterator[Problem]:
+    for roles, reason in FORBIDDEN_ORDER.items():
+        if roles[0] in first.roles and roles[1] in second.roles:
+            yield Problem(
+                second.line,
+                f"{second.name} stands after {first.name}{_in_line(first)}, but {reason}",
+                f"Move {second.name} before {first.name}",
+            )
+            return
+
+
+def _two_projections(first: PlacedModifier, second: PlacedModifier) -> Iterator[Problem]:
+    if PROJECT in first.roles & second.roles:
+        yield Problem(
+            second.line,
+            f"{second.name} is a second projection after {first.name}{_in_line(first)}; both rotate the same weights",
+            "Keep one of the two (SVDOutlierProjection with rank: 0 is a plain rotation)",
+        )
+
+
+def _two_quantizers(first: PlacedModifier, second: PlacedModifier) -> Iterator[Problem]:
+    names = weight_names()
+    for role, part in ((QUANTIZE_WEIGHTS, "weights"), (QUANTIZE_ACTIVATIONS, "input_activations")):
+        if role not in first.roles & second.roles:
+            continue
+        both = covered(first.modifier, part, names) & covered(second.modifier, part, names)
+        if both:
+            what = part.replace("_", " ")
+            yield Problem(
+                second.line,
+                f"{second.name} quantizes the {what} of linears that "
+                f"{first.name}{_in_line(first)} "
+                f"quantizes too, such as {min(both)}",
+                "Remove one of the two, or keep their layers apart with targets and ignore"
+                if part == "weights"
+                else f"Remove one of the two, or choose a scheme without {what}, such as W4A16",
+            )
+
+
+def _quantized_outlier(first: PlacedModifier, second: PlacedModifier) -> Iterator[Problem]:
+    """Report a stock quantizer that would hit what a projection before it made of the linears."""
+    if first.is_stock or PROJECT not in first.roles or not second.is_stock:
+        return
+    ignore = list(getattr(second.modifier, "ignore", None) or [])
+    targets = [target for scheme in stock_schemes(second.modifier) for target in scheme.targets]
+    containers = matching_containers(targets, ignore)
+    if containers:
+        yield Problem(
+            second.line,
+            f"{second.name} targets {min(containers)}, which {first.name}{_in_line(first)} makes a container "
+            "without "
+            "a weight of its own",
+            'Name the residual linear in it, for example "re:.*q_proj.residual$"',
+        )
+    if matching(outlier_names(first.modifier), targets, ignore):
+        remedy = ", ".join(f'"{each}"' if ":" in each else each for each in _ignore_with_outlier(ignore))
+        yield Problem(
+            second.line,
+            f"{second.name} would quantize the outlier linears too, which {first.name}{_in_line(first)} "
+            "keeps in full "
+            "precision",
+            f"Write ignore: [{remedy}]",
+        )
+
+
+def _ignore_with_outlier(ignore: list[str]) -> list[str]:
+    return [*dict.fromkeys(["lm_head", *ignore]), IGNORE_OUTLIER]
+
+
+def _in_line(placed: PlacedModifier) -> str:
+    return "" if placed.line is None else f" (line {placed.line})"

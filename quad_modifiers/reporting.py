@@ -1,0 +1,32 @@
+"""Progress bars and the closing table."""
+
+from collections.abc import Iterable, Iterator, Sequence
+from typing import TypeVar
+
+from tqdm import tqdm
+
+Item = TypeVar("Item")
+
+
+def layer_progress(items: Sequence[Item], description: str) -> Iterator[Item]:
+    """Iterates with a progress bar that shows the time left."""
+    return iter(tqdm(items, desc=description, unit="layer", leave=False))
+
+
+def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """Returns rows as aligned text; the first column is left-aligned, the others right-aligned."""
+    lines = [list(header), *[list(row) for row in rows]]
+    widths = [max(len(line[i]) for line in lines) for i in range(len(header))]
+    text = []
+    for line in lines:
+        cells = [
+            line[0].ljust(widths[0]),
+            *(cell.rjust(width) for cell, width in zip(line[1:], widths[1:], strict=True)),
+        ]
+        text.append("  ".join(cells).rstrip())
+    return "\n".join(text)
+
+
+def gigabytes(size: float) -> str:
+    """Returns a number of bytes as text, in MB or GB."""
+    return f"{size / 1e9:.2f} GB" if size >= 1e9 else f"{size / 1e6:.1f} MB"

@@ -1,0 +1,106 @@
+"""About a hundred English Wikipedia articles, taken from the test data inside gensim's wheel.
+
+They are real prose, need no network once the package is installed, and are the same on every machine. The first
+half of the articles calibrates; the second half is held out for evaluation and never calibrates anything.
+"""
+
+from __future__ import annotations
+
+import bz2
+import importlib.util
+import re
+from functools import lru_cache
+from pathlib import Path
+from typing import Literal
+
+TextPart = Literal["calibration", "held_out"]
+
+_DUMP_GLOB = "enwiki-latest-pages-articles1.xml-*-shortened.bz2"
+_MINIMUM_CHARACTERS = 1000
+_INSTALL_HINT = "install it with `pip install quad-modifiers[compress]`, or give your own text as `dataset`"
+
+_REDIRECT = re.compile(r"^\s*#redirect", re.IGNORECASE)
+_EMPHASIS = re.compile(r"'{2,5}")
+_EMPTY_BRACKETS = re.compile(r"\(\s*[,;]*\s*\)")
+_SPACE_RUN = re.compile(r"[ \t\u00a0]{2,}")
+_SPACE_AT_LINE_END = re.compile(r"[ \t]+$|^[ \t]+", re.MULTILINE)
+_BLANK_RUN = re.compile(r"\n{3,}")
+
+
+def wikipedia_articles(part: TextPart) -> list[str]:
+    """Return the articles of one half, in the order of the file.
+
+    Args:
+        part: "calibration" for the first half of the articles, "held_out" for the second half.
+
+    Returns:
+        One string per article, wiki mark-up removed, at least 1000 characters each.
+
+    Raises:
+        ValueError: `part` is neither of the two.
+        ImportError: gensim is not installed.
+        FileNotFoundError: the installed gensim does not contain the articles.
+    """
+    return list(half_of(_all_articles(), part))
+
+
+def half_of(texts: tuple[str, ...], part: TextPart) -> tuple[str, ...]:
+    """Return the first ("calibration") or the second ("held_out") half of `texts`.
+
+    Raises:
+        ValueError: `part` is neither of the two.
+    """
+    middle = len(texts) // 2
+    if part == "calibration":
+        return texts[:middle]
+    if part == "held_out":
+        return texts[middle:]
+    raise ValueError(f"part must be 'calibration' or 'held_out', not {part!r}")
+
+
+def clean_article(text: str) -> str:
+    """Return `text` without the residue that gensim's mark-up filter leaves.
+
+    Removed are emphasis quotes, brackets whose content was a template, runs of spaces and of blank lines. Headings
+    keep their equal signs, as in WikiText.
+    """
+    text = _EMPHASIS.sub("", text)
+    text = _EMPTY_BRACKETS.sub("", text)
+    text = _SPACE_RUN.sub(" ", text)
+    text = _SPACE_AT_LINE_END.sub("", text)
+    return _BLANK_RUN.sub("\n\n", text).strip()
+
+
+@lru_cache(maxsize=1)
+def _all_articles() -> tuple[str, ...]:
+    """Return every article of the dump that is neither a redirect nor tiny, cleaned."""
+    path = _dump_path()
+    try:
+        from gensim.corpora.wikicorpus import extract_pages, filter_wiki
+    except ImportError as error:
+        raise ImportError(f"gensim, whose wheel holds the articles, fails to import; {_INSTALL_HINT}") from error
+
+    articles = []
+    with bz2.open(path) as dump:
+        for _title, source, _page_id in extract_pages(dump, filter_namespaces=("0",)):
+            if not source or _REDIRECT.match(source):
+                continue
+            article = clean_article(filter_wiki(source))
+            if len(article) >= _MINIMUM_CHARACTERS:
+                articles.append(article)
+    return tuple(articles)
+
+
+def _dump_path() -> Path:
+    """Return the path of the compressed dump inside the installed gensim package."""
+    spec = importlib.util.find_spec("gensim")
+    if spec is None or not spec.submodule_search_locations:
+        raise ImportError(f"the Wikipedia articles come from the package gensim, not installed here; {_INSTALL_HINT}")
+    folder = Path(spec.submodule_search_locations[0]) / "test" / "test_data"
+    found = sorted(folder.glob(_DUMP_GLOB))
+    if not found:
+        raise FileNotFoundError(
+            f"the installed gensim has no {_DUMP_GLOB} in its folder test/test_data; "
+            "install the wheel of gensim 4.3 or later, or give your own text as `dataset`"
+        )
+    return found[0]

@@ -1,0 +1,79 @@
+"""Cut texts into token windows of one length, by the usual WikiText protocol."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import torch
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+_SEPARATOR = "\n\n"
+
+
+def token_windows(
+    tokenizer: PreTrainedTokenizerBase,
+    texts: Sequence[str],
+    length: int,
+    count: int | None = None,
+    *,
+    seed: int | None = None,
+) -> torch.Tensor:
+    """Return non-overlapping windows of one token stream.
+
+    The texts are joined with a blank line, tokenized as a whole without special tokens, and cut every `length` tokens;
+    an incomplete window at the end is dropped.
+
+    Args:
+        tokenizer: the tokenizer of the model that will see the windows.
+        texts: documents, in order.
+        length: tokens per window.
+        count: windows to return, all of them by default.
+        seed: when given, the `count` windows are drawn at random without replacement (and come in the order drawn);
+            otherwise they are the first ones.
+
+    Returns:
+        [count, length], int64.
+
+    Raises:
+        ValueError: `length` or `count` is not positive, there is no text, or it has fewer windows than asked.
+    """
+    if length < 1 or (count is not None and count < 1):
+        raise ValueError(f"length and count must be positive, not length={length}, count={count}")
+    stream = token_stream(tokenizer, texts)
+    available = stream.numel() // length
+    if available < (count or 1):
+        raise ValueError(
+            f"the text has {stream.numel()} tokens, enough for {available} windows of {length} tokens, but "
+            f"{count or 1} are needed; lower the number of windows to {available} or their length to "
+            f"{stream.numel() // (count or 1)}, or give more text"
+        )
+    windows = stream[: available * length].view(available, length)
+    if count is None:
+        return windows
+    if seed is None:
+        return windows[:count].clone()
+    generator = torch.Generator().manual_seed(seed)
+    return windows[torch.randperm(available, generator=generator)[:count]]
+
+
+def token_stream(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> torch.Tensor:
+    """Return the tokens of all texts joined with a blank line: [tokens], int64, no special tokens added.
+
+    Raises:
+        ValueError: there is no text, or only white space.
+        TypeError: `texts` is one string, or holds something that is not a string.
+    """
+    if isinstance(texts, str):
+        raise TypeError("texts must be a sequence of documents, not one string; wrap it in a list")
+    for index, text in enumerate(texts):
+        if not isinstance(text, str):
+            raise TypeError(f"every text must be a str, but text {index} is a {type(text).__name__}")
+    joined = _SEPARATOR.join(text for text in texts if text.strip())
+    if not joined:
+        raise ValueError(f"there is no text to tokenize: {len(texts)} documents, all empty; give a non-empty text")
+    # verbose=False: the stream is longer than the model's context on purpose, windows are cut from it.
+    encoding = tokenizer(joined, add_special_tokens=False, return_attention_mask=False, verbose=False)
+    return torch.tensor(encoding["input_ids"], dtype=torch.int64)

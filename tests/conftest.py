@@ -1,0 +1,195 @@
+"""Toy models, tokenizer and checkpoints: deterministic, random weights, nothing downloaded."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import (
+    AutoModelForCausalLM,
+    LlamaConfig,
+    MistralConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+    Qwen2Config,
+    Qwen3Config,
+)
+
+VOCABULARY = 320
+_CONFIGS = {"llama": LlamaConfig, "mistral": MistralConfig, "qwen2": Qwen2Config, "qwen3": Qwen3Config}
+
+# Named shapes for parametrisation. Every hidden_size is a multiple of its head count, which LlamaConfig demands.
+_SIZES: dict[str, dict[str, int]] = {
+    # powers of two, grouped-query attention
+    "even": {"hidden_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2, "intermediate_size": 128},
+    # one key/value head per query head
+    "mha": {"hidden_size": 64, "num_attention_heads": 4, "num_key_value_heads": 4, "intermediate_size": 128},
+    # 84 = 4 * 21 and 100 = 4 * 25 have no Hadamard matrix of a power of two
+    "odd": {
+        "hidden_size": 84,
+        "num_attention_heads": 6,
+        "num_key_value_heads": 2,
+        "head_dim": 14,
+        "intermediate_size": 100,
+    },
+    # an odd hidden size, and a head_dim that is not hidden_size / heads
+    "odder": {
+        "hidden_size": 63,
+        "num_attention_heads": 3,
+        "num_key_value_heads": 1,
+        "head_dim": 26,
+        "intermediate_size": 90,
+    },
+}
+
+_TOLERANCES: dict[torch.dtype, dict[str, float]] = {
+    torch.float64: {"rtol": 1e-9, "atol": 1e-10},
+    torch.float32: {"rtol": 1e-4, "atol": 1e-4},
+    torch.bfloat16: {"rtol": 3e-2, "atol": 3e-2},
+    torch.float16: {"rtol": 4e-3, "atol": 4e-3},
+}
+
+_TRAINING_TEXT = """
+Quantization stores the weights of a language model in four bits instead of sixteen, and the activations as well.
+A few directions of the residual stream carry most of the energy; they stay in full precision.
+The quick brown fox jumps over the lazy dog, while seven wizards quietly mix a jug of potent black liquid.
+def rotate(weight, basis): return weight @ basis  # offline, in float64, cast back once
+In 1867 the young engineer measured the bridge twice, wrote 3.14159 in the margin, and went home.
+"""
+
+ToyFactory = Callable[..., PreTrainedModel]
+CheckpointFactory = Callable[..., Path]
+
+
+@pytest.fixture(scope="session")
+def tolerance() -> Callable[[torch.dtype], dict[str, float]]:
+    """Return a lookup: dtype to the rtol and atol of `torch.testing.assert_close`."""
+    return lambda dtype: dict(_TOLERANCES[dtype])
+
+
+@pytest.fixture(scope="session")
+def toy_sizes() -> dict[str, dict[str, int]]:
+    """Return the named shapes: config overrides for "even", "mha", "odd" and "odder"."""
+    return {name: dict(size) for name, size in _SIZES.items()}
+
+
+@pytest.fixture(scope="session")
+def make_toy() -> ToyFactory:
+    """Return `make_toy(model_type="llama", size="even", seed=0, dtype=float32, **config_overrides)`.
+
+    `tie_word_embeddings=True` is such an override; toys are untied otherwise.
+    """
+    return _make_toy
+
+
+@pytest.fixture(scope="session")
+def toy_tokenizer() -> PreTrainedTokenizerFast:
+    """Return a byte-level BPE tokenizer of 320 tokens: <s> 0, </s> 1, <pad> 2."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=VOCABULARY,
+        special_tokens=["<s>", "</s>", "<pad>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(_TRAINING_TEXT.splitlines(), trainer)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", pad_token="<pad>", model_max_length=512
+    )
+
+
+@pytest.fixture(scope="session")
+def toy_checkpoint(
+    tmp_path_factory: pytest.TempPathFactory, toy_tokenizer: PreTrainedTokenizerFast
+) -> CheckpointFactory:
+    """Return `toy_checkpoint(model_type="llama", **make_toy_arguments)`: a folder with model and tokenizer.
+
+    Folders are shared by all tests that ask for the same toy: never write to them.
+    """
+    made: dict[str, Path] = {}
+
+    def checkpoint(model_type: str = "llama", **arguments: Any) -> Path:
+        key = repr((model_type, sorted(arguments.items(), key=lambda item: item[0])))
+        if key not in made:
+            folder = tmp_path_factory.mktemp(f"toy-{model_type}-")
+            _make_toy(model_type, **arguments).save_pretrained(folder)
+            toy_tokenizer.save_pretrained(folder)
+            made[key] = folder
+        return made[key]
+
+    return checkpoint
+
+
+@pytest.fixture(scope="session")
+def model_cache(request: pytest.FixtureRequest) -> Path:
+    """Return the folder where real models are kept between runs: $QUAD_MODEL_CACHE, or pytest's own cache."""
+    folder = os.environ.get("QUAD_MODEL_CACHE")
+    return Path(folder) if folder else Path(request.config.cache.mkdir("models"))
+
+
+@pytest.fixture(scope="session")
+def smollm2(model_cache: Path) -> Path:
+    """Return a folder with SmolLM2-135M in bfloat16. For tests marked `slow`: it may be downloaded first."""
+    from quad_modifiers.demo.models import fetch
+
+    return fetch("smollm2", model_cache / "SmolLM2-135M")
+
+
+@pytest.fixture(scope="session")
+def qwen(model_cache: Path) -> Path:
+    """Return a folder with Qwen2.5-Coder-0.5B in bfloat16. For tests marked `slow`: it may be downloaded first."""
+    from quad_modifiers.demo.models import fetch
+
+    return fetch("qwen", model_cache / "Qwen2.5-Coder-0.5B")
+
+
+def _make_toy(
+    model_type: str = "llama",
+    size: str = "even",
+    *,
+    seed: int = 0,
+    dtype: torch.dtype = torch.float32,
+    **overrides: Any,
+) -> PreTrainedModel:
+    settings: dict[str, Any] = {
+        "vocab_size": VOCABULARY,
+        "num_hidden_layers": 2,
+        "max_position_embeddings": 512,
+        "tie_word_embeddings": False,
+        "bos_token_id": 0,
+        "eos_token_id": 1,
+        "pad_token_id": 2,
+        **_SIZES[size],
+    }
+    if model_type == "qwen3":
+        # Qwen3's head_dim is never hidden_size / heads.
+        settings.setdefault("head_dim", 24)
+    settings.update(overrides)
+    model = AutoModelForCausalLM.from_config(_CONFIGS[model_type](**settings), dtype=dtype)
+    _randomise(model, torch.Generator().manual_seed(seed))
+    return model.eval()
+
+
+@torch.no_grad()
+def _randomise(model: PreTrainedModel, generator: torch.Generator) -> None:
+    """Fill every parameter so that nothing a rotation could break is zero, one or centred."""
+    for name, parameter in model.named_parameters():
+        noise = torch.randn(parameter.shape, generator=generator)
+        if name.endswith("norm.weight"):
+            value = 1 + 0.3 * noise.clamp(-2, 2)
+        elif name.endswith("bias"):
+            value = 0.5 * noise
+        elif "embed_tokens" in name:
+            # Rows with a common mean, and a few directions with much more energy than the rest, as in real models.
+            value = 0.3 * noise + 0.2 * torch.randn(parameter.shape[1], generator=generator)
+            value[:, :3] *= 8
+        else:
+            value = noise / parameter.shape[1] ** 0.5
+        parameter.copy_(value)
