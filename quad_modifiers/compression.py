@@ -69,8 +69,9 @@ def oneshot(
     from llmcompressor import oneshot as llmcompressor_oneshot
 
     with _visible_log():
+        source = str(recipe) if isinstance(recipe, (str, Path)) and "\n" not in str(recipe) else "recipe"
         for warning in check_recipe(recipe):
-            logger.warning("%s", warning)
+            logger.warning("%s", warning.describe(source))
         if isinstance(recipe, (str, Path)) and "\n" not in str(recipe):
             recipe = str(resolve_recipe(recipe))
         if output_dir is not None:
@@ -161,6 +162,8 @@ def _check_model(model: str | Path | PreTrainedModel, known_only: bool) -> None:
         raise ValueError(
             f"{model if isinstance(model, (str, Path)) else 'the model'} is already quantized; start from the original"
         )
+    if isinstance(model, PreTrainedModel) and _quantized_linears(model):
+        raise ValueError("the model was quantized in memory already; load the original again")
     if known_only:
         find_architecture(config, architectures())
 
@@ -210,10 +213,13 @@ def _parameter_bytes(model: torch.nn.Module) -> int:
     return sum(p.numel() * p.element_size() for p in {id(p): p for p in model.parameters()}.values())
 
 
+def _quantized_linears(model: torch.nn.Module) -> int:
+    return sum(isinstance(m, QuadLinear) and m.weight_bits() is not None for m in model.modules())
+
+
 def _log_summary(model: PreTrainedModel, before: int, folder: Path | None, seconds: float) -> None:
-    quantized = [m for m in model.modules() if isinstance(m, QuadLinear) and m.integer_weight() is not None]
     rows = [
-        ("quantized linears", str(len(quantized))),
+        ("quantized linears", str(_quantized_linears(model))),
         ("size before", gigabytes(before)),
         ("time", f"{seconds:.0f} s"),
     ]

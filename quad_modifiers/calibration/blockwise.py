@@ -1,12 +1,14 @@
 """Runs a decoder one block at a time, in segments that end at the inputs of its linears.
 
-A block is upcast to float32 while it is worked on, so that a model never has to fit in memory at full precision. Each
-segment is computed once: the captured input of a linear is reused to continue after the linear has been changed.
+A block's weights are float32 while it is worked on, so that a model never has to fit in memory at full precision; its
+products are bfloat16 where that is fast, the residual stream is float32. Each segment is computed once: the captured
+input of a linear is reused to continue after the linear has been changed.
 """
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -22,12 +24,12 @@ class CalibrationBatch:
 
     Attributes:
         hidden: residual stream, `[batch, tokens, hidden]`, float32.
-        arguments: keyword arguments of the decoder layer (positions, masks).
+        arguments: per block, the keyword arguments it is called with (positions, masks).
         keep: `[batch, tokens]` bool, False for padding; None if there is none.
     """
 
     hidden: torch.Tensor
-    arguments: dict[str, Any]
+    arguments: list[dict[str, Any]]
     keep: torch.Tensor | None
 
     def tokens(self, activations: torch.Tensor) -> torch.Tensor:
@@ -66,30 +68,67 @@ def working_device() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
-def _to_working(value: Any) -> Any:
-    if not isinstance(value, torch.Tensor):
-        return value
-    return value.to(working_device(), torch.float32 if value.is_floating_point() else value.dtype)
+@cache
+def _fast_bfloat16(device: torch.device) -> bool:
+    if device.type == "cpu":
+        return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+    return torch.cuda.is_bf16_supported()
 
 
 @torch.no_grad()
 def first_block_inputs(
     model: nn.Module, architecture: Architecture, batches: list[dict[str, torch.Tensor]]
 ) -> list[CalibrationBatch]:
-    """Returns the inputs of the first decoder block for each batch (`input_ids`, optional `attention_mask`)."""
-    first = next(iter(model.get_submodule(architecture.layers).children()))
+    """Returns the inputs of the first decoder block for each batch (`input_ids`, optional `attention_mask`).
+
+    The blocks themselves are passed over: each only records the arguments it is called with, which differ between
+    blocks where some attend to a sliding window.
+    """
+    layers = list(model.get_submodule(architecture.layers).children())
+    decoder = model.get_submodule(architecture.layers.rpartition(".")[0])
     device = model.get_submodule(architecture.embedding).weight.device
     collected = []
     for batch in batches:
-        ids = batch["input_ids"].to(device)
         mask = batch.get("attention_mask")
         keep = None if mask is None or bool(mask.all()) else mask.bool()
-        call = {"input_ids": ids, "use_cache": False}
-        if keep is not None:
+        call: dict[str, Any] = {"input_ids": batch["input_ids"].to(device), "use_cache": False}
+        if mask is not None and keep is not None:
             call["attention_mask"] = mask.to(device)
-        hidden, arguments = _capture(first, lambda call=call: model(**call))
-        collected.append(CalibrationBatch(_to_working(hidden), tree_map(_to_working, arguments), keep))
+        with _recorded(layers) as seen:
+            decoder(**call)
+        converted: dict[int, torch.Tensor] = {}  # blocks share their arguments: so do the copies
+        arguments = [tree_map(partial(_shared_copy, converted), kwargs) for _, kwargs in seen]
+        collected.append(CalibrationBatch(_to_working(seen[0][0]), arguments, keep))
     return collected
+
+
+@contextmanager
+def _recorded(layers: list[nn.Module]) -> Iterator[list[tuple[torch.Tensor, dict[str, Any]]]]:
+    """Replaces blocks by identities that record their calls."""
+    seen: list[tuple[torch.Tensor, dict[str, Any]]] = []
+
+    def record(hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        assert not args, "transformers calls decoder blocks with keyword arguments"
+        seen.append((hidden_states, kwargs))
+        return hidden_states
+
+    for layer in layers:
+        layer.forward = record
+    try:
+        yield seen
+    finally:
+        for layer in layers:
+            del layer.forward
+
+
+def _shared_copy(converted: dict[int, torch.Tensor], value: Any) -> Any:
+    if not isinstance(value, torch.Tensor):
+        return value
+    return converted.setdefault(id(value), _to_working(value))
+
+
+def _to_working(value: torch.Tensor) -> torch.Tensor:
+    return value.to(working_device(), torch.float32 if value.is_floating_point() else value.dtype)
 
 
 @contextmanager
@@ -115,19 +154,36 @@ class BlockSegments:
         self.attention_output = self.attention.get_submodule(architecture.attention_output)
         self.mlp_output = self.mlp.get_submodule(architecture.mlp_output)
 
+    def _compute(self) -> AbstractContextManager[Any]:
+        """Linears and attention in bfloat16 where that is fast; the residual stream stays float32."""
+        device = working_device()
+        return torch.autocast(device.type, torch.bfloat16, enabled=_fast_bfloat16(device))
+
     def attention_core(self, normed: torch.Tensor, arguments: dict[str, Any]) -> torch.Tensor:
         """Input of o_proj from the output of the attention norm."""
-        return _capture(self.attention_output, lambda: self.attention(hidden_states=normed, **arguments))[0]
+        with self._compute():
+            return _capture(self.attention_output, lambda: self.attention(hidden_states=normed, **arguments))[0].float()
+
+    def after_attention(self, hidden: torch.Tensor, core: torch.Tensor) -> torch.Tensor:
+        """The stream after o_proj."""
+        with self._compute():
+            return hidden + self.attention_output(core)
 
     def mlp_core(self, normed: torch.Tensor) -> torch.Tensor:
         """Input of down_proj from the output of the MLP norm."""
-        return _capture(self.mlp_output, lambda: self.mlp(normed))[0]
+        with self._compute():
+            return _capture(self.mlp_output, lambda: self.mlp(normed))[0].float()
+
+    def after_mlp(self, hidden: torch.Tensor, core: torch.Tensor) -> torch.Tensor:
+        """The stream after down_proj."""
+        with self._compute():
+            return hidden + self.mlp_output(core)
 
     def forward(self, hidden: torch.Tensor, arguments: dict[str, Any]) -> dict[str, torch.Tensor]:
         """The whole block: inputs of all linears, the stream after attention (`middle`) and the block's `output`."""
         attention_input = self.attention_norm(hidden)
         attention_core = self.attention_core(attention_input, arguments)
-        middle = hidden + self.attention_output(attention_core)
+        middle = self.after_attention(hidden, attention_core)
         mlp_input = self.mlp_norm(middle)
         mlp_core = self.mlp_core(mlp_input)
         return {
@@ -136,5 +192,5 @@ class BlockSegments:
             "middle": middle,
             "mlp_input": mlp_input,
             "mlp_core": mlp_core,
-            "output": middle + self.mlp_output(mlp_core),
+            "output": self.after_mlp(middle, mlp_core),
         }

@@ -103,7 +103,7 @@ def as_dataloader(batches: Iterable[torch.Tensor]) -> DataLoader[dict[str, torch
     """
     samples = [{"input_ids": batch, "attention_mask": torch.ones_like(batch)} for batch in batches]
     # batch_size None: the windows are batches already, no collation.
-    return DataLoader(samples, batch_size=None)  # type: ignore[arg-type]  # a list is a map-style data set
+    return DataLoader(samples, batch_size=None)  # a list is a map-style data set
 
 
 def _resolve_names(

@@ -26,6 +26,7 @@ class _Group:
     key: str
     linears: list[QuadLinear]
     names: str
+    everything: list[QuadLinear]  # those that stay in full precision as well
 
 
 class WeightPass:
@@ -62,8 +63,9 @@ class WeightPass:
             self.original = [batch.hidden for batch in self.stream]
 
     @torch.no_grad()
-    def run(self, layer: nn.Module) -> list[LinearReport]:
-        """Quantizes one block and moves the streams behind it."""
+    def run(self, index: int) -> list[LinearReport]:
+        """Quantizes block `index` and moves the streams behind it; to be called for every block in order."""
+        self._index, layer = index, self.layers[index]
         finished: list[tuple[QuadLinear, WeightScales]] = []
         with in_float32(layer):
             self._segments = BlockSegments(layer, self.architecture)
@@ -88,12 +90,13 @@ class WeightPass:
         for key, parent, names in parts:
             linears = [parent.get_submodule(name) for name in names]
             full = self.names[linears[0]].removesuffix(names[0]) + ",".join(names)
-            groups.append(_Group(key, [m for m in linears if not self.skipped(self.names[m])], full))
+            chosen = [linear for linear in linears if not self.skipped(self.names[linear])]
+            groups.append(_Group(key, chosen, full, linears))
         return groups
 
     def _switch(self, groups: list[_Group], on: bool) -> None:
         for group in groups:
-            for linear in group.linears:
+            for linear in group.everything:
                 linear.quantize_input = on and linear.input_quantization is not None
 
     def _original_inputs(self) -> list[dict[str, torch.Tensor]] | None:
@@ -102,7 +105,7 @@ class WeightPass:
             return None
         inputs = []
         for index, batch in enumerate(self.stream):
-            seen = self._segments.forward(self.original[index], batch.arguments)
+            seen = self._segments.forward(self.original[index], batch.arguments[self._index])
             self.original[index] = seen.pop("output")
             inputs.append(seen)
         return inputs
@@ -121,16 +124,18 @@ class WeightPass:
         attention, attention_output, mlp, mlp_output = groups
         inputs = [segments.attention_norm(batch.hidden) for batch in stream]
         yield self._solve(attention, self._moments(attention, inputs, originals), finished)
-        inputs = [segments.attention_core(x, batch.arguments) for x, batch in zip(inputs, stream, strict=True)]
+        inputs = [
+            segments.attention_core(x, batch.arguments[self._index]) for x, batch in zip(inputs, stream, strict=True)
+        ]
         yield self._solve(attention_output, self._moments(attention_output, inputs, originals), finished)
         for x, batch in zip(inputs, stream, strict=True):
-            batch.hidden = batch.hidden + segments.attention_output(x)
+            batch.hidden = segments.after_attention(batch.hidden, x)
         inputs = [segments.mlp_norm(batch.hidden) for batch in stream]
         yield self._solve(mlp, self._moments(mlp, inputs, originals), finished)
         inputs = [segments.mlp_core(x) for x in inputs]
         yield self._solve(mlp_output, self._moments(mlp_output, inputs, originals), finished)
         for x, batch in zip(inputs, stream, strict=True):
-            batch.hidden = batch.hidden + segments.mlp_output(x)
+            batch.hidden = segments.after_mlp(batch.hidden, x)
 
     def _moments(
         self, group: _Group, inputs: list[torch.Tensor], originals: list[dict[str, torch.Tensor]] | None
@@ -141,7 +146,10 @@ class WeightPass:
         moments = InputMoments(group.linears[0], originals is not None)
         for index, (x, batch) in enumerate(zip(inputs, self.stream, strict=True)):
             original = None if originals is None else batch.tokens(originals[index].pop(group.key))
-            moments.add(batch.tokens(x), original)
+            try:
+                moments.add(batch.tokens(x), original)
+            except ValueError as error:
+                raise ValueError(f"{group.names}: {error}") from error
         return moments
 
     def _solve(

@@ -27,6 +27,7 @@ def describe_linears(model: nn.Module, architecture: Architecture) -> tuple[bool
     Raises:
         ValueError: naming a linear that differs from the same role in the first block, or that cannot be stored.
     """
+    _refuse_other_quantization(model)
     formats: RoleFormats = {}
     for index, layer in enumerate(model.get_submodule(architecture.layers).children()):
         for path in architecture.linear_paths():
@@ -41,14 +42,25 @@ def describe_linears(model: nn.Module, architecture: Architecture) -> tuple[bool
     return all(_is_plain(f) for f in formats.values()), formats
 
 
+def _refuse_other_quantization(model: nn.Module) -> None:
+    """Only residual linears have a place for scales in the format."""
+    residuals = {module.residual for module in model.modules() if isinstance(module, QuadLinear)}
+    for name, module in model.named_modules():
+        if module not in residuals and getattr(module, "quantization_scheme", None) is not None:
+            raise ValueError(
+                f"{name} is quantized, but a QUAD checkpoint holds quantized weights in the linears of the decoder "
+                f"blocks only; add {name!r} to the quantizer's ignore list"
+            )
+
+
 def _is_plain(linear: LinearFormat) -> bool:
-    clip_is_stock = linear.input is None or linear.input.clip_ratio == 1.0
-    return linear.outliers_per_block == 0 and not linear.hadamard and clip_is_stock
+    # compressed-tensors has no clip ratio, and its packed format no quantized input without a quantized weight.
+    input_is_stock = linear.input is None or (linear.input.clip_ratio == 1.0 and linear.weight is not None)
+    return linear.outliers_per_block == 0 and not linear.hadamard and input_is_stock
 
 
 def _describe(module: QuadLinear, where: str) -> LinearFormat:
     split = module.split
-    quantized_input = module.input_quantization if module.quantize_input else None
     return LinearFormat(
         outliers_per_block=split.outliers,
         block=split.block,
@@ -58,12 +70,25 @@ def _describe(module: QuadLinear, where: str) -> LinearFormat:
         out_features=module.out_features,
         bias=module.bias is not None,
         weight=_weight_format(module, where),
-        input=None
-        if quantized_input is None
-        else InputFormat(
-            bits=quantized_input.bits, clip_ratio=quantized_input.clip_ratio, group_size=quantized_input.group_size
-        ),
+        input=_input_format(module, where),
     )
+
+
+def _input_format(module: QuadLinear, where: str) -> InputFormat | None:
+    scheme = getattr(module.residual, "quantization_scheme", None)
+    stock = None if scheme is None else scheme.input_activations
+    if stock is not None:  # a stock modifier quantizes the residual's input
+        if stock.type != "int" or not stock.dynamic or not stock.symmetric or stock.strategy not in ("token", "group"):
+            raise ValueError(
+                f"{where}: inputs of type {stock.type}, strategy {stock.strategy}, dynamic={stock.dynamic}, "
+                f"symmetric={stock.symmetric} cannot be stored; use DynamicActQuant, or symmetric dynamic integers per "
+                "token or group"
+            )
+        return InputFormat(bits=stock.num_bits, clip_ratio=1.0, group_size=stock.group_size)
+    ours = module.input_quantization if module.quantize_input else None
+    if ours is None:
+        return None
+    return InputFormat(bits=ours.bits, clip_ratio=ours.clip_ratio, group_size=ours.group_size)
 
 
 def _weight_format(module: QuadLinear, where: str) -> WeightFormat | None:
@@ -72,8 +97,8 @@ def _weight_format(module: QuadLinear, where: str) -> WeightFormat | None:
     arguments = module.residual.quantization_scheme.weights
     if arguments.type != "int" or arguments.num_bits not in (2, 4, 8) or arguments.strategy not in ("channel", "group"):
         raise ValueError(
-            f"{where}: weights of {arguments.num_bits} bits, type {arguments.type}, strategy {arguments.strategy} cannot "
-            "be stored; use int, 2, 4 or 8 bits, per channel or group"
+            f"{where}: weights of {arguments.num_bits} bits, type {arguments.type}, strategy {arguments.strategy} "
+            "cannot be stored; use int, 2, 4 or 8 bits, per channel or group"
         )
     return WeightFormat(bits=arguments.num_bits, group_size=arguments.group_size, symmetric=bool(arguments.symmetric))
 

@@ -81,7 +81,6 @@ class QuadFormat(_Strict):
     residual_basis: BasisFormat | None
     outlier: OutlierFormat = OutlierFormat()
     linears: dict[str, LinearFormat]
-    full_precision: list[str] = []
     low_rank: None = None
     kv_cache: None = None
 

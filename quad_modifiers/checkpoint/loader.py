@@ -30,7 +30,7 @@ class QuadQuantizationConfig(QuantizationConfigMixin):
     """`quantization_config` of a QUAD checkpoint, kept as it was read."""
 
     def __init__(self, **content: Any) -> None:
-        self.quant_method = QUANT_METHOD  # type: ignore[assignment]  # transformers' enum is closed
+        self.quant_method = QUANT_METHOD  # a plain string: transformers' enum is closed
         self.content = {key: value for key, value in content.items() if key != "quant_method"}
 
     @classmethod
@@ -88,8 +88,8 @@ def _architecture(model: nn.Module, quad: QuadFormat) -> Architecture:
     known = architectures()
     if quad.base_model_type not in known:
         raise ValueError(
-            f"the checkpoint's base model type {quad.base_model_type!r} is not supported by this installation; supported "
-            f"are {', '.join(sorted(known))}"
+            f"the checkpoint's base model type {quad.base_model_type!r} is not supported here; supported are "
+            f"{', '.join(sorted(known))}"
         )
     if model.config.model_type != quad_model_type(quad.base_model_type):
         raise ValueError(
@@ -148,15 +148,23 @@ def check_tensors(model: nn.Module, files: list[str]) -> None:
         shape, kind = found[name]
         if shape != tuple(needed[name].shape):
             problems.append(f"{name} has shape {list(shape)}, needed is {list(needed[name].shape)}")
-        elif kind.startswith(("F", "BF")) != needed[name].is_floating_point():
+        elif not _fits(kind, needed[name]):
             problems.append(f"{name} has dtype {kind}, needed is {needed[name].dtype}")
     if problems:
         more = f" and {len(problems) - _LISTED} more problems" if len(problems) > _LISTED else ""
         raise ValueError(f"the checkpoint does not fit its config: {'; '.join(sorted(problems)[:_LISTED])}{more}")
 
 
+def _fits(kind: str, needed: torch.Tensor) -> bool:
+    """Floating point is cast to the model's dtype; integers are words of bits and must be of the right width."""
+    if needed.is_floating_point():
+        return kind.startswith(("F", "BF"))
+    return kind == f"I{8 * needed.element_size()}"
+
+
 def _tied(model: nn.Module) -> set[str]:
-    return {"lm_head.weight"} if model.config.tie_word_embeddings else set()
+    """Names of tensors that a tied model shares and its checkpoint leaves out."""
+    return set(getattr(model, "_tied_weights_keys", None) or ()) if model.config.tie_word_embeddings else set()
 
 
 def register_loader() -> None:

@@ -6,6 +6,9 @@ numbers. A model type that it does not know stops it instead, and the type's tex
 holds the same text where a number belongs, which stock config classes refuse with the text in their message.
 """
 
+import json
+import warnings
+from pathlib import Path
 from typing import Any
 
 from huggingface_hub.dataclasses import strict
@@ -25,7 +28,11 @@ def quad_model_type(base: str) -> str:
 def register_models(model_types: list[str]) -> None:
     """Registers a config and a causal LM class for each stock model type; calling it again changes nothing."""
     for base in model_types:
-        if quad_model_type(base) not in CONFIG_MAPPING:
+        if base not in CONFIG_MAPPING or CONFIG_MAPPING[base] not in MODEL_FOR_CAUSAL_LM_MAPPING:
+            warnings.warn(
+                f"a plugin contributes the architecture {base!r}, which transformers does not know", stacklevel=2
+            )
+        elif quad_model_type(base) not in CONFIG_MAPPING:
             _register(base)
 
 
@@ -38,23 +45,39 @@ def _register(base: str) -> None:
     config_class = CONFIG_MAPPING[base]
     model_class = MODEL_FOR_CAUSAL_LM_MAPPING[config_class]
 
-    def from_dict(cls: Any, config_dict: dict[str, Any], **kwargs: Any) -> Any:
+    def from_dict(cls: Any, /, config_dict: dict[str, Any], **kwargs: Any) -> Any:
         """Reads a config.json without the tripwire."""
         if isinstance(config_dict.get(TRIPWIRE_FIELD), str):
             config_dict = {key: value for key, value in config_dict.items() if key != TRIPWIRE_FIELD}
         return super(quad_config, cls).from_dict(config_dict, **kwargs)
 
-    quad_config = strict(
+    def to_json_string(self: Any, use_diff: bool = True) -> str:
+        """The text of config.json, with the tripwire: a loaded model that is saved again must keep it."""
+        config = json.loads(super(quad_config, self).to_json_string(use_diff=use_diff))
+        set_tripwire(config)
+        return json.dumps(config, indent=2, sort_keys=True) + "\n"
+
+    def to_json_file(self: Any, json_file_path: Any, use_diff: bool = True) -> None:
+        """Writes a config.json with the tripwire: a loaded model that is saved again must be as safe."""
+        super(quad_config, self).to_json_file(json_file_path, use_diff)
+        path = Path(json_file_path)
+        content = json.loads(path.read_text(encoding="utf-8"))
+        set_tripwire(content)
+        path.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+    quad_config: Any = strict(
         type(
             f"Quad{config_class.__name__}",
             (config_class,),
             {
-                "__doc__": f"{config_class.__name__} of a QUAD checkpoint: hidden_size is not tied to the number of heads.",
+                "__doc__": f"{config_class.__name__} of a QUAD checkpoint; the heads need not divide hidden_size.",
                 "__module__": __name__,
                 "model_type": quad_model_type(base),
                 # head_dim is explicit, so the stock rule that the heads divide hidden_size does not apply.
                 "validate_architecture": lambda self: None,
                 "from_dict": classmethod(from_dict),
+                "to_json_file": to_json_file,
+                "to_json_string": to_json_string,
             },
         )
     )

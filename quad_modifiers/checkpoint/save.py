@@ -154,11 +154,10 @@ def _tensors(model: nn.Module, plain: bool) -> Iterator[tuple[str, torch.Tensor]
 
 
 def _residual_tensors(module: QuadLinear, prefix: str) -> Iterator[tuple[str, torch.Tensor]]:
-    quantized = module.integer_weight()
-    if quantized is None:
+    quantized, bits = module.integer_weight(), module.weight_bits()
+    if quantized is None or bits is None:
         yield f"{prefix}.weight", module.residual.weight.data.contiguous()
         return
-    bits = module.weight_bits()
     yield f"{prefix}.weight_packed", pack_int32(quantized.integers, bits).contiguous()
     yield f"{prefix}.weight_scale", quantized.scale.data.contiguous()
     yield f"{prefix}.weight_shape", torch.tensor(quantized.integers.shape, dtype=torch.int64)

@@ -106,9 +106,7 @@ def _generate(model: torch.nn.Module, tokenizer: PreTrainedTokenizerBase) -> str
     """Return the model's greedy answer to the demonstration's question."""
     messages = [{"role": "user", "content": _PROMPT}]
     inputs = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_tensors="pt", return_dict=True)
-    output = model.generate(  # type: ignore[operator]  # every causal language model has generate
-        **inputs, do_sample=False, max_new_tokens=_NEW_TOKENS, pad_token_id=tokenizer.eos_token_id
-    )
+    output = model.generate(**inputs, do_sample=False, max_new_tokens=_NEW_TOKENS, pad_token_id=tokenizer.eos_token_id)
     return str(tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)).strip()
 
 

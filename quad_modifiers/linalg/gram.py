@@ -2,6 +2,8 @@
 
 import torch
 
+_BLOCK = 256  # columns per product
+
 
 class StreamingGram:
     """Accumulates X^T X over chunks of activations; the chunking does not change the result.
@@ -28,10 +30,12 @@ class StreamingGram:
         if activations.shape[-1] != size:
             raise ValueError(f"activations have {activations.shape[-1]} coordinates, the Gram matrix has {size}")
         x = activations.reshape(-1, size).float()
-        product = x.T @ x
-        if not torch.isfinite(product).all():
-            raise ValueError(f"{int((~torch.isfinite(x)).sum())} calibration activations are NaN or infinite")
-        self.total += product.to(self.total)
+        for start in range(0, size, _BLOCK):
+            # Upper block triangle only: the matrix is symmetric.
+            product = x[:, start : start + _BLOCK].T @ x[:, start:]
+            if not torch.isfinite(product).all():
+                raise ValueError(f"{int((~torch.isfinite(x)).sum())} calibration activations are NaN or infinite")
+            self.total[start : start + _BLOCK, start:] += product
         self.tokens += x.shape[0]
 
     def mean(self) -> torch.Tensor:
@@ -42,4 +46,5 @@ class StreamingGram:
         """
         if self.tokens == 0:
             raise ValueError("the Gram matrix saw no calibration tokens")
-        return self.total / self.tokens
+        upper = self.total.triu()
+        return (upper + upper.triu(1).T) / self.tokens

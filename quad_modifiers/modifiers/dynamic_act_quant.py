@@ -82,6 +82,7 @@ class DynamicActQuant(Modifier):
         for name, module in state.model.named_modules():
             if not isinstance(module, QuadLinear):
                 continue
+            module.take_bias()
             module.quantize_input = True
             if self.group_size is not None and module.split.residual_width % self.group_size:
                 raise ValueError(

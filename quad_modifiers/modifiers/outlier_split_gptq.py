@@ -15,7 +15,7 @@ from compressed_tensors.quantization import (
 )
 from llmcompressor.core import State
 from llmcompressor.modifiers import Modifier
-from pydantic import Field, PrivateAttr
+from pydantic import Field, PrivateAttr, model_validator
 from torch import nn
 
 from quad_modifiers.calibration.weight_pass import WeightPass
@@ -66,13 +66,19 @@ class OutlierSplitGPTQ(Modifier):
     group_size: int | None = Field(default=None, ge=8)
     symmetric: bool = True
     clip_search: bool = True
-    scale_candidates: list[float] = [1.0]
+    scale_candidates: list[float] = Field(default=[1.0], min_length=1)
     activation_order: bool = True
     damping: float = Field(default=0.01, ge=0.0, le=1.0)
     block_size: int = Field(default=128, ge=1)
     sweeps: int = Field(default=0, ge=0)
     error_correction: float = Field(default=0.0, ge=0.0, le=1.0)
-    ignore: list[str] = ["lm_head"]
+    ignore: list[str] = Field(default=["lm_head"])
+
+    @model_validator(mode="after")
+    def _check_bits(self) -> "OutlierSplitGPTQ":
+        if self.bits == 8 and not self.symmetric:
+            raise ValueError("bits 8 needs symmetric true: 9-bit differences do not survive in bfloat16 weights")
+        return self
 
     _reports: list[LinearReport] = PrivateAttr(default_factory=list)
     _seconds: float = PrivateAttr(default=0.0)
@@ -93,20 +99,32 @@ class OutlierSplitGPTQ(Modifier):
         logger.info("OutlierSplitGPTQ: %s, %d bits, %s", self.method, self.bits, self._granularity())
         start = time.perf_counter()
         weight_pass = WeightPass(model, architecture, batches, self._settings(), self._freeze, self._is_ignored)
-        for layer in layer_progress(weight_pass.layers, "quantizing"):
-            self._reports += weight_pass.run(layer)
+        for index in layer_progress(range(len(weight_pass.layers)), "quantizing"):
+            self._reports += weight_pass.run(index)
         self._seconds = time.perf_counter() - start
 
     def on_finalize(self, state: State, **kwargs: Any) -> bool:
         """Logs the error of every group of linears."""
         if self._reports:
-            rows = [
-                (r.name, f"{r.decibels:.1f}", f"{r.damping:g}" if r.attempts else "-", str(r.attempts or "-"))
-                for r in self._reports
-            ]
-            text = table(("linears", "SNR [dB]", "damping", "attempts"), rows)
-            logger.info("OutlierSplitGPTQ took %.0f s\n%s", self._seconds, text)
+            logger.info(
+                "OutlierSplitGPTQ took %.0f s; signal to error of each output [dB]\n%s",
+                self._seconds,
+                self._error_table(),
+            )
         return True
+
+    def _error_table(self) -> str:
+        """One row per block, one column per group of linears; a damping that had to grow is marked."""
+        rows: dict[str, dict[str, str]] = {}
+        for report in self._reports:
+            parts = report.name.split(".")
+            block, group = ".".join(parts[:-2]), parts[-1]
+            grown = f" (damping {report.damping:g} after {report.attempts} attempts)" if report.attempts > 1 else ""
+            rows.setdefault(block, {})[group] = f"{report.decibels:.1f}{grown}"
+        groups = list(dict.fromkeys(group for row in rows.values() for group in row))
+        return table(
+            ("block", *groups), [(block, *(row.get(group, "-") for group in groups)) for block, row in rows.items()]
+        )
 
     def _granularity(self) -> str:
         return "one scale per output channel" if self.group_size is None else f"groups of {self.group_size}"

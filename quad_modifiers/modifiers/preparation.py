@@ -74,6 +74,9 @@ def begin_own_pass(model: nn.Module) -> None:
         raise ValueError(
             "QUAD modifiers calibrate one after the other; use llm-compressor's default, pipeline='independent'"
         )
+    for module in model.modules():
+        if isinstance(module, QuadLinear):
+            module.take_bias()
 
 
 def calibration_batches(state: State) -> list[dict[str, torch.Tensor]]:
@@ -101,6 +104,6 @@ def _tokenizer_of(model: nn.Module):  # type: ignore[no-untyped-def]
         return AutoTokenizer.from_pretrained(source)
     except (OSError, ValueError) as error:
         raise ValueError(
-            f"no dataset was given and no tokenizer was found beside the model ({source!r}), so the default text cannot "
-            "be tokenized; give `dataset` as token ids, or `tokenizer` with quad_modifiers.oneshot"
+            f"no dataset was given and no tokenizer was found beside the model ({source!r}), so the default text "
+            "cannot be tokenized; give `dataset` as token ids, or `tokenizer` with quad_modifiers.oneshot"
         ) from error

@@ -55,7 +55,7 @@ class SVDOutlierProjection(Modifier):
     basis: Literal["extended", "square"] = "extended"
     rotation: Literal["hadamard", "random", "none"] = "hadamard"
     seed: int = 0
-    online_rotation: list[Literal["o_proj", "down_proj"]] = ["o_proj", "down_proj"]
+    online_rotation: list[Literal["o_proj", "down_proj"]] = Field(default=["o_proj", "down_proj"])
     o_proj_rank_per_head: int = Field(default=0, ge=0)
     down_proj_rank: int = Field(default=0, ge=0)
 

@@ -48,8 +48,7 @@ class QuadLinear(nn.Module):
         self.quantize_input = False  # off until every earlier modifier has seen the unquantized activations
         self.outlier: nn.Linear | None = None
         self.residual: nn.Module = linear
-        self.register_parameter("bias", linear.bias)
-        linear.bias = None
+        self.register_parameter("bias", None)  # stays with the linear until `take_bias`
 
     @classmethod
     def from_parts(
@@ -64,6 +63,17 @@ class QuadLinear(nn.Module):
         if bias:
             container.bias = nn.Parameter(torch.empty(residual.out_features, dtype=dtype), requires_grad=False)
         return container
+
+    def take_bias(self) -> None:
+        """Moves the bias from the wrapped linear to the container.
+
+        Not before the modifiers that come earlier in a recipe are done: SmoothQuant scales a linear with its bias.
+        """
+        if isinstance(self.residual, nn.Linear) and self.residual.bias is not None:
+            bias = self.residual.bias.detach()
+            del self.residual.bias  # llm-compressor's offloading cannot overwrite a tensor with None
+            self.residual.register_parameter("bias", None)
+            self.bias = nn.Parameter(bias, requires_grad=False)
 
     @property
     def in_features(self) -> int:

@@ -61,7 +61,7 @@ def collect_statistics(
             with in_float32(layer):
                 segments = BlockSegments(layer, architecture)
                 for batch in stream:
-                    seen = segments.forward(batch.hidden, batch.arguments)
+                    seen = segments.forward(batch.hidden, batch.arguments[index])
                     residual.add(batch.tokens(_normalized(batch.hidden, geometry.eps)))
                     residual.add(batch.tokens(_normalized(seen["middle"], geometry.eps)))
                     values = batch.tokens(seen["attention_core"]).unflatten(
@@ -70,6 +70,8 @@ def collect_statistics(
                     for head, gram in enumerate(head_grams):
                         gram.add(values[:, head])
                     energy += batch.tokens(seen["mlp_core"]).double().square().sum(0)
+                    if not torch.isfinite(seen["output"]).all():  # no norm comes after the last block
+                        raise ValueError("its output is NaN or infinite")
                     batch.hidden = seen["output"]
         except ValueError as error:
             raise ValueError(f"layer {index}: {error}") from error

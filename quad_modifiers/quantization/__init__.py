@@ -1,1 +1,1 @@
-"""Weight quantization: integer grids and GPTQ around full-precision columns; imports torch only."""
+"""Weight quantization: integer grids and GPTQ around full-precision columns; imports torch, `nn` and `linalg` only."""

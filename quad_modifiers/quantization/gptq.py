@@ -49,21 +49,22 @@ def damp(hessian: torch.Tensor, quantized: int, damping: float) -> tuple[torch.T
     if not torch.isfinite(hessian).all():
         raise ValueError("the Hessian has NaN or infinite entries")
     size = hessian.shape[0]
-    level = hessian.diagonal()[:quantized].mean().clamp(min=torch.finfo(hessian.dtype).tiny)
+    identity = torch.eye(size, dtype=hessian.dtype, device=hessian.device)
+    level = hessian.diagonal()[:quantized].mean()
+    level = torch.where(level > torch.finfo(torch.float32).tiny, level, torch.ones_like(level))  # inputs all zero
     attempts = 0
-    while True:
+    while damping <= MAX_DAMPING:
         attempts += 1
-        damped = hessian + torch.eye(size, dtype=hessian.dtype, device=hessian.device) * (damping * level)
-        lower, failed = torch.linalg.cholesky_ex(damped)
+        damped = hessian + identity * (damping * level)
+        # With J the reversal of the order, J H J = L L^T gives H^-1 = U^T U for the upper triangular U = J L^-1 J:
+        # one factorization and one triangular solve instead of two factorizations and an inverse.
+        lower, failed = torch.linalg.cholesky_ex(damped.flip(0, 1))
         if not failed:
-            factor, failed = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower), upper=True)
-            if not failed and torch.isfinite(factor).all():
+            factor = torch.linalg.solve_triangular(lower, identity, upper=False).flip(0, 1)
+            if torch.isfinite(factor).all():
                 return damped, factor, damping, attempts
         damping = max(damping * 10, 1e-4)
-        if damping > MAX_DAMPING:
-            raise ValueError(
-                f"the Hessian cannot be factorized even with damping {MAX_DAMPING}; use more calibration text"
-            )
+    raise ValueError(f"the Hessian cannot be factorized even with damping {MAX_DAMPING}; use more calibration text")
 
 
 def _round_block(
@@ -110,7 +111,7 @@ def quantize_columns(
     Raises:
         ValueError: from `damp`, or if shapes disagree.
     """
-    out, columns = weight.shape
+    columns = weight.shape[1]
     if hessian.shape != (columns, columns):
         raise ValueError(f"the Hessian is {tuple(hessian.shape)}, the weight has {columns} columns")
     order = torch.arange(columns, device=weight.device)
@@ -131,8 +132,10 @@ def quantize_columns(
         )
         work[stop:].addmm_(factor[start:stop, stop:].T, errors, alpha=-1)
     transposed = WeightScales(scale_t, zero_t)
-    for _ in range(sweeps):
-        _descend(integers, transposed, target, damped, quantized, grid, block_size)
+    if sweeps:
+        reduced = _without_outliers(damped, quantized)
+        for _ in range(sweeps):
+            _descend(integers, transposed, target[:quantized], reduced, grid, block_size)
     delta = dequantize(integers, transposed) - target[:quantized]
     absorbed = _absorb(delta, damped, quantized)
     full_delta = torch.cat([delta, absorbed])
@@ -148,12 +151,26 @@ def quantize_columns(
     )
 
 
+def _outlier_response(hessian: torch.Tensor, quantized: int) -> torch.Tensor:
+    """-H_oo^-1 H_oq, `[r, quantized]`: how the full-precision columns best follow a change of the quantized ones."""
+    lower = torch.linalg.cholesky(hessian[quantized:, quantized:])
+    half = torch.linalg.solve_triangular(lower, hessian[quantized:, :quantized], upper=False)
+    return -torch.linalg.solve_triangular(lower.T, half, upper=True)
+
+
 def _absorb(delta: torch.Tensor, hessian: torch.Tensor, quantized: int) -> torch.Tensor:
     """Change of the full-precision columns that minimizes the loss given the rounding errors, `[r, out]`."""
     if quantized == hessian.shape[0]:
         return delta[:0]
-    coupling = hessian[quantized:, :quantized] @ delta
-    return -torch.cholesky_solve(coupling, torch.linalg.cholesky(hessian[quantized:, quantized:]))
+    return _outlier_response(hessian, quantized) @ delta
+
+
+def _without_outliers(hessian: torch.Tensor, quantized: int) -> torch.Tensor:
+    """Schur complement: the loss as a function of the quantized columns, the others always following optimally."""
+    corner = hessian[:quantized, :quantized]
+    if quantized == hessian.shape[0]:
+        return corner
+    return corner + hessian[:quantized, quantized:] @ _outlier_response(hessian, quantized)
 
 
 def _descend(
@@ -161,31 +178,26 @@ def _descend(
     scales: WeightScales,
     target: torch.Tensor,
     hessian: torch.Tensor,
-    quantized: int,
     grid: IntegerGrid,
     block_size: int,
 ) -> None:
-    """One sweep of coordinate descent over the integers, in place; all `[n, out]` (transposed)."""
-    reduced = hessian[:quantized, :quantized]
-    if quantized < hessian.shape[0]:
-        outlier = hessian[quantized:, quantized:]
-        cross = hessian[quantized:, :quantized]
-        reduced = reduced - cross.T @ torch.cholesky_solve(cross, torch.linalg.cholesky(outlier))
-    gradient = reduced @ (dequantize(integers, scales) - target[:quantized])
-    diagonal = reduced.diagonal()
-    for start in range(0, quantized, block_size):
-        stop = min(start + block_size, quantized)
+    """One sweep of coordinate descent over the integers, in place; tensors are `[n, out]` (transposed)."""
+    columns = integers.shape[0]
+    gradient = hessian @ (dequantize(integers, scales) - target)
+    inverse_step = 1.0 / (hessian.diagonal().unsqueeze(1) * scales.scale)
+    for start in range(0, columns, block_size):
+        stop = min(start + block_size, columns)
         local = gradient[start:stop].clone()
         change = torch.empty_like(local)
         for i in range(stop - start):
             j = start + i
             q = integers[j]
-            best = (q - local[i] / (diagonal[j] * scales.scale[j])).round_().clamp_(grid.low, grid.high)
+            best = torch.addcmul(q, local[i], inverse_step[j], value=-1).round_().clamp_(grid.low, grid.high)
             change[i] = (best - q) * scales.scale[j]
             integers[j] = best
             if i + 1 < stop - start:
-                local[i + 1 :].addr_(reduced[start + i + 1 : stop, j], change[i])
-        gradient.addmm_(reduced[:, start:stop], change)
+                local[i + 1 :].addr_(hessian[start + i + 1 : stop, j], change[i])
+        gradient.addmm_(hessian[:, start:stop], change)
 
 
 __all__ = ["GptqResult", "damp", "quantize_columns", "round_to_grid"]

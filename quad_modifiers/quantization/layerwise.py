@@ -5,6 +5,8 @@ from dataclasses import dataclass
 
 import torch
 
+from quad_modifiers.linalg import StreamingGram
+from quad_modifiers.nn.input_split import InputQuantization
 from quad_modifiers.nn.quad_linear import QuadLinear
 from quad_modifiers.quantization.gptq import GptqResult, quantize_columns
 from quad_modifiers.quantization.grid import (
@@ -44,25 +46,36 @@ class InputMoments:
         self.linear = linear
         size = linear.split.residual_width + linear.split.rank
         device = linear.residual.weight.device
-        self.hessian = torch.zeros(size, size, dtype=torch.float64, device=device)
-        self.drift = torch.zeros_like(self.hessian) if error_correction else None
-        self.tokens = 0
+        self._gram = StreamingGram(size, device)
+        self._cross = torch.zeros(size, size, dtype=torch.float64, device=device) if error_correction else None
 
     def add(self, x: torch.Tensor, original: torch.Tensor | None) -> None:
         """Adds inputs `[n, width]` of the quantized model and, for error correction, of the original model.
 
         The Hessian is taken of what the runtime computes with: residual coordinates after input quantization.
         """
-        quantizer = self.linear.input_quantization
+        seen = self._columns(x, self.linear.input_quantization)
+        self._gram.add(seen)
+        if self._cross is not None and original is not None:
+            # bfloat16 is several times faster, and its relative error counts only against the small difference.
+            difference = (self._columns(original, None) - seen).bfloat16()
+            self._cross += difference.T @ seen.bfloat16()
+
+    def _columns(self, x: torch.Tensor, quantization: InputQuantization | None) -> torch.Tensor:
         outlier, residual = self.linear.split(x)
-        seen = residual if quantizer is None else quantizer.fake(residual)
-        seen = seen if outlier is None else torch.cat([seen, outlier], dim=-1)
-        self.hessian += (seen.T @ seen).double()
-        self.tokens += x.shape[0]
-        if self.drift is not None and original is not None:
-            outlier, residual = self.linear.split(original)
-            wanted = residual if outlier is None else torch.cat([residual, outlier], dim=-1)
-            self.drift += ((wanted - seen).T @ seen).double()
+        if quantization is not None:
+            residual = quantization.fake(residual)
+        return residual if outlier is None else torch.cat([residual, outlier], dim=-1)
+
+    @property
+    def hessian(self) -> torch.Tensor:
+        """Mean of x_seen x_seen^T, `[n, n]`, float64."""
+        return self._gram.mean()
+
+    @property
+    def drift(self) -> torch.Tensor | None:
+        """Mean of (x_original - x_seen) x_seen^T, `[n, n]`, float64; None without error correction."""
+        return None if self._cross is None else self._cross / self._gram.tokens
 
 
 @dataclass
@@ -71,8 +84,8 @@ class LinearReport:
 
     Attributes:
         name: the linears.
-        error: expected squared output error over expected squared output, in decibels are 10 log10 of it.
-        damping: damping used; attempts: factorizations tried.
+        error: expected squared output error over expected squared output.
+        damping: damping used, as a fraction of the mean residual diagonal.
         attempts: Cholesky factorizations tried, 0 for RTN.
     """
 
@@ -120,7 +133,7 @@ def quantize_group(
             result = _gptq(weight, columns, moments, settings, scale_dtype)
         except ValueError as problem:
             raise ValueError(f"{name}: {problem}") from problem
-        hessian = (moments.hessian / moments.tokens).to(weight)
+        hessian = moments.hessian.to(weight)
         relative = float(result.loss.sum() / ((weight @ hessian) * weight).sum().clamp(min=1e-30))
     return _write_back(linears, result, columns), LinearReport(name, relative, result.damping, result.attempts)
 
@@ -167,12 +180,8 @@ def _gptq(
     settings: WeightQuantization,
     scale_dtype: torch.dtype,
 ) -> GptqResult:
-    if moments.tokens == 0:
-        raise ValueError("no calibration token reached this layer")
-    hessian = moments.hessian / moments.tokens
-    target = weight
-    if moments.drift is not None:
-        target = _corrected(weight, hessian, moments.drift / moments.tokens, columns, settings)
+    hessian, drift = moments.hessian, moments.drift
+    target = weight if drift is None else _corrected(weight, hessian, drift, columns, settings)
     base = _initial_scales(target[:, :columns], hessian.diagonal()[:columns], settings, scale_dtype)
     best: GptqResult | None = None
     for candidate in settings.scale_candidates:
@@ -203,7 +212,9 @@ def _corrected(
     """
     level = hessian.diagonal()[:columns].mean() * settings.damping
     damped = hessian + torch.eye(len(hessian), dtype=hessian.dtype, device=hessian.device) * level
-    change = torch.cholesky_solve((weight.double() @ drift).T, torch.linalg.cholesky(damped)).T
+    lower = torch.linalg.cholesky(damped)
+    half = torch.linalg.solve_triangular(lower, (weight.to(drift) @ drift).T, upper=False)
+    change = torch.linalg.solve_triangular(lower.T, half, upper=True).T
     return weight + settings.error_correction * change.to(weight)
 
 

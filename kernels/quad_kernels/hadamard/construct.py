@@ -135,7 +135,10 @@ def _paley(order: int) -> torch.Tensor:
 
 @cache
 def _factorize(n: int) -> tuple[int, ...] | None:
-    """Hadamard orders whose product is n, each at most MAX_DENSE_ORDER; fewest and most balanced first."""
+    """Hadamard orders whose product is n, each at most MAX_DENSE_ORDER, or None.
+
+    The smallest Paley order that holds the odd part of n comes first, then balanced powers of two.
+    """
     power = n & -n
     odd = n // power
     if odd == 1:
@@ -200,9 +203,11 @@ def _small_hadamard(order: int) -> torch.Tensor:
     return _paley(order)
 
 
+@lru_cache(maxsize=64)
 def hadamard_factor(order: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-    """Returns one dense factor scaled to be orthonormal, `[order, order]`."""
-    return (_small_hadamard(order).to(torch.float64) / order**0.5).to(device=device, dtype=dtype)
+    """Returns one dense factor scaled to be orthonormal, `[order, order]`; cached, not to be written to."""
+    with torch.inference_mode(False), torch.device("cpu"):  # a cached tensor outlives the mode of its first caller
+        return (_small_hadamard(order).to(torch.float64) / order**0.5).to(device=device, dtype=dtype)
 
 
 def hadamard_matrix(size: int) -> torch.Tensor:

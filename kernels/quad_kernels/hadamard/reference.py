@@ -22,7 +22,8 @@ def apply_hadamard(x: torch.Tensor, plan: HadamardPlan) -> torch.Tensor:
         raise ValueError(f"the last dimension of x is {x.shape[-1]}, the transform is for {plan.size}")
     compute = torch.float64 if x.dtype == torch.float64 else torch.float32
     y = x.to(compute).reshape(-1, *plan.factors)
-    for axis, order in enumerate(plan.factors, start=1):
-        factor = hadamard_factor(order, compute, x.device)
-        y = (y.movedim(axis, -1) @ factor).movedim(-1, axis)
+    with torch.autocast(x.device.type, enabled=False):
+        for axis, order in enumerate(plan.factors, start=1):
+            factor = hadamard_factor(order, compute, x.device)
+            y = (y.movedim(axis, -1) @ factor).movedim(-1, axis)
     return y.reshape(x.shape).to(x.dtype)

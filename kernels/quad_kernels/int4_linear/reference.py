@@ -2,7 +2,7 @@
 
 import torch
 
-_EXACT_FLOAT32 = 2**24  # integers up to here are exact in float32, whatever the order of summation
+_EXACT_FLOAT32 = 2**24  # sums of integers up to here are exact in float32, whatever the order of summation
 
 
 def int4_linear(
@@ -24,16 +24,32 @@ def int4_linear(
         weight_scale: `[out, 1]` or `[out, w_groups]`.
         weight_zero_point: like `weight_scale`, or None for a symmetric grid.
     """
+    with torch.autocast(x.device.type, enabled=False):  # the integer sum must stay exact
+        return _linear(x, x_scale, weight, weight_scale, weight_zero_point)
+
+
+def _linear(
+    x: torch.Tensor,
+    x_scale: torch.Tensor,
+    weight: torch.Tensor,
+    weight_scale: torch.Tensor,
+    weight_zero_point: torch.Tensor | None,
+) -> torch.Tensor:
     k = x.shape[-1]
-    compute = torch.float32 if k * 1024 <= _EXACT_FLOAT32 else torch.float64
-    wide = weight.to(compute)
+    wide, narrow = weight.float(), x.float()
     if weight_zero_point is not None:
-        wide = wide - _expand(weight_zero_point.to(compute), k)
+        wide = wide - _expand(weight_zero_point.float(), k)
     if x_scale.shape[-1] == 1 and weight_scale.shape[-1] == 1:
-        total = (x.to(compute) @ wide.T).float()
+        largest_sum = k * _largest(narrow) * _largest(wide)
+        compute = torch.float32 if largest_sum <= _EXACT_FLOAT32 else torch.float64
+        total = (narrow.to(compute) @ wide.to(compute).T).float()
         return total * x_scale.float() * weight_scale.float().squeeze(-1)
-    scaled_x = x.float() * _expand(x_scale.float(), k)
-    return scaled_x @ (wide.float() * _expand(weight_scale.float(), k)).T
+    scaled_x = narrow * _expand(x_scale.float(), k)
+    return scaled_x @ (wide * _expand(weight_scale.float(), k)).T
+
+
+def _largest(integers: torch.Tensor) -> float:
+    return float(integers.abs().max()) if integers.numel() else 0.0
 
 
 def _expand(scale: torch.Tensor, columns: int) -> torch.Tensor:

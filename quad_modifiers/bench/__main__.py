@@ -1,0 +1,83 @@
+"""Command line of the measurements."""
+
+import argparse
+import json
+import statistics
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+
+from quad_modifiers.bench.measure import Measurement, environment, measure
+from quad_modifiers.bench.rows import GPTQ_SPEED, QUALITY, ROWS
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs the chosen rows, appends each to a JSON-lines file, and prints the table of that file."""
+    parser = argparse.ArgumentParser(prog="python -m quad_modifiers.bench", description=__doc__)
+    parser.add_argument("what", choices=("quality", "gptq-speed", "table"))
+    parser.add_argument("--models", nargs="+", default=["smollm2", "qwen"], choices=("smollm2", "qwen"))
+    parser.add_argument("--rows", nargs="+", choices=sorted(ROWS), help="default: all of the table")
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0])
+    parser.add_argument("--samples", type=int, default=128, help="calibration windows of 512 tokens")
+    parser.add_argument("--folder", type=Path, default=Path("outputs"), help="where the original models are kept")
+    parser.add_argument("--results", type=Path, default=Path("docs/benchmarks/quality.jsonl"))
+    options = parser.parse_args(arguments)
+    if options.what != "table":
+        default = GPTQ_SPEED if options.what == "gptq-speed" else QUALITY
+        for model in options.models:
+            for row in options.rows or list(default):
+                for seed in options.seeds:
+                    found = measure(row, model, options.folder / model, seed, options.samples)
+                    _append(options.results, found)
+                    print(
+                        f"{model} {row} seed {seed}: perplexity {found.perplexity:.3f}, {found.seconds:.0f} s",
+                        flush=True,
+                    )
+    print(render(_read(options.results)))
+    return 0
+
+
+def _append(results: Path, found: Measurement) -> None:
+    results.parent.mkdir(parents=True, exist_ok=True)
+    with results.open("a") as file:
+        file.write(json.dumps({**asdict(found), **environment()}) + "\n")
+
+
+def _read(results: Path) -> list[Measurement]:
+    fields = Measurement.__dataclass_fields__
+    latest: dict[tuple[str, str, int, int], Measurement] = {}
+    for line in results.read_text().splitlines():
+        found = Measurement(**{key: value for key, value in json.loads(line).items() if key in fields})
+        latest[found.model, found.row, found.seed, found.samples] = found
+    return list(latest.values())
+
+
+def render(found: list[Measurement]) -> str:
+    """Returns a Markdown table; several seeds of a row become median and range."""
+    lines = [
+        "| model | recipe | perplexity | / full precision | size | time | peak memory |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for model in dict.fromkeys(m.model for m in found):
+        reference = next((m.perplexity for m in found if m.model == model and m.row == "full_precision"), None)
+        for key, row in ROWS.items():
+            group = [m for m in found if m.model == model and m.row == key]
+            if group:
+                lines.append(_line(model, row.title, group, reference))
+    return "\n".join(lines)
+
+
+def _line(model: str, title: str, group: list[Measurement], reference: float | None) -> str:
+    values = [m.perplexity for m in group]
+    middle = statistics.median(values)
+    spread = f" ({min(values):.2f} to {max(values):.2f}, {len(values)} seeds)" if len(values) > 1 else ""
+    ratio = "" if reference is None else f"{middle / reference:.3f}"
+    size = f"{group[0].checkpoint_bytes / 1e6:.0f} MB" if group[0].checkpoint_bytes else ""
+    seconds = statistics.median(m.seconds for m in group)
+    peak = statistics.median(m.peak_bytes for m in group)
+    time = f"{seconds:.0f} s" if seconds else ""
+    return f"| {model} | {title} | {middle:.2f}{spread} | {ratio} | {size} | {time} | {peak / 1e9:.1f} GB |"
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,68 @@
+"""The rows of the quality table: what is compared, and how."""
+
+from dataclasses import dataclass
+
+_PEER = """
+peer_stage:
+  peer_modifiers:
+    SpinQuantModifier:
+      rotations: [R1, R2, R4]
+      transform_type: random-hadamard
+    GPTQModifier:
+      ignore: [lm_head]
+      config_groups:
+        group_0:
+          targets: [Linear]
+          weights: {num_bits: 4, type: int, symmetric: true, strategy: channel}
+          input_activations: {num_bits: 4, type: int, symmetric: true, strategy: token, dynamic: true}
+"""
+
+_STOCK_GPTQ = """
+stock_stage:
+  stock_modifiers:
+    GPTQModifier:
+      ignore: [lm_head]
+      config_groups:
+        group_0:
+          targets: [Linear]
+          weights: {num_bits: 4, type: int, symmetric: true, strategy: channel}
+"""
+
+_OWN_GPTQ = """
+quad_stage:
+  quad_modifiers:
+    OutlierSplitGPTQ: {bits: 4}
+"""
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of a table.
+
+    Attributes:
+        title: as printed.
+        recipe: name or text of a recipe; None measures the model as it is.
+    """
+
+    title: str
+    recipe: str | None
+
+
+QUALITY = {
+    "full_precision": Row("full precision (bf16)", None),
+    "rtn_w4a4": Row("RTN W4A4", "rtn_w4a4"),
+    "spinquant_gptq_w4a4": Row("llm-compressor SpinQuant (R1, R2, R4) + GPTQ, W4A4", _PEER),
+    "quarot_w4a4": Row("quarot_w4a4", "quarot_w4a4"),
+    "quad_w4a4": Row("quad_w4a4", "quad_w4a4"),
+    "quad_w4a4_square": Row("quad_w4a4_square", "quad_w4a4_square"),
+    "smoothquant_quad_w4a4": Row("smoothquant_quad_w4a4", "smoothquant_quad_w4a4"),
+    "quad_w4a4a8": Row("quad_w4a4a8", "quad_w4a4a8"),
+    "quad_w4a16": Row("quad_w4a16", "quad_w4a16"),
+}
+
+GPTQ_SPEED = {
+    "stock_gptq": Row("llm-compressor GPTQModifier, W4A16 per channel", _STOCK_GPTQ),
+    "own_gptq": Row("OutlierSplitGPTQ with its defaults, W4A16 per channel", _OWN_GPTQ),
+}
+
+ROWS = QUALITY | GPTQ_SPEED

@@ -1,0 +1,301 @@
+"""docs/reference/checkpoint-format.md is enough to write a runtime: this one, in NumPy, was written from it.
+
+It uses nothing of this project but `oneshot`, which makes the checkpoints, and the loaded model's linears, whose
+outputs it must reproduce. Section names are those of the page.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.numpy import load_file
+from transformers import AutoModelForCausalLM
+
+from quad_modifiers import oneshot
+
+Section = dict[str, Any]
+
+
+# Packing
+
+
+def unpack(words: np.ndarray, bits: int, count: int) -> np.ndarray:
+    """Fields of int32 words along the last axis, `[..., count]`."""
+    per_word = 32 // bits
+    index = np.arange(count)
+    shift = (bits * (index % per_word)).astype(np.uint32)
+    fields = (words.view(np.uint32)[..., index // per_word] >> shift) & np.uint32(2**bits - 1)
+    return fields.astype(np.int64) - 2 ** (bits - 1)
+
+
+# The transform
+
+
+def prime_power(q: int) -> tuple[int, int] | None:
+    if q < 2:
+        return None
+    p = next(p for p in range(2, q + 1) if q % p == 0)
+    e = round(math.log(q, p))
+    return (p, e) if p**e == q else None
+
+
+def paley_construction(n: int) -> tuple[int, int] | None:
+    """Number of the construction and q."""
+    if prime_power(n - 1) and (n - 1) % 4 == 3:
+        return 1, n - 1
+    if n % 2 == 0 and prime_power(n // 2 - 1) and (n // 2 - 1) % 4 == 1:
+        return 2, n // 2 - 1
+    return None
+
+
+def times(a: tuple[int, ...], b: tuple[int, ...], t: tuple[int, ...], p: int) -> tuple[int, ...]:
+    """Product of two elements of GF(p^e) modulo x^e + t_(e-1) x^(e-1) + ... + t_0, coefficients from c_0."""
+    e = len(t)
+    out = list(np.convolve(a, b) % p) + [0] * e
+    for degree in range(2 * e - 2, e - 1, -1):
+        for i in range(e):
+            out[degree - e + i] = (out[degree - e + i] - out[degree] * t[i]) % p
+        out[degree] = 0
+    return tuple(int(c) for c in out[:e])
+
+
+def irreducible(t: tuple[int, ...], p: int) -> bool:
+    """No monic polynomial of degree 1 to e/2 divides it: tested by multiplying all pairs of monic factors."""
+    e = len(t)
+    for low in range(1, e // 2 + 1):
+        for a, b in product(product(range(p), repeat=low), product(range(p), repeat=e - low)):
+            if tuple(np.convolve((*a, 1), (*b, 1)) % p) == (*t, 1):
+                return False
+    return True
+
+
+def character(q: int) -> tuple[list[tuple[int, ...]], set[tuple[int, ...]], int]:
+    """Elements in order, non-zero squares, and p."""
+    p, e = prime_power(q) or (0, 0)
+    t = next(t for t in product(range(p), repeat=e) if irreducible(t, p))
+    elements = [tuple(i // p**j % p for j in range(e)) for i in range(q)]
+    return elements, {times(a, a, t, p) for a in elements if any(a)}, p
+
+
+def paley(n: int) -> np.ndarray:
+    construction, q = paley_construction(n) or (0, 0)
+    elements, squares, p = character(q)
+    chi = lambda c: 0 if not any(c) else 1 if c in squares else -1  # noqa: E731
+    core = np.zeros((q + 1, q + 1), dtype=np.int64)
+    core[0, 1:] = 1
+    core[1:, 0] = -1 if construction == 1 else 1
+    core[1:, 1:] = [[chi(tuple((x - y) % p for x, y in zip(a, b, strict=True))) for b in elements] for a in elements]
+    identity = np.eye(q + 1, dtype=np.int64)
+    if construction == 1:
+        return core + identity
+    return np.kron(core, [[1, 1], [1, -1]]) + np.kron(identity, [[1, -1], [-1, -1]])
+
+
+def pow_factors(n: int) -> tuple[int, ...]:
+    if n <= 128:
+        return (n,)
+    e = n.bit_length() - 1
+    return (*pow_factors(2 ** ((e + 1) // 2)), *pow_factors(2 ** (e // 2)))
+
+
+def factors(m: int) -> tuple[int, ...] | None:
+    e = (m & -m).bit_length() - 1
+    odd = m >> e
+    if odd == 1:
+        return pow_factors(m)
+    if m % 4:
+        return None
+    for h in range(2, e + 1):
+        if odd << h <= 512 and paley_construction(odd << h):
+            return (odd << h, *(pow_factors(2 ** (e - h)) if e > h else ()))
+    for n in range(4, min(512, m - 1) + 1, 4):
+        if n & (n - 1) and m % n == 0 and paley_construction(n):
+            rest = factors(m // n)
+            if rest is not None:
+                return (n, *rest)
+    return None
+
+
+def transform(k: int) -> np.ndarray:
+    """M_k, float64."""
+    m = next(m for m in range(k, 0, -1) if k % m == 0 and factors(m) is not None)
+    block = np.ones((1, 1))
+    for n in factors(m) or ():
+        matrix = np.ones((1, 1))
+        while n & (n - 1) == 0 and len(matrix) < n:
+            matrix = np.kron([[1, 1], [1, -1]], matrix)
+        block = np.kron(block, (matrix if n & (n - 1) == 0 else paley(n)) / np.sqrt(n))
+    return np.kron(np.eye(k // m), block)
+
+
+# Inference
+
+
+def quantize(x: np.ndarray, entry: Section) -> tuple[np.ndarray, np.ndarray]:
+    """Integers and one step per coordinate; all in float32."""
+    groups = x.reshape(len(x), -1, entry["group_size"] or x.shape[1])
+    half = 2 ** (entry["bits"] - 1)
+    largest = np.abs(groups).max(-1, keepdims=True)
+    step = largest * np.float32(entry["clip_ratio"]) / np.float32((2 ** entry["bits"] - 1) / 2)
+    step = np.where(step < 2.0**-126, np.float32(0), step)
+    quotient = np.divide(groups, step, out=np.zeros_like(groups), where=step > 0)
+    integers = np.clip(np.rint(quotient), -half, half - 1)
+    return integers.reshape(x.shape), np.broadcast_to(step, groups.shape).reshape(x.shape)
+
+
+def linear(x: np.ndarray, name: str, tensors: dict[str, np.ndarray], entry: Section) -> np.ndarray:
+    """One linear on `[tokens, in_features]`, float32."""
+    is_outlier = np.arange(entry["in_features"]) % entry["block"] < entry["outliers_per_block"]
+    x_r = np.where(is_outlier, np.float32(0), x) if entry["keep_width"] else x[:, ~is_outlier]
+    k = x_r.shape[1]
+    if entry["hadamard"]:
+        x_r = (x_r @ transform(k)).astype(np.float32)
+    steps = np.ones_like(x_r)
+    if entry["input"] is not None:
+        x_r, steps = quantize(x_r, entry["input"])
+    if entry["weight"] is None:
+        y = (x_r * steps) @ tensors[f"{name}.residual.weight"].T
+    else:
+        bits, out = entry["weight"]["bits"], entry["out_features"]
+        assert tensors[f"{name}.residual.weight_shape"].tolist() == [out, k]
+        weight = unpack(tensors[f"{name}.residual.weight_packed"], bits, k)
+        scale = tensors[f"{name}.residual.weight_scale"]
+        columns = k // scale.shape[1]
+        if not entry["weight"]["symmetric"]:
+            packed = tensors[f"{name}.residual.weight_zero_point"].T.copy()
+            weight = weight - unpack(packed, bits, out).T.repeat(columns, axis=1)
+        if entry["input"] and scale.shape[1] == 1 and not entry["input"]["group_size"]:
+            total = x_r.astype(np.int64) @ weight.T
+            y = total.astype(np.float32) * steps[:, :1] * scale[:, 0]
+        else:
+            y = (x_r * steps) @ (weight.astype(np.float32) * scale.repeat(columns, axis=1)).T
+    if is_outlier.any():
+        y = y + x[:, is_outlier] @ tensors[f"{name}.outlier.weight"].T
+    if entry["bias"]:
+        y = y + tensors[f"{name}.bias"]
+    return y.astype(np.float32)
+
+
+# Tensors
+
+
+def expected_shapes(name: str, entry: Section) -> dict[str, tuple[int, ...]]:
+    out, blocks = entry["out_features"], entry["in_features"] // entry["block"]
+    r = entry["outliers_per_block"] * blocks
+    k = entry["in_features"] if entry["keep_width"] else entry["in_features"] - r
+    shapes: dict[str, tuple[int, ...]] = {}
+    if entry["weight"] is None:
+        shapes["residual.weight"] = (out, k)
+    else:
+        bits, size = entry["weight"]["bits"], entry["weight"]["group_size"]
+        groups = k // size if size else 1
+        shapes["residual.weight_packed"] = (out, math.ceil(k * bits / 32))
+        shapes["residual.weight_scale"] = (out, groups)
+        shapes["residual.weight_shape"] = (2,)
+        if not entry["weight"]["symmetric"]:
+            shapes["residual.weight_zero_point"] = (math.ceil(out * bits / 32), groups)
+    if r:
+        shapes["outlier.weight"] = (out, r)
+    if entry["bias"]:
+        shapes["bias"] = (out,)
+    return {f"{name}.{key}": shape for key, shape in shapes.items()}
+
+
+# Checkpoints that between them use every branch of the page
+CASES = {
+    # Hadamards of order 84 (Paley I) and 100 (Paley II over GF(49)), biases, both D-type splits
+    "w4a4a8-extended": (
+        "qwen2",
+        "odd",
+        """
+    SVDOutlierProjection: {rank: 8, o_proj_rank_per_head: 2, down_proj_rank: 4}
+    DynamicActQuant: {d_type_bits: 8, u_type_clip_ratio: 1.0}
+    OutlierSplitGPTQ: {}""",
+    ),
+    "asymmetric-square": (
+        "qwen3",
+        "even",
+        """
+    SVDOutlierProjection: {rank: 16, basis: square}
+    DynamicActQuant: {u_type_bits: 5}
+    OutlierSplitGPTQ: {symmetric: false}""",
+    ),
+    "groups": (
+        "mistral",
+        "even",
+        """
+    SVDOutlierProjection: {rank: 16, basis: square, down_proj_rank: 8}
+    DynamicActQuant: {strategy: group, group_size: 16}
+    OutlierSplitGPTQ: {symmetric: false, group_size: 8}""",
+    ),
+    # widths 78 and 90: block Hadamards; some weights in full precision
+    "blocks-and-ignored": (
+        "llama",
+        "odder",
+        """
+    SVDOutlierProjection: {rank: 9}
+    DynamicActQuant: {}
+    OutlierSplitGPTQ: {bits: 8, ignore: [lm_head, down_proj, q_proj]}""",
+    ),
+    "weight-only": (
+        "llama",
+        "even",
+        """
+    SVDOutlierProjection: {rank: 8}
+    OutlierSplitGPTQ: {bits: 2, group_size: 16}""",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_independent_runtime_reproduces_every_linear(case: str, make_toy, tmp_path: Path) -> None:
+    model_type, size, modifiers = CASES[case]
+    ids = torch.randint(3, 320, (16, 64), generator=torch.Generator().manual_seed(0))
+    recipe = f"quad_stage:\n  quad_modifiers:{modifiers}\n"
+    oneshot(
+        model=make_toy(model_type, size), recipe=recipe, dataset=ids, max_seq_length=64, output_dir=tmp_path / "out"
+    )
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    tensors = load_file(tmp_path / "out" / "model.safetensors")
+    section = config["quantization_config"]["quad"]
+    assert config["quantization_config"]["quant_method"] == "quad"
+    assert section["format_version"] == 1
+    assert section["base_model_type"] == model_type
+
+    seen: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
+    containers = {name: module for name, module in model.named_modules() if hasattr(module, "split")}
+    for name, module in containers.items():
+        module.register_forward_hook(
+            lambda _, args, out, name=name: seen.update({name: (args[0].detach()[0], out.detach()[0])})
+        )
+    model(ids[:1, :24])
+
+    shapes: dict[str, tuple[int, ...]] = {}
+    for name, (x, expected) in seen.items():
+        entry = section["linears"][name.rpartition(".")[2]]
+        shapes |= expected_shapes(name, entry)
+        torch.testing.assert_close(
+            torch.from_numpy(linear(x.numpy(), name, tensors, entry)),
+            expected,
+            rtol=1e-4,
+            atol=1e-5 * float(expected.abs().max()),
+            msg=lambda text, name=name: f"{name}: {text}",
+        )
+    assert len(seen) == 14
+    in_layers = {name: t.shape for name, t in tensors.items() if ".layers." in name and "norm" not in name}
+    assert in_layers == shapes
+
+
+def test_transform_is_orthonormal_and_has_the_factors_of_the_examples() -> None:
+    examples = {1536: (12, 128), 8192: (128, 64), 11008: (344, 32), 18944: (148, 128), 2: (2,)}
+    assert {m: factors(m) for m in examples} == examples
+    for k in (28, 52, 78, 84, 100, 256):
+        np.testing.assert_allclose(transform(k) @ transform(k).T, np.eye(k), atol=1e-12)

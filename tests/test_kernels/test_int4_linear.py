@@ -1,0 +1,81 @@
+"""Linear layer on integers."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from quad_kernels.int4_linear import int4_linear
+
+
+def integers(shape: tuple[int, ...], bits: int, seed: int = 0) -> torch.Tensor:
+    half = 2 ** (bits - 1)
+    return torch.randint(-half, half, shape, dtype=torch.int8, generator=torch.Generator().manual_seed(seed))
+
+
+def scales(shape: tuple[int, ...], seed: int = 1) -> torch.Tensor:
+    return torch.rand(shape, generator=torch.Generator().manual_seed(seed)) + 0.1
+
+
+@pytest.mark.parametrize(("x_bits", "w_bits"), [(4, 4), (8, 4), (8, 8), (4, 2)])
+@pytest.mark.parametrize("k", [1, 63, 576, 4096])
+def test_integer_sum_is_exact(x_bits: int, w_bits: int, k: int) -> None:
+    x, weight = integers((2, 3, k), x_bits), integers((5, k), w_bits, seed=2)
+    ones = torch.ones(2, 3, 1), torch.ones(5, 1)
+    got = int4_linear(x, ones[0], weight, ones[1])
+    assert got.dtype == torch.float32
+    assert torch.equal(got, (x.long() @ weight.long().T).float())
+
+
+@pytest.mark.parametrize(("x_bits", "w_bits", "zero"), [(4, 4, None), (8, 4, -8), (8, 8, None), (8, 8, -128)])
+@pytest.mark.parametrize("k", [4096, 16384])
+def test_integer_sum_is_exact_where_float32_is_not(x_bits: int, w_bits: int, zero: int | None, k: int) -> None:
+    """Large products of both signs that cancel but for a rest of one: no partial sum may be rounded."""
+    x = torch.full((1, k + 1), 2 ** (x_bits - 1) - 1, dtype=torch.int8)
+    x[0, k // 2 : k] *= -1
+    x[0, k] = 1
+    weight = torch.full((2, k + 1), 2 ** (w_bits - 1) - 1, dtype=torch.int8)
+    zero_point = None if zero is None else torch.full((2, 1), zero, dtype=torch.int8)
+    got = int4_linear(x, torch.ones(1, 1), weight, torch.ones(2, 1), zero_point)
+    rest = 2 ** (w_bits - 1) - 1 - (zero or 0)
+    assert got.tolist() == [[rest, rest]]
+
+
+@pytest.mark.parametrize(
+    ("bits", "k", "exact"), [(4, 16384, torch.float32), (8, 1024, torch.float32), (8, 1025, torch.float64)]
+)
+def test_float64_is_used_exactly_where_float32_could_round(
+    bits: int, k: int, exact: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    used: list[torch.dtype] = []
+    product = torch.Tensor.__matmul__
+
+    def spy(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
+        used.append(left.dtype)
+        return product(left, right)
+
+    monkeypatch.setattr(torch.Tensor, "__matmul__", spy)
+    x = torch.full((1, k), -(2 ** (bits - 1)), dtype=torch.int8)
+    int4_linear(x, torch.ones(1, 1), x, torch.ones(1, 1))
+    assert used == [exact]
+
+
+@pytest.mark.parametrize("zero_points", [False, True])
+@pytest.mark.parametrize(("x_groups", "w_groups"), [(1, 1), (4, 1), (1, 4), (4, 4), (2, 8)])
+def test_scales_groups_and_zero_points(x_groups: int, w_groups: int, zero_points: bool) -> None:
+    k = 64
+    x, weight = integers((3, 5, k), 8), integers((7, k), 4, seed=2)
+    x_scale, w_scale = scales((3, 5, x_groups)), scales((7, w_groups), seed=3)
+    zero = integers((7, w_groups), 4, seed=4) if zero_points else None
+    wide_x = x.double() * x_scale.double().repeat_interleave(k // x_groups, -1)
+    shifted = weight.double() - (0 if zero is None else zero.double().repeat_interleave(k // w_groups, -1))
+    wide_w = shifted * w_scale.double().repeat_interleave(k // w_groups, -1)
+    got = int4_linear(x, x_scale, weight, w_scale, zero)
+    torch.testing.assert_close(got.double(), wide_x @ wide_w.T, rtol=1e-5, atol=1e-3)
+
+
+def test_scales_in_bfloat16_are_widened_first() -> None:
+    x, weight = integers((4, 32), 4), integers((3, 32), 4, seed=2)
+    w_scale = scales((3, 1)).bfloat16()
+    assert torch.equal(
+        int4_linear(x, scales((4, 1)), weight, w_scale), int4_linear(x, scales((4, 1)), weight, w_scale.float())
+    )

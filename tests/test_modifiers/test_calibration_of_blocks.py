@@ -1,0 +1,162 @@
+"""Running a model block by block: same activations, and only real tokens count."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from quad_modifiers.architectures import Architecture
+from quad_modifiers.calibration import blockwise
+from quad_modifiers.calibration.blockwise import BlockSegments, first_block_inputs
+from quad_modifiers.projection.geometry import ModelGeometry
+from quad_modifiers.projection.statistics import collect_statistics
+
+
+@pytest.fixture(autouse=True)
+def float32_segments(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Segments in bfloat16, where that is fast, could only be compared loosely."""
+    monkeypatch.setattr(blockwise, "_fast_bfloat16", lambda device: False, raising=False)
+
+
+def batches_of(ids: torch.Tensor) -> list[dict[str, torch.Tensor]]:
+    return [{"input_ids": row.unsqueeze(0)} for row in ids]
+
+
+@torch.no_grad()
+def states_of(model, ids: torch.Tensor, mask: torch.Tensor | None = None) -> list[torch.Tensor]:
+    """Residual stream before each block and behind the last."""
+    states, hooks = [], []
+    for layer in model.model.layers:
+        hooks.append(layer.register_forward_hook(lambda _, args, out: states.append(out)))
+    first = model.model.layers[0].register_forward_pre_hook(lambda _, args: states.append(args[0]))
+    model(ids, attention_mask=mask, use_cache=False)
+    for hook in (*hooks, first):
+        hook.remove()
+    return states
+
+
+@pytest.mark.parametrize("padded", [False, True])
+@pytest.mark.parametrize(
+    ("model_type", "overrides"),
+    [
+        ("llama", {}),
+        ("mistral", {"sliding_window": 8}),
+        ("qwen2", {}),
+        ("qwen3", {}),
+        pytest.param(
+            "qwen2",
+            {"use_sliding_window": True, "sliding_window": 6, "max_window_layers": 1},
+            id="qwen2 with full and sliding layers",
+        ),
+    ],
+)
+def test_segments_equal_the_layers_own_forward(model_type, overrides, padded, make_toy, token_ids) -> None:
+    model = make_toy(model_type, num_hidden_layers=3, **overrides)
+    ids = token_ids(2, 20)
+    mask = None
+    batch = {"input_ids": ids}
+    if padded:
+        mask = torch.ones_like(ids)
+        mask[1, 13:] = 0
+        batch["attention_mask"] = mask
+    wanted = states_of(model, ids, mask)
+    architecture = Architecture(model_type)
+    (stream,) = first_block_inputs(model, architecture, [batch])
+    torch.testing.assert_close(stream.hidden, wanted[0])
+    hidden = stream.hidden
+    with torch.no_grad():
+        for index, layer in enumerate(model.model.layers):
+            hidden = BlockSegments(layer, architecture).forward(hidden, stream.arguments[index])["output"]
+            torch.testing.assert_close(
+                stream.tokens(hidden), stream.tokens(wanted[index + 1]), rtol=1e-4, atol=1e-4, msg=f"layer {index}"
+            )
+
+
+def test_segment_inputs_are_those_of_the_linears(make_toy, token_ids) -> None:
+    model = make_toy("qwen3")
+    layer = model.model.layers[0]
+    seen = {}
+    for key, module in {
+        "attention_input": layer.self_attn.q_proj,
+        "attention_core": layer.self_attn.o_proj,
+        "mlp_input": layer.mlp.up_proj,
+        "mlp_core": layer.mlp.down_proj,
+    }.items():
+        module.register_forward_pre_hook(lambda _, args, key=key: seen.update({key: args[0]}))
+    (stream,) = first_block_inputs(model, Architecture("qwen3"), [{"input_ids": token_ids(2, 20)}])
+    with torch.no_grad():
+        model(token_ids(2, 20))
+        wanted = dict(seen)
+        got = BlockSegments(layer, Architecture("qwen3")).forward(stream.hidden, stream.arguments[0])
+    for key, tensor in wanted.items():
+        torch.testing.assert_close(got[key], tensor, rtol=1e-4, atol=1e-4)
+
+
+def assert_same_statistics(left, right) -> None:
+    torch.testing.assert_close(left.residual, right.residual, rtol=1e-4, atol=1e-4)
+    for mine, other in zip(left.heads, right.heads, strict=True):
+        torch.testing.assert_close(mine, other, rtol=1e-3, atol=1e-4)
+    for mine, other in zip(left.mlp, right.mlp, strict=True):
+        torch.testing.assert_close(mine, other, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("side", ["right", "left"])
+def test_padding_does_not_count(side, make_toy, token_ids) -> None:
+    model = make_toy("llama")
+    ids = token_ids(4, 24)
+    lengths = (24, 7, 16, 1)
+    padded, mask = torch.full_like(ids, 2), torch.zeros_like(ids)
+    unpadded = []
+    for row, length in enumerate(lengths):
+        place = slice(0, length) if side == "right" else slice(24 - length, 24)
+        padded[row, place] = ids[row, :length]
+        mask[row, place] = 1
+        unpadded.append({"input_ids": ids[row : row + 1, :length]})
+    arguments = (model, Architecture("llama"))
+    geometry = ModelGeometry.of(model)
+    together = collect_statistics(*arguments, [{"input_ids": padded, "attention_mask": mask}], geometry)
+    alone = collect_statistics(*arguments, unpadded, geometry)
+    assert_same_statistics(together, alone)
+    counted = collect_statistics(*arguments, [{"input_ids": padded}], geometry)
+    assert not torch.allclose(counted.residual, alone.residual, rtol=1e-2), "the padding would show if it counted"
+
+
+def test_batching_does_not_count(make_toy, token_ids) -> None:
+    model = make_toy("qwen2", "odd")
+    geometry = ModelGeometry.of(model)
+    ids = token_ids(6, 16)
+    one = collect_statistics(model, Architecture("qwen2"), [{"input_ids": ids}], geometry)
+    uneven = [{"input_ids": ids[:1]}, {"input_ids": ids[1:]}]
+    assert_same_statistics(collect_statistics(model, Architecture("qwen2"), uneven, geometry), one)
+
+
+def test_residual_statistics_are_those_of_the_normalized_stream(make_toy, token_ids) -> None:
+    model = make_toy("llama", num_hidden_layers=1)
+    layer, ids = model.model.layers[0], token_ids(3, 16)
+    seen = []
+    for norm in (layer.input_layernorm, layer.post_attention_layernorm):
+        norm.register_forward_pre_hook(lambda _, args: seen.append(args[0].double().flatten(0, 1)))
+    statistics = collect_statistics(model, Architecture("llama"), batches_of(ids), ModelGeometry.of(model))
+    seen.clear()
+    with torch.no_grad():
+        model(ids)
+    normed = torch.cat([x / (x.square().mean(1, keepdim=True) + model.config.rms_norm_eps).sqrt() for x in seen])
+    torch.testing.assert_close(statistics.residual, normed.T @ normed / len(normed), rtol=1e-4, atol=1e-4)
+    # Normalized inputs have mean square one: the trace is the width.
+    assert float(statistics.residual.trace()) == pytest.approx(64, rel=1e-2)
+
+
+def test_block_goes_back_to_its_dtype(make_toy, token_ids) -> None:
+    model = make_toy("llama", dtype=torch.bfloat16)
+    collect_statistics(model, Architecture("llama"), batches_of(token_ids(2, 8)), ModelGeometry.of(model))
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
+
+
+def test_overflow_in_the_last_block_is_noticed(make_toy, token_ids) -> None:
+    """No later norm would see it."""
+    model = make_toy("llama", num_hidden_layers=2)
+    with torch.no_grad():
+        model.model.layers[1].mlp.up_proj.weight *= 1e20
+        model.model.layers[1].mlp.gate_proj.weight *= 1e20
+    with pytest.raises(ValueError, match="layer 1"):
+        collect_statistics(model, Architecture("llama"), batches_of(token_ids(2, 8)), ModelGeometry.of(model))

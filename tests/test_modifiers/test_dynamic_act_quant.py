@@ -1,0 +1,101 @@
+"""DynamicActQuant."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from quad_modifiers.nn.input_split import InputQuantization
+from quad_modifiers.nn.quad_linear import QuadLinear
+
+pytest.importorskip("llmcompressor")
+from quad_modifiers.modifiers.dynamic_act_quant import DynamicActQuant
+from quad_modifiers.modifiers.svd_outlier_projection import SVDOutlierProjection
+
+
+def settings_by_role(model) -> dict[str, InputQuantization | None]:
+    modules = [module for module in model.modules() if isinstance(module, QuadLinear)]
+    assert modules
+    return {module.role: module.input_quantization if module.quantize_input else None for module in modules}
+
+
+@pytest.mark.parametrize(
+    ("fields", "match"),
+    [
+        ({"u_type_bits": 1}, "u_type_bits"),
+        ({"d_type_bits": 9}, "d_type_bits"),
+        ({"u_type_clip_ratio": 0.0}, "u_type_clip_ratio"),
+        ({"d_type_clip_ratio": 1.1}, "d_type_clip_ratio"),
+        ({"strategy": "group"}, "group_size .* goes with strategy 'group'"),
+        ({"group_size": 32}, "group_size .32. goes with strategy 'group'"),
+        ({"strategy": "group", "group_size": 4}, "group_size"),
+        ({"strategy": "tensor"}, "strategy"),
+        ({"bits": 4}, "bits"),
+    ],
+)
+def test_fields_are_validated(fields, match) -> None:
+    with pytest.raises(ValueError, match=match):
+        DynamicActQuant(**fields)
+
+
+def test_bits_and_clip_ratio_per_role(make_toy, compress) -> None:
+    modifier = DynamicActQuant(u_type_bits=4, d_type_bits=8, u_type_clip_ratio=0.9, d_type_clip_ratio=1.0)
+    found = settings_by_role(compress(make_toy(), modifier))
+    for role in ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj"):
+        assert found[role] == InputQuantization(4, 0.9)
+    for role in ("o_proj", "down_proj"):
+        assert found[role] == InputQuantization(8, 1.0)
+
+
+def test_none_leaves_a_role_alone(make_toy, compress) -> None:
+    found = settings_by_role(compress(make_toy(), DynamicActQuant(u_type_bits=None, d_type_bits=8)))
+    assert found["q_proj"] is None
+    assert found["down_proj"] is not None
+
+
+@pytest.mark.parametrize("strategy", [{}, {"strategy": "group", "group_size": 16}], ids=["token", "group"])
+def test_more_bits_are_closer(strategy, make_toy, compress, logits_of) -> None:
+    wanted = logits_of(make_toy())
+    errors = []
+    for bits in (2, 4, 6, 8):
+        fields = {"u_type_bits": bits, "d_type_bits": bits, "u_type_clip_ratio": 1.0, "d_type_clip_ratio": 1.0}
+        model = compress(make_toy(), DynamicActQuant(**fields, **strategy))
+        errors.append(float((logits_of(model) - wanted).norm() / wanted.norm()))
+    print(errors)
+    assert errors == sorted(errors, reverse=True)
+    assert errors[-1] < 0.05
+    assert errors[0] > 0.1
+
+
+def test_the_projection_helps_activation_quantization(make_toy, compress, logits_of) -> None:
+    """The toys' embeddings have three directions of large energy: what the method is for."""
+    wanted = logits_of(make_toy())
+    quantizer = {"u_type_bits": 4, "d_type_bits": 8}
+    errors = {}
+    for name, modifiers in {
+        "plain": [],
+        "rank 0": [SVDOutlierProjection(rank=0)],
+        "rank 8": [SVDOutlierProjection(rank=8)],
+    }.items():
+        model = compress(make_toy(), *modifiers, DynamicActQuant(**quantizer))
+        errors[name] = float((logits_of(model) - wanted).norm() / wanted.norm())
+    print(errors)
+    assert errors["rank 8"] < 0.8 * errors["rank 0"]
+    assert errors["rank 8"] < 0.8 * errors["plain"]
+
+
+def test_group_size_is_checked_against_the_projected_width(make_toy, compress) -> None:
+    """64 + 8 - 8 residual coordinates fit groups of 16; 64 - 8 in the square basis do not."""
+    quantizer = {"strategy": "group", "group_size": 16}
+    model = compress(make_toy(), SVDOutlierProjection(rank=8), DynamicActQuant(**quantizer))
+    assert settings_by_role(model)["q_proj"].group_size == 16
+    with pytest.raises(ValueError, match=r"group_size \(16\) must divide the residual width \(56\) of .*q_proj"):
+        compress(make_toy(), SVDOutlierProjection(rank=8, basis="square"), DynamicActQuant(**quantizer))
+
+
+def test_calibration_of_the_projection_sees_unquantized_inputs(make_toy, compress) -> None:
+    """Quantization switches on in its own turn: the projection before it must not depend on it."""
+    alone = compress(make_toy(), SVDOutlierProjection(rank=8))
+    both = compress(make_toy(), SVDOutlierProjection(rank=8), DynamicActQuant(u_type_bits=2, d_type_bits=2))
+    for name, tensor in alone.state_dict().items():
+        assert torch.equal(both.state_dict()[name], tensor), name

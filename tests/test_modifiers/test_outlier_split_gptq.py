@@ -1,0 +1,167 @@
+"""OutlierSplitGPTQ on whole models."""
+
+from __future__ import annotations
+
+import logging
+import re
+
+import pytest
+import torch
+
+from quad_modifiers.nn.quad_linear import QuadLinear, expand_scales
+
+pytest.importorskip("llmcompressor")
+from quad_modifiers.modifiers.dynamic_act_quant import DynamicActQuant
+from quad_modifiers.modifiers.outlier_split_gptq import OutlierSplitGPTQ
+from quad_modifiers.modifiers.svd_outlier_projection import SVDOutlierProjection
+
+
+def containers(model) -> dict[str, QuadLinear]:
+    return {name: module for name, module in model.named_modules() if isinstance(module, QuadLinear)}
+
+
+def relative(got: torch.Tensor, wanted: torch.Tensor) -> float:
+    return float((got - wanted).norm() / wanted.norm())
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {},
+        {"method": "rtn"},
+        {"group_size": 8},
+        {"symmetric": False},
+        {"bits": 8},
+        {"bits": 2, "group_size": 16, "symmetric": False},
+        {"sweeps": 1, "error_correction": 0.5, "scale_candidates": [0.95, 1.0]},
+        {"activation_order": False, "block_size": 16, "clip_search": False},
+    ],
+    ids=lambda fields: ",".join(f"{k}={v}" for k, v in fields.items()) or "default",
+)
+def test_residual_weights_are_on_the_grid(fields, make_toy, compress, logits_of) -> None:
+    model = make_toy("qwen2")
+    wanted = logits_of(model)
+    compress(model, SVDOutlierProjection(rank=8), OutlierSplitGPTQ(**fields))
+    bits, group_size = fields.get("bits", 4), fields.get("group_size")
+    for name, module in containers(model).items():
+        quantized = module.integer_weight()
+        assert quantized is not None, name
+        columns = module.residual.in_features
+        assert quantized.scale.shape == (module.out_features, 1 if group_size is None else columns // group_size)
+        assert (quantized.zero_point is None) == fields.get("symmetric", True)
+        shifted = quantized.integers.float()
+        if quantized.zero_point is not None:
+            shifted = shifted - expand_scales(quantized.zero_point.float(), columns)
+        values = shifted * expand_scales(quantized.scale, columns)
+        torch.testing.assert_close(values, module.residual.weight, rtol=1e-5, atol=1e-7)
+        assert module.weight_bits() == bits
+        assert int(quantized.integers.min()) >= -(2 ** (bits - 1))
+        assert int(quantized.integers.max()) < 2 ** (bits - 1)
+    error = relative(logits_of(model), wanted)
+    print(f"relative error of the logits {error:.3f}")
+    assert 0 < error < {2: 1.5, 4: 0.5, 8: 0.05}[bits]
+
+
+def test_gptq_beats_rtn_on_the_model(make_toy, compress, token_ids) -> None:
+    """On the calibration text, where it must; toys of random weights say nothing about unseen text."""
+    model = make_toy()
+    ids = token_ids()
+    with torch.no_grad():
+        wanted = model(ids).logits
+        errors = {
+            method: relative(
+                compress(make_toy(), SVDOutlierProjection(rank=8), OutlierSplitGPTQ(method=method))(ids).logits, wanted
+            )
+            for method in ("rtn", "gptq")
+        }
+    print(errors)
+    assert errors["gptq"] < 0.9 * errors["rtn"]
+
+
+def test_works_without_a_projection(make_toy, compress, logits_of) -> None:
+    model = make_toy("mistral")
+    wanted = logits_of(model)
+    compress(model, OutlierSplitGPTQ())
+    assert all(module.integer_weight() is not None and module.outlier is None for module in containers(model).values())
+    assert relative(logits_of(model), wanted) < 0.5
+    assert model.config.hidden_size == 64
+
+
+@pytest.mark.parametrize("pattern", ["re:.*down_proj$", "down_proj"])
+def test_ignored_linears_stay(pattern, make_toy, compress) -> None:
+    model = compress(make_toy(), SVDOutlierProjection(rank=8), OutlierSplitGPTQ(ignore=["lm_head", pattern]))
+    for name, module in containers(model).items():
+        assert (module.integer_weight() is None) == name.endswith("down_proj"), name
+
+
+def test_hessian_is_that_of_the_quantized_inputs(make_toy, compress) -> None:
+    """With coarse inputs the weights come out otherwise: GPTQ accounts for what the runtime sees."""
+    states = [
+        compress(make_toy(), SVDOutlierProjection(rank=8), *extra, OutlierSplitGPTQ()).state_dict()
+        for extra in ([], [DynamicActQuant(u_type_bits=3, d_type_bits=3)])
+    ]
+    name = "model.layers.0.self_attn.q_proj.residual.weight"
+    assert not torch.equal(states[0][name], states[1][name])
+
+
+def test_report_at_the_end(make_toy, compress, caplog) -> None:
+    with caplog.at_level(logging.INFO, logger="quad_modifiers"):
+        compress(make_toy(), SVDOutlierProjection(rank=8), OutlierSplitGPTQ(damping=0.0))
+    # The extended basis has a singular Hessian: damping 0 cannot work, and the table says what did.
+    found = re.search(r"layers\.0.*damping ([0-9.e-]+) after ([0-9]+) attempts", caplog.text)
+    assert found is not None, caplog.text
+    assert float(found[1]) > 0
+    assert int(found[2]) > 1
+    assert re.search(r"layers\.1 .*[0-9]\.[0-9]", caplog.text)
+
+
+def test_group_size_must_divide_before_calibration(make_toy, compress, monkeypatch) -> None:
+    from quad_modifiers.calibration.weight_pass import WeightPass
+
+    monkeypatch.setattr(WeightPass, "run", lambda *_: pytest.fail("quantization was started"))
+    with pytest.raises(ValueError, match=r"layers\.0\..*group_size \(24\) must divide the input width \(64\)"):
+        compress(make_toy(), SVDOutlierProjection(rank=8), OutlierSplitGPTQ(group_size=24))
+
+
+def test_eight_bits_with_zero_points_are_refused() -> None:
+    """9 bits times a scale do not fit in the 8 bits of a bfloat16."""
+    with pytest.raises(ValueError, match="bits 8 needs symmetric true"):
+        OutlierSplitGPTQ(bits=8, symmetric=False)
+
+
+@pytest.mark.parametrize(("bits", "symmetric"), [(4, True), (4, False), (8, True)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_integers_can_be_read_back_from_the_stored_weight(
+    dtype, bits, symmetric, make_toy, compress, monkeypatch
+) -> None:
+    """The dequantized weight is kept in the model's dtype; the integers must survive that."""
+    wanted = {}
+    freeze = OutlierSplitGPTQ._freeze
+    written = {}
+
+    import quad_modifiers.quantization.layerwise as layerwise
+
+    write_back = layerwise._write_back
+
+    def spy(linears, result, columns):
+        start = 0
+        for linear in linears:
+            written[linear] = result.integers[start : start + linear.out_features].to(torch.int8)
+            start += linear.out_features
+        return write_back(linears, result, columns)
+
+    def freeze_spy(self, linear, *rest):
+        freeze(self, linear, *rest)
+        wanted[linear] = written[linear]
+
+    monkeypatch.setattr(layerwise, "_write_back", spy)
+    monkeypatch.setattr(OutlierSplitGPTQ, "_freeze", freeze_spy)
+    model = compress(
+        make_toy(dtype=dtype, num_hidden_layers=1),
+        SVDOutlierProjection(rank=8),
+        OutlierSplitGPTQ(bits=bits, symmetric=symmetric),
+    )
+    assert len(wanted) == 7
+    for name, module in containers(model).items():
+        wrong = int((module.integer_weight().integers != wanted[module]).sum())
+        assert wrong == 0, f"{name}: {wrong} of {wanted[module].numel()} integers changed"

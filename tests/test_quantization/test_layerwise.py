@@ -1,0 +1,111 @@
+"""Linears that share one input, quantized together."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from quad_modifiers.nn.input_split import InputQuantization, InputSplit
+from quad_modifiers.nn.quad_linear import QuadLinear
+from quad_modifiers.quantization.grid import IntegerGrid
+from quad_modifiers.quantization.layerwise import InputMoments, WeightQuantization, quantize_group
+
+WIDTH, RANK = 40, 8
+
+
+def make_linears(split: InputSplit, rows: tuple[int, ...] = (24, 8)) -> list[QuadLinear]:
+    generator = torch.Generator().manual_seed(0)
+    linears = []
+    for index, out in enumerate(rows):
+        linear = QuadLinear(nn.Linear(split.width, out, bias=index == 0), f"part{index}")
+        linear.take_bias()
+        weight = torch.randn(out, split.width, generator=generator) / split.width**0.5
+        outlier, residual = split(weight)
+        linear.set_weights(split, residual, outlier, linear.bias)
+        linears.append(linear)
+    return linears
+
+
+def inputs(tokens: int = 400) -> torch.Tensor:
+    x = torch.randn(tokens, WIDTH, generator=torch.Generator().manual_seed(1))
+    x = x @ torch.randn(WIDTH, WIDTH, generator=torch.Generator().manual_seed(2)) / WIDTH**0.5
+    x[:, :RANK] *= 10
+    return x
+
+
+SPLITS = {
+    "U-type": InputSplit(WIDTH, RANK),
+    "D-type": InputSplit(WIDTH, 2, 10, keep_width=True, hadamard=True),
+    "plain": InputSplit(WIDTH),
+}
+
+
+@pytest.mark.parametrize("split", SPLITS.values(), ids=SPLITS)
+def test_moments_are_those_of_what_the_runtime_sees(split: InputSplit) -> None:
+    linear = make_linears(split)[0]
+    linear.input_quantization = InputQuantization(4, 0.92)
+    x = inputs()
+    moments = InputMoments(linear, False)
+    for chunk in x.split(130):
+        moments.add(chunk, None)
+    outlier, residual = split(x)
+    seen = linear.input_quantization.fake(residual).double()
+    seen = seen if outlier is None else torch.cat([seen, outlier.double()], dim=1)
+    torch.testing.assert_close(moments.hessian, seen.T @ seen / 400, rtol=1e-5, atol=1e-5)
+    assert moments.hessian.shape[0] == split.residual_width + split.rank
+
+
+@pytest.mark.parametrize("method", ["gptq", "rtn"])
+@pytest.mark.parametrize("split", SPLITS.values(), ids=SPLITS)
+def test_report_and_written_weights(split: InputSplit, method: str) -> None:
+    linears, x = make_linears(split), inputs()
+    wanted = [linear(x) for linear in linears]
+    moments = None
+    if method == "gptq":
+        moments = InputMoments(linears[0], False)
+        moments.add(x, None)
+    settings = WeightQuantization(IntegerGrid(4), method)
+    scales, report = quantize_group(linears, moments, settings, torch.float32, "block.a,b")
+    assert report.name == "block.a,b"
+    assert [tuple(s.scale.shape) for s in scales] == [(24, 1), (8, 1)]
+    for linear, scale in zip(linears, scales, strict=True):
+        integers = linear.residual.weight / scale.scale
+        torch.testing.assert_close(integers, integers.round(), rtol=0, atol=1e-4)
+        assert int(integers.round().unique().numel()) <= 16
+    bias = linears[0].bias
+    error = sum(float((linear(x) - before).square().sum()) for linear, before in zip(linears, wanted, strict=True))
+    size = float((wanted[0] - bias).square().sum() + wanted[1].square().sum())
+    print(f"measured {error / size:.2e}, reported {report.error:.2e}")
+    if method == "gptq":
+        assert report.attempts >= 1
+        assert error / size == pytest.approx(report.error, rel=0.02)
+    else:
+        assert (report.attempts, report.damping) == (0, 0.0)
+
+
+def test_gptq_beats_rtn_on_the_layer_output() -> None:
+    x, errors = inputs(), {}
+    for method in ("rtn", "gptq"):
+        linears = make_linears(SPLITS["U-type"])
+        wanted = [linear(x) for linear in linears]
+        moments = None
+        if method == "gptq":
+            moments = InputMoments(linears[0], False)
+            moments.add(x, None)
+        quantize_group(linears, moments, WeightQuantization(IntegerGrid(4), method), torch.float32, "x")
+        errors[method] = sum(float((m(x) - y).square().sum()) for m, y in zip(linears, wanted, strict=True))
+    print(errors)
+    assert errors["gptq"] < 0.7 * errors["rtn"]
+
+
+def test_bad_moments_name_the_linears() -> None:
+    linears = make_linears(SPLITS["U-type"])
+    moments = InputMoments(linears[0], False)
+    settings = WeightQuantization(IntegerGrid(4))
+    with pytest.raises(ValueError, match=r"layers\.3\.q_proj,k_proj: .*no calibration token"):
+        quantize_group(linears, moments, settings, torch.float32, "layers.3.q_proj,k_proj")
+    x = inputs(10)
+    x[2, 20] = float("nan")
+    with pytest.raises(ValueError, match="1 calibration activations are NaN or infinite"):
+        moments.add(x, None)
