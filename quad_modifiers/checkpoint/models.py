@@ -8,7 +8,6 @@ holds the same text where a number belongs, which stock config classes refuse wi
 
 import json
 import warnings
-from pathlib import Path
 from typing import Any
 
 from huggingface_hub.dataclasses import strict
@@ -57,14 +56,6 @@ def _register(base: str) -> None:
         set_tripwire(config)
         return json.dumps(config, indent=2, sort_keys=True) + "\n"
 
-    def to_json_file(self: Any, json_file_path: Any, use_diff: bool = True) -> None:
-        """Writes a config.json with the tripwire: a loaded model that is saved again must be as safe."""
-        super(quad_config, self).to_json_file(json_file_path, use_diff)
-        path = Path(json_file_path)
-        content = json.loads(path.read_text(encoding="utf-8"))
-        set_tripwire(content)
-        path.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-
     quad_config: Any = strict(
         type(
             f"Quad{config_class.__name__}",
@@ -76,7 +67,6 @@ def _register(base: str) -> None:
                 # head_dim is explicit, so the stock rule that the heads divide hidden_size does not apply.
                 "validate_architecture": lambda self: None,
                 "from_dict": classmethod(from_dict),
-                "to_json_file": to_json_file,
                 "to_json_string": to_json_string,
             },
         )

@@ -197,8 +197,8 @@ def test_rank_zero_is_plain_compressed_tensors(compress_toy, tmp_path) -> None:
     assert "LlamaForCausalLM" in done.stdout
     logits = torch.load(tmp_path / "logits.pt")
     measured = float((logits - made.logits).norm() / made.logits.norm())
-    print(f"relative difference {measured:.3f}, bound 0.35 (largest inputs lie on a tie of the grid)")
-    assert measured < 0.35
+    print(f"relative difference {measured:.3f}, bound 0.25 (the largest input of each token lies on a tie of the grid)")
+    assert measured < 0.25
     full = float((logits - made.logits.roll(1, 0)).norm() / made.logits.norm())
     assert measured < 0.5 * full
 

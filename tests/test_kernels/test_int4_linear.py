@@ -55,7 +55,7 @@ def test_float64_is_used_exactly_where_float32_could_round(
 
     monkeypatch.setattr(torch.Tensor, "__matmul__", spy)
     x = torch.full((1, k), -(2 ** (bits - 1)), dtype=torch.int8)
-    int4_linear(x, torch.ones(1, 1), x, torch.ones(1, 1))
+    int4_linear(x, torch.ones(1, 1), x, torch.ones(1, 1), torch.zeros(1, 1, dtype=torch.int8))
     assert used == [exact]
 
 

@@ -4,6 +4,8 @@ import torch
 
 _EXACT_FLOAT32 = 2**24  # sums of integers up to here are exact in float32, whatever the order of summation
 
+_SMALLEST_INT_MM = 16  # torch._int_mm reads past a weight of one column: its transpose's strides are ambiguous
+
 
 def int4_linear(
     x: torch.Tensor,
@@ -36,10 +38,14 @@ def _linear(
     weight_zero_point: torch.Tensor | None,
 ) -> torch.Tensor:
     k = x.shape[-1]
+    per_token = x_scale.shape[-1] == 1 and weight_scale.shape[-1] == 1
+    if per_token and weight_zero_point is None and x.device.type == "cpu" and k >= _SMALLEST_INT_MM:
+        total = torch._int_mm(x.reshape(-1, k), weight.T).float().unflatten(0, x.shape[:-1])
+        return total * x_scale.float() * weight_scale.float().squeeze(-1)
     wide, narrow = weight.float(), x.float()
     if weight_zero_point is not None:
         wide = wide - _expand(weight_zero_point.float(), k)
-    if x_scale.shape[-1] == 1 and weight_scale.shape[-1] == 1:
+    if per_token:
         largest_sum = k * _largest(narrow) * _largest(wide)
         compute = torch.float32 if largest_sum <= _EXACT_FLOAT32 else torch.float64
         total = (narrow.to(compute) @ wide.to(compute).T).float()
