@@ -32,7 +32,7 @@ def oneshot(
     dataset: CalibrationSource = None,
     output_dir: str | Path | None = None,
     tokenizer: str | Path | PreTrainedTokenizerBase | None = None,
-    num_calibration_samples: int = 128,
+    num_calibration_samples: int = 64,
     max_seq_length: int = 512,
     text_column: str = "text",
     splits: Any = None,

@@ -18,7 +18,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--models", nargs="+", default=["smollm2", "qwen"], choices=("smollm2", "qwen"))
     parser.add_argument("--rows", nargs="+", choices=sorted(ROWS), help="default: all of the table")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0])
-    parser.add_argument("--samples", type=int, default=128, help="calibration windows of 512 tokens")
+    parser.add_argument("--samples", type=int, default=64, help="calibration windows of 512 tokens")
     parser.add_argument("--folder", type=Path, default=Path("outputs"), help="where the original models are kept")
     parser.add_argument("--results", type=Path, default=Path("docs/benchmarks/quality.jsonl"))
     options = parser.parse_args(arguments)

@@ -18,6 +18,8 @@ from quad_modifiers.quantization.layerwise import InputMoments, LinearReport, We
 
 Finish = Callable[[QuadLinear, WeightScales], None]
 
+_GROUP_KEYS = ("attention_input", "attention_core", "mlp_input", "mlp_core")
+
 
 @dataclass(frozen=True)
 class _Group:
@@ -81,13 +83,13 @@ class WeightPass:
     def _groups(self) -> list[_Group]:
         a, segments = self.architecture, self._segments
         parts = (
-            ("attention_input", segments.attention, a.attention_inputs),
-            ("attention_core", segments.attention, (a.attention_output,)),
-            ("mlp_input", segments.mlp, a.mlp_inputs),
-            ("mlp_core", segments.mlp, (a.mlp_output,)),
+            (segments.attention, a.attention_inputs),
+            (segments.attention, (a.attention_output,)),
+            (segments.mlp, a.mlp_inputs),
+            (segments.mlp, (a.mlp_output,)),
         )
         groups = []
-        for key, parent, names in parts:
+        for key, (parent, names) in zip(_GROUP_KEYS, parts, strict=True):
             linears = [parent.get_submodule(name) for name in names]
             full = self.names[linears[0]].removesuffix(names[0]) + ",".join(names)
             chosen = [linear for linear in linears if not self.skipped(self.names[linear])]
@@ -106,8 +108,9 @@ class WeightPass:
         inputs = []
         for index, batch in enumerate(self.stream):
             seen = self._segments.forward(self.original[index], batch.arguments[self._index])
-            self.original[index] = seen.pop("output")
-            inputs.append(seen)
+            self.original[index] = seen["output"]
+            # Kept until their group is reached: half the memory, and the drift they serve is an average.
+            inputs.append({key: seen[key].bfloat16() for key in _GROUP_KEYS})
         return inputs
 
     def _quantize(
@@ -145,7 +148,7 @@ class WeightPass:
         assert self.stream is not None
         moments = InputMoments(group.linears[0], originals is not None)
         for index, (x, batch) in enumerate(zip(inputs, self.stream, strict=True)):
-            original = None if originals is None else batch.tokens(originals[index].pop(group.key))
+            original = None if originals is None else batch.tokens(originals[index].pop(group.key)).float()
             try:
                 moments.add(batch.tokens(x), original)
             except ValueError as error:

@@ -60,7 +60,8 @@ def damp(hessian: torch.Tensor, quantized: int, damping: float) -> tuple[torch.T
         # one factorization and one triangular solve instead of two factorizations and an inverse.
         lower, failed = torch.linalg.cholesky_ex(damped.flip(0, 1))
         if not failed:
-            factor = torch.linalg.solve_triangular(lower, identity, upper=False).flip(0, 1)
+            # float64 for the factorization, which can fail; float32 for the solve, which only has to be accurate.
+            factor = torch.linalg.solve_triangular(lower.float(), identity.float(), upper=False).flip(0, 1)
             if torch.isfinite(factor).all():
                 return damped, factor, damping, attempts
         damping = max(damping * 10, 1e-4)

@@ -212,8 +212,8 @@ def _corrected(
     """
     level = hessian.diagonal()[:columns].mean() * settings.damping
     damped = hessian + torch.eye(len(hessian), dtype=hessian.dtype, device=hessian.device) * level
-    lower = torch.linalg.cholesky(damped)
-    half = torch.linalg.solve_triangular(lower, (weight.to(drift) @ drift).T, upper=False)
+    lower = torch.linalg.cholesky(damped).to(weight)
+    half = torch.linalg.solve_triangular(lower, (weight @ drift.to(weight)).T, upper=False)
     change = torch.linalg.solve_triangular(lower.T, half, upper=True).T
     return weight + settings.error_correction * change.to(weight)
 
