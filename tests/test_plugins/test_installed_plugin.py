@@ -38,6 +38,19 @@ model = torch.nn.Sequential(torch.nn.Linear(64, 4, bias=False))
 with torch.no_grad():
     model[0].weight.normal_(generator=torch.Generator().manual_seed(0))[0, 0] = 1000.0
 recipe.modifiers[0].initialize(State(model=model))
+
+from pathlib import Path
+from transformers import AutoModelForCausalLM, LlamaConfig
+toy = AutoModelForCausalLM.from_config(LlamaConfig(
+    vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=2))
+with torch.no_grad():
+    toy.model.layers[0].mlp.up_proj.weight[0, 0] = 1000.0
+compressed = quad_modifiers.oneshot(
+    toy,
+    "a_stage:\\n  a_modifiers:\\n    WeightClip: {sigmas: 2.0}\\n    SVDOutlierProjection: {rank: 4, rotation: none}\\n"
+    "    OutlierSplitGPTQ: {method: rtn}\\n",
+    dataset=torch.randint(0, 64, (8, 128), generator=torch.Generator().manual_seed(0)),
+    num_calibration_samples=8, max_seq_length=128, output_dir="compressed")
 print(json.dumps({
     "distribution": str(modifier_paths()["WeightClip"].distribution),
     "recipe_file": path.name,
@@ -46,6 +59,8 @@ print(json.dumps({
     "sigmas": recipe.modifiers[0].sigmas,
     "largest_weight": model[0].weight.max().item(),
     "saved": recipe.yaml(),
+    "compressed_recipe": Path("compressed/recipe.yaml").read_text(),
+    "compressed_largest": compressed.model.layers[0].mlp.up_proj.residual.weight.abs().max().item(),
     "warnings": [str(each.message) for each in caught if issubclass(each.category, PluginWarning)],
     "failed": [str(failure) for failure in failed_plugins()],
     "table": {row.distribution: [list(row.contributes), row.failure] for row in plugin_table()},
@@ -105,6 +120,12 @@ def test_llmcompressor_builds_and_runs_it(report: dict[str, Any]) -> None:
     assert report["sigmas"] == 5.0
     assert report["largest_weight"] < 1000.0
     assert "WeightClip: {" in report["saved"] or "WeightClip:\n" in report["saved"]
+
+
+def test_a_recipe_that_mixes_it_with_our_modifiers_compresses_a_model(report: dict[str, Any]) -> None:
+    assert "WeightClip" in report["compressed_recipe"]
+    assert "OutlierSplitGPTQ" in report["compressed_recipe"]
+    assert report["compressed_largest"] < 500.0  # 1000 before the plugin's modifier clipped it
 
 
 def test_broken_distribution_is_named_and_left_out(report: dict[str, Any]) -> None:
