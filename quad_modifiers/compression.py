@@ -14,7 +14,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 
 from quad_modifiers.architectures import find_architecture
 from quad_modifiers.calibration.data import CalibrationSource, as_dataloader, calibration_windows
-from quad_modifiers.checkpoint.save import check_target, complete_or_absent
+from quad_modifiers.checkpoint.save import check_space, check_target, complete_or_absent
 from quad_modifiers.nn.quad_linear import QuadLinear
 from quad_modifiers.plugins import architectures, modifier_paths
 from quad_modifiers.recipe import check_recipe, resolve_recipe
@@ -80,6 +80,8 @@ def oneshot(
         start = time.perf_counter()
         loaded, processor = _load(model, tokenizer)
         before = _parameter_bytes(loaded)
+        if output_dir is not None:
+            check_space(Path(output_dir), before)  # 4-bit recipes need less than the original
         windows = calibration_windows(
             dataset,
             processor,

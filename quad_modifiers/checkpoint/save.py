@@ -70,6 +70,18 @@ def check_target(folder: Path) -> None:
         raise FileExistsError(f"{folder} exists and is not empty; remove it or choose another output folder")
 
 
+def check_space(folder: Path, size: int) -> None:
+    """Checks that a checkpoint of `size` bytes fits on the disk of `folder`, which need not exist yet.
+
+    Raises:
+        OSError: with the space that is free and the space needed.
+    """
+    existing = next(parent for parent in folder.absolute().parents if parent.exists())
+    free = shutil.disk_usage(existing).free
+    if free < size * 1.01 + 2**20:
+        raise OSError(f"{existing} has {free / 1e9:.2f} GB free, the checkpoint needs up to {size / 1e9:.2f} GB")
+
+
 @contextmanager
 def complete_or_absent(folder: Path) -> Iterator[Path]:
     """Yields a temporary folder that becomes `folder` if the block succeeds and vanishes if it does not."""
@@ -118,9 +130,7 @@ def save_checkpoint(
     config = _config(model, architecture, plain, linears)
     size = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
     folder.parent.mkdir(parents=True, exist_ok=True)
-    free = shutil.disk_usage(folder.parent).free
-    if free < size * 1.01 + 2**20:
-        raise OSError(f"{folder.parent} has {free / 1e9:.2f} GB free, the checkpoint needs {size / 1e9:.2f} GB")
+    check_space(folder, size)
     with complete_or_absent(folder) as temporary:
         _write_tensors(tensors, temporary, max_shard_size)
         (temporary / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")

@@ -231,3 +231,11 @@ def test_a_failed_run_can_be_repeated(make_toy, tmp_path: Path) -> None:
     config = json.loads((tmp_path / "out" / "config.json").read_text())
     assert config["quantization_config"]["quant_method"] == "quad"
     AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+
+
+def test_full_disk_is_noticed_before_the_work(no_work, make_toy, tmp_path: Path, monkeypatch) -> None:
+    usage = type("Usage", (), {"free": 1000})()
+    monkeypatch.setattr("shutil.disk_usage", lambda _: usage)
+    with pytest.raises(OSError, match=r"0\.00 GB free, the checkpoint needs up to"):
+        compress(make_toy(), output_dir=tmp_path / "new" / "out")
+    assert list(tmp_path.iterdir()) == []
