@@ -14,8 +14,8 @@ from quad_modifiers.text import token_windows, wikipedia_articles
 
 pytestmark = pytest.mark.slow
 
-SAMPLES = 24
-WINDOWS = 8
+SAMPLES = 16
+WINDOWS = 6
 
 
 @pytest.fixture(scope="module")
