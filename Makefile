@@ -12,7 +12,7 @@ KEY := $(shell cat pyproject.toml setup.py constraints.txt | cksum | cut -d ' ' 
 STAMP := $(VENV)/.installed-$(KEY)
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test test-slow lint format clean distclean
+.PHONY: help venv demo test test-slow bench-quality lint format clean distclean
 
 help: ## show this list
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  \1\t\2/' | expand -t 14
@@ -35,6 +35,9 @@ test: $(STAMP) ## the tests that need neither GPU, network nor minutes
 
 test-slow: $(STAMP) ## the tests on real models
 	$(BIN) -m pytest -m slow $(PYTEST_ARGS)
+
+bench-quality: $(STAMP) ## the quality tables of README.md; hours
+	$(BIN) -m quad_modifiers.bench quality
 
 lint: $(STAMP) ## ruff and mypy
 	$(BIN) -m ruff check .
