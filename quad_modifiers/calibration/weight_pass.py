@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from quad_modifiers.architectures import Architecture
-from quad_modifiers.calibration.blockwise import BlockSegments, CalibrationBatch, first_block_inputs, in_float32
+from quad_modifiers.calibration.blockwise import BlockSegments, first_block_inputs, in_float32
 from quad_modifiers.nn.quad_linear import QuadLinear
 from quad_modifiers.quantization.grid import WeightScales
 from quad_modifiers.quantization.layerwise import InputMoments, LinearReport, WeightQuantization, quantize_group
@@ -163,6 +163,3 @@ class WeightPass:
         scales, report = quantize_group(group.linears, moments, self.settings, self.scale_dtype, group.names)
         finished += zip(group.linears, scales, strict=True)
         return report
-
-
-__all__ = ["CalibrationBatch", "WeightPass"]

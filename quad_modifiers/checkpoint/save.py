@@ -198,9 +198,7 @@ def _config(model: nn.Module, architecture: Architecture, plain: bool, linears: 
 
 
 def _write_tensors(tensors: dict[str, torch.Tensor], folder: Path, max_shard_size: str | int) -> None:
-    split = split_torch_state_dict_into_shards(
-        tensors, filename_pattern="model{suffix}.safetensors", max_shard_size=max_shard_size
-    )
+    split = split_torch_state_dict_into_shards(tensors, filename_pattern=WEIGHTS_NAME, max_shard_size=max_shard_size)
     for filename, names in split.filename_to_tensors.items():
         save_file({name: tensors[name].cpu() for name in names}, folder / filename, metadata={"format": "pt"})
     if split.is_sharded:

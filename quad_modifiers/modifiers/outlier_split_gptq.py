@@ -132,7 +132,6 @@ class OutlierSplitGPTQ(Modifier):
     def _settings(self) -> WeightQuantization:
         return WeightQuantization(
             grid=IntegerGrid(self.bits, self.group_size, self.symmetric),
-            method=self.method,
             clip_search=self.clip_search,
             scale_candidates=tuple(self.scale_candidates) if self.symmetric else (1.0,),
             activation_order=self.activation_order,

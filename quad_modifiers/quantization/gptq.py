@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import torch
 
-from quad_modifiers.quantization.grid import IntegerGrid, WeightScales, dequantize, round_to_grid
+from quad_modifiers.quantization.grid import IntegerGrid, WeightScales, dequantize
 
 MAX_DAMPING = 1.0
 
@@ -199,6 +199,3 @@ def _descend(
             if i + 1 < stop - start:
                 local[i + 1 :].addr_(hessian[start + i + 1 : stop, j], change[i])
         gradient.addmm_(hessian[:, start:stop], change)
-
-
-__all__ = ["GptqResult", "damp", "quantize_columns", "round_to_grid"]

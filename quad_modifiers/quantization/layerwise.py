@@ -24,7 +24,6 @@ class WeightQuantization:
     """Settings of the weight quantization; see `OutlierSplitGPTQ` for their meaning."""
 
     grid: IntegerGrid
-    method: str = "gptq"
     clip_search: bool = True
     scale_candidates: tuple[float, ...] = (1.0,)
     activation_order: bool = True

@@ -104,7 +104,7 @@ def test_empty_target_and_new_parents_are_fine(make_toy, tmp_path) -> None:
     run(make_toy(num_hidden_layers=1), tmp_path / "empty")
     run(make_toy(num_hidden_layers=1), tmp_path / "a" / "b" / "c")
     for folder in (tmp_path / "empty", tmp_path / "a" / "b" / "c"):
-        AutoModelForCausalLM.from_pretrained(folder)
+        assert AutoModelForCausalLM.from_pretrained(folder).config.quantization_config is not None
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, OSError("No space left on device")], ids=["Ctrl-C", "disk"])
