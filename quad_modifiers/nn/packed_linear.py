@@ -1,14 +1,22 @@
-"""The residual weight of a loaded checkpoint: packed integers, unpacked only while they are used."""
+"""The residual weight of a loaded checkpoint: integers, never unpacked to floating point as a whole."""
+
+from collections.abc import Callable
+from typing import Any
 
 import torch
+from quad_kernels import LinearWeight, choose_backend, prepare_weight
 from quad_kernels.packing import unpack_int32
 from torch import nn
 
-from quad_modifiers.nn.quad_linear import IntegerWeight, expand_scales
+from quad_modifiers.nn.quad_linear import IntegerWeight
 
 
 class PackedLinear(nn.Module):
-    """A quantized linear without bias that holds its weight packed.
+    """A quantized linear without bias that holds its weight in integers.
+
+    It is loaded, moved and saved in the checkpoint's layout (buffers `weight_packed`, ...). The first forward pass, or
+    `prepare`, repacks it for the kernels of the device it lies on, and frees the checkpoint's words; `state_dict`, `to`
+    and `integer_weight` bring them back. The integers are the same in both.
 
     Args:
         in_features: input width.
@@ -35,14 +43,54 @@ class PackedLinear(nn.Module):
         self.group_size = group_size
         groups = 1 if group_size is None else in_features // group_size
         per_word = 32 // bits
+        self._prepared: LinearWeight | None = None
+        self.weight_packed: torch.Tensor
         self.register_buffer("weight_packed", torch.empty(out_features, -(-in_features // per_word), dtype=torch.int32))
         self.register_buffer("weight_scale", torch.empty(out_features, groups, dtype=dtype))
         self.register_buffer("weight_shape", torch.tensor([out_features, in_features], dtype=torch.int64))
         zero_point = None if symmetric else torch.empty(-(-out_features // per_word), groups, dtype=torch.int32)
         self.register_buffer("weight_zero_point", zero_point)
+        self.register_state_dict_pre_hook(_restore_words)
+
+    def prepare(self) -> None:
+        """Repacks the weight for the kernels of its device; does nothing while its tensors are not loaded."""
+        if self._prepared is None and not self.weight_packed.is_meta:
+            self._prepared = self._repacked()
+            self.weight_packed = self.weight_packed.new_empty(0)
+
+    def prepared_weight(self) -> LinearWeight:
+        """The weight as the kernels read it."""
+        if hasattr(self, "_hf_hook"):  # offloaded: the tensors come for one forward pass and go again
+            return self._repacked()
+        if self._prepared is None:
+            self.prepare()
+        assert self._prepared is not None
+        scale = self.weight_scale  # trained scales are looked up, not copied
+        return self._prepared if self._prepared.scale is scale else _with_scale(self._prepared, scale)
+
+    def _repacked(self) -> LinearWeight:
+        return prepare_weight(
+            self.weight_packed,
+            self.weight_scale,
+            bits=self.bits,
+            in_features=self.in_features,
+            zero_point=self.weight_zero_point,
+        )
+
+    def restore_words(self) -> None:
+        """Brings `weight_packed` back, in the checkpoint's layout."""
+        if self._prepared is not None:
+            self.weight_packed = self._prepared.to_words()
+            self._prepared = None
+
+    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> "PackedLinear":
+        self.restore_words()  # another device may want another layout
+        return super()._apply(fn, recurse)
 
     def integer_weight(self) -> IntegerWeight:
         """Unpacks the weight; integers `[out, in]`, int8."""
+        if self._prepared is not None:
+            return IntegerWeight(self._prepared.unpacked(), self.weight_scale, self._prepared.zero_point)
         zero_point = None
         if self.weight_zero_point is not None:
             zero_point = unpack_int32(self.weight_zero_point.T, self.bits, self.out_features).T
@@ -52,15 +100,23 @@ class PackedLinear(nn.Module):
     def dequantized(self, dtype: torch.dtype) -> torch.Tensor:
         """Returns the weight as floating point, `[out, in]`."""
         integers, scale, zero_point = self.integer_weight()
-        values = integers.float()
-        if zero_point is not None:
-            values = values - expand_scales(zero_point.float(), self.in_features)
-        return (values * expand_scales(scale.float(), self.in_features)).to(dtype)
+        return LinearWeight(integers, scale, zero_point, self.in_features, self.bits).dequantized(dtype)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Applies the dequantized weight to floating-point inputs `[..., in]` (weight-only quantization)."""
-        return nn.functional.linear(x, self.dequantized(x.dtype))
+        return nn.functional.linear(x, self.prepared_weight().dequantized(x.dtype))
 
     def extra_repr(self) -> str:
-        """Shape and format."""
-        return f"in={self.in_features}, out={self.out_features}, bits={self.bits}, group_size={self.group_size}"
+        """Shape, format and the backend that runs it."""
+        backend = "" if self.weight_scale.is_meta else f", kernels={choose_backend(self.weight_scale.device).name}"
+        return (
+            f"in={self.in_features}, out={self.out_features}, bits={self.bits}, group_size={self.group_size}{backend}"
+        )
+
+
+def _with_scale(weight: LinearWeight, scale: torch.Tensor) -> LinearWeight:
+    return LinearWeight(weight.integers, scale, weight.zero_point, weight.in_features, weight.bits)
+
+
+def _restore_words(module: Any, prefix: str, keep_vars: bool) -> None:
+    module.restore_words()

@@ -3,10 +3,8 @@
 from typing import NamedTuple
 
 import torch
-from quad_kernels.int4_linear import int4_linear
+from quad_kernels import InputQuantization, InputSplit, LinearWeight, quad_linear
 from torch import nn
-
-from quad_modifiers.nn.input_split import InputQuantization, InputSplit
 
 
 class IntegerWeight(NamedTuple):
@@ -124,22 +122,29 @@ class QuadLinear(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Applies the layer to `[..., in]`; the outlier coordinates bypass the quantization of the input."""
+        quantization = self.input_quantization if self.quantize_input else None
+        weight = None if quantization is None else self._linear_weight()
+        if quantization is not None and weight is not None:
+            outlier_weight = None if self.outlier is None else self.outlier.weight
+            return quad_linear(x, weight, self.split, quantization, outlier_weight=outlier_weight, bias=self.bias)
         outlier, residual = self.split(x)
-        y = self._residual_output(residual).float()
+        y = self.residual(residual if quantization is None else quantization.fake(residual)).float()
         if outlier is not None and self.outlier is not None:
             y = y + self.outlier(outlier).float()
         if self.bias is not None:
             y = y + self.bias.float()
         return y.to(x.dtype)
 
-    def _residual_output(self, residual: torch.Tensor) -> torch.Tensor:
-        if self.input_quantization is None or not self.quantize_input:
-            return self.residual(residual)
-        weight = self.integer_weight()
-        if weight is None:
-            return self.residual(self.input_quantization.fake(residual))
-        integers, scale = self.input_quantization(residual)
-        return int4_linear(integers, scale, weight.integers, weight.scale, weight.zero_point)
+    def _linear_weight(self) -> LinearWeight | None:
+        """The residual's quantized weight as the kernels read it, None while it is not quantized."""
+        prepared = getattr(self.residual, "prepared_weight", None)
+        if prepared is not None:
+            return prepared()
+        weight, bits = self.integer_weight(), self.weight_bits()
+        if weight is None or bits is None:
+            return None
+        zero_point = None if weight.zero_point is None else weight.zero_point.to(torch.int8)
+        return LinearWeight(weight.integers, weight.scale, zero_point, self.split.residual_width, bits)
 
     def extra_repr(self) -> str:
         """The split and the input quantization."""

@@ -4,7 +4,30 @@ from __future__ import annotations
 
 import pytest
 import torch
-from quad_kernels.int4_linear import int4_linear
+from quad_kernels import LinearWeight
+from quad_kernels import int4_linear as public_int4_linear
+
+LAYOUTS = [("reference", "int8"), ("reference", "nibbles"), ("cpu", "int8"), ("cpu", "nibbles")]
+
+
+@pytest.fixture(params=LAYOUTS, ids="-".join, autouse=True)
+def layout(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    monkeypatch.setenv("QUAD_KERNELS", request.param[0])
+    return request.param[1]
+
+
+def int4_linear(
+    layout: str,
+    x: torch.Tensor,
+    x_scale: torch.Tensor,
+    weight: torch.Tensor,
+    scale: torch.Tensor,
+    zero_point: torch.Tensor | None = None,
+    bits: int = 4,
+) -> torch.Tensor:
+    prepared = LinearWeight(weight, scale, zero_point, weight.shape[1], bits).to_layout(layout)  # type: ignore[arg-type]
+    assert prepared.layout == (layout if bits <= 4 else "int8")
+    return public_int4_linear(x, x_scale, prepared)
 
 
 def integers(shape: tuple[int, ...], bits: int, seed: int = 0) -> torch.Tensor:
@@ -18,24 +41,26 @@ def scales(shape: tuple[int, ...], seed: int = 1) -> torch.Tensor:
 
 @pytest.mark.parametrize(("x_bits", "w_bits"), [(4, 4), (8, 4), (8, 8), (4, 2)])
 @pytest.mark.parametrize("k", [1, 63, 576, 4096])
-def test_integer_sum_is_exact(x_bits: int, w_bits: int, k: int) -> None:
+def test_integer_sum_is_exact(layout: str, x_bits: int, w_bits: int, k: int) -> None:
     x, weight = integers((2, 3, k), x_bits), integers((5, k), w_bits, seed=2)
     ones = torch.ones(2, 3, 1), torch.ones(5, 1)
-    got = int4_linear(x, ones[0], weight, ones[1])
+    got = int4_linear(layout, x, ones[0], weight, ones[1], bits=w_bits)
     assert got.dtype == torch.float32
     assert torch.equal(got, (x.long() @ weight.long().T).float())
 
 
 @pytest.mark.parametrize(("x_bits", "w_bits", "zero"), [(4, 4, None), (8, 4, -8), (8, 8, None), (8, 8, -128)])
 @pytest.mark.parametrize("k", [4096, 16384])
-def test_integer_sum_is_exact_where_float32_is_not(x_bits: int, w_bits: int, zero: int | None, k: int) -> None:
+def test_integer_sum_is_exact_where_float32_is_not(
+    layout: str, x_bits: int, w_bits: int, zero: int | None, k: int
+) -> None:
     """Large products of both signs that cancel but for a rest of one: no partial sum may be rounded."""
     x = torch.full((1, k + 1), 2 ** (x_bits - 1) - 1, dtype=torch.int8)
     x[0, k // 2 : k] *= -1
     x[0, k] = 1
     weight = torch.full((2, k + 1), 2 ** (w_bits - 1) - 1, dtype=torch.int8)
     zero_point = None if zero is None else torch.full((2, 1), zero, dtype=torch.int8)
-    got = int4_linear(x, torch.ones(1, 1), weight, torch.ones(2, 1), zero_point)
+    got = int4_linear(layout, x, torch.ones(1, 1), weight, torch.ones(2, 1), zero_point, w_bits)
     rest = 2 ** (w_bits - 1) - 1 - (zero or 0)
     assert got.tolist() == [[rest, rest]]
 
@@ -44,8 +69,9 @@ def test_integer_sum_is_exact_where_float32_is_not(x_bits: int, w_bits: int, zer
     ("bits", "k", "exact"), [(4, 16384, torch.float32), (8, 1024, torch.float32), (8, 1025, torch.float64)]
 )
 def test_float64_is_used_exactly_where_float32_could_round(
-    bits: int, k: int, exact: torch.dtype, monkeypatch: pytest.MonkeyPatch
+    bits: int, k: int, exact: torch.dtype, layout: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setenv("QUAD_KERNELS", "reference")
     used: list[torch.dtype] = []
     product = torch.Tensor.__matmul__
 
@@ -55,13 +81,13 @@ def test_float64_is_used_exactly_where_float32_could_round(
 
     monkeypatch.setattr(torch.Tensor, "__matmul__", spy)
     x = torch.full((1, k), -(2 ** (bits - 1)), dtype=torch.int8)
-    int4_linear(x, torch.ones(1, 1), x, torch.ones(1, 1), torch.zeros(1, 1, dtype=torch.int8))
+    int4_linear(layout, x, torch.ones(1, 1), x, torch.ones(1, 1), torch.zeros(1, 1, dtype=torch.int8), bits)
     assert used == [exact]
 
 
 @pytest.mark.parametrize("zero_points", [False, True])
 @pytest.mark.parametrize(("x_groups", "w_groups"), [(1, 1), (4, 1), (1, 4), (4, 4), (2, 8)])
-def test_scales_groups_and_zero_points(x_groups: int, w_groups: int, zero_points: bool) -> None:
+def test_scales_groups_and_zero_points(layout: str, x_groups: int, w_groups: int, zero_points: bool) -> None:
     k = 64
     x, weight = integers((3, 5, k), 8), integers((7, k), 4, seed=2)
     x_scale, w_scale = scales((3, 5, x_groups)), scales((7, w_groups), seed=3)
@@ -69,13 +95,14 @@ def test_scales_groups_and_zero_points(x_groups: int, w_groups: int, zero_points
     wide_x = x.double() * x_scale.double().repeat_interleave(k // x_groups, -1)
     shifted = weight.double() - (0 if zero is None else zero.double().repeat_interleave(k // w_groups, -1))
     wide_w = shifted * w_scale.double().repeat_interleave(k // w_groups, -1)
-    got = int4_linear(x, x_scale, weight, w_scale, zero)
+    got = int4_linear(layout, x, x_scale, weight, w_scale, zero)
     torch.testing.assert_close(got.double(), wide_x @ wide_w.T, rtol=1e-5, atol=1e-3)
 
 
-def test_scales_in_bfloat16_are_widened_first() -> None:
+def test_scales_in_bfloat16_are_widened_first(layout: str) -> None:
     x, weight = integers((4, 32), 4), integers((3, 32), 4, seed=2)
     w_scale = scales((3, 1)).bfloat16()
     assert torch.equal(
-        int4_linear(x, scales((4, 1)), weight, w_scale), int4_linear(x, scales((4, 1)), weight, w_scale.float())
+        int4_linear(layout, x, scales((4, 1)), weight, w_scale),
+        int4_linear(layout, x, scales((4, 1)), weight, w_scale.float()),
     )

@@ -4,7 +4,23 @@ from __future__ import annotations
 
 import pytest
 import torch
-from quad_kernels.quantize_activations import quantize_activations
+from quad_kernels import InputQuantization
+from quad_kernels import quantize_activations as public_quantize_activations
+
+BACKENDS = ["reference", "cpu"]
+
+
+@pytest.fixture(params=BACKENDS, autouse=True)
+def _backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("QUAD_KERNELS", request.param)
+
+
+def quantize_activations(
+    x: torch.Tensor, bits: int, clip_ratio: float = 1.0, group_size: int | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    outlier, integers, scale = public_quantize_activations(x, InputQuantization(bits, clip_ratio, group_size))
+    assert outlier is None
+    return integers, scale
 
 
 def activations(*shape: int) -> torch.Tensor:

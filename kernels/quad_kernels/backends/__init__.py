@@ -1,0 +1,10 @@
+"""Which code runs an operation: a registry of backends, and the choice among them."""
+
+from quad_kernels.backends.base import Backend
+from quad_kernels.backends.cpu import CpuBackend
+from quad_kernels.backends.registry import BackendError, backends, choose_backend, register_backend
+
+for _backend in (Backend(), CpuBackend()):
+    register_backend(_backend)
+
+__all__ = ["Backend", "BackendError", "backends", "choose_backend", "register_backend"]

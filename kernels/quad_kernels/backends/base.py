@@ -1,0 +1,60 @@
+"""The interface of a backend. Its methods are the references, so a backend overrides only what it accelerates."""
+
+import torch
+
+from quad_kernels.formats import InputQuantization, InputSplit, RMSNorm
+from quad_kernels.weight import LinearWeight, WeightLayout
+
+
+class Backend:
+    """Plain PyTorch on any device: exact, slow, and the truth for the others.
+
+    Attributes:
+        name: by which it is forced.
+        priority: the highest among the backends that can run is chosen.
+        devices: device types for which it is chosen automatically; empty for all.
+        weight_layout: how `prepare_weight` stores weights for it.
+    """
+
+    name: str = "reference"
+    priority: int = 0
+    devices: tuple[str, ...] = ()
+    weight_layout: WeightLayout = "nibbles"
+
+    def unavailable(self, device: torch.device) -> str | None:
+        """Why it cannot run on `device`, or None if it can."""
+        return None
+
+    def quantize_activations(
+        self,
+        x: torch.Tensor,
+        quantization: InputQuantization,
+        split: InputSplit,
+        norm: RMSNorm | None,
+        packed: bool,
+    ) -> tuple[torch.Tensor | None, torch.Tensor, torch.Tensor]:
+        """See `quad_kernels.quantize_activations`; `x` is `[tokens, width]`."""
+        from quad_kernels.quantize_activations import reference
+
+        return reference.quantize_activations(x, quantization, split, norm, packed)
+
+    def int4_linear(
+        self,
+        x: torch.Tensor,
+        x_scale: torch.Tensor,
+        weight: LinearWeight,
+        outlier: torch.Tensor | None,
+        outlier_weight: torch.Tensor | None,
+        bias: torch.Tensor | None,
+        out_dtype: torch.dtype,
+    ) -> torch.Tensor:
+        """See `quad_kernels.int4_linear`; `x` is `[tokens, in]`, the weight in either layout."""
+        from quad_kernels.int4_linear import reference
+
+        return reference.int4_linear(x, x_scale, weight, outlier, outlier_weight, bias, out_dtype)
+
+    def hadamard(self, x: torch.Tensor) -> torch.Tensor:
+        """The orthonormal transform of the last dimension, `plan_hadamard(x.shape[-1])`."""
+        from quad_kernels.hadamard import plan_hadamard, reference
+
+        return reference.apply_hadamard(x, plan_hadamard(x.shape[-1]))

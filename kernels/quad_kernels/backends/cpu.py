@@ -1,0 +1,34 @@
+"""CPU: integer dot products of oneDNN through `torch._int_mm`."""
+
+import torch
+
+from quad_kernels.backends.base import Backend
+from quad_kernels.weight import LinearWeight, WeightLayout
+
+
+class CpuBackend(Backend):
+    """Weights are unpacked to int8 once, at load: one byte a weight instead of half a byte, two in bfloat16."""
+
+    name: str = "cpu"
+    priority: int = 10
+    devices: tuple[str, ...] = ("cpu",)
+    weight_layout: WeightLayout = "int8"
+
+    def unavailable(self, device: torch.device) -> str | None:
+        """Only on the CPU."""
+        return None if device.type == "cpu" else "it is for tensors on the CPU"
+
+    def int4_linear(
+        self,
+        x: torch.Tensor,
+        x_scale: torch.Tensor,
+        weight: LinearWeight,
+        outlier: torch.Tensor | None,
+        outlier_weight: torch.Tensor | None,
+        bias: torch.Tensor | None,
+        out_dtype: torch.dtype,
+    ) -> torch.Tensor:
+        """Integer product, then scales, outlier product and bias in float32."""
+        from quad_kernels.int4_linear.cpu import int4_linear
+
+        return int4_linear(x, x_scale, weight, outlier, outlier_weight, bias, out_dtype)

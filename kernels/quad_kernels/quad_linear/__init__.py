@@ -1,0 +1,63 @@
+"""The complete QUAD layer: split, quantization, integer product, outlier product and bias; differentiable."""
+
+import torch
+
+from quad_kernels.formats import InputQuantization, InputSplit, RMSNorm
+from quad_kernels.int4_linear import int4_linear
+from quad_kernels.quad_linear.autograd import QuadLinearFunction
+from quad_kernels.quantize_activations import quantize_activations
+from quad_kernels.weight import LinearWeight
+
+
+def quad_linear(
+    x: torch.Tensor,
+    weight: LinearWeight,
+    split: InputSplit,
+    quantization: InputQuantization,
+    *,
+    outlier_weight: torch.Tensor | None = None,
+    bias: torch.Tensor | None = None,
+    norm: RMSNorm | None = None,
+    backend: str | None = None,
+) -> torch.Tensor:
+    """Applies a QUAD linear layer (QUAD paper, section 4.1).
+
+    Args:
+        x: `[..., split.width]`, float32, bfloat16 or float16.
+        weight: of the residual, from `prepare_weight`; `weight.in_features == split.residual_width`.
+        split: how the input is divided.
+        quantization: of the residual input.
+        outlier_weight: `[out, split.rank]`, None for rank 0.
+        bias: `[out]` or None.
+        norm: computed on `x` first, in the same pass.
+        backend: name of a backend; by default the environment variable QUAD_KERNELS or the best for the device.
+
+    Returns:
+        `[..., out]`, dtype of `x`. Gradients flow to `x`, `outlier_weight`, `bias` and `weight.scale` by the
+        straight-through estimator: quantization counts as the identity where it does not clip.
+
+    Raises:
+        ValueError: if the parts do not fit each other; NotImplementedError for gradients through `norm`.
+    """
+    if weight.in_features != split.residual_width:
+        raise ValueError(f"the weight has {weight.in_features} inputs, the split's residual {split.residual_width}")
+    if torch.is_grad_enabled() and any(
+        t is not None and t.requires_grad for t in (x, outlier_weight, bias, weight.scale)
+    ):
+        if norm is not None:
+            raise NotImplementedError("gradients do not pass the fused norm; apply the norm before the layer")
+        return QuadLinearFunction.apply(x, weight.scale, outlier_weight, bias, weight, split, quantization, backend)
+    outlier, integers, scale = quantize_activations(x, quantization, split, norm=norm, backend=backend)
+    return int4_linear(
+        integers,
+        scale,
+        weight,
+        outlier=outlier,
+        outlier_weight=outlier_weight,
+        bias=bias,
+        out_dtype=x.dtype,
+        backend=backend,
+    )
+
+
+__all__ = ["quad_linear"]
