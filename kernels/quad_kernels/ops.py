@@ -21,8 +21,8 @@ _library.define(
 )
 _library.define(
     "int4_linear(Tensor x, Tensor x_scale, Tensor weight, Tensor weight_scale, Tensor? weight_zero_point, "
-    "int in_features, int bits, Tensor? outlier, Tensor? outlier_weight, Tensor? bias, ScalarType out_dtype, "
-    "str backend) -> Tensor",
+    "int in_features, int out_features, int bits, Tensor? outlier, Tensor? outlier_weight, Tensor? bias, "
+    "ScalarType out_dtype, str backend) -> Tensor",
     tags=_TAGS,
 )
 _library.define("hadamard(Tensor x, str backend) -> Tensor", tags=_TAGS)
@@ -86,6 +86,7 @@ def _int4_linear(
     weight_scale: torch.Tensor,
     weight_zero_point: torch.Tensor | None,
     in_features: int,
+    out_features: int,
     bits: int,
     outlier: torch.Tensor | None,
     outlier_weight: torch.Tensor | None,
@@ -93,7 +94,7 @@ def _int4_linear(
     out_dtype: torch.dtype,
     backend: str,
 ) -> torch.Tensor:
-    prepared = LinearWeight(weight, weight_scale, weight_zero_point, in_features, bits)
+    prepared = LinearWeight(weight, weight_scale, weight_zero_point, in_features, out_features, bits)
     return choose_backend(x.device, backend).int4_linear(x, x_scale, prepared, outlier, outlier_weight, bias, out_dtype)
 
 
@@ -104,6 +105,7 @@ def _int4_linear_shape(
     weight_scale: torch.Tensor,
     weight_zero_point: torch.Tensor | None,
     in_features: int,
+    out_features: int,
     bits: int,
     outlier: torch.Tensor | None,
     outlier_weight: torch.Tensor | None,
@@ -111,7 +113,7 @@ def _int4_linear_shape(
     out_dtype: torch.dtype,
     backend: str,
 ) -> torch.Tensor:
-    return x.new_empty(x.shape[0], weight.shape[0], dtype=out_dtype)
+    return x.new_empty(x.shape[0], out_features, dtype=out_dtype)
 
 
 def _hadamard(x: torch.Tensor, backend: str) -> torch.Tensor:

@@ -7,7 +7,7 @@ import torch
 
 from quad_kernels.packing import pack_int32, pack_nibbles, unpack_int32, unpack_nibbles
 
-WeightLayout = Literal["int8", "nibbles"]
+WeightLayout = Literal["int8", "nibbles", "onednn"]
 
 
 @dataclass(frozen=True)
@@ -16,10 +16,12 @@ class LinearWeight:
 
     Attributes:
         integers: layout int8: `[out, in]`, int8. Layout nibbles: `[out, nibble_bytes(in)]`, uint8, at most 4 bits
-            (`quad_kernels.packing.nibbles` has the order).
+            (`quad_kernels.packing.nibbles` has the order). Layout onednn: opaque, one byte each, for oneDNN's int8
+            product on the CPU.
         scale: `[out, groups]`, floating point.
         zero_point: `[out, groups]`, int8, or None on a symmetric grid.
         in_features: input width.
+        out_features: output channels.
         bits: width of the integers, 2 to 8.
     """
 
@@ -27,20 +29,20 @@ class LinearWeight:
     scale: torch.Tensor
     zero_point: torch.Tensor | None
     in_features: int
+    out_features: int
     bits: int
-
-    @property
-    def out_features(self) -> int:
-        """Output channels."""
-        return int(self.integers.shape[0])
 
     @property
     def layout(self) -> WeightLayout:
         """How `integers` is stored."""
+        if self.integers.is_mkldnn:
+            return "onednn"
         return "nibbles" if self.integers.dtype == torch.uint8 else "int8"
 
     def unpacked(self) -> torch.Tensor:
         """The integers, `[out, in]`, int8."""
+        if self.layout == "onednn":
+            return self.integers.to_dense().T.contiguous()
         return unpack_integers(self.integers, self.in_features)
 
     def dequantized(self, dtype: torch.dtype) -> torch.Tensor:
@@ -52,9 +54,16 @@ class LinearWeight:
 
     def to_layout(self, layout: WeightLayout) -> "LinearWeight":
         """The same weight stored in another layout; more than 4 bits stay int8."""
-        if layout == self.layout or self.bits > 4:
+        if layout == "nibbles" and self.bits > 4:
+            layout = "int8"
+        if layout == self.layout:
             return self
-        return replace(self, integers=pack_nibbles(self.integers) if layout == "nibbles" else self.unpacked())
+        integers = self.unpacked()
+        if layout == "nibbles":
+            integers = pack_nibbles(integers)
+        elif layout == "onednn":
+            integers = torch.ops.onednn.qlinear_prepack(integers, None)
+        return replace(self, integers=integers)
 
     def to_words(self) -> torch.Tensor:
         """The integers as the checkpoint stores them, `[out, ceil(in * bits / 32)]`, int32."""
@@ -107,8 +116,9 @@ def prepare_weight(
         )
     out_features = weight_packed.shape[0]
     zeros = None if zero_point is None else unpack_int32(zero_point.T.contiguous(), bits, out_features).T.contiguous()
-    weight = LinearWeight(unpack_int32(weight_packed, bits, in_features), weight_scale, zeros, in_features, bits)
-    return weight.to_layout(choose_backend(weight_packed.device, backend).weight_layout)
+    integers = unpack_int32(weight_packed, bits, in_features)
+    weight = LinearWeight(integers, weight_scale, zeros, in_features, out_features, bits)
+    return choose_backend(weight_packed.device, backend).prepare_weight(weight)
 
 
 __all__ = [

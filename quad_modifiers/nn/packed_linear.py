@@ -1,6 +1,7 @@
 """The residual weight of a loaded checkpoint: integers, never unpacked to floating point as a whole."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -66,7 +67,7 @@ class PackedLinear(nn.Module):
             self.prepare()
         assert self._prepared is not None
         scale = self.weight_scale  # trained scales are looked up, not copied
-        return self._prepared if self._prepared.scale is scale else _with_scale(self._prepared, scale)
+        return self._prepared if self._prepared.scale is scale else replace(self._prepared, scale=scale)
 
     def _repacked(self) -> LinearWeight:
         return prepare_weight(
@@ -87,6 +88,11 @@ class PackedLinear(nn.Module):
         self.restore_words()  # another device may want another layout
         return super()._apply(fn, recurse)
 
+    def __getstate__(self) -> dict[str, Any]:
+        """For copies and pickles: the kernels' layouts cannot be copied."""
+        self.restore_words()
+        return super().__getstate__()
+
     def integer_weight(self) -> IntegerWeight:
         """Unpacks the weight; integers `[out, in]`, int8."""
         if self._prepared is not None:
@@ -100,7 +106,8 @@ class PackedLinear(nn.Module):
     def dequantized(self, dtype: torch.dtype) -> torch.Tensor:
         """Returns the weight as floating point, `[out, in]`."""
         integers, scale, zero_point = self.integer_weight()
-        return LinearWeight(integers, scale, zero_point, self.in_features, self.bits).dequantized(dtype)
+        weight = LinearWeight(integers, scale, zero_point, self.in_features, self.out_features, self.bits)
+        return weight.dequantized(dtype)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Applies the dequantized weight to floating-point inputs `[..., in]` (weight-only quantization)."""
@@ -112,10 +119,6 @@ class PackedLinear(nn.Module):
         return (
             f"in={self.in_features}, out={self.out_features}, bits={self.bits}, group_size={self.group_size}{backend}"
         )
-
-
-def _with_scale(weight: LinearWeight, scale: torch.Tensor) -> LinearWeight:
-    return LinearWeight(weight.integers, scale, weight.zero_point, weight.in_features, weight.bits)
 
 
 def _restore_words(module: Any, prefix: str, keep_vars: bool) -> None:

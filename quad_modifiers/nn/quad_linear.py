@@ -144,7 +144,9 @@ class QuadLinear(nn.Module):
         if weight is None or bits is None:
             return None
         zero_point = None if weight.zero_point is None else weight.zero_point.to(torch.int8)
-        return LinearWeight(weight.integers, weight.scale, zero_point, self.split.residual_width, bits)
+        return LinearWeight(
+            weight.integers, weight.scale, zero_point, self.split.residual_width, self.out_features, bits
+        )
 
     def extra_repr(self) -> str:
         """The split and the input quantization."""

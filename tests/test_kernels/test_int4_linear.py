@@ -6,8 +6,9 @@ import pytest
 import torch
 from quad_kernels import LinearWeight
 from quad_kernels import int4_linear as public_int4_linear
+from quad_kernels.int4_linear.cpu import onednn_takes
 
-LAYOUTS = [("reference", "int8"), ("reference", "nibbles"), ("cpu", "int8"), ("cpu", "nibbles")]
+LAYOUTS = [("reference", "int8"), ("reference", "nibbles"), ("cpu", "int8"), ("cpu", "nibbles"), ("cpu", "onednn")]
 
 
 @pytest.fixture(params=LAYOUTS, ids="-".join, autouse=True)
@@ -25,8 +26,11 @@ def int4_linear(
     zero_point: torch.Tensor | None = None,
     bits: int = 4,
 ) -> torch.Tensor:
-    prepared = LinearWeight(weight, scale, zero_point, weight.shape[1], bits).to_layout(layout)  # type: ignore[arg-type]
-    assert prepared.layout == (layout if bits <= 4 else "int8")
+    plain = LinearWeight(weight, scale, zero_point, weight.shape[1], weight.shape[0], bits)
+    if layout == "onednn" and not onednn_takes(plain):
+        layout = "int8"
+    prepared = plain.to_layout(layout)  # type: ignore[arg-type]
+    assert prepared.layout == ("int8" if layout == "nibbles" and bits > 4 else layout)
     return public_int4_linear(x, x_scale, prepared)
 
 

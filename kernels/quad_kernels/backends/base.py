@@ -13,7 +13,7 @@ class Backend:
         name: by which it is forced.
         priority: the highest among the backends that can run is chosen.
         devices: device types for which it is chosen automatically; empty for all.
-        weight_layout: how `prepare_weight` stores weights for it.
+        weight_layout: how it wants weights to be stored.
     """
 
     name: str = "reference"
@@ -24,6 +24,10 @@ class Backend:
     def unavailable(self, device: torch.device) -> str | None:
         """Why it cannot run on `device`, or None if it can."""
         return None
+
+    def prepare_weight(self, weight: LinearWeight) -> LinearWeight:
+        """Returns `weight` as this backend reads it best; every backend reads every layout of its devices."""
+        return weight.to_layout(self.weight_layout)
 
     def quantize_activations(
         self,

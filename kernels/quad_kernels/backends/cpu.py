@@ -18,6 +18,12 @@ class CpuBackend(Backend):
         """Only on the CPU."""
         return None if device.type == "cpu" else "it is for tensors on the CPU"
 
+    def prepare_weight(self, weight: LinearWeight) -> LinearWeight:
+        """OneDNN's own order where it has a product for it, plain int8 otherwise."""
+        from quad_kernels.int4_linear.cpu import onednn_takes
+
+        return weight.to_layout("onednn" if onednn_takes(weight) else "int8")
+
     def int4_linear(
         self,
         x: torch.Tensor,

@@ -54,6 +54,7 @@ def int4_linear(
         weight.scale,
         weight.zero_point,
         weight.in_features,
+        weight.out_features,
         weight.bits,
         None if outlier is None else outlier.reshape(-1, outlier.shape[-1]),
         outlier_weight,

@@ -1,6 +1,13 @@
-"""Integer linear layer on the CPU: `torch._int_mm`, which is oneDNN's int8 product with int32 sums."""
+"""Integer linear layer on the CPU: oneDNN's int8 products with int32 sums, which PyTorch ships.
+
+Two of them. `onednn::qlinear_pointwise` reads a weight that was put in oneDNN's own order at load and is the fastest
+for every number of tokens; it takes unsigned activations, so int8 ones are shifted by 128, and has neither
+scales per group nor zero points.
+`torch._int_mm` reads a plain int8 weight and takes the other cases.
+"""
 
 import math
+from functools import lru_cache
 
 import torch
 
@@ -8,7 +15,7 @@ from quad_kernels.int4_linear import reference
 from quad_kernels.weight import LinearWeight, unpack_integers
 
 _SMALLEST_WIDTH = 16  # _int_mm reads past a weight of one column: its transpose's strides are ambiguous
-_MOST_SINGLE_TOKENS = 4  # up to here one matrix-vector product per token beats a matrix product
+_MOST_SINGLE_TOKENS = 4  # up to here one matrix-vector product of _int_mm per token beats its matrix product
 
 
 def int4_linear(
@@ -21,65 +28,106 @@ def int4_linear(
     out_dtype: torch.dtype,
 ) -> torch.Tensor:
     """See `quad_kernels.int4_linear`; `x` is `[tokens, in]` or packed, int8 or uint8."""
-    k = weight.in_features
     groups = math.lcm(x_scale.shape[1], weight.scale.shape[1])
-    if k // groups < _SMALLEST_WIDTH or x.shape[0] == 0:
+    if weight.in_features // groups < _SMALLEST_WIDTH or x.shape[0] == 0:
         return reference.int4_linear(x, x_scale, weight, outlier, outlier_weight, bias, out_dtype)
-    x, integers = unpack_integers(x, k), weight.unpacked()
-    if groups == 1:
-        y = _scaled_product(x, x_scale, integers, weight.scale, weight.zero_point)
+    x = unpack_integers(x, weight.in_features)
+    if groups > 1:
+        y, x_scale = _grouped_product(x, x_scale, weight, groups), None
+    elif weight.layout == "onednn":
+        y = _onednn_product(x, weight)
     else:
-        y = _grouped_product(x, x_scale, integers, weight, groups)
+        y = _product(x, weight.unpacked(), weight.scale, weight.zero_point)
+    rest = None if bias is None else bias.float()
     if outlier is not None and outlier_weight is not None:
-        y += outlier.to(outlier_weight.dtype) @ outlier_weight.T
-    if bias is not None:
-        y += bias
+        product = (outlier.to(outlier_weight.dtype) @ outlier_weight.T).float()
+        rest = product if rest is None else product.add_(rest)
+    if x_scale is not None:
+        y = y.mul_(x_scale) if rest is None else torch.addcmul(rest, y, x_scale)
+    elif rest is not None:
+        y += rest
     return y.to(out_dtype)
 
 
-def _grouped_product(
-    x: torch.Tensor, x_scale: torch.Tensor, integers: torch.Tensor, weight: LinearWeight, groups: int
-) -> torch.Tensor:
-    """One integer product per group of coordinates that share both scales."""
+def onednn_takes(weight: LinearWeight) -> bool:
+    """True if oneDNN's prepacked product can compute with a weight like this one."""
+    per_channel = weight.scale.shape[1] == 1 and weight.zero_point is None
+    return per_channel and weight.in_features >= _SMALLEST_WIDTH and _onednn_is_exact()
+
+
+@lru_cache(maxsize=1)
+def _onednn_is_exact() -> bool:
+    """Tries the largest integers: some builds lack it, and some older processors saturate pairs of products."""
+    x, integers = torch.full((2, 64), 127, dtype=torch.int8), torch.full((16, 64), 127, dtype=torch.int8)
+    weight = LinearWeight(integers, torch.ones(16, 1), None, 64, 16, 8)
+    try:
+        y = _onednn_product(x, weight.to_layout("onednn"))
+    except (RuntimeError, AttributeError):
+        return False
+    return bool((y == 64 * 127 * 127).all())
+
+
+def _onednn_product(x: torch.Tensor, weight: LinearWeight) -> torch.Tensor:
+    """Returns scale * sum over k of x * integers, `[tokens, out]`, float32."""
+    return torch.ops.onednn.qlinear_pointwise(
+        x.view(torch.uint8) ^ 128,  # two's complement to an offset of 128
+        1.0,
+        128,
+        weight.integers,
+        weight.scale.float().squeeze(1),
+        _zeros(weight.out_features),
+        None,
+        1.0,
+        0,
+        torch.float32,
+        "none",
+        [],
+        "",
+    )
+
+
+@lru_cache(maxsize=64)
+def _zeros(count: int) -> torch.Tensor:
+    with torch.inference_mode(False):
+        return torch.zeros(count, dtype=torch.int64)
+
+
+def _grouped_product(x: torch.Tensor, x_scale: torch.Tensor, weight: LinearWeight, groups: int) -> torch.Tensor:
+    """One integer product per group of coordinates that share both scales; `[tokens, out]`, both scales applied."""
 
     def per_group(values: torch.Tensor) -> torch.Tensor:
         return values.repeat_interleave(groups // values.shape[1], dim=1)
 
-    x_scale, scale = per_group(x_scale), per_group(weight.scale)
+    x_scale, scale, integers = per_group(x_scale), per_group(weight.scale), weight.unpacked()
     zero_point = None if weight.zero_point is None else per_group(weight.zero_point)
     size = weight.in_features // groups
     y = torch.zeros(x.shape[0], weight.out_features)
     for group in range(groups):
         columns, one = slice(group * size, (group + 1) * size), slice(group, group + 1)
-        y += _scaled_product(
+        y += _product(
             x[:, columns].contiguous(),
-            x_scale[:, one],
             integers[:, columns],
             scale[:, one],
             None if zero_point is None else zero_point[:, one],
-        )
+        ).mul_(x_scale[:, one])
     return y
 
 
-def _scaled_product(
-    x: torch.Tensor,
-    x_scale: torch.Tensor,
-    integers: torch.Tensor,
-    scale: torch.Tensor,
-    zero_point: torch.Tensor | None,
+def _product(
+    x: torch.Tensor, integers: torch.Tensor, scale: torch.Tensor, zero_point: torch.Tensor | None
 ) -> torch.Tensor:
-    """x_scale * scale * sum over k of x * (integers - zero_point), `[tokens, out]`, float32."""
+    """Returns scale * sum over k of x * (integers - zero_point), `[tokens, out]`, float32."""
     total = _integer_product(x, integers)
     if zero_point is not None:
         total -= x.sum(1, keepdim=True, dtype=torch.int32) * zero_point.T.to(torch.int32)
-    return total.float().mul_(x_scale).mul_(scale.float().T)
+    return total.to(torch.float32, memory_format=torch.contiguous_format).mul_(scale.float().T)
 
 
 def _integer_product(x: torch.Tensor, integers: torch.Tensor) -> torch.Tensor:
     """Returns x integers^T, `[tokens, out]`, int32.
 
     With the weight as the left operand oneDNN reads it row by row as it lies in memory: on 2 cores with AVX512-VNNI
-    and 4096 x 4096 that takes a third to two thirds of the time of the other order (kernels/benchmarks).
+    and 4096 x 4096 that takes a third to two thirds of the time of the other order.
     """
     if x.shape[0] <= _MOST_SINGLE_TOKENS:
         return torch.cat([torch._int_mm(integers, token.unsqueeze(1)) for token in x], dim=1).T

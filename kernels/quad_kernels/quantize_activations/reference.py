@@ -22,6 +22,8 @@ def quantize_activations(
     if split.hadamard:
         residual = apply_hadamard(residual, plan_hadamard(split.residual_width))
     integers, scale = quantize(residual, quantization)
+    if outlier is not None:
+        outlier = outlier.clone(memory_format=torch.contiguous_format)  # a custom op may not return a view of its input
     return outlier, pack_nibbles(integers) if packed else integers, scale
 
 
