@@ -23,6 +23,15 @@ def _register_modifiers(_: object) -> None:
     register_modifiers()
 
 
+def _register_kernel_backends() -> None:
+    from quad_kernels.backends import register_backend_path
+
+    from quad_modifiers.plugins import kernel_backends
+
+    for backend in kernel_backends().values():
+        register_backend_path(backend.name, backend.path, str(backend.distribution))
+
+
 def __getattr__(name: str) -> Any:
     if name == "oneshot":
         from quad_modifiers.compression import oneshot
@@ -32,4 +41,5 @@ def __getattr__(name: str) -> Any:
 
 
 register_loader()
+_register_kernel_backends()
 wrapt.register_post_import_hook(_register_modifiers, "llmcompressor")

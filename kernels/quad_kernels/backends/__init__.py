@@ -2,9 +2,16 @@
 
 from quad_kernels.backends.base import Backend
 from quad_kernels.backends.cpu import CpuBackend
-from quad_kernels.backends.registry import BackendError, backends, choose_backend, register_backend
+from quad_kernels.backends.registry import (
+    BackendError,
+    backends,
+    choose_backend,
+    register_backend,
+    register_backend_path,
+)
+from quad_kernels.backends.triton import TritonBackend
 
-for _backend in (Backend(), CpuBackend()):
+for _backend in (Backend(), CpuBackend(), TritonBackend()):
     register_backend(_backend)
 
-__all__ = ["Backend", "BackendError", "backends", "choose_backend", "register_backend"]
+__all__ = ["Backend", "BackendError", "backends", "choose_backend", "register_backend", "register_backend_path"]

@@ -1,5 +1,6 @@
 """Registration and choice of backends."""
 
+import importlib
 import logging
 import os
 from functools import lru_cache
@@ -13,6 +14,8 @@ logger = logging.getLogger(__name__)
 ENVIRONMENT_VARIABLE = "QUAD_KERNELS"
 
 _backends: dict[str, Backend] = {}
+_pending: dict[str, tuple[str, str]] = {}  # name to import path and origin, of backends not imported yet
+_failed: dict[str, str] = {}  # name to reason
 
 
 class BackendError(RuntimeError):
@@ -32,9 +35,43 @@ def register_backend(backend: Backend) -> None:
     _choose.cache_clear()
 
 
+def register_backend_path(name: str, path: str, origin: str) -> None:
+    """Adds a backend that is imported when the first choice is made.
+
+    Args:
+        name: of the backend.
+        path: "module:object", a `Backend` or a subclass.
+        origin: what contributes it, for messages.
+
+    Raises:
+        ValueError: if another backend has its name.
+    """
+    if name in _backends or name in _failed or _pending.get(name, (path, origin)) != (path, origin):
+        raise ValueError(f"a kernel backend named {name!r} exists already; {origin} cannot add another")
+    _pending[name] = (path, origin)
+    _choose.cache_clear()
+
+
 def backends() -> dict[str, Backend]:
     """All registered backends by name."""
+    _import_pending()
     return dict(_backends)
+
+
+def _import_pending() -> None:
+    """Imports what was registered by path; a backend that fails is left out with a warning."""
+    while _pending:
+        name, (path, origin) = _pending.popitem()
+        module, _, attribute = path.partition(":")
+        try:
+            found = getattr(importlib.import_module(module), attribute)
+            backend = found() if isinstance(found, type) else found
+            if not isinstance(backend, Backend) or backend.name != name:
+                raise TypeError(f"{path} is no quad_kernels.Backend of the name {name!r}")
+            register_backend(backend)
+        except Exception as error:  # foreign code: whatever it raises must not stop the other backends
+            _failed[name] = f"{origin}: {type(error).__name__}: {error}"
+            logger.warning("the kernel backend %r cannot be used; %s", name, _failed[name])
 
 
 def choose_backend(device: torch.device | str, name: str | None = None) -> Backend:
@@ -54,9 +91,12 @@ def choose_backend(device: torch.device | str, name: str | None = None) -> Backe
 
 @lru_cache(maxsize=64)
 def _choose(device_type: str, index: int | None, name: str) -> Backend:
+    _import_pending()
     device = torch.device(device_type, index) if index is not None else torch.device(device_type)
     if name:
         forced = _backends.get(name)
+        if forced is None and name in _failed:
+            raise BackendError(f"the kernel backend {name!r} cannot be used; {_failed[name]}")
         if forced is None:
             raise BackendError(f"there is no kernel backend {name!r}; there are {', '.join(sorted(_backends))}")
         reason = forced.unavailable(device)

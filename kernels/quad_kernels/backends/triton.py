@@ -1,0 +1,71 @@
+"""NVIDIA GPUs: Triton kernels. With TRITON_INTERPRET=1 they run on the CPU as well, slowly, for tests."""
+
+import importlib.util
+import os
+
+import torch
+
+from quad_kernels.backends.base import Backend
+from quad_kernels.formats import InputQuantization, InputSplit, RMSNorm
+from quad_kernels.weight import WeightLayout
+
+_MIN_CAPABILITY = (8, 0)
+
+
+class TritonBackend(Backend):
+    """Triton is imported at the first call, not before."""
+
+    name: str = "triton"
+    priority: int = 20
+    devices: tuple[str, ...] = ("cuda",)
+    weight_layout: WeightLayout = "nibbles"
+
+    def unavailable(self, device: torch.device) -> str | None:
+        """It needs the package triton and compute capability 8.0, or Triton's interpreter."""
+        if importlib.util.find_spec("triton") is None:
+            return "the package triton is not installed (pip install 'quad-modifiers[triton]')"
+        if os.environ.get("TRITON_INTERPRET") == "1":
+            return None
+        if device.type != "cuda":
+            return f"it is for CUDA devices; on {device.type} it runs in Triton's interpreter (TRITON_INTERPRET=1)"
+        if torch.version.cuda is None or not torch.cuda.is_available():
+            return "this torch sees no NVIDIA GPU"
+        capability = torch.cuda.get_device_capability(device)
+        if capability < _MIN_CAPABILITY:
+            return f"the GPU has compute capability {capability[0]}.{capability[1]}, {_MIN_CAPABILITY[0]}.0 is needed"
+        return None
+
+    def quantize_activations(
+        self,
+        x: torch.Tensor,
+        quantization: InputQuantization,
+        split: InputSplit,
+        norm: RMSNorm | None,
+        packed: bool,
+    ) -> tuple[torch.Tensor | None, torch.Tensor, torch.Tensor]:
+        """One kernel, also with a norm or a Hadamard; combinations of those with groups or packing take two."""
+        from quad_kernels.hadamard import kernel as hadamard_kernel
+        from quad_kernels.quantize_activations import kernel
+
+        if (quantization.group_size or split.residual_width) > kernel.MAX_COLUMNS or x.dtype == torch.float64:
+            return super().quantize_activations(x, quantization, split, norm, packed)
+        with torch.cuda.device_of(x):
+            if not split.hadamard:
+                return kernel.quantize_activations(x, quantization, split, norm, packed)
+            if norm is not None:
+                x = norm(x)
+            if hadamard_kernel.supports(x, split.residual_width) and quantization.group_size is None and not packed:
+                return hadamard_kernel.hadamard_quantize(x, quantization, split)
+            outlier, residual = split.divide(x)
+            residual = self.hadamard(residual)
+            whole = InputSplit(residual.shape[1])
+            return outlier, *kernel.quantize_activations(residual, quantization, whole, None, packed)[1:]
+
+    def hadamard(self, x: torch.Tensor) -> torch.Tensor:
+        """One kernel for orders with a power of two of at least 16; other orders run the reference."""
+        from quad_kernels.hadamard import kernel
+
+        if not kernel.supports(x, x.shape[-1]):
+            return super().hadamard(x)
+        with torch.cuda.device_of(x):
+            return kernel.hadamard(x)

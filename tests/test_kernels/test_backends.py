@@ -1,0 +1,134 @@
+"""Registration and choice of kernel backends."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from collections.abc import Iterator
+from types import ModuleType
+
+import pytest
+import torch
+from quad_kernels import Backend, BackendError, InputQuantization, backends, choose_backend, quantize_activations
+from quad_kernels.backends import register_backend, register_backend_path, registry
+
+
+@pytest.fixture(autouse=True)
+def _own_registry(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.delenv("QUAD_KERNELS", raising=False)
+    monkeypatch.setattr(registry, "_backends", dict(registry._backends))
+    monkeypatch.setattr(registry, "_pending", {})
+    monkeypatch.setattr(registry, "_failed", {})
+    registry._choose.cache_clear()
+    yield
+    registry._choose.cache_clear()
+
+
+class Doubling(Backend):
+    name = "doubling"
+    priority = 99
+    devices = ("cpu",)
+
+    def quantize_activations(self, x, quantization, split, norm, packed):
+        return super().quantize_activations(2 * x, quantization, split, norm, packed)
+
+
+class Broken(Backend):
+    name = "broken"
+    priority = 100
+
+    def unavailable(self, device):
+        return "it has no batteries"
+
+
+def test_the_cpu_has_its_own_and_other_devices_fall_back_to_the_reference() -> None:
+    assert choose_backend("cpu").name == "cpu"
+    assert choose_backend("meta").name == "reference"
+
+
+def test_the_choice_is_logged_once(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.INFO, logger="quad_kernels"):
+        choose_backend("cpu")
+        choose_backend("cpu")
+    assert [record.getMessage() for record in caplog.records] == ["kernels on cpu: cpu"]
+
+
+def test_one_that_cannot_run_is_passed_over_with_its_reason(caplog: pytest.LogCaptureFixture) -> None:
+    register_backend(Broken())
+    with caplog.at_level(logging.INFO, logger="quad_kernels"):
+        assert choose_backend("cpu").name == "cpu"
+    assert "kernels on cpu: cpu (broken cannot run: it has no batteries)" in caplog.text
+
+
+def test_forced_by_argument_and_by_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert choose_backend("cpu", "reference").name == "reference"
+    monkeypatch.setenv("QUAD_KERNELS", "reference")
+    assert choose_backend("cpu").name == "reference"
+    assert choose_backend("cpu", "cpu").name == "cpu", "the argument goes first"
+
+
+def test_forcing_what_cannot_run_says_why() -> None:
+    register_backend(Broken())
+    with pytest.raises(BackendError, match="'broken' cannot run on cpu: it has no batteries"):
+        choose_backend("cpu", "broken")
+    with pytest.raises(BackendError, match="'cpu' cannot run on meta: it is for tensors on the CPU"):
+        choose_backend("meta", "cpu")
+
+
+def test_an_unknown_name_lists_the_known_ones() -> None:
+    with pytest.raises(BackendError, match=r"no kernel backend 'gpu'; there are cpu, .*reference"):
+        choose_backend("cpu", "gpu")
+
+
+def test_an_added_backend_runs_by_its_priority() -> None:
+    x = torch.randn(3, 32, generator=torch.Generator().manual_seed(0))
+    before = quantize_activations(x, InputQuantization(8))
+    register_backend(Doubling())
+    after = quantize_activations(x, InputQuantization(8))
+    assert torch.equal(after.scale, 2 * before.scale)
+    assert torch.equal(quantize_activations(x, InputQuantization(8), backend="cpu").scale, before.scale)
+
+
+def test_a_name_can_be_taken_once() -> None:
+    class Other(Backend):
+        name = "cpu"
+
+    with pytest.raises(ValueError, match="a kernel backend named 'cpu' exists already"):
+        register_backend(Other())
+    with pytest.raises(ValueError, match=r"named .cpu. exists already; my-dist 1\.0 cannot add another"):
+        register_backend_path("cpu", "module:Class", "my-dist 1.0")
+
+
+@pytest.fixture
+def module(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    module = ModuleType("module_with_kernels")
+    module.Doubling = Doubling  # type: ignore[attr-defined]
+    module.text = "no backend"  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, module.__name__, module)
+    return module
+
+
+def test_a_contributed_backend_is_imported_at_the_first_choice(module: ModuleType) -> None:
+    register_backend_path("doubling", f"{module.__name__}:Doubling", "my-dist 1.0")
+    assert "doubling" not in registry._backends
+    assert choose_backend("cpu").name == "doubling"
+
+
+@pytest.mark.parametrize(
+    ("path", "reason"),
+    [
+        ("no_such_module:Thing", "my-dist 1.0: ModuleNotFoundError: No module named 'no_such_module'"),
+        ("module_with_kernels:Nothing", "my-dist 1.0: AttributeError"),
+        ("module_with_kernels:text", "my-dist 1.0: TypeError: module_with_kernels:text is no quad_kernels.Backend"),
+        ("module_with_kernels:Doubling", "my-dist 1.0: TypeError: .* of the name 'mine'"),
+    ],
+)
+def test_a_contributed_backend_that_fails_is_left_out(
+    path: str, reason: str, module: ModuleType, caplog: pytest.LogCaptureFixture
+) -> None:
+    register_backend_path("mine", path, "my-dist 1.0")
+    assert choose_backend("cpu").name == "cpu"
+    assert "the kernel backend 'mine' cannot be used" in caplog.text
+    assert "mine" not in backends()
+    with pytest.raises(BackendError, match=reason):
+        choose_backend("cpu", "mine")

@@ -1,0 +1,198 @@
+"""The complete layer: values, gradients, compiled graphs."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from quad_kernels import InputQuantization, InputSplit, LinearWeight, RMSNorm, quad_linear, quantize_activations
+from quad_kernels.hadamard import hadamard_matrix
+
+OUT = 24
+SPLITS = {
+    "U-type": InputSplit(80, 16),
+    "per head": InputSplit(96, 4, 24, keep_width=True),
+    "Hadamard": InputSplit(96, 8, 48, keep_width=True, hadamard=True),
+    "Paley Hadamard": InputSplit(44, hadamard=True),
+    "plain": InputSplit(64),
+}
+
+
+def draw(*shape: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def make_weight(width: int, groups: int = 1, zero_points: bool = False) -> LinearWeight:
+    generator = torch.Generator().manual_seed(1)
+    integers = torch.randint(-8, 8, (OUT, width), dtype=torch.int8, generator=generator)
+    scale = torch.rand(OUT, groups, generator=generator) / 10 + 0.01
+    zero = torch.randint(-8, 8, (OUT, groups), dtype=torch.int8, generator=generator) if zero_points else None
+    return LinearWeight(integers, scale, zero, width, OUT, 4)
+
+
+def plain_layer(
+    x: torch.Tensor,
+    weight: LinearWeight,
+    scale: torch.Tensor,
+    split: InputSplit,
+    quantization: InputQuantization,
+    outlier_weight: torch.Tensor | None,
+    bias: torch.Tensor | None,
+) -> torch.Tensor:
+    """The layer in differentiable PyTorch, written down independently: rounding by the detach trick."""
+    index = split.outlier_index()
+    rest = torch.ones(split.width)
+    rest[index] = 0
+    keep = torch.eye(split.width)
+    if not split.keep_width:
+        keep = keep[:, rest.bool()]
+    residual = (x * rest) @ keep
+    if split.hadamard:
+        residual = residual @ hadamard_matrix(split.residual_width).float()
+    integers, grid = quantization(residual.detach())
+    repeat = residual.shape[-1] // grid.shape[-1]
+    steps = grid.repeat_interleave(repeat, -1)
+    half = 2 ** (quantization.bits - 1)
+    beyond = steps * (1 + 1e-6)  # at clip ratio 1 the largest value lies on the limit
+    clamped = residual.clamp(-(half + 0.5) * beyond, (half - 0.5) * beyond)
+    rounded = clamped + (integers * steps - clamped).detach()
+    shifted = weight.unpacked().float()
+    columns = shifted.shape[1]
+    if weight.zero_point is not None:
+        shifted = shifted - weight.zero_point.float().repeat_interleave(columns // weight.zero_point.shape[1], 1)
+    y = rounded @ (shifted * scale.repeat_interleave(columns // scale.shape[1], 1)).T
+    if outlier_weight is not None:
+        y = y + x[..., index] @ outlier_weight.T
+    return y if bias is None else y + bias
+
+
+@pytest.mark.parametrize("name", SPLITS)
+@pytest.mark.parametrize(("groups", "zero_points"), [(1, False), (2, True)])
+@pytest.mark.parametrize("clip_ratio", [1.0, 0.7])
+def test_values_and_gradients(name: str, groups: int, zero_points: bool, clip_ratio: float) -> None:
+    split = SPLITS[name]
+    weight = make_weight(split.residual_width, groups, zero_points)
+    quantization = InputQuantization(4, clip_ratio)
+    x, bias = draw(2, 3, split.width), draw(OUT, seed=2)
+    outlier_weight = draw(OUT, split.rank, seed=3) if split.rank else None
+    results = []
+    for layer in ("ours", "plain"):
+        leaves = [x.clone(), weight.scale.clone(), bias.clone()]
+        if outlier_weight is not None:
+            leaves.append(outlier_weight.clone())
+        for leaf in leaves:
+            leaf.requires_grad_()
+        outliers = leaves[3] if outlier_weight is not None else None
+        if layer == "ours":
+            y = quad_linear(
+                leaves[0],
+                replace(weight, scale=leaves[1]),
+                split,
+                quantization,
+                outlier_weight=outliers,
+                bias=leaves[2],
+            )
+        else:
+            y = plain_layer(leaves[0], weight, leaves[1], split, quantization, outliers, leaves[2])
+        y.backward(draw(2, 3, OUT, seed=4))
+        results.append([y.detach()] + [leaf.grad for leaf in leaves])
+    for ours, plain in zip(*results, strict=True):
+        torch.testing.assert_close(ours, plain, rtol=1e-4, atol=1e-4)
+
+
+def test_clipped_values_have_no_gradient() -> None:
+    split = SPLITS["plain"]
+    x = draw(1, split.width).requires_grad_()
+    quad_linear(x, make_weight(split.width), split, InputQuantization(4, 0.5)).sum().backward()
+    _, _, scale = quantize_activations(x.detach(), InputQuantization(4, 0.5))
+    clipped = (x > 7.5 * scale) | (x < -8.5 * scale)
+    assert 0 < int(clipped.sum()) < split.width
+    assert x.grad is not None
+    assert torch.equal(x.grad == 0, clipped)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("name", SPLITS)
+def test_the_result_has_the_dtype_of_the_input(name: str, dtype: torch.dtype) -> None:
+    split = SPLITS[name]
+    weight = make_weight(split.residual_width)
+    x = draw(5, split.width).to(dtype)
+    outlier_weight = draw(OUT, split.rank, seed=3).to(dtype) if split.rank else None
+    y = quad_linear(x, weight, split, InputQuantization(8), outlier_weight=outlier_weight)
+    assert y.dtype == dtype
+    assert y.is_contiguous()
+    wide = None if outlier_weight is None else outlier_weight.float()
+    wanted = plain_layer(x.float(), weight, weight.scale, split, InputQuantization(8), wide, None)
+    rounding = {torch.bfloat16: 2e-2, torch.float16: 4e-3, torch.float32: 1e-4}[dtype]
+    assert float((y.float() - wanted).norm() / wanted.norm()) < rounding
+
+
+def test_fused_norm_equals_the_norm_before() -> None:
+    split = SPLITS["Hadamard"]
+    norm = RMSNorm(draw(split.width, seed=5).bfloat16(), 1e-5)
+    x = draw(3, split.width).bfloat16()
+    weight, outliers = make_weight(split.residual_width), draw(OUT, split.rank, seed=3).bfloat16()
+    fused = quad_linear(x, weight, split, InputQuantization(), outlier_weight=outliers, norm=norm)
+    assert torch.equal(fused, quad_linear(norm(x), weight, split, InputQuantization(), outlier_weight=outliers))
+
+
+@pytest.mark.parametrize("layout", ["int8", "nibbles", "onednn"])
+@pytest.mark.parametrize("name", ["U-type", "Hadamard"])
+def test_compiled_without_a_graph_break(name: str, layout: str) -> None:
+    split = SPLITS[name]
+    weight = make_weight(split.residual_width).to_layout(layout)  # type: ignore[arg-type]
+    outliers, bias = draw(OUT, split.rank, seed=3), draw(OUT, seed=2)
+
+    torch._dynamo.reset()
+
+    def layer(x: torch.Tensor) -> torch.Tensor:
+        return quad_linear(x, weight, split, InputQuantization(), outlier_weight=outliers, bias=bias) * 2
+
+    compiled = torch.compile(layer, fullgraph=True, dynamic=True, backend="aot_eager")
+    for tokens in (1, 7):
+        x = draw(2, tokens, split.width)
+        assert torch.equal(compiled(x), layer(x))
+
+
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("name", SPLITS)
+@pytest.mark.parametrize("tokens", [1, 3])
+def test_ops_are_declared_rightly(name: str, packed: bool, tokens: int) -> None:
+    """Shapes, dtypes and strides of the fake kernels, and that no output is a view of an input."""
+    split = SPLITS[name]
+    x = draw(tokens, split.width)
+    ops = torch.ops.quad_kernels
+    arguments = (x, 4, 0.9, 0, split.outliers, split.block, split.keep_width, split.hadamard, None, -1.0, packed, "")
+    torch.library.opcheck(ops.quantize_activations.default, arguments)
+    outlier, integers, scale = ops.quantize_activations(*arguments)
+    weight = make_weight(split.residual_width)
+    outlier_weight = draw(OUT, split.rank)
+    sizes, dtype = (split.residual_width, OUT, 4), torch.bfloat16
+    torch.library.opcheck(
+        ops.int4_linear.default,
+        (integers, scale, weight.integers, weight.scale, None, *sizes, outlier, outlier_weight, None, dtype, ""),
+    )
+    torch.library.opcheck(ops.hadamard.default, (draw(tokens, split.width), ""))
+
+
+def test_parts_that_do_not_fit_are_refused() -> None:
+    split = SPLITS["U-type"]
+    weight = make_weight(split.residual_width)
+    with pytest.raises(ValueError, match="the input has 79 coordinates, its split is for 80"):
+        quad_linear(draw(2, 79), weight, split, InputQuantization(), outlier_weight=draw(OUT, 16))
+    with pytest.raises(ValueError, match="the weight has 64 inputs, the split's residual 96"):
+        quad_linear(draw(2, 96), weight, SPLITS["Hadamard"], InputQuantization())
+    with pytest.raises(ValueError, match=r"16 outliers do not fit an outlier weight \[24, 8\]"):
+        quad_linear(draw(2, 80), weight, split, InputQuantization(), outlier_weight=draw(OUT, 8))
+    with pytest.raises(ValueError, match="outlier and outlier_weight go together"):
+        quad_linear(draw(2, 80), weight, split, InputQuantization())
+    with pytest.raises(NotImplementedError, match="apply the norm before the layer"):
+        quad_linear(
+            draw(2, 80).requires_grad_(),
+            weight,
+            split,
+            InputQuantization(),
+            outlier_weight=draw(OUT, 16),
+            norm=RMSNorm(None, 1e-5),
+        )

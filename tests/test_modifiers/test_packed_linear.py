@@ -1,0 +1,105 @@
+"""The packed weight of a loaded checkpoint in its two states: the checkpoint's words, and what the kernels read."""
+
+from __future__ import annotations
+
+import copy
+import io
+
+import pytest
+import torch
+from quad_kernels import InputQuantization, InputSplit
+from quad_kernels.packing import pack_int32
+from torch import nn
+
+from quad_modifiers.nn.packed_linear import PackedLinear
+from quad_modifiers.nn.quad_linear import QuadLinear
+
+WIDTH, OUT = 64, 24
+KINDS = {"4 bits": (4, None, True), "groups": (4, 16, True), "zero points": (4, 16, False), "8 bits": (8, None, True)}
+
+
+def make(kind: str) -> tuple[QuadLinear, torch.Tensor]:
+    bits, group_size, symmetric = KINDS[kind]
+    generator = torch.Generator().manual_seed(0)
+    half = 2 ** (bits - 1)
+    integers = torch.randint(-half, half, (OUT, WIDTH), dtype=torch.int8, generator=generator)
+    packed = PackedLinear(WIDTH, OUT, bits, group_size, symmetric, torch.float32)
+    packed.weight_packed.copy_(pack_int32(integers, bits))
+    packed.weight_scale.copy_(torch.rand(packed.weight_scale.shape, generator=generator) + 0.1)
+    if packed.weight_zero_point is not None:
+        zeros = torch.randint(-half, half, (OUT, packed.weight_scale.shape[1]), dtype=torch.int8, generator=generator)
+        packed.weight_zero_point.copy_(pack_int32(zeros.T.contiguous(), bits).T)
+    container = QuadLinear.from_parts("q_proj", InputSplit(WIDTH), packed, False, torch.float32)
+    container.input_quantization = InputQuantization(8)
+    container.quantize_input = True
+    return container, integers
+
+
+def draw(*shape: int) -> torch.Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(1))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_words_go_when_the_kernels_have_their_layout_and_come_back_to_be_saved(kind: str) -> None:
+    container, integers = make(kind)
+    packed = container.residual
+    assert isinstance(packed, PackedLinear)
+    words = packed.weight_packed.clone()
+    container(draw(3, WIDTH))
+    assert packed.weight_packed.numel() == 0
+    assert torch.equal(packed.integer_weight().integers, integers)
+    saved = container.state_dict()
+    assert torch.equal(saved["residual.weight_packed"], words)
+    before = container(draw(3, WIDTH))
+    fresh, _ = make(kind)
+    fresh.load_state_dict(saved)
+    assert torch.equal(fresh(draw(3, WIDTH)), before)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_forward_agrees_with_the_dequantized_weight(kind: str) -> None:
+    container, _ = make(kind)
+    x = draw(5, WIDTH)
+    wanted = nn.functional.linear(InputQuantization(8).fake(x), container.residual.dequantized(torch.float32))
+    torch.testing.assert_close(container(x), wanted, rtol=1e-5, atol=1e-4)
+    container.quantize_input = False
+    weight_only = nn.functional.linear(x, container.residual.dequantized(torch.float32))
+    torch.testing.assert_close(container(x), weight_only, rtol=1e-5, atol=1e-4)
+
+
+def test_copies_and_pickles_are_complete() -> None:
+    container, _ = make("4 bits")
+    wanted = container(draw(3, WIDTH))
+    assert torch.equal(copy.deepcopy(container)(draw(3, WIDTH)), wanted)
+    buffer = io.BytesIO()
+    torch.save(container, buffer)
+    buffer.seek(0)
+    assert torch.equal(torch.load(buffer, weights_only=False)(draw(3, WIDTH)), wanted)
+    assert torch.equal(container(draw(3, WIDTH)), wanted)
+
+
+def test_moving_and_casting_after_a_forward_pass() -> None:
+    container, _ = make("4 bits")
+    wanted = container(draw(3, WIDTH))
+    container.to("cpu", torch.bfloat16)
+    y = container(draw(3, WIDTH).bfloat16())
+    assert y.dtype == torch.bfloat16
+    assert float((y.float() - wanted).norm() / wanted.norm()) < 0.02
+
+
+def test_a_changed_scale_is_used() -> None:
+    container, _ = make("4 bits")
+    before = container(draw(3, WIDTH))
+    container.residual.weight_scale = container.residual.weight_scale * 2
+    torch.testing.assert_close(container(draw(3, WIDTH)), 2 * before)
+
+
+def test_offloaded_weights_are_not_kept() -> None:
+    """accelerate brings an offloaded module's tensors for one forward pass and takes them away again."""
+    container, _ = make("4 bits")
+    packed = container.residual
+    packed._hf_hook = object()
+    words = packed.weight_packed.clone()
+    first = container(draw(3, WIDTH))
+    assert torch.equal(packed.weight_packed, words)
+    assert torch.equal(container(draw(3, WIDTH)), first)
