@@ -8,6 +8,7 @@ import pytest
 import torch
 from quad_kernels import InputQuantization, InputSplit, LinearWeight, RMSNorm, quad_linear, quantize_activations
 from quad_kernels.hadamard import hadamard_matrix
+from quad_kernels.quad_linear import memo
 
 OUT = 24
 SPLITS = {
@@ -196,3 +197,58 @@ def test_parts_that_do_not_fit_are_refused() -> None:
             outlier_weight=draw(OUT, 16),
             norm=RMSNorm(None, 1e-5),
         )
+
+
+class TestSharedInput:
+    """q, k and v quantize their common input once."""
+
+    split = SPLITS["plain"]
+
+    @pytest.fixture
+    def calls(self, monkeypatch: pytest.MonkeyPatch) -> list[int]:
+        calls: list[int] = []
+        original = memo.quantize_activations
+
+        def counting(x: torch.Tensor, *arguments: object, **options: object) -> object:
+            calls.append(1)
+            return original(x, *arguments, **options)  # type: ignore[arg-type]
+
+        monkeypatch.setattr(memo, "quantize_activations", counting)
+        return calls
+
+    def run(self, x: torch.Tensor, bits: int = 4) -> torch.Tensor:
+        with torch.no_grad():
+            return quad_linear(x, make_weight(64), self.split, InputQuantization(bits))
+
+    def test_the_same_tensor_is_quantized_once(self, calls: list[int]) -> None:
+        x = draw(3, 64)
+        assert torch.equal(self.run(x), self.run(x))
+        assert len(calls) == 1
+
+    def test_another_setting_or_tensor_is_not_mistaken_for_it(self, calls: list[int]) -> None:
+        x = draw(3, 64)
+        self.run(x)
+        assert not torch.equal(self.run(x, bits=8), self.run(x.clone()))
+        assert len(calls) == 3
+
+    def test_a_tensor_that_was_written_to_is_quantized_again(self, calls: list[int]) -> None:
+        x = draw(3, 64)
+        before = self.run(x)
+        x.mul_(2)
+        torch.testing.assert_close(self.run(x), 2 * before)
+        assert len(calls) == 2
+
+    def test_inference_tensors_are_always_quantized(self, calls: list[int]) -> None:
+        with torch.inference_mode():
+            x = draw(3, 64)
+            self.run(x)
+            x.mul_(2)
+            self.run(x)
+        assert len(calls) == 2
+
+    def test_nothing_is_kept_longer_than_the_input(self) -> None:
+        x = draw(3, 64)
+        self.run(x)
+        assert memo._last.result is not None
+        del x
+        assert memo._last.result is None

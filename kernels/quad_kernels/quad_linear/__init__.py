@@ -5,6 +5,7 @@ import torch
 from quad_kernels.formats import InputQuantization, InputSplit, RMSNorm
 from quad_kernels.int4_linear import int4_linear
 from quad_kernels.quad_linear.autograd import QuadLinearFunction
+from quad_kernels.quad_linear.memo import quantize_once
 from quad_kernels.quantize_activations import quantize_activations
 from quad_kernels.weight import LinearWeight
 
@@ -47,7 +48,10 @@ def quad_linear(
         if norm is not None:
             raise NotImplementedError("gradients do not pass the fused norm; apply the norm before the layer")
         return QuadLinearFunction.apply(x, weight.scale, outlier_weight, bias, weight, split, quantization, backend)
-    outlier, integers, scale = quantize_activations(x, quantization, split, norm=norm, backend=backend)
+    if norm is None:
+        outlier, integers, scale = quantize_once(x, split, quantization, backend)
+    else:
+        outlier, integers, scale = quantize_activations(x, quantization, split, norm=norm, backend=backend)
     return int4_linear(
         integers,
         scale,
