@@ -61,9 +61,9 @@ class PackedLinear(nn.Module):
 
     def prepared_weight(self) -> LinearWeight:
         """The weight as the kernels read it."""
-        if hasattr(self, "_hf_hook"):  # offloaded: the tensors come for one forward pass and go again
-            return self._repacked()
         if self._prepared is None:
+            if _is_offloaded(self):  # the tensors come for one forward pass and go again
+                return self._repacked()
             self.prepare()
         assert self._prepared is not None
         scale = self.weight_scale  # trained scales are looked up, not copied
@@ -119,6 +119,12 @@ class PackedLinear(nn.Module):
         return (
             f"in={self.in_features}, out={self.out_features}, bits={self.bits}, group_size={self.group_size}{backend}"
         )
+
+
+def _is_offloaded(module: nn.Module) -> bool:
+    """True if accelerate takes the module's buffers away after each use."""
+    hook = getattr(module, "_hf_hook", None)
+    return any(getattr(part, "offload_buffers", False) for part in getattr(hook, "hooks", (hook,)))
 
 
 def _restore_words(module: Any, prefix: str, keep_vars: bool) -> None:

@@ -1,5 +1,7 @@
 """A linear layer split into a full-precision outlier part and a residual part to quantize."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import NamedTuple
 
 import torch
@@ -122,6 +124,10 @@ class QuadLinear(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Applies the layer to `[..., in]`; the outlier coordinates bypass the quantization of the input."""
+        with _present(self.residual), _present(self.outlier):
+            return self._forward(x)
+
+    def _forward(self, x: torch.Tensor) -> torch.Tensor:
         quantization = self.input_quantization if self.quantize_input else None
         weight = None if quantization is None else self._linear_weight()
         if quantization is not None and weight is not None:
@@ -151,6 +157,20 @@ class QuadLinear(nn.Module):
     def extra_repr(self) -> str:
         """The split and the input quantization."""
         return f"role={self.role}, split={self.split}, input_quantization={self.input_quantization}"
+
+
+@contextmanager
+def _present(module: nn.Module | None) -> Iterator[None]:
+    """Runs accelerate's hook of a part whose tensors the container reads itself: it brings offloaded tensors."""
+    hook = getattr(module, "_hf_hook", None)
+    if hook is None:
+        yield
+        return
+    hook.pre_forward(module)
+    try:
+        yield
+    finally:
+        hook.post_forward(module, None)
 
 
 def _outlier_linear(weight: torch.Tensor) -> nn.Linear:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import io
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -98,7 +99,7 @@ def test_offloaded_weights_are_not_kept() -> None:
     """accelerate brings an offloaded module's tensors for one forward pass and takes them away again."""
     container, _ = make("4 bits")
     packed = container.residual
-    packed._hf_hook = object()
+    packed._hf_hook = SimpleNamespace(offload_buffers=True, pre_forward=lambda _: None, post_forward=lambda *_: None)
     words = packed.weight_packed.clone()
     first = container(draw(3, WIDTH))
     assert torch.equal(packed.weight_packed, words)
