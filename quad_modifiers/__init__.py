@@ -1,14 +1,14 @@
 """QUAD: 4-bit weights and activations with a full-precision outlier subspace, as llm-compressor modifiers.
 
-Importing this package loads the plugins, teaches transformers to load QUAD checkpoints, and registers the modifiers
-with llm-compressor as soon as llm-compressor itself is imported (loading a checkpoint does not need it).
+Importing this package teaches transformers to load QUAD checkpoints, registers the kernel backends of plugins, and
+registers the modifiers with llm-compressor, as soon as transformers and llm-compressor themselves are imported. So the
+import alone costs next to nothing, and loading a checkpoint does not need llm-compressor.
 """
 
+import sys
 from typing import TYPE_CHECKING, Any
 
 import wrapt
-
-from quad_modifiers.checkpoint.loader import register_loader
 
 if TYPE_CHECKING:
     from quad_modifiers.compression import oneshot as oneshot
@@ -17,10 +17,30 @@ __version__ = "0.1.0"
 __all__ = ["__version__", "oneshot"]
 
 
-def _register_modifiers(_: object) -> None:
-    from quad_modifiers.plugins import register_modifiers
+def _after_transformers(_: object) -> None:
+    # In the middle of llm-compressor's import a plugin that needs it would find it half-made; its own hook follows.
+    spec = getattr(sys.modules.get("llmcompressor"), "__spec__", None)
+    if not getattr(spec, "_initializing", False):
+        _connect()
 
-    register_modifiers()
+
+def _after_llmcompressor(_: object) -> None:
+    _connect()
+
+
+def _connect() -> None:
+    """Loads the plugins and registers what they and this package bring; may be called again at any time."""
+    from quad_modifiers.checkpoint.loader import register_loader
+    from quad_modifiers.plugins.manager import plugins_are_loading
+
+    if plugins_are_loading():  # a plugin imports one of the two libraries; the call that loads the plugins goes on
+        return
+    register_loader()
+    _register_kernel_backends()
+    if sys.modules.get("llmcompressor") is not None:
+        from quad_modifiers.plugins import register_modifiers
+
+        register_modifiers()
 
 
 def _register_kernel_backends() -> None:
@@ -40,6 +60,5 @@ def __getattr__(name: str) -> Any:
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
-register_loader()
-_register_kernel_backends()
-wrapt.register_post_import_hook(_register_modifiers, "llmcompressor")
+wrapt.register_post_import_hook(_after_transformers, "transformers")
+wrapt.register_post_import_hook(_after_llmcompressor, "llmcompressor")

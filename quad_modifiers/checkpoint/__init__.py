@@ -2,3 +2,7 @@
 
 docs/reference/checkpoint-format.md is the specification.
 """
+
+# The first import of transformers registers the loader, which imports the modules here; were it one of them that
+# imports transformers first, the loader would find it half-made.
+import transformers  # noqa: F401

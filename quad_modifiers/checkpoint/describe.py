@@ -12,8 +12,10 @@ from quad_modifiers.checkpoint.format import (
     InputFormat,
     LinearFormat,
     QuadFormat,
+    TableFormat,
     WeightFormat,
 )
+from quad_modifiers.checkpoint.tables import is_packed
 from quad_modifiers.nn.quad_linear import QuadLinear
 
 RoleFormats = dict[str, LinearFormat]
@@ -27,7 +29,7 @@ def describe_linears(model: nn.Module, architecture: Architecture) -> tuple[bool
     Raises:
         ValueError: naming a linear that differs from the same role in the first block, or that cannot be stored.
     """
-    _refuse_other_quantization(model)
+    _refuse_other_quantization(model, architecture)
     formats: RoleFormats = {}
     for index, layer in enumerate(model.get_submodule(architecture.layers).children()):
         for path in architecture.linear_paths():
@@ -39,17 +41,19 @@ def describe_linears(model: nn.Module, architecture: Architecture) -> tuple[bool
                     f"layer {index} {path} is quantized differently from layer 0: {described} against {known}; the "
                     "checkpoint format needs the same settings in every layer"
                 )
-    return all(_is_plain(f) for f in formats.values()), formats
+    packed_ends = any(is_packed(model, path) for path in (architecture.embedding, architecture.head))
+    return not packed_ends and all(_is_plain(f) for f in formats.values()), formats
 
 
-def _refuse_other_quantization(model: nn.Module) -> None:
-    """Only residual linears have a place for scales in the format."""
+def _refuse_other_quantization(model: nn.Module, architecture: Architecture) -> None:
+    """Only residual linears, and the packed tables of EmbeddingHeadQuant, have a place for scales in the format."""
     residuals = {module.residual for module in model.modules() if isinstance(module, QuadLinear)}
     for name, module in model.named_modules():
         if module not in residuals and getattr(module, "quantization_scheme", None) is not None:
             raise ValueError(
                 f"{name} is quantized, but a QUAD checkpoint holds quantized weights in the linears of the decoder "
                 f"blocks only; add {name!r} to the quantizer's ignore list"
+                + (" and use EmbeddingHeadQuant" if name in (architecture.embedding, architecture.head) else "")
             )
 
 
@@ -107,7 +111,8 @@ def quantization_config(
     model: nn.Module, architecture: Architecture, plain: bool, linears: RoleFormats
 ) -> dict[str, Any] | None:
     """Returns `quantization_config` of config.json, or None for a plain model with nothing quantized."""
-    groups = _config_groups(architecture, plain, linears)
+    tables = [path for path in (architecture.embedding, architecture.head) if is_packed(model, path)]
+    groups = config_groups(plain, linears, tables)
     if plain and not groups:
         return None
     config: dict[str, Any] = {
@@ -115,21 +120,34 @@ def quantization_config(
         "format": "pack-quantized",
         "quantization_status": "compressed",
         "config_groups": groups,
-        "ignore": [architecture.head],
+        "ignore": [path for path in (architecture.head,) if path not in tables],
         "kv_cache_scheme": None,
     }
     if not plain:
         projection = getattr(model, "quad_projection", None)
+        ends = {
+            key: TableFormat()
+            for key, path in (("embedding", architecture.embedding), ("head", architecture.head))
+            if path in tables
+        }
         config["quad"] = QuadFormat(
+            format_version=2 if ends else 1,
             base_model_type=architecture.model_type,
             residual_basis=None if projection is None else BasisFormat(**projection),
             linears=linears,
-        ).model_dump()
+            **ends,
+        ).section()
     return config
 
 
-def _config_groups(architecture: Architecture, plain: bool, linears: RoleFormats) -> dict[str, Any]:
-    """Roles with the same quantization share a group."""
+def config_groups(plain: bool, linears: RoleFormats, tables: list[str]) -> dict[str, Any]:
+    """Returns compressed-tensors' `config_groups`: roles with the same quantization share a group.
+
+    Args:
+        plain: False if the packed weights are children `residual` of the linears.
+        linears: format of each role.
+        tables: paths of a packed embedding or head.
+    """
     settings: dict[str, tuple[list[str], dict[str, Any]]] = {}
     suffix = "" if plain else r"\.residual"
     for role, linear in linears.items():
@@ -144,6 +162,14 @@ def _config_groups(architecture: Architecture, plain: bool, linears: RoleFormats
             "format": "pack-quantized",
         }
         settings.setdefault(repr(scheme), ([], scheme))[0].append(rf"re:.*\.{role}{suffix}$")
+    if tables:  # a tied head has no tensors of its own
+        scheme = {
+            "weights": _arguments(TableFormat().bits, None, True, dynamic=False),
+            "input_activations": None,
+            "output_activations": None,
+            "format": "pack-quantized",
+        }
+        settings.setdefault(repr(scheme), ([], scheme))[0].extend(tables)
     return {
         f"group_{index}": {"targets": targets, **scheme} for index, (targets, scheme) in enumerate(settings.values())
     }

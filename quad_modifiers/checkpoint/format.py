@@ -7,11 +7,11 @@ never ignores what it does not understand.
 
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from quad_modifiers.nn.input_split import InputQuantization, InputSplit
 
-FORMAT_VERSION = 1
+FORMAT_VERSIONS = (1, 2)
 QUANT_METHOD = "quad"
 
 
@@ -73,16 +73,38 @@ class OutlierFormat(_Strict):
     bits: Literal[16] = 16
 
 
-class QuadFormat(_Strict):
-    """The whole section."""
+class TableFormat(_Strict):
+    """Packed embedding or head: symmetric, one scale per row, that is per entry of the vocabulary."""
 
-    format_version: Literal[1] = 1
+    bits: Literal[8] = 8
+
+
+class QuadFormat(_Strict):
+    """The whole section; `embedding` and `head` are the fields that version 2 adds."""
+
+    format_version: Literal[1, 2] = 1
     base_model_type: str
     residual_basis: BasisFormat | None
     outlier: OutlierFormat = OutlierFormat()
     linears: dict[str, LinearFormat]
+    embedding: TableFormat | None = None
+    head: TableFormat | None = None
     low_rank: None = None
     kv_cache: None = None
+
+    @model_validator(mode="after")
+    def _check_version(self) -> "QuadFormat":
+        added = self.model_fields_set & _ADDED_IN_2
+        if self.format_version == 1 and added:
+            raise ValueError(f"version 1 has no field {min(added)!r}")
+        return self
+
+    def section(self) -> dict[str, Any]:
+        """As it stands in config.json: every field of its version."""
+        return self.model_dump(exclude=_ADDED_IN_2 if self.format_version == 1 else None)
+
+
+_ADDED_IN_2 = {"embedding", "head"}
 
 
 def read_format(section: Any) -> QuadFormat:
@@ -94,10 +116,10 @@ def read_format(section: Any) -> QuadFormat:
     if not isinstance(section, dict):
         raise ValueError("quantization_config has no 'quad' section; this is no QUAD checkpoint, or it was edited")
     version = section.get("format_version")
-    if version != FORMAT_VERSION:
+    if version not in FORMAT_VERSIONS:
         raise ValueError(
-            f"the checkpoint has QUAD format version {version!r}, this package reads version {FORMAT_VERSION}; "
-            "upgrade with `pip install -U quad-modifiers`"
+            f"the checkpoint has QUAD format version {version!r}, this package reads versions "
+            f"{' and '.join(map(str, FORMAT_VERSIONS))}; upgrade with `pip install -U quad-modifiers`"
         )
     try:
         return QuadFormat.model_validate(section)

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from safetensors import safe_open
 from torch import nn
-from transformers.quantizers import HfQuantizer
+from transformers.quantizers import HfQuantizer, auto
 from transformers.quantizers.auto import (
     AUTO_QUANTIZATION_CONFIG_MAPPING,
     register_quantization_config,
@@ -15,9 +15,12 @@ from transformers.quantizers.auto import (
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from quad_modifiers.architectures import Architecture
+from quad_modifiers.checkpoint.dequantize import dequantize_model
 from quad_modifiers.checkpoint.format import QUANT_METHOD, LinearFormat, QuadFormat, read_format
 from quad_modifiers.checkpoint.models import quad_model_type, register_models
+from quad_modifiers.checkpoint.tables import install_tables
 from quad_modifiers.nn.packed_linear import PackedLinear
+from quad_modifiers.nn.packed_table import PackedTable
 from quad_modifiers.nn.quad_linear import QuadLinear
 from quad_modifiers.plugins import architectures
 
@@ -27,10 +30,17 @@ _LISTED = 5  # tensors named in one error message
 
 
 class QuadQuantizationConfig(QuantizationConfigMixin):
-    """`quantization_config` of a QUAD checkpoint, kept as it was read."""
+    """`quantization_config` of a QUAD checkpoint, kept as it was read.
 
-    def __init__(self, **content: Any) -> None:
+    Args:
+        dequantize: load as a plain model of the same function, its inputs unquantized; for `from_pretrained(...,
+            quantization_config=QuadQuantizationConfig(dequantize=True))`.
+        content: the section of config.json.
+    """
+
+    def __init__(self, dequantize: bool = False, **content: Any) -> None:
         self.quant_method = QUANT_METHOD  # a plain string: transformers' enum is closed
+        self.dequantize = dequantize
         self.content = {key: value for key, value in content.items() if key != "quant_method"}
 
     @classmethod
@@ -38,6 +48,10 @@ class QuadQuantizationConfig(QuantizationConfigMixin):
         """Keeps every key."""
         config = cls(**config_dict)
         return (config, kwargs) if return_unused_kwargs else config
+
+    def get_loading_attributes(self) -> dict[str, Any]:
+        """What `from_pretrained` takes over from a config that it is given."""
+        return {"dequantize": self.dequantize}
 
     def to_dict(self) -> dict[str, Any]:
         """The section of config.json."""
@@ -55,24 +69,39 @@ class QuadHfQuantizer(HfQuantizer):
         for layer in model.get_submodule(architecture.layers).children():
             for path in architecture.linear_paths():
                 _install(layer, path, quad)
+        install_tables(model, architecture, quad)
         files = kwargs.get("checkpoint_files")
         if files:
             check_tensors(model, files)
 
     def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> None:
         for name, module in model.named_modules():
-            if not isinstance(module, PackedLinear) or module.weight_scale.is_meta:
+            if not isinstance(module, (PackedLinear, PackedTable)) or module.weight_scale.is_meta:
                 continue
             scale = module.weight_scale
             if not bool((torch.isfinite(scale) & (scale >= 0)).all()):
                 raise ValueError(
                     f"{name}.weight_scale holds NaN, infinite or negative values; the checkpoint is damaged"
                 )
-            if module.weight_shape.tolist() != [module.out_features, module.in_features]:
+            if isinstance(module, PackedTable):
+                shape = [module.rows, module.columns]
+            else:
+                shape = [module.out_features, module.in_features]
+            if module.weight_shape.tolist() != shape:
                 raise ValueError(
-                    f"{name}.weight_shape says {module.weight_shape.tolist()}, config.json says "
-                    f"{[module.out_features, module.in_features]}; the checkpoint is damaged"
+                    f"{name}.weight_shape says {module.weight_shape.tolist()}, config.json says {shape}; the "
+                    "checkpoint is damaged"
                 )
+        if self.quantization_config.dequantize:
+            self._dequantize(model)
+            return
+        for module in model.modules():
+            if isinstance(module, PackedLinear):
+                module.prepare()  # now, not at the first request: unpacking takes memory
+
+    def _dequantize(self, model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
+        quad = read_format(self.quantization_config.content.get("quad"))
+        return dequantize_model(model, architectures()[quad.base_model_type], dtype)
 
     def is_serializable(self, *args: Any, **kwargs: Any) -> bool:
         """A loaded model can be saved again as it is."""
@@ -173,3 +202,5 @@ def register_loader() -> None:
     if QUANT_METHOD not in AUTO_QUANTIZATION_CONFIG_MAPPING:
         register_quantization_config(QUANT_METHOD)(QuadQuantizationConfig)
         register_quantizer(QUANT_METHOD)(QuadHfQuantizer)
+        # Without this, `from_pretrained` would warn and go on with the config of the checkpoint alone.
+        auto.LOADING_ATTRIBUTES_CONFIG_TYPES += (QuadQuantizationConfig,)

@@ -40,6 +40,13 @@ def set_tripwire(config: dict[str, Any]) -> None:
     config[TRIPWIRE_FIELD] = f"this is a QUAD checkpoint: {INSTALL_HINT}"
 
 
+def push_to_hub(model: Any, repo_id: str, **arguments: Any) -> Any:
+    """Stands in for `PreTrainedModel.push_to_hub`; see `quad_modifiers.publishing.push_to_hub`."""
+    from quad_modifiers.publishing import push_to_hub as publish_model
+
+    return publish_model(model, repo_id, **arguments)
+
+
 def _register(base: str) -> None:
     config_class = CONFIG_MAPPING[base]
     model_class = MODEL_FOR_CAUSAL_LM_MAPPING[config_class]
@@ -78,6 +85,7 @@ def _register(base: str) -> None:
             "__doc__": f"{model_class.__name__} of a QUAD checkpoint.",
             "__module__": __name__,
             "config_class": quad_config,
+            "push_to_hub": push_to_hub,
         },
     )
     globals()[quad_config.__name__] = quad_config

@@ -21,7 +21,8 @@ from torch import nn
 
 from quad_modifiers.architectures import Architecture
 from quad_modifiers.checkpoint.describe import describe_linears, quantization_config
-from quad_modifiers.nn.quad_linear import QuadLinear
+from quad_modifiers.checkpoint.models import push_to_hub, quad_model_type, register_models, set_tripwire
+from quad_modifiers.nn.quad_linear import IntegerWeight, QuadLinear
 
 logger = logging.getLogger(__name__)
 
@@ -30,10 +31,14 @@ INDEX_NAME = "model.safetensors.index.json"
 
 
 def attach_saver(model: nn.Module, architecture: Architecture) -> None:
-    """Makes `model.save_pretrained` write a QUAD checkpoint (llm-compressor's own wrapper loses our config)."""
+    """Makes `model.save_pretrained` write a QUAD checkpoint (llm-compressor's own wrapper loses our config).
+
+    `model.push_to_hub` publishes one, with a model card.
+    """
     saver = partial(_save_pretrained, model, architecture)
     saver._overridden = True  # type: ignore[attr-defined]  # llm-compressor's mark of a replaced save_pretrained
     model.save_pretrained = saver
+    model.push_to_hub = partial(push_to_hub, model)
 
 
 def _save_pretrained(
@@ -126,13 +131,13 @@ def save_checkpoint(
     plain, linears = describe_linears(model, architecture)
     tensors = dict(_tensors(model, plain))
     if model.config.tie_word_embeddings:
-        tensors.pop(f"{architecture.head}.weight", None)
+        tensors = {name: tensor for name, tensor in tensors.items() if not name.startswith(f"{architecture.head}.")}
     config = _config(model, architecture, plain, linears)
     size = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
     folder.parent.mkdir(parents=True, exist_ok=True)
     check_space(folder, size)
     with complete_or_absent(folder) as temporary:
-        _write_tensors(tensors, temporary, max_shard_size)
+        write_tensors(tensors, temporary, max_shard_size)
         (temporary / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
         generation = getattr(model, "generation_config", None)
         if generation is not None:
@@ -167,18 +172,25 @@ def _residual_tensors(module: QuadLinear, prefix: str) -> Iterator[tuple[str, to
     quantized, bits = module.integer_weight(), module.weight_bits()
     if quantized is None or bits is None:
         yield f"{prefix}.weight", module.residual.weight.data.contiguous()
-        return
-    yield f"{prefix}.weight_packed", pack_int32(quantized.integers, bits).contiguous()
-    yield f"{prefix}.weight_scale", quantized.scale.data.contiguous()
-    yield f"{prefix}.weight_shape", torch.tensor(quantized.integers.shape, dtype=torch.int64)
-    if quantized.zero_point is not None:
+    else:
+        yield from packed_tensors(quantized, bits, prefix).items()
+
+
+def packed_tensors(weight: IntegerWeight, bits: int, prefix: str) -> dict[str, torch.Tensor]:
+    """Returns the tensors of a quantized weight as compressed-tensors' `pack-quantized` names and lays them out."""
+    tensors = {
+        f"{prefix}.weight_packed": pack_int32(weight.integers, bits).contiguous(),
+        f"{prefix}.weight_scale": weight.scale.data.contiguous(),
+        f"{prefix}.weight_shape": torch.tensor(weight.integers.shape, dtype=torch.int64),
+    }
+    if weight.zero_point is not None:
         # compressed-tensors packs zero points along the output channels
-        packed = pack_int32(quantized.zero_point.to(torch.int8).T.contiguous(), bits).T
-        yield f"{prefix}.weight_zero_point", packed.contiguous()
+        packed = pack_int32(weight.zero_point.to(torch.int8).T.contiguous(), bits).T
+        tensors[f"{prefix}.weight_zero_point"] = packed.contiguous()
+    return tensors
 
 
 def _config(model: nn.Module, architecture: Architecture, plain: bool, linears: dict[str, Any]) -> dict[str, Any]:
-    from quad_modifiers.checkpoint.models import quad_model_type, register_models, set_tripwire
 
     config = model.config.to_dict()
     config.pop("_name_or_path", None)
@@ -197,7 +209,8 @@ def _config(model: nn.Module, architecture: Architecture, plain: bool, linears: 
     return config
 
 
-def _write_tensors(tensors: dict[str, torch.Tensor], folder: Path, max_shard_size: str | int) -> None:
+def write_tensors(tensors: dict[str, torch.Tensor], folder: Path, max_shard_size: str | int) -> None:
+    """Writes one safetensors file, or shards and their index."""
     split = split_torch_state_dict_into_shards(tensors, filename_pattern=WEIGHTS_NAME, max_shard_size=max_shard_size)
     for filename, names in split.filename_to_tensors.items():
         save_file({name: tensors[name].cpu() for name in names}, folder / filename, metadata={"format": "pt"})

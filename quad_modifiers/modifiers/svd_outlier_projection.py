@@ -140,7 +140,9 @@ class SVDOutlierProjection(Modifier):
             basis = extended_basis(outliers, random_rotation(size, self.rotation, generator))
         else:
             rotation = random_rotation(size - self.rank, self.rotation, generator)
-            basis = square_basis(outliers, complement, rotation, torch.eye(self.rank, dtype=torch.float64))
+            # Nothing to gain while the outliers are in full precision, but checkpoint/export.py rounds them.
+            outlier_rotation = random_rotation(self.rank, self.rotation, generator)
+            basis = square_basis(outliers, complement, rotation, outlier_rotation)
         return ResidualBasis(basis, self.rank)
 
     def _head_rotations(

@@ -178,6 +178,10 @@ def get_plugin_manager() -> QuadPluginManager:
         imported.
     """
     global _manager, _building
+    # Its import hook registers what the plugins bring, which loads them; were it a plugin that imports transformers
+    # first, the hook would find the manager half-built.
+    import transformers  # noqa: F401
+
     with _lock:
         if _manager is not None:
             return _manager
@@ -191,6 +195,11 @@ def get_plugin_manager() -> QuadPluginManager:
         finally:
             _building = False
         return _manager
+
+
+def plugins_are_loading() -> bool:
+    """True while the manager is being built."""
+    return _building
 
 
 def build_plugin_manager() -> QuadPluginManager:

@@ -185,7 +185,9 @@ def _descend(
     """One sweep of coordinate descent over the integers, in place; tensors are `[n, out]` (transposed)."""
     columns = integers.shape[0]
     gradient = hessian @ (dequantize(integers, scales) - target)
-    inverse_step = 1.0 / (hessian.diagonal().unsqueeze(1) * scales.scale)
+    step = hessian.diagonal().unsqueeze(1) * scales.scale
+    # A group of zeros has the smallest scale there is; it stays as it is.
+    inverse_step = torch.where(step > torch.finfo(step.dtype).tiny, 1.0 / step, 0.0)
     for start in range(0, columns, block_size):
         stop = min(start + block_size, columns)
         local = gradient[start:stop].clone()

@@ -112,7 +112,9 @@ def quad(config: dict[str, Any]) -> dict[str, Any]:
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        pytest.param(lambda c: quad(c).update(format_version=2), "format version 2.*upgrade", id="version"),
+        pytest.param(
+            lambda c: quad(c).update(format_version=3), "version 3, .* versions 1 and 2; upgrade", id="version"
+        ),
         pytest.param(lambda c: quad(c).pop("format_version"), "format version None", id="no version"),
         pytest.param(lambda c: quad(c).update(sparsity=0.5), "sparsity", id="unknown field"),
         pytest.param(

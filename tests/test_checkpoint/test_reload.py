@@ -20,7 +20,7 @@ from quad_modifiers.recipe import builtin_recipe_folder
 
 RECIPES = sorted(path.stem for path in builtin_recipe_folder().glob("*.yaml"))
 # Saved as plain compressed-tensors, whose own forward pass rounds elsewhere.
-PLAIN = ("rtn_w4a4",)
+PLAIN = ("rtn_w4a4", "quad_w4a4_portable")
 ROOT = Path(quad_modifiers.__file__).parents[1]
 
 

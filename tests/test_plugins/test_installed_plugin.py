@@ -24,6 +24,7 @@ import warnings
 with warnings.catch_warnings(record=True) as caught:
     warnings.simplefilter("always")
     import quad_modifiers
+    import transformers  # the plugins are loaded now
 
 import torch
 from llmcompressor.core import State

@@ -254,3 +254,18 @@ def test_inputs_that_are_always_zero_are_no_error(make_weight, rank: int) -> Non
     result = quantize_columns(weight, hessian, COLUMNS, scales, grid, sweeps=1)
     for tensor in (result.integers, result.outlier, result.loss):
         assert bool(torch.isfinite(tensor).all())
+
+
+@pytest.mark.parametrize("zeros", [0.0, 1e-38])
+def test_a_group_of_zeros_stays_finite(make_hessian, make_weight, zeros: float) -> None:
+    """The outlier coordinates of a D-type input leave whole groups of the residual weight empty."""
+    grid = IntegerGrid(4, 16)
+    weight, hessian = make_weight(OUT, COLUMNS), make_hessian(COLUMNS)
+    weight[:, :16] *= zeros
+    hessian[:16] = hessian[:, :16] = 0
+    hessian.diagonal()[:16] = 1e-3  # damping
+    scales = search_clip(weight, grid, torch.float32)
+    result = quantize_columns(weight, hessian, COLUMNS, scales, grid, sweeps=2)
+    values = dequantize(result.integers, result.scales.expand(COLUMNS))
+    assert bool(torch.isfinite(values).all())
+    assert float(values[:, :16].abs().max()) < 1e-30

@@ -1,0 +1,165 @@
+"""Turns a QUAD model into a plain one of the same function, with unquantized inputs, in place.
+
+Every container is linear in its input once that is not quantized: the split picks coordinates, the online Hadamard is
+an orthogonal matrix. So each becomes one `nn.Linear`, and what is left is the stock architecture, in its stock class.
+Where stock code insists that the heads divide the hidden size, which an extended basis need not respect, the stream is
+widened by coordinates that are always zero.
+"""
+
+from typing import Any
+
+import torch
+from quad_kernels.hadamard import plan_hadamard
+from quad_kernels.hadamard.construct import hadamard_factor
+from torch import nn
+from transformers import AutoModelForCausalLM
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+from quad_modifiers.architectures import Architecture
+from quad_modifiers.nn.packed_table import PackedTable, TiedHead
+from quad_modifiers.nn.quad_linear import QuadLinear, expand_scales
+
+
+@torch.no_grad()
+def dequantize_model(model: nn.Module, architecture: Architecture, dtype: torch.dtype | None = None) -> nn.Module:
+    """Makes `model` a plain model of the stock class; changes it in place and returns it.
+
+    Args:
+        model: with `QuadLinear` linears, loaded or in memory.
+        architecture: names of its parts.
+        dtype: of the weights; the model's own by default.
+
+    Raises:
+        ValueError: if weights are offloaded, or the stock config class refuses every hidden size.
+    """
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        if tensor.is_meta:
+            raise ValueError(f"{name} is offloaded; dequantizing needs all weights in memory: load without offloading")
+    dtype = dtype or model.dtype
+    config = _stock_config(model.config, architecture)
+    width, stock_width = model.config.hidden_size, config.hidden_size
+    # A stock RMSNorm divides by the new width; the factor goes into readers and writers, as in the projection.
+    gain = (stock_width / width) ** 0.5
+    fill = stock_width - width
+    for layer in model.get_submodule(architecture.layers).children():
+        for path in architecture.linear_paths():
+            container = layer.get_submodule(path)
+            weight, bias = dense_weight(container), container.bias
+            if container.role in architecture.d_type:
+                weight = gain * nn.functional.pad(weight, (0, 0, 0, fill))
+                bias = None if bias is None else gain * nn.functional.pad(bias.double(), (0, fill))
+            else:
+                weight = nn.functional.pad(weight, (0, fill)) / gain
+            layer.set_submodule(path, _linear(weight, bias, dtype))
+        for path in (architecture.attention_norm, architecture.mlp_norm):
+            _widen_norm(layer.get_submodule(path), fill)
+    _widen_norm(model.get_submodule(architecture.final_norm), fill)
+    _replace_ends(model, architecture, gain, fill, dtype)
+    _become_stock(model, config)
+    return model.to(dtype)
+
+
+def dense_weight(container: QuadLinear) -> torch.Tensor:
+    """Returns the matrix that the container applies to an unquantized input, `[out, in]`, float64."""
+    split = container.split
+    quantized = container.integer_weight()
+    if quantized is None:
+        residual = container.residual.weight.double()
+    else:
+        residual = quantized.integers.double()
+        columns = residual.shape[1]
+        if quantized.zero_point is not None:
+            residual = residual - expand_scales(quantized.zero_point.double(), columns)
+        residual = residual * expand_scales(quantized.scale.double(), columns)
+    if split.hadamard:
+        residual = _undo_hadamard(residual)
+    if not split.rank:
+        return residual
+    outliers = split.outlier_index(residual.device)
+    weight = residual.new_empty(residual.shape[0], split.width)
+    if split.keep_width:
+        weight.copy_(residual)
+    else:
+        others = torch.ones(split.width, dtype=torch.bool, device=residual.device)
+        others[outliers] = False
+        weight[:, others] = residual
+    assert container.outlier is not None
+    weight[:, outliers] = container.outlier.weight.double()
+    return weight
+
+
+def _undo_hadamard(weight: torch.Tensor) -> torch.Tensor:
+    """Returns W M^T for the online transform M of the input: z M W^T = z (W M^T)^T."""
+    plan = plan_hadamard(weight.shape[1])
+    y = weight.reshape(-1, *plan.factors)
+    for axis, order in enumerate(plan.factors, start=1):
+        y = (y.movedim(axis, -1) @ hadamard_factor(order, y.dtype, y.device).T).movedim(-1, axis)
+    return y.reshape(weight.shape)
+
+
+def _linear(weight: torch.Tensor, bias: torch.Tensor | None, dtype: torch.dtype) -> nn.Linear:
+    linear = nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None, device="meta")
+    linear.weight = nn.Parameter(weight.to(dtype).contiguous())
+    if bias is not None:
+        linear.bias = nn.Parameter(bias.to(dtype))
+    return linear
+
+
+def _widen_norm(norm: Any, fill: int) -> None:
+    norm.weight = nn.Parameter(nn.functional.pad(norm.weight, (0, fill), value=1.0))
+
+
+def _replace_ends(model: nn.Module, architecture: Architecture, gain: float, fill: int, dtype: torch.dtype) -> None:
+    """Embedding and head in floating point; a tied pair stays tied."""
+    old_embedding, old_head = (model.get_submodule(path) for path in (architecture.embedding, architecture.head))
+    table = gain * nn.functional.pad(_table(old_embedding), (0, fill))
+    embedding = nn.Embedding(*table.shape, padding_idx=model.config.pad_token_id, device="meta")
+    embedding.weight = nn.Parameter(table.to(dtype).contiguous())
+    head = _linear(nn.functional.pad(_table(old_head), (0, fill)) / gain, getattr(old_head, "bias", None), dtype)
+    if model.config.tie_word_embeddings:
+        head.weight = embedding.weight
+    model.set_submodule(architecture.embedding, embedding)
+    model.set_submodule(architecture.head, head)
+
+
+def _table(module: nn.Module) -> torch.Tensor:
+    if isinstance(module, TiedHead):
+        module = module.table
+    if isinstance(module, PackedTable):
+        return module.integers(slice(None)).double() * module.weight_scale.double()
+    return module.weight.double()
+
+
+def _stock_config(config: Any, architecture: Architecture) -> Any:
+    """Returns the stock config with the smallest hidden size that it accepts, not below the model's."""
+    content = config.to_dict()
+    for key in ("model_type", "quantization_config"):
+        content.pop(key, None)
+    heads = config.num_attention_heads
+    width = config.hidden_size
+    refused: Exception | None = None
+    for size in dict.fromkeys((width, -(-width // heads) * heads)):
+        try:
+            return CONFIG_MAPPING[architecture.model_type].from_dict({**content, "hidden_size": size})
+        except Exception as error:  # config classes refuse with exceptions of their own
+            refused = error
+    raise ValueError(
+        f"the stock {architecture.model_type} config takes neither hidden_size {width} nor a multiple of the "
+        f"{heads} heads: {refused}"
+    ) from refused
+
+
+def _become_stock(model: Any, config: Any) -> None:
+    """Gives the model the stock class and all its modules the stock config."""
+    stock_class = AutoModelForCausalLM._model_mapping[type(config)]
+    config.architectures = [stock_class.__name__]
+    config._name_or_path = model.config._name_or_path
+    config._attn_implementation_internal = model.config._attn_implementation_internal
+    config.dtype = model.config.dtype
+    old = model.config
+    for module in model.modules():
+        if getattr(module, "config", None) is old:
+            module.config = config
+    model.__class__ = stock_class
+    model.__dict__.pop("_tied_weights_keys", None)  # set while the table was packed
+    model.all_tied_weights_keys = model.get_expanded_tied_weights_keys(all_submodels=False)

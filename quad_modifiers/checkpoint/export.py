@@ -1,0 +1,314 @@
+"""Writes a QUAD checkpoint as a plain compressed-tensors one, for runtimes without this package.
+
+compressed-tensors knows no split: one linear has one integer weight and one integer input. What it does know are scales
+per group of input coordinates. If every outlier block is a whole number of groups, the residual keeps its integers and
+its step widths, and only the outlier block loses precision: to the bits of the residual, in groups of its own.
+docs/guide/export.md says what that costs.
+"""
+
+import json
+import logging
+import math
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM
+
+from quad_modifiers.architectures import Architecture
+from quad_modifiers.checkpoint.dequantize import dense_weight
+from quad_modifiers.checkpoint.describe import RoleFormats, config_groups
+from quad_modifiers.checkpoint.format import QUANT_METHOD, LinearFormat, QuadFormat, read_format
+from quad_modifiers.checkpoint.models import TRIPWIRE_FIELD
+from quad_modifiers.checkpoint.save import check_space, check_target, complete_or_absent, packed_tensors, write_tensors
+from quad_modifiers.nn.packed_table import PackedHead, PackedTable
+from quad_modifiers.nn.quad_linear import IntegerWeight, QuadLinear
+from quad_modifiers.plugins import architectures
+from quad_modifiers.quantization.grid import IntegerGrid, round_to_grid, search_clip
+
+logger = logging.getLogger(__name__)
+
+PORTABLE_RECIPE = "quad_w4a4_portable"
+_GROUP_SIZES = (128, 64, 32, 16, 8)  # tried in this order; stock kernels take the first three
+_COMPANIONS = (
+    "generation_config.json",
+    "recipe.yaml",
+    "tokenizer*",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "chat_template*",
+)
+
+
+def export_compressed_tensors(
+    source_folder: str | Path, target_folder: str | Path, group_size: int | None = None
+) -> Path:
+    """Writes `source_folder` as a compressed-tensors checkpoint that stock transformers and vLLM load.
+
+    Residual weights keep their integers and scales; outlier columns are rounded to the same bits, with scales of their
+    own. Inputs that the source quantizes get one scale per group.
+
+    Args:
+        source_folder: a QUAD checkpoint in the square basis, without online Hadamards and clip ratios.
+        target_folder: must not exist or be empty.
+        group_size: input coordinates per scale; by default the source's, or the largest that fits.
+
+    Returns:
+        The target folder.
+
+    Raises:
+        ValueError: with everything that compressed-tensors cannot express and the recipe that avoids it, or naming a
+            damaged tensor of the source.
+        FileNotFoundError: if there is no checkpoint in the source folder.
+        FileExistsError, OSError: if the target is not empty or the disk is full; nothing is left behind.
+    """
+    source, target = Path(source_folder), Path(target_folder)
+    check_target(target)
+    config, quad = _read_config(source)
+    architecture = _known(quad)
+    size = _group_size(quad, group_size)
+    problems = _problems(quad, size)
+    if problems:
+        raise ValueError(
+            f"{source} cannot be written as compressed-tensors: {'; '.join(problems)}. Compress the original model "
+            f"with the recipe {PORTABLE_RECIPE!r} instead"
+        )
+    model = AutoModelForCausalLM.from_pretrained(source, dtype="auto")
+    _check_finite(model)
+    tensors, formats = _tensors(model, architecture, quad, size)
+    content = _config(config, architecture, quad, formats, model)
+    needed = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
+    check_space(target, needed)
+    with complete_or_absent(target) as temporary:
+        write_tensors(tensors, temporary, "5GB")
+        (temporary / "config.json").write_text(json.dumps(content, indent=2, sort_keys=True) + "\n")
+        for pattern in _COMPANIONS:
+            for file in source.glob(pattern):
+                shutil.copy2(file, temporary / file.name)
+    logger.info("wrote a compressed-tensors checkpoint of %.1f MB to %s, groups of %d", needed / 1e6, target, size)
+    return target
+
+
+def _read_config(source: Path) -> tuple[dict[str, Any], QuadFormat]:
+    file = source / "config.json"
+    if not file.is_file():
+        raise FileNotFoundError(f"there is no checkpoint in {source}: config.json is missing")
+    try:
+        config = json.loads(file.read_text())
+    except ValueError as error:
+        raise ValueError(f"{file} is no JSON ({error}); get the checkpoint again") from error
+    section = config.get("quantization_config") or {}
+    if section.get("quant_method") == "compressed-tensors":
+        raise ValueError(f"{source} is a compressed-tensors checkpoint already; it needs no export")
+    if section.get("quant_method") != QUANT_METHOD:
+        raise ValueError(f"{source} is no QUAD checkpoint: its quant_method is {section.get('quant_method')!r}")
+    return config, read_format(section.get("quad"))
+
+
+def _known(quad: QuadFormat) -> Architecture:
+    known = architectures()
+    if quad.base_model_type not in known:
+        raise ValueError(
+            f"the checkpoint's base model type {quad.base_model_type!r} is not supported here; supported are "
+            f"{', '.join(sorted(known))}"
+        )
+    return known[quad.base_model_type]
+
+
+def _group_size(quad: QuadFormat, wanted: int | None) -> int:
+    if wanted is not None:
+        if wanted < 1:
+            raise ValueError(f"group_size ({wanted}) must be positive; stock kernels take 32, 64 and 128")
+        return wanted
+    parts = [part for linear in quad.linears.values() for part in (linear.input, linear.weight) if part is not None]
+    stated = [part.group_size for part in parts if part.group_size is not None]
+    if stated:
+        return min(stated)
+    sizes = math.gcd(*(n for linear in quad.linears.values() for n in _block_sizes(linear)))
+    return next((size for size in _GROUP_SIZES if sizes % size == 0), _GROUP_SIZES[-1])
+
+
+def _block_sizes(linear: LinearFormat) -> tuple[int, ...]:
+    """What groups must divide: 0, which everything divides, where there is no outlier block."""
+    return (linear.in_features, linear.outliers_per_block, linear.block if linear.outliers_per_block else 0)
+
+
+def _problems(quad: QuadFormat, size: int) -> list[str]:
+    """Everything that stands in the way, with the roles concerned."""
+    found: dict[str, list[str]] = {}
+    if quad.residual_basis is not None and quad.residual_basis.basis == "extended" and quad.residual_basis.rank:
+        found["the extended basis has a hidden size of its own, only basis: square can be written"] = []
+    for role, linear in quad.linears.items():
+        for problem in _linear_problems(linear, size):
+            found.setdefault(problem, []).append(role)
+    return [f"{problem} ({', '.join(roles)})" if roles else problem for problem, roles in found.items()]
+
+
+def _linear_problems(linear: LinearFormat, size: int) -> list[str]:
+    problems = []
+    if linear.hadamard:
+        problems.append("online Hadamards need transforms, which stock runtimes do not apply (online_rotation: [])")
+    if linear.input is not None and linear.input.clip_ratio != 1.0:
+        problems.append(f"the clip ratio {linear.input.clip_ratio} of the inputs has no place in the format (1.0)")
+    if linear.input is not None and linear.weight is None:
+        problems.append("quantized inputs need quantized weights")
+    if linear.in_features % size:
+        problems.append(f"groups of {size} do not divide the input width {linear.in_features}")
+    if linear.outliers_per_block and (linear.outliers_per_block % size or linear.block % size):
+        problems.append(
+            f"{linear.outliers_per_block} outliers of every {linear.block} coordinates are no multiple of the group "
+            f"size {size}"
+        )
+    stated = [("weights", linear.weight), ("inputs", linear.input)]
+    for name, part in stated:
+        if part is not None and part.group_size is not None and part.group_size != size:
+            problems.append(f"the {name} have groups of {part.group_size}, not of {size}")
+    return problems
+
+
+def _check_finite(model: nn.Module) -> None:
+    """Scales are checked while loading; here everything else."""
+    for name, tensor in model.state_dict().items():
+        if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+            raise ValueError(f"{name} holds NaN or infinite values; the checkpoint is damaged, get it again")
+
+
+def _tensors(
+    model: Any, architecture: Architecture, quad: QuadFormat, size: int
+) -> tuple[dict[str, torch.Tensor], RoleFormats]:
+    """All tensors under their stock names, and the format of each role."""
+    containers = {name: module for name, module in model.named_modules() if isinstance(module, QuadLinear)}
+    tensors: dict[str, torch.Tensor] = {}
+    for name, tensor in model.state_dict().items():
+        if not any(name.startswith(f"{container}.") for container in containers):
+            tensors[name] = tensor
+    # Stock transformers cannot load a packed embedding.
+    embedding = model.get_submodule(architecture.embedding)
+    if isinstance(embedding, PackedTable):
+        tensors = _without(tensors, architecture.embedding)
+        tensors[f"{architecture.embedding}.weight"] = embedding.weight
+    if model.config.tie_word_embeddings:
+        tensors = _without(tensors, architecture.head)
+    for name, container in containers.items():
+        dtype = model.get_submodule(architecture.final_norm).weight.dtype
+        if quad.linears[container.role].weight is None:
+            tensors[f"{name}.weight"] = dense_weight(container).to(dtype)
+        else:
+            merged = merged_weight(container, quad.linears[container.role], size)
+            bits = container.weight_bits()
+            assert bits is not None
+            tensors.update(packed_tensors(merged, bits, name))
+        if container.bias is not None:
+            tensors[f"{name}.bias"] = container.bias.data
+    formats = {role: _plain_format(linear, size) for role, linear in quad.linears.items()}
+    return {name: tensor.contiguous() for name, tensor in tensors.items()}, formats
+
+
+def _without(tensors: dict[str, torch.Tensor], path: str) -> dict[str, torch.Tensor]:
+    return {name: tensor for name, tensor in tensors.items() if not name.startswith(f"{path}.")}
+
+
+def _plain_format(linear: LinearFormat, size: int) -> LinearFormat:
+    update: dict[str, Any] = {"outliers_per_block": 0, "block": linear.in_features, "keep_width": False}
+    for name in ("weight", "input"):
+        part = getattr(linear, name)
+        if part is not None:
+            update[name] = part.model_copy(update={"group_size": size})
+    return linear.model_copy(update=update)
+
+
+def merged_weight(container: QuadLinear, linear: LinearFormat, size: int) -> IntegerWeight:
+    """Returns one integer weight for outliers and residual, in the order of the input coordinates.
+
+    Args:
+        container: with a packed residual.
+        linear: its format, whose blocks are multiples of `size`.
+        size: input coordinates per scale.
+
+    Returns:
+        integers `[out, in]`, scales and zero points `[out, in / size]`.
+    """
+    residual = container.integer_weight()
+    assert residual is not None
+    assert linear.weight is not None
+    split = container.split
+    columns = residual.integers.shape[1]
+    parts = [_Grouped.of(residual, columns, size)]
+    if not split.rank:
+        return parts[0].weight()
+    assert container.outlier is not None
+    grid = IntegerGrid(linear.weight.bits, size, linear.weight.symmetric)
+    parts.append(_Grouped.rounded(container.outlier.weight.float(), grid, residual.scale.dtype))
+    # Where each group of the merged weight comes from: a group of the residual, or after those one of the outliers.
+    groups = torch.arange(split.width // size)
+    is_outlier = groups * size % split.block < split.outliers
+    origin = torch.empty_like(groups)
+    origin[is_outlier] = torch.arange(int(is_outlier.sum())) + columns // size
+    origin[~is_outlier] = groups[~is_outlier] if split.keep_width else torch.arange(int((~is_outlier).sum()))
+    return _Grouped.joined(parts).take(origin).weight()
+
+
+@dataclass(frozen=True)
+class _Grouped:
+    """A weight by groups: integers `[out, groups, size]`, scale and zero point `[out, groups]`."""
+
+    integers: torch.Tensor
+    scale: torch.Tensor
+    zero_point: torch.Tensor | None
+
+    @classmethod
+    def of(cls, weight: IntegerWeight, columns: int, size: int) -> "_Grouped":
+        repeat = columns // size // weight.scale.shape[1]
+        zero = weight.zero_point
+        return cls(
+            weight.integers.unflatten(1, (-1, size)),
+            weight.scale.repeat_interleave(repeat, dim=1),
+            None if zero is None else zero.repeat_interleave(repeat, dim=1),
+        )
+
+    @classmethod
+    def rounded(cls, weight: torch.Tensor, grid: IntegerGrid, dtype: torch.dtype) -> "_Grouped":
+        scales = search_clip(weight, grid, dtype)
+        integers = round_to_grid(weight, scales.expand(weight.shape[1]), grid).to(torch.int8)
+        zero = None if grid.symmetric else scales.zero_point.to(torch.int8)
+        return cls(integers.unflatten(1, (-1, grid.group_size)), scales.scale.to(dtype), zero)
+
+    @classmethod
+    def joined(cls, parts: "list[_Grouped]") -> "_Grouped":
+        zeros = [part.zero_point for part in parts if part.zero_point is not None]
+        return cls(
+            torch.cat([part.integers for part in parts], dim=1),
+            torch.cat([part.scale for part in parts], dim=1),
+            torch.cat(zeros, dim=1) if zeros else None,
+        )
+
+    def take(self, groups: torch.Tensor) -> "_Grouped":
+        zero = self.zero_point
+        return _Grouped(self.integers[:, groups], self.scale[:, groups], None if zero is None else zero[:, groups])
+
+    def weight(self) -> IntegerWeight:
+        return IntegerWeight(self.integers.flatten(1), self.scale, self.zero_point)
+
+
+def _config(
+    source: dict[str, Any], architecture: Architecture, quad: QuadFormat, formats: RoleFormats, model: Any
+) -> dict[str, Any]:
+    config = {key: value for key, value in source.items() if key != TRIPWIRE_FIELD}
+    config["model_type"] = architecture.model_type
+    config["architectures"] = [name.removeprefix("Quad") for name in source["architectures"]]
+    head_is_packed = isinstance(model.get_submodule(architecture.head), PackedHead)
+    unquantized = [rf"re:.*\.{role}$" for role, linear in formats.items() if linear.weight is None]
+    config["quantization_config"] = {
+        "quant_method": "compressed-tensors",
+        "format": "pack-quantized",
+        "quantization_status": "compressed",
+        "config_groups": config_groups(True, formats, [architecture.head] if head_is_packed else []),
+        "ignore": unquantized if head_is_packed else [architecture.head, *unquantized],
+        "kv_cache_scheme": None,
+    }
+    return config

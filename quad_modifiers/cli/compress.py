@@ -1,0 +1,97 @@
+"""`quad compress`: from a model and a recipe to a checkpoint."""
+
+import time
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from quad_modifiers.cli.console import file_size, log_on_stderr, print_table
+
+
+def register(app: typer.Typer) -> None:
+    """Adds the command to `quad`."""
+    app.command(
+        "compress",
+        epilog="Example: quad compress HuggingFaceTB/SmolLM2-135M-Instruct quad_w4a4 -o outputs/SmolLM2-quad\n\n"
+        "Python: quad_modifiers.oneshot(model, recipe, output_dir=...)",
+    )(compress)
+
+
+def compress(
+    model: Annotated[str, typer.Argument(help="Folder or Hub id of an unquantized causal language model.")],
+    recipe: Annotated[str, typer.Argument(help="Name of a recipe (see `quad recipes`) or path of a YAML file.")],
+    output: Annotated[
+        Path, typer.Option("--output", "-o", metavar="OUT", help="Folder for the checkpoint; new or empty.")
+    ],
+    dataset: Annotated[
+        str | None,
+        typer.Option(
+            help="Calibration text: a text or jsonl file, or a name in `datasets`. By default the first half of the "
+            "Wikipedia articles that gensim ships.",
+            show_default=False,
+        ),
+    ] = None,
+    samples: Annotated[int, typer.Option(min=1, help="Windows of calibration text.")] = 64,
+    seq_length: Annotated[int, typer.Option(min=2, help="Tokens in a window.")] = 512,
+    seed: Annotated[int, typer.Option(help="Of the choice of windows.")] = 0,
+    text_column: Annotated[str, typer.Option(help="Column of the text in the data set.")] = "text",
+    split: Annotated[str | None, typer.Option(help="Split of a data set from `datasets`.")] = None,
+    dataset_config: Annotated[str | None, typer.Option(help="Configuration of a data set from `datasets`.")] = None,
+    tokenizer: Annotated[
+        str | None, typer.Option(help="Folder or Hub id; the model's own by default.", show_default=False)
+    ] = None,
+) -> None:
+    """Compress a model by a recipe and write the checkpoint.
+
+    Recipe, output folder and model type are checked before the weights are loaded. The output appears complete or not
+    at all. Progress goes to stderr, the closing table to stdout.
+    """
+    from quad_modifiers import oneshot
+    from quad_modifiers.cli.footprint import peak_memory
+
+    start = time.perf_counter()
+    with log_on_stderr(leave_out="_log_summary"):
+        oneshot(
+            model,
+            recipe,
+            dataset=dataset,
+            output_dir=output,
+            tokenizer=tokenizer,
+            num_calibration_samples=samples,
+            max_seq_length=seq_length,
+            text_column=text_column,
+            splits=split,
+            dataset_config_name=dataset_config,
+            seed=seed,
+        )
+    seconds = time.perf_counter() - start
+    rows = [
+        ("recipe", recipe),
+        *_sizes(model, output),
+        ("time", f"{seconds:.0f} s"),
+        ("peak memory", peak_memory()),
+        ("checkpoint", str(output)),
+    ]
+    print_table((), rows)
+
+
+def _sizes(model: str, output: Path) -> list[tuple[str, str]]:
+    """Returns the rows on format and size; those on the original only where its safetensors files are at hand."""
+    from quad_modifiers.cli.footprint import original_folder
+    from quad_modifiers.publishing.inventory import read_inventory
+
+    after = read_inventory(output)
+    rows = [
+        ("format", after.format),
+        ("size after", f"{file_size(after.total)}, of which embedding and head {file_size(after.embeddings)}"),
+    ]
+    folder = original_folder(model)
+    if folder is not None:
+        before = read_inventory(folder)
+        shrunk = (before.total - before.embeddings) / max(after.total - after.embeddings, 1)
+        rows[1:1] = [
+            ("size before", f"{file_size(before.total)}, of which embedding and head {file_size(before.embeddings)}")
+        ]
+        rows.append(("decoder layers", f"{shrunk:.2f} times smaller"))
+    return rows

@@ -1,0 +1,151 @@
+"""`quad compress` and `quad export`."""
+
+from __future__ import annotations
+
+import signal
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file
+
+import quad_modifiers
+from quad_modifiers.cli import footprint
+
+pytest.importorskip("llmcompressor")
+
+SHORT = ("--samples", 6, "--seq-length", 48)
+
+
+def test_equals_the_python_function(quad, toy_checkpoint, recipe: Path, text: Path, tmp_path: Path) -> None:
+    model = toy_checkpoint("llama")
+    done = quad("compress", model, recipe, "-o", tmp_path / "cli", "--dataset", text, "--seed", 3, *SHORT)
+    assert done.code == 0, done.err
+    quad_modifiers.oneshot(
+        model,
+        recipe,
+        dataset=str(text),
+        output_dir=tmp_path / "python",
+        num_calibration_samples=6,
+        max_seq_length=48,
+        seed=3,
+    )
+    for name in ("model.safetensors", "config.json", "recipe.yaml", "tokenizer.json"):
+        assert (tmp_path / "cli" / name).read_bytes() == (tmp_path / "python" / name).read_bytes(), name
+
+
+def test_closing_table(quad, toy_checkpoint, recipe: Path, text: Path, tmp_path: Path) -> None:
+    model, output = toy_checkpoint("llama"), tmp_path / "out"
+    done = quad("compress", model, recipe, "-o", output, "--dataset", text, *SHORT)
+    assert done.code == 0, done.err
+    rows = {}
+    for line in done.out.splitlines():
+        name, _, value = line.strip().partition("  ")
+        rows[name] = value.strip()
+    assert rows["recipe"] == str(recipe)
+    assert rows["format"] == "QUAD, version 1"
+    assert rows["checkpoint"] == str(output)
+    for name, folder in (("size before", model), ("size after", output)):
+        tensors = load_file(folder / "model.safetensors")
+        total = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
+        assert rows[name].startswith(f"{total / 1e3:.1f} kB, of which embedding and head "), name
+    assert float(rows["decoder layers"].partition(" ")[0]) > 1
+    assert rows["time"].endswith(" s")
+    assert float(rows["peak memory"].partition(" GiB")[0]) > 0
+    assert "quantized linears" not in done.err, "oneshot's own table is shown as well"
+    assert "SVDOutlierProjection" in done.err
+
+
+def test_size_of_a_model_from_the_cache(toy_checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    snapshot = tmp_path / "models--org--toy" / "snapshots" / "abc"
+    snapshot.parent.mkdir(parents=True)
+    snapshot.symlink_to(toy_checkpoint("llama"))
+    (tmp_path / "models--org--toy" / "refs").mkdir()
+    (tmp_path / "models--org--toy" / "refs" / "main").write_text("abc")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    found = footprint.original_folder("org/toy")
+    assert found is not None
+    assert found.samefile(snapshot)
+    assert footprint.original_folder("org/other") is None
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"model": "./nothing"}, "there is no model folder ./nothing"),
+        ({"recipe": "quad_w4"}, "recipe 'quad_w4' is neither a file nor the name of a recipe"),
+        ({"--dataset": "./nothing.txt"}, "nothing.txt"),
+    ],
+    ids=["model", "recipe", "dataset"],
+)
+def test_bad_input(quad, toy_checkpoint, recipe: Path, tmp_path: Path, change: dict[str, str], message: str) -> None:
+    given = {"model": toy_checkpoint("llama"), "recipe": recipe, **change}
+    more = [item for name, value in given.items() if name.startswith("--") for item in (name, value)]
+    done = quad("compress", given["model"], given["recipe"], "-o", tmp_path / "out", *more, *SHORT)
+    assert done.code == 2
+    assert message in done.err.splitlines()[-1]
+    assert done.err.splitlines()[-1].startswith("error: ")
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_output_that_exists_is_left_alone(quad, toy_checkpoint, recipe: Path, tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "mine.txt").write_text("x")
+    done = quad("compress", toy_checkpoint("llama"), recipe, "-o", tmp_path / "out", *SHORT)
+    assert done.code == 2
+    assert "exists and is not empty" in done.err
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["mine.txt"]
+
+
+def test_control_c_leaves_nothing(
+    start_quad: Callable, toy_checkpoint, recipe: Path, text: Path, tmp_path: Path
+) -> None:
+    process: subprocess.Popen[str] = start_quad(
+        "compress",
+        toy_checkpoint("llama"),
+        recipe,
+        "-o",
+        tmp_path / "out",
+        "--dataset",
+        text,
+        "--samples",
+        400,
+        "--seq-length",
+        32,
+    )
+    while "SVDOutlierProjection: second moments" not in process.stderr.readline():
+        assert process.poll() is None
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 130, err
+    assert err.splitlines()[-1] == "interrupted"
+    assert out == ""
+    assert "Traceback" not in err
+    assert {path.name for path in tmp_path.iterdir()} == {"toy.yaml", "text.txt"}
+
+
+class TestExport:
+    RECIPE = """
+quad_stage:
+  quad_modifiers:
+    SVDOutlierProjection: {rank: 16, basis: square, online_rotation: [], o_proj_rank_per_head: 8, down_proj_rank: 16}
+    DynamicActQuant: {strategy: group, group_size: 8, u_type_clip_ratio: 1.0, d_type_clip_ratio: 1.0}
+    OutlierSplitGPTQ: {bits: 4, group_size: 8}
+"""
+
+    def test_portable(self, quad, toy_checkpoint, text: Path, tmp_path: Path) -> None:
+        (tmp_path / "portable.yaml").write_text(self.RECIPE)
+        source, target = tmp_path / "quad", tmp_path / "stock"
+        quad("compress", toy_checkpoint("llama"), tmp_path / "portable.yaml", "-o", source, "--dataset", text, *SHORT)
+        done = quad("export", source, "--format", "compressed-tensors", "-o", target, "--group-size", 8)
+        assert done.code == 0, done.err
+        assert (target / "model.safetensors").is_file()
+        assert "compressed-tensors, pack-quantized" in done.out
+        assert "QUAD, version 1" in done.out
+
+    def test_what_cannot_be_expressed(self, quad, quad_checkpoint: Path, tmp_path: Path) -> None:
+        done = quad("export", quad_checkpoint, "-o", tmp_path / "stock")
+        assert done.code == 2
+        assert "cannot be written as compressed-tensors" in done.err
+        assert not (tmp_path / "stock").exists()
