@@ -110,3 +110,19 @@ def test_scales_in_bfloat16_are_widened_first(layout: str) -> None:
         int4_linear(layout, x, scales((4, 1)), weight, w_scale),
         int4_linear(layout, x, scales((4, 1)), weight, w_scale.float()),
     )
+
+
+@pytest.mark.parametrize(("x_groups", "w_groups"), [(1, 1), (2, 4)])
+def test_many_tokens_are_worked_off_in_parts(layout: str, x_groups: int, w_groups: int) -> None:
+    """Each token's result is that of the token alone, with everything that a layer can have."""
+    tokens, k, out, rank = 300, 64, 24, 8
+    x, x_scale = integers((tokens, k), 8), scales((tokens, x_groups))
+    plain = LinearWeight(integers((out, k), 4, seed=2), scales((out, w_groups), seed=3), None, k, out, 4)
+    weight = plain.to_layout("onednn" if layout == "onednn" and onednn_takes(plain) else "int8")
+    outlier, outlier_weight, bias = scales((tokens, rank), 4), scales((out, rank), 5), scales((out,), 6)
+    whole = public_int4_linear(x, x_scale, weight, outlier=outlier, outlier_weight=outlier_weight, bias=bias)
+    for token in (0, 127, 128, 255, 299):
+        alone = public_int4_linear(
+            x[token], x_scale[token], weight, outlier=outlier[token], outlier_weight=outlier_weight, bias=bias
+        )
+        torch.testing.assert_close(whole[token], alone, rtol=1e-5, atol=1e-4)

@@ -3,6 +3,7 @@
 import torch
 
 from quad_kernels.backends.base import Backend
+from quad_kernels.formats import InputQuantization, InputSplit, RMSNorm
 from quad_kernels.weight import LinearWeight, WeightLayout
 
 
@@ -23,6 +24,26 @@ class CpuBackend(Backend):
         from quad_kernels.int4_linear.cpu import onednn_takes
 
         return weight.to_layout("onednn" if onednn_takes(weight) else "int8")
+
+    def quantize_activations(
+        self,
+        x: torch.Tensor,
+        quantization: InputQuantization,
+        split: InputSplit,
+        norm: RMSNorm | None,
+        packed: bool,
+    ) -> tuple[torch.Tensor | None, torch.Tensor, torch.Tensor]:
+        """The reference's integers in fewer passes."""
+        from quad_kernels.quantize_activations.cpu import quantize_activations
+
+        return quantize_activations(x, quantization, split, norm, packed)
+
+    def hadamard(self, x: torch.Tensor) -> torch.Tensor:
+        """Smaller factors than the reference's."""
+        from quad_kernels.hadamard import plan_hadamard
+        from quad_kernels.hadamard.cpu import apply_hadamard
+
+        return apply_hadamard(x, plan_hadamard(x.shape[-1]))
 
     def int4_linear(
         self,

@@ -15,6 +15,7 @@ from quad_kernels.int4_linear import reference
 from quad_kernels.weight import LinearWeight, unpack_integers
 
 _SMALLEST_WIDTH = 16  # _int_mm reads past a weight of one column: its transpose's strides are ambiguous
+_TOKENS_AT_ONCE = 128  # more would stream the float32 sums of a wide layer through memory several times
 _MOST_SINGLE_TOKENS = 4  # up to here one matrix-vector product of _int_mm per token beats its matrix product
 
 
@@ -32,21 +33,41 @@ def int4_linear(
     if weight.in_features // groups < _SMALLEST_WIDTH or x.shape[0] == 0:
         return reference.int4_linear(x, x_scale, weight, outlier, outlier_weight, bias, out_dtype)
     x = unpack_integers(x, weight.in_features)
-    if groups > 1:
-        y, x_scale = _grouped_product(x, x_scale, weight, groups), None
-    elif weight.layout == "onednn":
+    if x.shape[0] <= _TOKENS_AT_ONCE:
+        return _rows(x, x_scale, weight, outlier, outlier_weight, bias, groups).to(out_dtype)
+    if groups > 1 and weight.layout != "int8":
+        weight = weight.to_layout("int8")
+    y = x.new_empty(x.shape[0], weight.out_features, dtype=out_dtype)
+    for start in range(0, x.shape[0], _TOKENS_AT_ONCE):
+        rows = slice(start, start + _TOKENS_AT_ONCE)
+        part = None if outlier is None else outlier[rows]
+        y[rows] = _rows(x[rows], x_scale[rows], weight, part, outlier_weight, bias, groups)
+    return y
+
+
+def _rows(
+    x: torch.Tensor,
+    x_scale: torch.Tensor,
+    weight: LinearWeight,
+    outlier: torch.Tensor | None,
+    outlier_weight: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    groups: int,
+) -> torch.Tensor:
+    """The layer for some tokens, float32."""
+    if weight.layout == "onednn" and groups == 1:
         y = _onednn_product(x, weight)
-    else:
+    elif groups == 1:
         y = _product(x, weight.unpacked(), weight.scale, weight.zero_point)
+    else:
+        y = _grouped_product(x, x_scale, weight, groups)
     rest = None if bias is None else bias.float()
     if outlier is not None and outlier_weight is not None:
         product = (outlier.to(outlier_weight.dtype) @ outlier_weight.T).float()
         rest = product if rest is None else product.add_(rest)
-    if x_scale is not None:
-        y = y.mul_(x_scale) if rest is None else torch.addcmul(rest, y, x_scale)
-    elif rest is not None:
-        y += rest
-    return y.to(out_dtype)
+    if groups == 1:
+        return y.mul_(x_scale) if rest is None else torch.addcmul(rest, y, x_scale)
+    return y if rest is None else y.add_(rest)
 
 
 def onednn_takes(weight: LinearWeight) -> bool:
