@@ -7,6 +7,7 @@ implementations behind the same signature, chosen by `quad_kernels.backends`.
 from quad_kernels.backends import Backend, BackendError, backends, choose_backend, register_backend
 from quad_kernels.formats import InputQuantization, InputSplit, RMSNorm
 from quad_kernels.hadamard import apply_hadamard
+from quad_kernels.int4_kv import KVEntries, dequantize_kv, quantize_kv
 from quad_kernels.int4_linear import int4_linear
 from quad_kernels.quad_linear import quad_linear
 from quad_kernels.quantize_activations import QuantizedActivations, quantize_activations
@@ -17,15 +18,18 @@ __all__ = [
     "BackendError",
     "InputQuantization",
     "InputSplit",
+    "KVEntries",
     "LinearWeight",
     "QuantizedActivations",
     "RMSNorm",
     "apply_hadamard",
     "backends",
     "choose_backend",
+    "dequantize_kv",
     "int4_linear",
     "prepare_weight",
     "quad_linear",
     "quantize_activations",
+    "quantize_kv",
     "register_backend",
 ]

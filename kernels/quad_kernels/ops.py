@@ -3,12 +3,17 @@
 Which backend runs is decided inside of the op from the device of the data, so a compiled graph does not contain it.
 """
 
+from functools import lru_cache
+
 import torch
 
 from quad_kernels.backends.registry import choose_backend
 from quad_kernels.formats import InputQuantization, InputSplit, RMSNorm
 from quad_kernels.packing import nibble_bytes
 from quad_kernels.weight import LinearWeight
+
+# A decoder has a handful of each, and makes them hundreds of times for a token.
+_input_quantization, _input_split = lru_cache(InputQuantization), lru_cache(InputSplit)
 
 _library = torch.library.Library("quad_kernels", "DEF")
 _TAGS = (torch.Tag.pt2_compliant_tag,)
@@ -26,6 +31,13 @@ _library.define(
     tags=_TAGS,
 )
 _library.define("hadamard(Tensor x, str backend) -> Tensor", tags=_TAGS)
+_library.define(
+    "quantize_kv(Tensor x, float clip_ratio, ScalarType scale_dtype, str backend) -> (Tensor, Tensor, Tensor)",
+    tags=_TAGS,
+)
+_library.define(
+    "dequantize_kv(Tensor integers, Tensor scale, Tensor zero, ScalarType dtype, str backend) -> Tensor", tags=_TAGS
+)
 
 
 def _quantize_activations(
@@ -44,8 +56,8 @@ def _quantize_activations(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     outlier, integers, scale = choose_backend(x.device, backend).quantize_activations(
         x,
-        InputQuantization(bits, clip_ratio, group_size or None),
-        InputSplit(x.shape[-1], outliers, block, keep_width, hadamard),
+        _input_quantization(bits, clip_ratio, group_size or None),
+        _input_split(x.shape[-1], outliers, block, keep_width, hadamard),
         None if norm_eps < 0 else RMSNorm(norm_weight, norm_eps),
         packed,
     )
@@ -95,7 +107,9 @@ def _int4_linear(
     backend: str,
 ) -> torch.Tensor:
     prepared = LinearWeight(weight, weight_scale, weight_zero_point, in_features, out_features, bits)
-    return choose_backend(x.device, backend).int4_linear(x, x_scale, prepared, outlier, outlier_weight, bias, out_dtype)
+    chosen = choose_backend(x.device, backend)
+    y = chosen.int4_linear(x, x_scale, prepared, outlier, outlier_weight, bias, out_dtype)
+    return y.contiguous()  # callers of a compiled graph rely on the strides of the fake kernel
 
 
 def _int4_linear_shape(
@@ -120,10 +134,38 @@ def _hadamard(x: torch.Tensor, backend: str) -> torch.Tensor:
     return choose_backend(x.device, backend).hadamard(x)
 
 
+def _quantize_kv(
+    x: torch.Tensor, clip_ratio: float, scale_dtype: torch.dtype, backend: str
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    return choose_backend(x.device, backend).quantize_kv(x, clip_ratio, scale_dtype)
+
+
+def _quantize_kv_shapes(
+    x: torch.Tensor, clip_ratio: float, scale_dtype: torch.dtype, backend: str
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    vectors, head_dim = x.shape
+    scale, zero = (x.new_empty(vectors, dtype=scale_dtype) for _ in range(2))
+    return x.new_empty(vectors, head_dim // 2, dtype=torch.uint8), scale, zero
+
+
+def _dequantize_kv(
+    integers: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor, dtype: torch.dtype, backend: str
+) -> torch.Tensor:
+    return choose_backend(integers.device, backend).dequantize_kv(integers, scale, zero, dtype)
+
+
+def _dequantize_kv_shape(
+    integers: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor, dtype: torch.dtype, backend: str
+) -> torch.Tensor:
+    return integers.new_empty(integers.shape[0], 2 * integers.shape[1], dtype=dtype)
+
+
 for _name, _run, _shapes in (
     ("quantize_activations", _quantize_activations, _quantize_activations_shapes),
     ("int4_linear", _int4_linear, _int4_linear_shape),
     ("hadamard", _hadamard, lambda x, backend: torch.empty_like(x)),
+    ("quantize_kv", _quantize_kv, _quantize_kv_shapes),
+    ("dequantize_kv", _dequantize_kv, _dequantize_kv_shape),
 ):
     _library.impl(_name, _run, "CompositeExplicitAutograd")
     torch.library.register_fake(f"quad_kernels::{_name}", _shapes, lib=_library)
@@ -131,3 +173,5 @@ for _name, _run, _shapes in (
 quantize_activations = torch.ops.quad_kernels.quantize_activations.default
 int4_linear = torch.ops.quad_kernels.int4_linear.default
 hadamard = torch.ops.quad_kernels.hadamard.default
+quantize_kv = torch.ops.quad_kernels.quantize_kv.default
+dequantize_kv = torch.ops.quad_kernels.dequantize_kv.default

@@ -62,3 +62,19 @@ class Backend:
         from quad_kernels.hadamard import plan_hadamard, reference
 
         return reference.apply_hadamard(x, plan_hadamard(x.shape[-1]))
+
+    def quantize_kv(
+        self, x: torch.Tensor, clip_ratio: float, scale_dtype: torch.dtype
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """See `quad_kernels.quantize_kv`; `x` is `[vectors, head_dim]`."""
+        from quad_kernels.int4_kv import reference
+
+        return reference.quantize_kv(x, clip_ratio, scale_dtype)
+
+    def dequantize_kv(
+        self, integers: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor, dtype: torch.dtype
+    ) -> torch.Tensor:
+        """See `quad_kernels.dequantize_kv`; `integers` is `[vectors, head_dim / 2]`."""
+        from quad_kernels.int4_kv import reference
+
+        return reference.dequantize_kv(integers, scale, zero, dtype)

@@ -7,7 +7,7 @@ import torch
 
 from quad_kernels.backends.base import Backend
 from quad_kernels.formats import InputQuantization, InputSplit, RMSNorm
-from quad_kernels.weight import WeightLayout
+from quad_kernels.weight import LinearWeight, WeightLayout
 
 _MIN_CAPABILITY = (8, 0)
 
@@ -61,6 +61,22 @@ class TritonBackend(Backend):
             whole = InputSplit(residual.shape[1])
             return outlier, *kernel.quantize_activations(residual, quantization, whole, None, packed)[1:]
 
+    def int4_linear(
+        self,
+        x: torch.Tensor,
+        x_scale: torch.Tensor,
+        weight: LinearWeight,
+        outlier: torch.Tensor | None,
+        outlier_weight: torch.Tensor | None,
+        bias: torch.Tensor | None,
+        out_dtype: torch.dtype,
+    ) -> torch.Tensor:
+        """One kernel; one more before it for the row sums that zero points need."""
+        from quad_kernels.int4_linear import kernel
+
+        with torch.cuda.device_of(x):
+            return kernel.int4_linear(x, x_scale, weight, outlier, outlier_weight, bias, out_dtype)
+
     def hadamard(self, x: torch.Tensor) -> torch.Tensor:
         """One kernel for orders with a power of two of at least 16; other orders run the reference."""
         from quad_kernels.hadamard import kernel
@@ -69,3 +85,25 @@ class TritonBackend(Backend):
             return super().hadamard(x)
         with torch.cuda.device_of(x):
             return kernel.hadamard(x)
+
+    def quantize_kv(
+        self, x: torch.Tensor, clip_ratio: float, scale_dtype: torch.dtype
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Several vectors per program."""
+        from quad_kernels.int4_kv import kernel
+
+        if x.dtype == torch.float64:
+            return super().quantize_kv(x, clip_ratio, scale_dtype)
+        with torch.cuda.device_of(x):
+            return kernel.quantize_kv(x, clip_ratio, scale_dtype)
+
+    def dequantize_kv(
+        self, integers: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor, dtype: torch.dtype
+    ) -> torch.Tensor:
+        """Several vectors per program."""
+        from quad_kernels.int4_kv import kernel
+
+        if dtype == torch.float64:
+            return super().dequantize_kv(integers, scale, zero, dtype)
+        with torch.cuda.device_of(integers):
+            return kernel.dequantize_kv(integers, scale, zero, dtype)

@@ -32,7 +32,9 @@ def quantize(x: torch.Tensor, quantization: InputQuantization) -> tuple[torch.Te
     bits = quantization.bits
     groups = 1 if quantization.group_size is None else x.shape[-1] // quantization.group_size
     grouped = x.unflatten(-1, (groups, -1))
-    scale = grouped.abs().amax(-1).float() * quantization.clip_ratio / ((2**bits - 1) / 2)
+    largest = grouped.abs().amax(-1).float()
+    # By a tensor: CUDA would multiply by the rounded inverse of a number.
+    scale = largest * quantization.clip_ratio / torch.full_like(largest, (2**bits - 1) / 2)
     scale = torch.where(scale < torch.finfo(scale.dtype).tiny, torch.zeros_like(scale), scale)
     # A division, as in compressed-tensors: at clip ratio 1 the largest value lies on a tie, which a product with the
     # inverse would round the other way. x / inf is the 0 of an all-zero token.

@@ -1,0 +1,29 @@
+"""Plain PyTorch 4-bit cache entries; the truth for every backend."""
+
+import torch
+
+_LARGEST = 15
+
+
+def quantize_kv(
+    x: torch.Tensor, clip_ratio: float, scale_dtype: torch.dtype
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """See `quad_kernels.int4_kv.quantize_kv`; `x` is `[vectors, head_dim]`."""
+    wide = x.float()
+    low = wide.amin(-1)
+    span = wide.amax(-1) - low
+    span = torch.where(span.isfinite(), span, torch.full_like(span, torch.nan))
+    scale = (span * clip_ratio / torch.full_like(span, _LARGEST)).to(scale_dtype)
+    zero = (low + span * ((1 - clip_ratio) / 2)).to(scale_dtype)
+    step = scale.float().unsqueeze(-1)
+    quotient = (wide - zero.float().unsqueeze(-1)) / step
+    usable = (step > 0) & step.isfinite()
+    integers = torch.where(usable, quotient.round_().clamp_(0, _LARGEST), torch.zeros_like(quotient)).to(torch.uint8)
+    first, second = integers.chunk(2, dim=-1)
+    return first | (second << 4), scale, zero
+
+
+def dequantize_kv(integers: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """See `quad_kernels.int4_kv.dequantize_kv`; `integers` is `[vectors, head_dim / 2]`."""
+    values = torch.cat([integers & 0xF, integers >> 4], dim=-1).float()
+    return (values * scale.float().unsqueeze(-1) + zero.float().unsqueeze(-1)).to(dtype)

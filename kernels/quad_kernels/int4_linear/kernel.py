@@ -1,0 +1,491 @@
+"""Triton kernels of the integer linear layer, and their launch; README.md in this folder derives them."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import triton
+import triton.language as tl
+
+from quad_kernels.int4_linear.config import Config, Problem, token_bucket
+from quad_kernels.int4_linear.tuning import Launch, choose_config
+from quad_kernels.int4_linear.workspace import arrival_counters
+from quad_kernels.packing.nibbles import CHUNK, HALF
+from quad_kernels.weight import LinearWeight
+
+OUTLIER_BLOCK, WIDE_OUTLIER_BLOCK = 64, 16  # coordinates per step of the outlier product, in 16 and in 32 bits
+UNROLLED_SLAB = 64 * 64  # elements of a tile up to which the partial sums are read all at once
+TILE_BAND = 8  # tiles along the tokens that are worked off together
+LARGEST_GROUP = 2**17 - 1  # of so many products of -128 and -128, which is 16 * -8, the sum still is an int32
+
+
+@triton.jit
+def _sixteen_times_low(
+    packed: tl.tensor,
+    ASM: tl.constexpr,
+) -> tl.tensor:
+    """16 times the low nibbles of bytes, int8."""
+    if ASM:
+        return tl.inline_asm_elementwise(
+            "{ .reg .b32 shifted; shl.b32 shifted, $1, 4; and.b32 $0, shifted, 0xF0F0F0F0; }",
+            "=r,r",
+            [packed],
+            dtype=tl.int8,
+            is_pure=True,
+            pack=4,
+        )
+    else:
+        return (packed << 4).to(tl.int8, bitcast=True)
+
+
+@triton.jit
+def _sixteen_times_high(
+    packed: tl.tensor,
+    ASM: tl.constexpr,
+) -> tl.tensor:
+    """16 times the high nibbles of bytes, int8."""
+    if ASM:
+        return tl.inline_asm_elementwise(
+            "and.b32 $0, $1, 0xF0F0F0F0;", "=r,r", [packed], dtype=tl.int8, is_pure=True, pack=4
+        )
+    else:
+        return (packed & 0xF0).to(tl.int8, bitcast=True)
+
+
+@triton.jit
+def _load(
+    rows: tl.tensor,
+    start: tl.tensor,
+    columns: tl.tensor,
+    end: tl.tensor,
+    MASK: tl.constexpr,
+) -> tl.tensor:
+    """The block of `rows` that begins `start` columns further on; zeros from column `end` on, if MASK."""
+    if MASK:
+        return tl.load(rows + start, mask=(start + columns < end)[None, :], other=0)
+    else:
+        return tl.load(rows + start)
+
+
+@triton.jit
+def _add_block(
+    sums: tl.tensor,
+    x_rows: tl.tensor,
+    weight_rows: tl.tensor,
+    start: tl.tensor,
+    low: tl.tensor,
+    high: tl.tensor,
+    inputs: tl.tensor,
+    weight_stride: tl.tensor,
+    NIBBLES: tl.constexpr,
+    X_PACKED: tl.constexpr,
+    GROUP_MASK: tl.constexpr,
+    MASK: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    CHUNK: tl.constexpr,
+    HALF: tl.constexpr,
+    ASM: tl.constexpr,
+) -> tl.tensor:
+    """Adds W x^T over the inputs from `start` to `start + BLOCK_K`, of a group only those from `low` to `high`."""
+    if NIBBLES or X_PACKED:
+        packed_columns = tl.arange(0, BLOCK_K // 2)
+        columns = packed_columns // HALF * CHUNK + packed_columns % HALF
+        packed_start = start // 2
+        if NIBBLES:
+            packed = _load(weight_rows, packed_start, packed_columns, weight_stride, MASK)
+            low_weight = _sixteen_times_low(packed, ASM)
+            high_weight = _sixteen_times_high(packed, ASM)
+        else:
+            low_weight = _load(weight_rows, start, columns, inputs, MASK)
+            high_weight = _load(weight_rows, start + HALF, columns, inputs, MASK)
+        if X_PACKED:
+            packed_end = tl.cdiv(inputs, CHUNK) * HALF
+            packed = _load(x_rows, packed_start, packed_columns, packed_end, MASK)
+            low_x = _sixteen_times_low(packed, ASM)
+            high_x = _sixteen_times_high(packed, ASM)
+        else:
+            low_x = _load(x_rows, start, columns, high, MASK)
+            high_x = _load(x_rows, start + HALF, columns, high, MASK)
+        if GROUP_MASK:
+            inside = (start + columns >= low) & (start + columns < high)
+            low_x = tl.where(inside[None, :], low_x, 0)
+            inside = (start + HALF + columns >= low) & (start + HALF + columns < high)
+            high_x = tl.where(inside[None, :], high_x, 0)
+        sums = tl.dot(low_weight, tl.trans(low_x), sums, out_dtype=tl.int32)
+        sums = tl.dot(high_weight, tl.trans(high_x), sums, out_dtype=tl.int32)
+    else:
+        columns = tl.arange(0, BLOCK_K)
+        wide_weight = _load(weight_rows, start, columns, inputs, MASK)
+        wide_x = _load(x_rows, start, columns, high, MASK)
+        if GROUP_MASK:
+            wide_x = tl.where((start + columns >= low)[None, :], wide_x, 0)
+        sums = tl.dot(wide_weight, tl.trans(wide_x), sums, out_dtype=tl.int32)
+    return sums
+
+
+@triton.jit
+def _add_outliers(
+    y: tl.tensor,
+    outlier: tl.tensor,
+    outlier_weight: tl.tensor,
+    first_m: tl.tensor,
+    first_n: tl.tensor,
+    tokens: tl.tensor,
+    outputs: tl.tensor,
+    rank: tl.tensor,
+    outlier_stride: tl.tensor,
+    BLOCK_R: tl.constexpr,
+) -> tl.tensor:
+    """Adds outlier_weight outlier^T to y, `[BLOCK_N, BLOCK_M]`, float32."""
+    columns = tl.arange(0, BLOCK_R)
+    # Clamped in other words than in the main loop: were it the same expression, the compiler would compute it before
+    # that loop, in this one's layout, and carry it along in registers.
+    m = first_m + tl.arange(0, y.shape[1])
+    m = tl.where(m < tokens, m, tokens - 1)
+    n = first_n + tl.arange(0, y.shape[0])
+    n = tl.where(n < outputs, n, outputs - 1)
+    outlier_rows = outlier + m.to(tl.int64)[:, None] * outlier_stride + columns[None, :]
+    weight_rows = outlier_weight + n.to(tl.int64)[:, None] * rank + columns[None, :]
+    for start in tl.range(0, rank, BLOCK_R, num_stages=2):
+        inside = (start + columns < rank)[None, :]
+        weight = tl.load(weight_rows + start, mask=inside, other=0.0)
+        coordinates = tl.load(outlier_rows + start, mask=inside, other=0.0)
+        y = tl.dot(weight, tl.trans(coordinates), y, input_precision="ieee", out_dtype=tl.float32)
+    return y
+
+
+@triton.jit(do_not_specialize=("tokens",))
+def linear_kernel(
+    x: tl.tensor,
+    x_scale: tl.tensor,
+    row_sum: tl.tensor,
+    weight: tl.tensor,
+    weight_scale: tl.tensor,
+    zero_point: tl.tensor,
+    outlier: tl.tensor,
+    outlier_weight: tl.tensor,
+    bias: tl.tensor,
+    y: tl.tensor,
+    workspace: tl.tensor,
+    counters: tl.tensor,
+    tokens: tl.tensor,
+    outputs: tl.tensor,
+    inputs: tl.tensor,
+    x_stride: tl.tensor,
+    weight_stride: tl.tensor,
+    outlier_stride: tl.tensor,
+    rank: tl.tensor,
+    x_groups: tl.tensor,
+    weight_groups: tl.tensor,
+    groups: tl.tensor,
+    blocks_per_group: tl.tensor,
+    NIBBLES: tl.constexpr,
+    X_PACKED: tl.constexpr,
+    X_GROUPED: tl.constexpr,
+    WEIGHT_GROUPED: tl.constexpr,
+    GROUP_MASK: tl.constexpr,
+    MASK: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    SPLIT_K: tl.constexpr,
+    BAND: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    UNROLLED_SLAB: tl.constexpr,
+    CHUNK: tl.constexpr,
+    HALF: tl.constexpr,
+    ASM: tl.constexpr,
+) -> None:
+    """One tile of y^T, `[BLOCK_N, BLOCK_M]`, over one of SPLIT_K ranges of the inputs.
+
+    The tile is transposed because a Hopper tensor core reads its left operand, and only that one, from registers.
+    """
+    GROUPED: tl.constexpr = X_GROUPED or WEIGHT_GROUPED
+    SHIFT: tl.constexpr = 4 * NIBBLES + 4 * X_PACKED
+    tile = tl.program_id(0)
+    split = tl.program_id(1)
+    tiles_m = tl.cdiv(tokens, BLOCK_M)
+    tiles_n = tl.cdiv(outputs, BLOCK_N)
+    # Bands of BAND rows of tiles, column by column: what runs at the same time shares its operands in the L2 cache.
+    band = tile // (BAND * tiles_n)
+    band_height = tl.minimum(tiles_m - band * BAND, BAND)
+    within = tile - band * BAND * tiles_n
+    first_m = (band * BAND + within % band_height) * BLOCK_M
+    first_n = within // band_height * BLOCK_N
+    # Rows beyond the edge repeat the last one, and are not stored.
+    m = tl.minimum(first_m + tl.arange(0, BLOCK_M), tokens - 1)
+    n = tl.minimum(first_n + tl.arange(0, BLOCK_N), outputs - 1)
+
+    packed_columns = tl.arange(0, BLOCK_K // 2 if NIBBLES or X_PACKED else BLOCK_K)
+    columns = packed_columns // HALF * CHUNK + packed_columns % HALF if NIBBLES or X_PACKED else packed_columns
+    x_rows = x + m.to(tl.int64)[:, None] * x_stride + (packed_columns if X_PACKED else columns)[None, :]
+    weight_rows = weight + n.to(tl.int64)[:, None] * weight_stride + (packed_columns if NIBBLES else columns)[None, :]
+
+    SLAB: tl.constexpr = BLOCK_M * BLOCK_N
+    if SPLIT_K > 1:
+        slabs = workspace + tile.to(tl.int64) * ((SPLIT_K + (outlier is not None)) * SLAB)
+        if outlier is not None:  # noqa: SIM102 (one is known when the kernel is compiled, the other is not)
+            if split == 0:
+                product = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
+                product = _add_outliers(
+                    product, outlier, outlier_weight, first_m, first_n, tokens, outputs, rank, outlier_stride, BLOCK_R
+                )
+                # Transposed: the places of the partial sums are computed again after the main loop, not kept during it.
+                place = tl.arange(0, BLOCK_M)[:, None] * BLOCK_N + tl.arange(0, BLOCK_N)[None, :]
+                inside = first_m + tl.arange(0, BLOCK_M) < tokens
+                product = tl.trans(product.to(tl.int32, bitcast=True))
+                tl.store(slabs + SPLIT_K * SLAB + place, product, mask=inside[:, None])
+
+    blocks = groups * blocks_per_group
+    blocks_per_split = tl.cdiv(blocks, SPLIT_K)
+    first = split * blocks_per_split
+    last = tl.minimum(first + blocks_per_split, blocks)
+    total = tl.zeros((BLOCK_N, BLOCK_M), tl.float32 if GROUPED else tl.int32)
+    for block in range(first, last):
+        start = block * BLOCK_K
+        low = 0
+        high = inputs
+        if GROUPED:
+            group = block // blocks_per_group
+            if GROUP_MASK:
+                low = group * (inputs // groups)
+                high = low + inputs // groups
+                start = (low // BLOCK_K + block % blocks_per_group) * BLOCK_K
+            if X_GROUPED:
+                x_factor = tl.load(x_scale + m * x_groups + group // (groups // x_groups))
+            if WEIGHT_GROUPED:
+                factor = tl.load(weight_scale + n * weight_groups + group // (groups // weight_groups))
+            if zero_point is not None:
+                zero = tl.load(zero_point + n * weight_groups + group // (groups // weight_groups)).to(tl.int32)
+                x_sum = tl.load(row_sum + m * groups + group)
+                x_sum = tl.where(block % blocks_per_group == 0, x_sum, 0)  # once for a group
+            sums = tl.zeros((BLOCK_N, BLOCK_M), tl.int32)
+        else:
+            sums = total
+        sums = _add_block(
+            sums, x_rows, weight_rows, start, low, high, inputs, weight_stride,
+            NIBBLES, X_PACKED, GROUP_MASK, MASK, BLOCK_K, CHUNK, HALF, ASM,
+        )  # fmt: skip
+        if GROUPED:
+            sums = sums >> SHIFT
+            if zero_point is not None:
+                sums -= zero[:, None] * x_sum[None, :]
+            scaled = sums.to(tl.float32)
+            if X_GROUPED:
+                scaled = scaled * x_factor[None, :]
+            if WEIGHT_GROUPED:
+                scaled = scaled * factor.to(tl.float32)[:, None]
+            total += scaled
+        else:
+            total = sums
+
+    if SPLIT_K > 1:
+        place = tl.arange(0, BLOCK_M)[None, :] * BLOCK_N + tl.arange(0, BLOCK_N)[:, None]
+        inside = (first_m + tl.arange(0, BLOCK_M) < tokens)[None, :]
+        tl.store(slabs + split * SLAB + place, total.to(tl.int32, bitcast=True), mask=inside)
+        tl.debug_barrier()  # the stores of all threads come before the arrival that one thread announces
+        arrived = tl.atomic_add(counters + tile, 1, sem="acq_rel")
+        if arrived < SPLIT_K - 1:
+            return
+        tl.store(counters + tile, 0)
+        total = tl.zeros((BLOCK_N, BLOCK_M), total.dtype)
+        if SLAB <= UNROLLED_SLAB:
+            for part in tl.static_range(SPLIT_K):  # all loads at once: the wait is what costs in a small tile
+                partial = tl.load(slabs + part * SLAB + place, mask=inside, other=0, cache_modifier=".cg")
+                total += partial.to(total.dtype, bitcast=True)
+        else:
+            for part in range(SPLIT_K):
+                partial = tl.load(slabs + part * SLAB + place, mask=inside, other=0, cache_modifier=".cg")
+                total += partial.to(total.dtype, bitcast=True)
+
+    if not GROUPED:
+        total = total >> SHIFT
+        if zero_point is not None:
+            zero = tl.load(zero_point + n).to(tl.int32)
+            total -= zero[:, None] * tl.load(row_sum + m)[None, :]
+    result = total.to(tl.float32)
+    if not X_GROUPED:
+        result = result * tl.load(x_scale + m)[None, :]
+    if not WEIGHT_GROUPED:
+        result = result * tl.load(weight_scale + n).to(tl.float32)[:, None]
+    if outlier is not None:
+        if SPLIT_K > 1:
+            product = tl.load(slabs + SPLIT_K * SLAB + place, mask=inside, other=0, cache_modifier=".cg")
+            result += product.to(tl.float32, bitcast=True)
+        else:
+            result = _add_outliers(
+                result, outlier, outlier_weight, first_m, first_n, tokens, outputs, rank, outlier_stride, BLOCK_R
+            )
+    if bias is not None:
+        result += tl.load(bias + n).to(tl.float32)[:, None]
+    m = first_m + tl.arange(0, BLOCK_M)
+    n = first_n + tl.arange(0, BLOCK_N)
+    y_pointers = y + m.to(tl.int64)[:, None] * outputs + n[None, :]
+    tl.store(y_pointers, tl.trans(result.to(y.dtype.element_ty)), mask=(m < tokens)[:, None] & (n < outputs)[None, :])
+
+
+@triton.jit
+def row_sum_kernel(
+    x: tl.tensor,
+    row_sum: tl.tensor,
+    inputs: tl.tensor,
+    x_stride: tl.tensor,
+    groups: tl.tensor,
+    X_PACKED: tl.constexpr,
+    BLOCK: tl.constexpr,
+    CHUNK: tl.constexpr,
+    HALF: tl.constexpr,
+) -> None:
+    """Sum of one group of one token, int32: what a zero point is multiplied with."""
+    token = tl.program_id(0).to(tl.int64)
+    group = tl.program_id(1)
+    size = inputs // groups
+    total = tl.zeros((BLOCK,), tl.int32)
+    for start in range(0, size, BLOCK):
+        offsets = start + tl.arange(0, BLOCK)
+        column = group * size + offsets
+        if X_PACKED:
+            byte = tl.load(x + token * x_stride + column // CHUNK * HALF + column % HALF, mask=offsets < size, other=0)
+            shift = 4 - 4 * (column // HALF % 2)
+            value = (byte.to(tl.int32) << (24 + shift)) >> 28
+        else:
+            value = tl.load(x + token * x_stride + column, mask=offsets < size, other=0).to(tl.int32)
+        total += value
+    tl.store(row_sum + token * groups + group, tl.sum(total))
+
+
+COMPILED = isinstance(linear_kernel, triton.JITFunction)  # not so in Triton's interpreter
+
+
+def int4_linear(
+    x: torch.Tensor,
+    x_scale: torch.Tensor,
+    weight: LinearWeight,
+    outlier: torch.Tensor | None,
+    outlier_weight: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    out_dtype: torch.dtype,
+    config: Config | None = None,
+) -> torch.Tensor:
+    """See `quad_kernels.int4_linear`; `x` is `[tokens, in]` or packed, int8 or uint8.
+
+    Raises:
+        ValueError: if sums could leave int32.
+    """
+    if x.shape[0] == 0:
+        return torch.empty(0, weight.out_features, dtype=out_dtype, device=x.device)
+    problem, launch = launcher(x, x_scale, weight, outlier, outlier_weight, bias, out_dtype)
+    return launch(config or choose_config(problem, x.device, launch))
+
+
+def launcher(
+    x: torch.Tensor,
+    x_scale: torch.Tensor,
+    weight: LinearWeight,
+    outlier: torch.Tensor | None,
+    outlier_weight: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    out_dtype: torch.dtype,
+) -> tuple[Problem, Launch]:
+    """The problem that the choice of a configuration depends on, and a function that runs it with a given one."""
+    if weight.integers.is_mkldnn:
+        weight = weight.to_layout("nibbles")
+    tokens, outputs, inputs = x.shape[0], weight.out_features, weight.in_features
+    x_groups, weight_groups = x_scale.shape[1], weight.scale.shape[1]
+    groups = math.lcm(x_groups, weight_groups)
+    nibbles, x_packed = weight.integers.dtype == torch.uint8, x.dtype == torch.uint8
+    zero_point = weight.zero_point
+    if inputs // groups * (2 if zero_point is not None and weight.bits > 4 else 1) > LARGEST_GROUP:
+        raise ValueError(
+            f"sums over {inputs // groups} inputs could leave int32; use groups, or the backend 'reference'"
+        )
+    x, integers = _rows(x), weight.integers.contiguous()
+    x_scale, weight_scale = x_scale.contiguous(), weight.scale.contiguous()
+    rank = 0
+    if outlier is not None and outlier_weight is not None:
+        rank = outlier.shape[1]
+        if outlier.dtype != outlier_weight.dtype:
+            common = torch.promote_types(outlier.dtype, outlier_weight.dtype)
+            outlier, outlier_weight = outlier.to(common), outlier_weight.to(common)
+        outlier, outlier_weight = _rows(outlier), outlier_weight.contiguous()
+    if rank == 0:
+        outlier = outlier_weight = None
+    wide = outlier is not None and outlier.dtype == torch.float32
+    problem = Problem(
+        token_bucket(tokens), outputs, inputs, inputs // groups, rank, nibbles, x_packed, zero_point is not None, wide
+    )
+
+    def launch(config: Config) -> torch.Tensor:
+        row_sum = None if zero_point is None else _row_sums(x, inputs, groups)
+        block_m, block_n, block_k, split_k, warps, stages = config
+        group = inputs // groups
+        group_mask = groups > 1 and group % block_k != 0
+        tiles = -(-tokens // block_m) * -(-outputs // block_n)
+        workspace = counters = None
+        if split_k > 1:
+            slabs = tiles * (split_k + (rank > 0))
+            workspace = torch.empty(slabs * block_m * block_n, dtype=torch.int32, device=x.device)
+            counters = arrival_counters(tiles, x.device)
+        y = torch.empty(tokens, outputs, dtype=out_dtype, device=x.device)
+        linear_kernel[(tiles, split_k)](
+            x,
+            x_scale,
+            row_sum,
+            integers,
+            weight_scale,
+            zero_point,
+            outlier,
+            outlier_weight,
+            bias,
+            y,
+            workspace,
+            counters,
+            tokens,
+            outputs,
+            inputs,
+            x.stride(0),
+            integers.shape[1],
+            outlier.stride(0) if outlier is not None else 1,
+            rank if rank else 1,
+            x_groups,
+            weight_groups,
+            groups,
+            # A group that blocks do not divide touches at most this many of them.
+            (group + block_k - 2) // block_k + 1 if group_mask else -(-group // block_k),
+            NIBBLES=nibbles,
+            X_PACKED=x_packed,
+            X_GROUPED=x_groups > 1,
+            WEIGHT_GROUPED=weight_groups > 1,
+            GROUP_MASK=group_mask,
+            MASK=inputs % block_k != 0 or group_mask,
+            BLOCK_M=block_m,
+            BLOCK_N=block_n,
+            BLOCK_K=block_k,
+            SPLIT_K=split_k,
+            BAND=TILE_BAND,
+            BLOCK_R=WIDE_OUTLIER_BLOCK if wide else OUTLIER_BLOCK,
+            UNROLLED_SLAB=UNROLLED_SLAB,
+            CHUNK=CHUNK,
+            HALF=HALF,
+            ASM=COMPILED,
+            num_warps=warps,
+            num_stages=stages,
+        )
+        return y
+
+    return problem, launch
+
+
+def _rows(x: torch.Tensor) -> torch.Tensor:
+    """The same values with columns next to each other; rows may lie apart."""
+    return x if x.stride(1) == 1 else x.contiguous()
+
+
+def _row_sums(x: torch.Tensor, inputs: int, groups: int) -> torch.Tensor:
+    sums = torch.empty(x.shape[0], groups, dtype=torch.int32, device=x.device)
+    block = min(1024, triton.next_power_of_2(inputs // groups))
+    row_sum_kernel[(x.shape[0], groups)](
+        x, sums, inputs, x.stride(0), groups, X_PACKED=x.dtype == torch.uint8, BLOCK=block, CHUNK=CHUNK, HALF=HALF
+    )
+    return sums

@@ -1,0 +1,258 @@
+"""Triton kernels of the activation quantizer; the README has the layout and the division."""
+
+import torch
+import triton
+import triton.language as tl
+
+from quad_kernels.formats import InputQuantization, InputSplit, RMSNorm
+from quad_kernels.packing import nibble_bytes, pack_nibbles
+from quad_kernels.packing.nibbles import CHUNK
+
+MAX_COLUMNS = 32768  # a row, or a group of it, lies in the registers of one program
+
+_ELEMENTS_PER_THREAD = 32
+_ELEMENTS_PER_PROGRAM = 2048  # short rows share a program up to here
+
+
+@triton.jit
+def residual_source(
+    column: tl.tensor,
+    WIDTH: tl.constexpr,
+    OUTLIERS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    KEEP_WIDTH: tl.constexpr,
+) -> tl.tensor:
+    """Input coordinate of a residual coordinate."""
+    if KEEP_WIDTH or OUTLIERS == 0:
+        return column
+    if BLOCK == WIDTH:
+        return column + OUTLIERS
+    KEPT: tl.constexpr = BLOCK - OUTLIERS
+    return column // KEPT * BLOCK + OUTLIERS + column % KEPT
+
+
+@triton.jit
+def outlier_source(index: tl.tensor, WIDTH: tl.constexpr, OUTLIERS: tl.constexpr, BLOCK: tl.constexpr) -> tl.tensor:
+    """Input coordinate of an outlier coordinate."""
+    if BLOCK == WIDTH:
+        return index
+    return index // OUTLIERS * BLOCK + index % OUTLIERS
+
+
+@triton.jit
+def drop_outliers(
+    x: tl.tensor, column: tl.tensor, OUTLIERS: tl.constexpr, BLOCK: tl.constexpr, KEEP_WIDTH: tl.constexpr
+) -> tl.tensor:
+    """Zeros in the place of outliers, where the residual keeps the full width."""
+    if KEEP_WIDTH and OUTLIERS > 0:
+        return tl.where(column % BLOCK >= OUTLIERS, x, 0.0)
+    return x
+
+
+@triton.jit
+def magnitude_bits(x: tl.tensor) -> tl.tensor:
+    """The bits of |x| as float32: they are ordered as the values are, with NaN above infinity."""
+    return x.to(tl.float32).to(tl.int32, bitcast=True) & 0x7FFFFFFF
+
+
+@triton.jit
+def scale_of(largest: tl.tensor, clip_ratio: tl.tensor, BITS: tl.constexpr) -> tl.tensor:
+    """Scale of a token from its largest `magnitude_bits`; 0 if it is no normal number, NaN and inf stay."""
+    HALF_RANGE: tl.constexpr = (2**BITS - 1) / 2
+    scale = tl.div_rn(largest.to(tl.float32, bitcast=True) * clip_ratio, HALF_RANGE)
+    return tl.where(scale < 1.1754943508222875e-38, 0.0, scale)
+
+
+@triton.jit
+def round_to_grid(x: tl.tensor, scale: tl.tensor, SMALLEST: tl.constexpr, LARGEST: tl.constexpr) -> tl.tensor:
+    """Integers of the rounded quotient x / scale in the low bits of an int32, 0 for a scale of 0, inf or NaN.
+
+    `scale` has one value per row. The quotient is that of an IEEE division: Markstein's correction, twice.
+    """
+    usable = (scale > 0.0) & (scale < float("inf"))
+    # A power of two that keeps the remainders below out of the subnormal numbers.
+    shift = tl.where(scale < 8.673617379884035e-19, 1.8446744073709552e19, 1.0)
+    shift = tl.where(scale > 1.152921504606847e18, 5.421010862427522e-20, shift)
+    divisor = tl.where(usable, scale * shift, 1.0)
+    inverse = tl.div_rn(1.0, divisor)
+    x = x.to(tl.float32) * shift
+    quotient = x * inverse
+    quotient = tl.fma(tl.fma(-quotient, divisor, x), inverse, quotient)
+    quotient = tl.fma(tl.fma(-quotient, divisor, x), inverse, quotient)
+    quotient = tl.minimum(tl.maximum(quotient, SMALLEST), LARGEST)
+    # Adding 1.5 * 2^23 rounds to nearest even and leaves the integer in the low bits of the sum.
+    integer = (quotient + 12582912.0).to(tl.int32, bitcast=True)
+    return integer & tl.where(usable, -1, 0)
+
+
+@triton.jit
+def _normalise(
+    x: tl.tensor, inverse_rms: tl.tensor, weight_ptr: tl.tensor, source: tl.tensor, valid: tl.tensor
+) -> tl.tensor:
+    y = (x.to(tl.float32) * inverse_rms).to(x.dtype)
+    if weight_ptr is not None:
+        weight = tl.load(weight_ptr + source, mask=valid, other=0.0)
+        y = (y.to(tl.float32) * weight.to(tl.float32)).to(x.dtype)
+    return y
+
+
+@triton.jit
+def _sum_of_squares(x: tl.tensor) -> tl.tensor:
+    wide = x.to(tl.float32)
+    return tl.sum(wide * wide, 1, keep_dims=True)
+
+
+@triton.jit
+def quantize_kernel(
+    x_ptr: tl.tensor,  # [tokens, WIDTH]
+    norm_weight_ptr: tl.tensor,  # [WIDTH] or None
+    outlier_ptr: tl.tensor,  # [tokens, outliers of all blocks]
+    integers_ptr: tl.tensor,  # [tokens, COLUMNS] int8, or PACKED: [tokens, nibble_bytes(COLUMNS)] uint8
+    scale_ptr: tl.tensor,  # [tokens, COLUMNS // GROUP] float32
+    rows: tl.tensor,  # tokens * groups
+    clip_ratio: tl.tensor,
+    eps: tl.tensor,
+    X_STRIDE: tl.constexpr,
+    WIDTH: tl.constexpr,
+    OUTLIERS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    KEEP_WIDTH: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    GROUP: tl.constexpr,
+    BITS: tl.constexpr,
+    NORM: tl.constexpr,
+    PACKED: tl.constexpr,
+    ROWS: tl.constexpr,
+    FIRST: tl.constexpr,
+    SECOND: tl.constexpr,
+    RANK: tl.constexpr,
+) -> None:
+    """ROWS rows of one group of one token each, as two tiles of FIRST and SECOND columns; see `_tiles`."""
+    GROUPS: tl.constexpr = COLUMNS // GROUP
+    row = (tl.program_id(0) * ROWS + tl.arange(0, ROWS))[:, None]
+    in_rows = row < rows
+    token = (row // GROUPS).to(tl.int64)
+    start = row % GROUPS * GROUP
+    x_row = x_ptr + token * X_STRIDE
+
+    index = tl.arange(0, FIRST)[None, :]
+    column = index // 64 * 128 + index % 64 if PACKED else index
+    valid = in_rows & (column < GROUP)
+    source = residual_source(start + column, WIDTH, OUTLIERS, BLOCK, KEEP_WIDTH)
+    x = tl.load(x_row + source, mask=valid, other=0.0)
+    if SECOND > 0:
+        column_2 = column + 64 if PACKED else FIRST + tl.arange(0, SECOND)[None, :]
+        valid_2 = in_rows & (column_2 < GROUP)
+        source_2 = residual_source(start + column_2, WIDTH, OUTLIERS, BLOCK, KEEP_WIDTH)
+        x_2 = tl.load(x_row + source_2, mask=valid_2, other=0.0)
+    if RANK > 0:
+        OUTLIER_WIDTH: tl.constexpr = WIDTH // BLOCK * OUTLIERS
+        outlier_index = tl.arange(0, RANK)[None, :]
+        outlier_valid = in_rows & (start == 0) & (outlier_index < OUTLIER_WIDTH)
+        outlier_column = outlier_source(outlier_index, WIDTH, OUTLIERS, BLOCK)
+        outlier = tl.load(x_row + outlier_column, mask=outlier_valid, other=0.0)
+
+    if NORM:
+        total = _sum_of_squares(x)
+        if SECOND > 0:
+            total += _sum_of_squares(x_2)
+        if RANK > 0 and not KEEP_WIDTH:
+            total += _sum_of_squares(outlier)
+        inverse_rms = tl.rsqrt(tl.div_rn(total, WIDTH * 1.0) + eps)
+        x = _normalise(x, inverse_rms, norm_weight_ptr, source, valid)
+        if SECOND > 0:
+            x_2 = _normalise(x_2, inverse_rms, norm_weight_ptr, source_2, valid_2)
+        if RANK > 0:
+            outlier = _normalise(outlier, inverse_rms, norm_weight_ptr, outlier_column, outlier_valid)
+    if RANK > 0:
+        tl.store(outlier_ptr + token * OUTLIER_WIDTH + outlier_index, outlier, mask=outlier_valid)
+
+    x = drop_outliers(x, start + column, OUTLIERS, BLOCK, KEEP_WIDTH)
+    largest = tl.max(magnitude_bits(x), 1, keep_dims=True)
+    if SECOND > 0:
+        x_2 = drop_outliers(x_2, start + column_2, OUTLIERS, BLOCK, KEEP_WIDTH)
+        largest = tl.maximum(largest, tl.max(magnitude_bits(x_2), 1, keep_dims=True))
+    scale = scale_of(largest, clip_ratio, BITS)
+    tl.store(scale_ptr + row, scale, mask=in_rows)
+
+    SMALLEST: tl.constexpr = -(2.0 ** (BITS - 1))
+    LARGEST: tl.constexpr = 2.0 ** (BITS - 1) - 1.0
+    integer = round_to_grid(x, scale, SMALLEST, LARGEST)
+    if PACKED:
+        integer = (integer & 0xF) | ((round_to_grid(x_2, scale, SMALLEST, LARGEST) & 0xF) << 4)
+        BYTES: tl.constexpr = (GROUP + 127) // 128 * 64
+        tl.store(integers_ptr + row.to(tl.int64) * BYTES + index, integer.to(tl.uint8), mask=in_rows & (index < BYTES))
+    else:
+        out_row = integers_ptr + token * COLUMNS + start
+        tl.store(out_row + column, integer.to(tl.int8), mask=valid)
+        if SECOND > 0:
+            tl.store(out_row + column_2, round_to_grid(x_2, scale, SMALLEST, LARGEST).to(tl.int8), mask=valid_2)
+
+
+def _tiles(columns: int, packed: bool) -> tuple[int, int]:
+    """Columns of a row's two tiles: powers of two that waste little (11008 = 8192 + 4096 instead of 16384).
+
+    Packed: the coordinates of low and of high nibbles.
+    """
+    if packed:
+        size = triton.next_power_of_2(nibble_bytes(columns))
+        return size, size
+    whole = triton.next_power_of_2(columns)
+    first = whole // 2
+    second = triton.next_power_of_2(columns - first) if columns > first else 0
+    return (whole, 0) if columns < 128 or second in (0, first) else (first, second)
+
+
+def quantize_activations(
+    x: torch.Tensor,
+    quantization: InputQuantization,
+    split: InputSplit,
+    norm: RMSNorm | None,
+    packed: bool,
+) -> tuple[torch.Tensor | None, torch.Tensor, torch.Tensor]:
+    """See `quad_kernels.quantize_activations`, without the Hadamard; groups or rows of up to `MAX_COLUMNS`."""
+    columns = split.residual_width
+    group = quantization.group_size or columns
+    if norm is not None and (group != columns or (norm.weight is not None and norm.weight.dtype != x.dtype)):
+        x, norm = norm(x), None
+    if packed and group != columns and group % CHUNK:
+        outlier, integers, scale = quantize_activations(x, quantization, split, norm, packed=False)
+        return outlier, pack_nibbles(integers), scale
+    if x.stride(1) != 1:
+        x = x.contiguous()
+    tokens, groups = x.shape[0], columns // group
+    outlier = torch.empty(tokens, split.rank, dtype=x.dtype, device=x.device) if split.rank else None
+    width, dtype = (nibble_bytes(columns), torch.uint8) if packed else (columns, torch.int8)
+    integers = torch.empty(tokens, width, dtype=dtype, device=x.device)
+    scale = torch.empty(tokens, groups, dtype=torch.float32, device=x.device)
+    if tokens:
+        first, second = _tiles(group, packed)
+        rows = max(1, _ELEMENTS_PER_PROGRAM // triton.next_power_of_2(first + second))
+        warps = max(1, min(32, triton.next_power_of_2(rows * (first + second)) // (32 * _ELEMENTS_PER_THREAD)))
+        quantize_kernel[(triton.cdiv(tokens * groups, rows),)](
+            x,
+            None if norm is None else norm.weight,
+            x if outlier is None else outlier,
+            integers,
+            scale,
+            tokens * groups,
+            quantization.clip_ratio,
+            0.0 if norm is None else norm.eps,
+            X_STRIDE=x.stride(0),
+            WIDTH=split.width,
+            OUTLIERS=split.outliers,
+            BLOCK=split.block,
+            KEEP_WIDTH=split.keep_width,
+            COLUMNS=columns,
+            GROUP=group,
+            BITS=quantization.bits,
+            NORM=norm is not None,
+            PACKED=packed,
+            ROWS=rows,
+            FIRST=first,
+            SECOND=second,
+            RANK=triton.next_power_of_2(split.rank) if split.rank else 0,
+            num_warps=warps,
+            enable_fp_fusion=False,
+        )
+    return outlier, integers, scale
