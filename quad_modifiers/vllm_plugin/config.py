@@ -1,0 +1,74 @@
+"""vLLM's quantization config for quant_method "quad"."""
+
+from typing import Any
+
+import torch
+from vllm.model_executor.layers.linear import LinearBase
+from vllm.model_executor.layers.quantization.base_config import QuantizationConfig, QuantizeMethodBase
+from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
+
+from quad_modifiers.checkpoint.format import QUANT_METHOD, QuadFormat, read_format
+from quad_modifiers.nn.packed_table import PackedEmbedding, PackedHead
+from quad_modifiers.vllm_plugin.layout import fused_format
+from quad_modifiers.vllm_plugin.linear import QuadLinearMethod
+from quad_modifiers.vllm_plugin.table import QuadTableMethod
+
+
+class QuadConfig(QuantizationConfig):
+    """`quantization_config` of a QUAD checkpoint.
+
+    Args:
+        quad: its checked `quad` section.
+    """
+
+    def __init__(self, quad: QuadFormat) -> None:
+        super().__init__()
+        self.quad = quad
+
+    def __repr__(self) -> str:
+        """The base model and the roles."""
+        return f"QuadConfig({self.quad.base_model_type}: {', '.join(self.quad.linears)})"
+
+    def get_name(self) -> Any:
+        """The quant_method."""
+        return QUANT_METHOD
+
+    def get_supported_act_dtypes(self) -> list[torch.dtype]:
+        """Types of the model."""
+        return [torch.bfloat16, torch.float16, torch.float32]
+
+    @classmethod
+    def get_min_capability(cls) -> int:
+        """Integer tensor cores, and Triton."""
+        return 75
+
+    @staticmethod
+    def get_config_filenames() -> list[str]:
+        """None: everything is in config.json."""
+        return []
+
+    @classmethod
+    def from_config(cls, config: dict[str, Any]) -> "QuadConfig":
+        """Reads `quantization_config`.
+
+        Raises:
+            ValueError: if it is damaged or of a version that this package does not know.
+        """
+        return cls(read_format(config.get("quad")))
+
+    def get_quant_method(self, layer: torch.nn.Module, prefix: str) -> QuantizeMethodBase | None:
+        """The method of a decoder linear, or of a packed embedding or head; None leaves a layer as it is.
+
+        Raises:
+            ValueError: naming the layer if the checkpoint does not describe it, or if its members cannot be fused.
+        """
+        if isinstance(layer, ParallelLMHead):
+            return None if self.quad.head is None else QuadTableMethod(PackedHead)
+        if isinstance(layer, VocabParallelEmbedding):
+            return None if self.quad.embedding is None else QuadTableMethod(PackedEmbedding)
+        if not isinstance(layer, LinearBase):
+            return None
+        name = prefix.rpartition(".")[2]
+        roles = tuple(self.packed_modules_mapping.get(name, (name,)))
+        fused = fused_format(self.quad.linears, roles, prefix)
+        return QuadLinearMethod(fused, tuple(self.quad.linears[role].out_features for role in roles), prefix)

@@ -1,0 +1,102 @@
+"""Which rows of which checkpoint tensors one rank's layer holds.
+
+vLLM fuses linears that read the same input, and divides layers among tensor-parallel ranks. Both are about rows of the
+weight here: docs/developer/vllm.md says why row-parallel layers are divided by output rows as well.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from quad_modifiers.checkpoint.format import LinearFormat
+
+ShardId = str | int | None
+_POSITIONS = {"q": 0, "k": 1, "v": 2}
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Rows of one member of a layer.
+
+    Attributes:
+        start: first row in the checkpoint's tensor.
+        count: number of rows.
+        offset: where they go in the layer's tensor.
+    """
+
+    start: int
+    count: int
+    offset: int
+
+
+def member_position(shard_id: ShardId) -> int:
+    """Position of a member in its fused layer from vLLM's shard id: "q", "k", "v", a number, or None if not fused."""
+    if shard_id is None:
+        return 0
+    return _POSITIONS[shard_id] if isinstance(shard_id, str) else shard_id
+
+
+def fused_format(linears: dict[str, LinearFormat], roles: Sequence[str], prefix: str) -> LinearFormat:
+    """Returns the format that the members of a layer share; its `out_features` is their sum.
+
+    Args:
+        linears: formats of all roles.
+        roles: members of the layer in vLLM's order, such as q_proj, k_proj, v_proj.
+        prefix: path of the layer, for messages.
+
+    Raises:
+        ValueError: if a role is not described, or the members differ in more than `out_features`.
+    """
+    missing = [role for role in roles if role not in linears]
+    if missing:
+        raise ValueError(
+            f"{prefix}: the checkpoint does not describe {', '.join(missing)}; its quantization_config is damaged, or "
+            "made for another architecture"
+        )
+    first = linears[roles[0]]
+    for role in roles[1:]:
+        same = linears[role].model_copy(update={"out_features": first.out_features})
+        differing = [field for field in type(first).model_fields if getattr(first, field) != getattr(same, field)]
+        if differing:
+            field = differing[0]
+            raise ValueError(
+                f"{prefix}: vLLM computes {', '.join(roles)} as one layer with one input, so they must be quantized "
+                f"alike, but {field} is {getattr(first, field)!r} for {roles[0]} and {getattr(same, field)!r} for "
+                f"{role}; compress with the same settings for these linears, or load with transformers"
+            )
+    return first.model_copy(update={"out_features": sum(linears[role].out_features for role in roles)})
+
+
+def column_parallel_rows(
+    out_features: Sequence[int], partition_sizes: Sequence[int], rank: int, ranks: int, prefix: str
+) -> list[Rows]:
+    """Returns the rows of each member that a rank of a column-parallel layer holds.
+
+    A member with fewer heads than ranks is replicated: `ranks * partition / out_features` neighbours hold equal rows.
+
+    Args:
+        out_features: of each member, from the checkpoint.
+        partition_sizes: of each member on one rank, from vLLM.
+        rank: of this process.
+        ranks: number of tensor-parallel ranks.
+        prefix: path of the layer, for messages.
+
+    Raises:
+        ValueError: if config.json and `quad.linears` disagree about the size of a member.
+    """
+    rows, offset = [], 0
+    for member, (total, count) in enumerate(zip(out_features, partition_sizes, strict=True)):
+        if count > total or ranks * count < total or ranks * count % total:
+            raise ValueError(
+                f"{prefix}: config.json asks for {ranks * count} output channels in part {member}, its "
+                f"quantization_config describes {total}; the checkpoint is damaged"
+            )
+        start = rank // (ranks * count // total) * count
+        rows.append(Rows(start, count, offset))
+        offset += count
+    return rows
+
+
+def row_parallel_rows(out_features: int, rank: int, ranks: int) -> Rows:
+    """Returns the rows that a rank of a row-parallel layer computes, as even as possible."""
+    start, end = rank * out_features // ranks, (rank + 1) * out_features // ranks
+    return Rows(start, end - start, 0)

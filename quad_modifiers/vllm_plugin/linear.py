@@ -1,0 +1,153 @@
+"""vLLM's linear method for the split linears of a QUAD checkpoint."""
+
+from typing import Any
+
+import torch
+from quad_kernels.packing import unpack_int32
+from torch import nn
+from torch.nn.functional import pad
+from vllm.distributed import tensor_model_parallel_all_gather
+from vllm.logger import init_logger
+from vllm.model_executor.layers.linear import LinearMethodBase
+
+from quad_modifiers.checkpoint.format import LinearFormat, WeightFormat
+from quad_modifiers.vllm_plugin.kernels import apply_layer, backend_name, plan_layer, prepare_residual
+from quad_modifiers.vllm_plugin.layout import (
+    Rows,
+    ShardId,
+    column_parallel_rows,
+    member_position,
+    row_parallel_rows,
+)
+
+logger = init_logger("vllm.quad_modifiers")  # vLLM shows what is logged below its own name
+
+
+class QuadLinearMethod(LinearMethodBase):
+    """Loads and applies one fused or single linear.
+
+    Args:
+        linear: format that all members share.
+        out_features: of each member.
+        prefix: path of the layer, for messages.
+    """
+
+    def __init__(self, linear: LinearFormat, out_features: tuple[int, ...], prefix: str) -> None:
+        self.linear = linear
+        self.out_features = out_features
+        self.prefix = prefix
+        self.plan = plan_layer(linear)
+        self.rows: list[Rows] = []
+        self.gathers_input = False
+
+    def create_weights(
+        self,
+        layer: nn.Module,
+        input_size_per_partition: int,
+        output_partition_sizes: list[int],
+        input_size: int,
+        output_size: int,
+        params_dtype: torch.dtype,
+        **extra: Any,
+    ) -> None:
+        """Creates the rank's rows of the checkpoint's tensors, below `residual` and `outlier` as the checkpoint does.
+
+        Raises:
+            ValueError: naming the layer if config.json contradicts the checkpoint's description of the linears.
+        """
+        if input_size != self.linear.in_features or layer.has_bias != self.linear.bias:
+            raise ValueError(
+                f"{self.prefix} has {input_size} inputs and bias={layer.has_bias} by config.json, "
+                f"{self.linear.in_features} and bias={self.linear.bias} by its quantization_config; the checkpoint is "
+                "damaged"
+            )
+        self.gathers_input = input_size_per_partition != input_size
+        if self.gathers_input:
+            self.rows = [row_parallel_rows(self.out_features[0], layer.tp_rank, layer.tp_size)]
+        else:
+            self.rows = column_parallel_rows(
+                self.out_features, output_partition_sizes, layer.tp_rank, layer.tp_size, self.prefix
+            )
+        out, split = sum(rows.count for rows in self.rows), self.plan.split
+        layer.residual, layer.outlier = nn.Module(), nn.Module()
+        if self.linear.weight is None:
+            self._register(layer.residual, "weight", torch.empty(out, split.residual_width, dtype=params_dtype))
+        else:
+            self._register_packed(layer.residual, self.linear.weight, out, params_dtype)
+        if split.rank:
+            self._register(layer.outlier, "weight", torch.empty(out, split.rank, dtype=params_dtype))
+
+    def _register_packed(self, residual: nn.Module, weight: WeightFormat, out: int, dtype: torch.dtype) -> None:
+        width = self.plan.split.residual_width
+        groups = 1 if weight.group_size is None else width // weight.group_size
+        words = -(-width * weight.bits // 32)
+        self._register(residual, "weight_packed", torch.zeros(out, words, dtype=torch.int32))
+        self._register(residual, "weight_scale", torch.empty(out, groups, dtype=dtype))
+        if not weight.symmetric:
+            self._register(residual, "weight_zero_point", torch.zeros(out, groups, dtype=torch.int8))
+
+    def _register(self, module: nn.Module, name: str, tensor: torch.Tensor) -> None:
+        parameter = nn.Parameter(tensor, requires_grad=False)
+        parameter.weight_loader = self._load_zero_point if name == "weight_zero_point" else self._load
+        module.register_parameter(name, parameter)
+
+    def _load(self, parameter: nn.Parameter, loaded: torch.Tensor, shard_id: ShardId = None) -> None:
+        """Copies this rank's rows of one member's tensor, `[out, ...]`."""
+        rows = self.rows[member_position(shard_id)]
+        parameter.data[rows.offset : rows.offset + rows.count].copy_(loaded[rows.start : rows.start + rows.count])
+
+    def _load_zero_point(self, parameter: nn.Parameter, loaded: torch.Tensor, shard_id: ShardId = None) -> None:
+        """Unpacks first: zero points are packed along the rows, `[ceil(out * bits / 32), groups]`."""
+        assert self.linear.weight is not None
+        out = self.out_features[member_position(shard_id)]
+        self._load(parameter, unpack_int32(loaded.T.contiguous(), self.linear.weight.bits, out).T, shard_id)
+
+    def process_weights_after_loading(self, layer: nn.Module) -> None:
+        """Replaces the checkpoint's tensors by those that the kernel backend reads."""
+        residual = dict(layer.residual.named_parameters())
+        if self.linear.weight is None:
+            tensors = {"weight": residual["weight"].data}
+        else:
+            tensors = prepare_residual(
+                self.plan,
+                self.linear.weight,
+                residual["weight_packed"].data,
+                residual["weight_scale"].data,
+                residual["weight_zero_point"].data if "weight_zero_point" in residual else None,
+            )
+        if self.plan.split.rank:
+            tensors["outlier_weight"] = layer.outlier.weight.data
+        del layer.residual, layer.outlier
+        for name in ("weight", "weight_packed", "weight_scale", "weight_zero_point", "outlier_weight"):
+            if name in tensors:
+                layer.register_parameter(name, nn.Parameter(tensors[name], requires_grad=False))
+        device = next(iter(tensors.values())).device
+        logger.info_once("QUAD linears on %s: kernel backend %r", device.type, backend_name(device))
+
+    def apply(self, layer: nn.Module, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+        """Applies the layer to `[..., in]`, or to this rank's part of it in a row-parallel layer.
+
+        The output of a row-parallel layer is zero outside of the rank's rows; vLLM adds the ranks' outputs.
+        """
+        if self.gathers_input:
+            x = tensor_model_parallel_all_gather(x)
+            bias = self._own_bias(layer)
+        y = apply_layer(
+            self.plan,
+            x,
+            layer.weight if self.plan.bits is None else layer.weight_packed,
+            getattr(layer, "weight_scale", None),
+            getattr(layer, "weight_zero_point", None),
+            getattr(layer, "outlier_weight", None),
+            bias,
+        )
+        if self.gathers_input:
+            rows = self.rows[0]
+            y = pad(y, (rows.start, self.out_features[0] - rows.start - rows.count))
+        return y
+
+    def _own_bias(self, layer: nn.Module) -> torch.Tensor | None:
+        """The bias of the rank's rows; vLLM would give the whole one to the first rank."""
+        if layer.bias is None or layer.skip_bias_add:
+            return None
+        return layer.bias[self.rows[0].start : self.rows[0].start + self.rows[0].count]

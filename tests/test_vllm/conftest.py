@@ -1,0 +1,141 @@
+"""Checkpoints of toy models, written from their specification alone: llm-compressor is not in vLLM's environment."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+import quad_modifiers  # noqa: F401  (teaches transformers the format)
+from quad_modifiers.architectures import BUILTIN_ARCHITECTURES
+from quad_modifiers.checkpoint.format import InputFormat, LinearFormat, QuadFormat, TableFormat, WeightFormat
+from quad_modifiers.checkpoint.models import quad_config_class, set_tripwire
+from quad_modifiers.vllm_plugin.tensors import TensorSpec, expected_tensors
+
+KNOWN = {architecture.model_type: architecture for architecture in BUILTIN_ARCHITECTURES}
+W4, A4 = WeightFormat(bits=4), InputFormat(bits=4, clip_ratio=0.9)
+
+# 8 outliers and 64 residual coordinates; 4 heads of 32; an intermediate size that fills no whole word of zero points.
+RANK, HIDDEN, HEADS, KV_HEADS, HEAD_DIM, INTERMEDIATE = 8, 72, 4, 2, 32, 100
+
+
+def toy_format(
+    base: str, weight: WeightFormat | None, quantized: InputFormat | None, packed_ends: bool, **changes: Any
+) -> QuadFormat:
+    """Return a `quad` section; `changes` replaces fields of single roles, `o_proj={"hadamard": False}`."""
+    heads, kv = HEADS * HEAD_DIM, KV_HEADS * HEAD_DIM
+    common = {"weight": weight, "input": quantized, "bias": False}
+    stream = {
+        "in_features": HIDDEN,
+        "outliers_per_block": RANK,
+        "block": HIDDEN,
+        "keep_width": False,
+        "hadamard": False,
+    }
+    roles = {
+        **{
+            role: {**stream, "out_features": out, "bias": base == "qwen2"}
+            for role, out in (("q_proj", heads), ("k_proj", kv), ("v_proj", kv))
+        },
+        "o_proj": {"in_features": heads, "outliers_per_block": 4, "block": HEAD_DIM, "out_features": HIDDEN},
+        **{role: {**stream, "out_features": INTERMEDIATE} for role in ("gate_proj", "up_proj")},
+        "down_proj": {
+            "in_features": INTERMEDIATE,
+            "outliers_per_block": 12,
+            "block": INTERMEDIATE,
+            "out_features": HIDDEN,
+        },
+    }
+    d_type = {"keep_width": True, "hadamard": True}
+    linears = {
+        role: LinearFormat(
+            **{**common, **(d_type if role in ("o_proj", "down_proj") else {}), **fields, **changes.get(role, {})}
+        )
+        for role, fields in roles.items()
+    }
+    ends = {"format_version": 2, "embedding": TableFormat(), "head": TableFormat()} if packed_ends else {}
+    return QuadFormat(base_model_type=base, residual_basis=None, linears=linears, **ends)
+
+
+def _toy_config(base: str, quad: QuadFormat, dtype: torch.dtype, **overrides: Any) -> Any:
+    biases = {"attention_bias": quad.linears["q_proj"].bias} if base in ("llama", "qwen3") else {}
+    settings = {
+        "vocab_size": 320,
+        "hidden_size": HIDDEN,
+        "num_attention_heads": HEADS,
+        "num_key_value_heads": KV_HEADS,
+        "head_dim": HEAD_DIM,
+        "intermediate_size": INTERMEDIATE,
+        "num_hidden_layers": 2,
+        "max_position_embeddings": 512,
+        "tie_word_embeddings": False,
+        "bos_token_id": 0,
+        "eos_token_id": 1,
+        "pad_token_id": 2,
+        "architectures": [f"Quad{base.title()}ForCausalLM"],
+    }
+    return quad_config_class(base)(dtype=dtype, **{**settings, **biases, **overrides})
+
+
+def _random(name: str, spec: TensorSpec, generator: torch.Generator) -> torch.Tensor:
+    if spec.value is not None:
+        return torch.tensor(spec.value, dtype=spec.dtype)
+    if not spec.dtype.is_floating_point:
+        words = torch.randint(-(2**31), 2**31, spec.shape, generator=generator, dtype=torch.int64)
+        return words.to(spec.dtype)
+    if name.endswith("weight_scale"):
+        largest = 0.03 if ".residual." in name else 0.002  # logits of order one, as those of a floating-point head
+        return (largest * (0.3 + 0.7 * torch.rand(spec.shape, generator=generator))).to(spec.dtype)
+    if name.endswith("norm.weight"):
+        return torch.ones(spec.shape, dtype=spec.dtype)
+    width = 4.0 if name.endswith(".bias") else spec.shape[-1]
+    return (torch.randn(spec.shape, generator=generator) / width**0.5).to(spec.dtype)
+
+
+def _write(
+    folder: Path, quad: QuadFormat, dtype: torch.dtype = torch.float32, seed: int = 0, **overrides: Any
+) -> dict[str, torch.Tensor]:
+    config = _toy_config(quad.base_model_type, quad, dtype, **overrides)
+    generator = torch.Generator().manual_seed(seed)
+    tensors = {name: _random(name, spec, generator) for name, spec in expected_tensors(config, quad, KNOWN).items()}
+    folder.mkdir(parents=True)
+    content = json.loads(config.to_json_string())
+    content["quantization_config"] = {"quant_method": "quad", "format": "pack-quantized", "quad": quad.section()}
+    set_tripwire(content)
+    (folder / "config.json").write_text(json.dumps(content))
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    return tensors
+
+
+@pytest.fixture(scope="session")
+def write_toy(tmp_path_factory: pytest.TempPathFactory, toy_tokenizer) -> Callable[..., Path]:
+    """Return `write_toy(quad, dtype=float32, seed=0, **config)`: a folder with a random QUAD checkpoint."""
+
+    def write(quad: QuadFormat, **arguments: Any) -> Path:
+        folder = tmp_path_factory.mktemp("toy") / quad.base_model_type
+        _write(folder, quad, **arguments)
+        toy_tokenizer.save_pretrained(folder)
+        return folder
+
+    return write
+
+
+@pytest.fixture(scope="session")
+def toy_quad() -> Callable[..., QuadFormat]:
+    """Return `toy_quad(base="llama", weight=W4, quantized=A4, packed_ends=False, role={field: value})`."""
+
+    def make(
+        base: str = "llama",
+        weight: WeightFormat | None = W4,
+        quantized: InputFormat | None = A4,
+        packed_ends: bool = False,
+        **changes: Any,
+    ) -> QuadFormat:
+        return toy_format(base, weight, quantized, packed_ends, **changes)
+
+    return make

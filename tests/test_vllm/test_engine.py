@@ -1,0 +1,149 @@
+"""Whole engines on toys: compiled, on two ranks, with LoRA adapters; log-probabilities against transformers.
+
+Weights and inputs have 8 bits, so that rounding that falls the other way changes little and values can be compared.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from transformers import AutoModelForCausalLM
+
+from quad_modifiers.checkpoint.format import InputFormat, QuadFormat, WeightFormat
+
+pytestmark = [pytest.mark.vllm, pytest.mark.filterwarnings("default")]
+
+PROMPTS = torch.randint(3, 320, (6, 40), generator=torch.Generator().manual_seed(7))
+Engine = Callable[..., torch.Tensor]
+
+
+@pytest.fixture
+def engine(tmp_path: Path) -> Engine:
+    """`engine(folder, adapters, environment, **LLM arguments)`: log-probabilities of PROMPTS, `[prompt, position]`."""
+    pytest.importorskip("vllm")
+
+    def run(
+        folder: Path,
+        adapters: list[str | None] | None = None,
+        environment: dict[str, str] | None = None,
+        **arguments: Any,
+    ) -> torch.Tensor:
+        request = {
+            "engine": {"model": str(folder), "max_model_len": 128, "max_num_batched_tokens": 128, **arguments},
+            "prompts": PROMPTS.tolist(),
+            "adapters": adapters or [None] * len(PROMPTS),
+        }
+        (tmp_path / "request.json").write_text(json.dumps(request))
+        variables = {
+            "VLLM_CPU_KVCACHE_SPACE": "1",
+            **os.environ,
+            "HF_HUB_OFFLINE": "1",
+            "VLLM_CACHE_ROOT": str(tmp_path / "cache"),  # nothing compiled earlier
+            **(environment or {}),
+        }
+        command = [sys.executable, str(Path(__file__).with_name("engine_process.py"))]
+        command += [str(tmp_path / "request.json"), str(tmp_path / "answer.json")]
+        done = subprocess.run(command, env=variables, capture_output=True, text=True, timeout=400, check=False)
+        assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+        return torch.tensor(json.loads((tmp_path / "answer.json").read_text()))
+
+    return run
+
+
+@pytest.fixture
+def toy8(toy_quad, write_toy) -> Callable[..., Path]:
+    """`toy8(base, packed_ends=False, dtype=float32, **config)`: a toy checkpoint with 8-bit weights and inputs."""
+    bits: dict[str, Any] = {"weight": WeightFormat(bits=8), "quantized": InputFormat(bits=8, clip_ratio=1.0)}
+
+    def write(base: str, packed_ends: bool = False, **arguments: Any) -> Path:
+        quad: QuadFormat = toy_quad(base, packed_ends=packed_ends, **bits)
+        return write_toy(quad, **arguments)
+
+    return write
+
+
+@torch.inference_mode()
+def reference(model: Any) -> torch.Tensor:
+    """Log-probabilities of each prompt's tokens after the first."""
+    logprobs = model(PROMPTS).logits[:, :-1].float().log_softmax(-1)
+    return logprobs.gather(-1, PROMPTS[:, 1:, None]).squeeze(-1)
+
+
+@torch.inference_mode()
+def reference_after(model: Any) -> torch.Tensor:
+    """Log-probabilities of the whole vocabulary after each prompt."""
+    return model(PROMPTS).logits[:, -1].float().log_softmax(-1)
+
+
+def assert_close(found: torch.Tensor, wanted: torch.Tensor) -> None:
+    difference = (found - wanted).abs()
+    tail = difference.quantile(0.95)
+    print(f"log-probabilities differ by {difference.median():.4f} (median), {tail:.4f} (95th percentile)")
+    assert difference.median() < 0.02
+    assert tail < 0.1
+
+
+def test_compiled_in_half_precision(engine: Engine, toy8) -> None:
+    folder = toy8("qwen2", packed_ends=True, dtype=torch.float16)
+    assert_close(engine(folder), reference(AutoModelForCausalLM.from_pretrained(folder)))
+
+
+def test_two_ranks(engine: Engine, toy8) -> None:
+    folder = toy8("llama", packed_ends=True)
+    # On the CPU, vLLM wants a NUMA node for each rank unless it is told which cores to use.
+    cores = {"VLLM_CPU_OMP_THREADS_BIND": "0|1"}
+    found = engine(folder, environment=cores, dtype="float32", enforce_eager=True, tensor_parallel_size=2)
+    assert_close(found, reference(AutoModelForCausalLM.from_pretrained(folder)))
+
+
+def _write_adapter(folder: Path, model: Any) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
+    """Write a PEFT adapter of rank 4 on all linears of the first block; return its factors by module name."""
+    generator, factors = torch.Generator().manual_seed(11), {}
+    for name in ("q", "k", "v", "o"):
+        factors[f"model.layers.0.self_attn.{name}_proj"] = ()
+    for name in ("gate", "up", "down"):
+        factors[f"model.layers.0.mlp.{name}_proj"] = ()
+    for name in factors:
+        linear = model.get_submodule(name)
+        first = torch.randn(4, linear.in_features, generator=generator) / linear.in_features**0.5
+        factors[name] = first, 0.5 * torch.randn(linear.out_features, 4, generator=generator)
+    folder.mkdir()
+    tensors = {}
+    for name, (first, second) in factors.items():
+        tensors[f"base_model.model.{name}.lora_A.weight"] = first
+        tensors[f"base_model.model.{name}.lora_B.weight"] = second
+    save_file(tensors, folder / "adapter_model.safetensors")
+    roles = sorted({name.rpartition(".")[2] for name in factors})
+    config = {"peft_type": "LORA", "r": 4, "lora_alpha": 4, "target_modules": roles, "bias": "none"}
+    (folder / "adapter_config.json").write_text(json.dumps(config))
+    return factors
+
+
+def test_lora_on_the_full_input_width(engine: Engine, toy8, tmp_path: Path) -> None:
+    folder, adapter = toy8("llama", packed_ends=True), tmp_path / "adapter"
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    factors = _write_adapter(adapter, model)
+    half = len(PROMPTS) // 2
+    adapters = [None] * half + [str(adapter)] * (len(PROMPTS) - half)
+    # Two slots for adapters: on the CPU, vLLM gives prompts without one the last slot, which must then be empty.
+    lora = {"enable_lora": True, "max_lora_rank": 8, "max_loras": 2, "max_logprobs": 320}
+    found = engine(folder, adapters, dtype="float32", enforce_eager=True, **lora)
+
+    plain = reference_after(model)
+    for name, (first, second) in factors.items():
+        model.get_submodule(name).register_forward_hook(
+            lambda module, given, output, first=first, second=second: output + given[0] @ first.T @ second.T
+        )
+    adapted = reference_after(model)
+    assert (adapted - plain)[half:].abs().median() > 0.1  # the adapter does something
+    assert_close(found[:half], plain[:half])
+    assert_close(found[half:], adapted[half:])

@@ -1,0 +1,76 @@
+"""Which rows a rank's layer holds, and what cannot be fused."""
+
+from __future__ import annotations
+
+import pytest
+
+from quad_modifiers.checkpoint.format import InputFormat, WeightFormat
+from quad_modifiers.vllm_plugin.layout import (
+    Rows,
+    column_parallel_rows,
+    fused_format,
+    member_position,
+    row_parallel_rows,
+)
+
+QKV = ("q_proj", "k_proj", "v_proj")
+
+
+def test_members_are_fused(toy_quad) -> None:
+    linears = toy_quad().linears
+    fused = fused_format(linears, QKV, "qkv_proj")
+    assert fused.out_features == 128 + 64 + 64
+    assert fused.model_copy(update={"out_features": 128}) == linears["q_proj"]
+
+
+@pytest.mark.parametrize(
+    ("change", "field"),
+    [
+        ({"outliers_per_block": 4}, "outliers_per_block"),
+        ({"weight": WeightFormat(bits=8)}, "weight"),
+        ({"input": InputFormat(bits=8, clip_ratio=1.0)}, "input"),
+        ({"bias": True}, "bias"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_members_that_differ_are_refused(change, field, toy_quad) -> None:
+    linears = toy_quad(k_proj=change).linears
+    with pytest.raises(ValueError, match=rf"layers.1.qkv_proj.*quantized alike, but {field} is .* for k_proj"):
+        fused_format(linears, QKV, "layers.1.qkv_proj")
+
+
+def test_undescribed_member_is_named(toy_quad) -> None:
+    linears = dict(toy_quad().linears)
+    del linears["v_proj"]
+    with pytest.raises(ValueError, match="does not describe v_proj"):
+        fused_format(linears, QKV, "qkv_proj")
+
+
+@pytest.mark.parametrize(
+    ("rank", "ranks", "partitions", "rows"),
+    [
+        pytest.param(0, 1, [8, 4, 4], [Rows(0, 8, 0), Rows(0, 4, 8), Rows(0, 4, 12)], id="one rank"),
+        pytest.param(1, 2, [4, 2, 2], [Rows(4, 4, 0), Rows(2, 2, 4), Rows(2, 2, 6)], id="second of two"),
+        pytest.param(3, 4, [2, 2, 2], [Rows(6, 2, 0), Rows(2, 2, 2), Rows(2, 2, 4)], id="replicated heads"),
+    ],
+)
+def test_column_parallel(rank, ranks, partitions, rows) -> None:
+    assert column_parallel_rows([8, 4, 4], partitions, rank, ranks, "qkv_proj") == rows
+
+
+@pytest.mark.parametrize("partition", [3, 5, 12])
+def test_sizes_that_contradict_the_checkpoint_are_refused(partition) -> None:
+    with pytest.raises(ValueError, match=rf"gate_up_proj: config.json asks for {2 * partition} .* describes 8"):
+        column_parallel_rows([8], [partition], 0, 2, "gate_up_proj")
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 3, 4, 7])
+def test_row_parallel_ranks_cover_every_row_once(ranks) -> None:
+    rows = [row_parallel_rows(10, rank, ranks) for rank in range(ranks)]
+    covered = [row for part in rows for row in range(part.start, part.start + part.count)]
+    assert covered == list(range(10))
+    assert max(part.count for part in rows) - min(part.count for part in rows) <= 1
+
+
+def test_shard_ids() -> None:
+    assert [member_position(shard) for shard in ("q", "k", "v", 0, 1, None)] == [0, 1, 2, 0, 1, 0]

@@ -1,0 +1,288 @@
+"""Layers that vLLM loaded against the same layers of the transformers model, and a rank's part against the whole."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
+
+from quad_modifiers.checkpoint.format import InputFormat, QuadFormat, WeightFormat
+
+pytestmark = [pytest.mark.vllm, pytest.mark.filterwarnings("default")]
+
+W4, A4 = WeightFormat(bits=4), InputFormat(bits=4, clip_ratio=0.9)
+FORMATS: dict[str, dict[str, Any]] = {
+    "W4A4": {},
+    "W4A8": {"quantized": InputFormat(bits=8, clip_ratio=1.0)},
+    "W8A8": {"weight": WeightFormat(bits=8), "quantized": InputFormat(bits=8, clip_ratio=1.0)},
+    "W2A3": {"weight": WeightFormat(bits=2), "quantized": InputFormat(bits=3, clip_ratio=0.8)},
+    "zero points": {"weight": WeightFormat(bits=4, symmetric=False)},
+    "groups": {
+        "weight": WeightFormat(bits=4, group_size=4, symmetric=False),
+        "quantized": InputFormat(bits=4, clip_ratio=0.9, group_size=2),
+    },
+    "weight only": {"weight": WeightFormat(bits=4, group_size=4, symmetric=False), "quantized": None},
+    "input only": {"weight": None},
+    "input only, groups": {"weight": None, "quantized": InputFormat(bits=4, clip_ratio=0.9, group_size=4)},
+    "not quantized": {"weight": None, "quantized": None},
+    "no outliers": {
+        role: {"outliers_per_block": 0, "keep_width": False}
+        for role in ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+    },
+    "no transform": {"o_proj": {"hadamard": False}, "down_proj": {"hadamard": False, "keep_width": False}},
+}
+
+
+@pytest.fixture(scope="session")
+def load(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., Any]]:
+    """`load(folder, dtype="auto")`: the model as a vLLM worker of one rank holds it."""
+    pytest.importorskip("vllm")
+    from vllm.config import set_current_vllm_config
+    from vllm.distributed import (
+        destroy_distributed_environment,
+        destroy_model_parallel,
+        init_distributed_environment,
+        initialize_model_parallel,
+    )
+    from vllm.engine.arg_utils import EngineArgs
+    from vllm.model_executor.model_loader import get_model
+
+    patch = pytest.MonkeyPatch()
+    if not torch.accelerator.is_available():  # what vLLM's CPU worker does, which this fixture stands in for
+        patch.setattr(torch.accelerator, "empty_cache", lambda: None)
+    started = False
+
+    def run(folder: Path, dtype: str = "auto", **arguments: Any) -> Any:
+        nonlocal started
+        config = EngineArgs(model=str(folder), dtype=dtype, enforce_eager=True, **arguments).create_engine_config()
+        with set_current_vllm_config(config):
+            if not started:
+                store = tmp_path_factory.mktemp("gloo") / "store"
+                init_distributed_environment(1, 0, f"file://{store}", 0, "gloo")
+                initialize_model_parallel(1)
+                started = True
+            return get_model(vllm_config=config)
+
+    yield run
+    patch.undo()
+    destroy_model_parallel()
+    destroy_distributed_environment()
+
+
+def compare_layers(served: Any, reference: Any, dtype: torch.dtype, tolerance: dict[str, float]) -> None:
+    """Compare every linear of both models on the same random inputs, of one token and of several."""
+    generator = torch.Generator().manual_seed(3)
+    for ours, theirs in zip(served.model.layers, reference.model.layers, strict=True):
+        for layer, members in (
+            (ours.self_attn.qkv_proj, [getattr(theirs.self_attn, f"{name}_proj") for name in "qkv"]),
+            (ours.self_attn.o_proj, [theirs.self_attn.o_proj]),
+            (ours.mlp.gate_up_proj, [theirs.mlp.gate_proj, theirs.mlp.up_proj]),
+            (ours.mlp.down_proj, [theirs.mlp.down_proj]),
+        ):
+            for tokens in (1, 7):
+                x = torch.randn(tokens, members[0].in_features, generator=generator).to(dtype)
+                with torch.inference_mode():
+                    found = layer(x)[0]
+                    wanted = torch.cat([member(x) for member in members], dim=-1)
+                assert found.dtype == dtype
+                assert found.is_contiguous()
+                torch.testing.assert_close(found, wanted, **tolerance)
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_formats(name, load, toy_quad, write_toy, tolerance) -> None:
+    folder = write_toy(toy_quad("llama", **FORMATS[name]))
+    served = load(folder, "float32")
+    reference = AutoModelForCausalLM.from_pretrained(folder)
+    compare_layers(served, reference, torch.float32, tolerance(torch.float32))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bfloat16", "float16"])
+@pytest.mark.parametrize("base", ["llama", "mistral", "qwen2", "qwen3"])
+def test_architectures(base, dtype, load, toy_quad, write_toy, tolerance) -> None:
+    biased = base in ("llama", "qwen2")
+    biases = {role: {"bias": biased} for role in ("q_proj", "k_proj", "v_proj")}
+    biases["o_proj"] = {"bias": base == "llama"}
+    folder = write_toy(toy_quad(base, **biases), dtype=dtype)
+    served = load(folder)
+    assert served.model.layers[0].self_attn.head_dim == 32
+    reference = AutoModelForCausalLM.from_pretrained(folder)
+    compare_layers(served, reference, dtype, tolerance(dtype))
+
+
+def test_another_dtype_than_the_checkpoint_s(load, toy_quad, write_toy, tolerance) -> None:
+    folder = write_toy(toy_quad("qwen2"), dtype=torch.bfloat16)
+    reference = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float16)
+    compare_layers(load(folder, "float16"), reference, torch.float16, tolerance(torch.float16))
+
+
+def test_tied_embeddings(load, toy_quad, write_toy) -> None:
+    served = load(write_toy(toy_quad("llama"), tie_word_embeddings=True))
+    assert served.lm_head.weight.data_ptr() == served.model.embed_tokens.weight.data_ptr()
+
+
+@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
+def test_packed_embedding_and_head(tied, load, toy_quad, write_toy, tolerance) -> None:
+    folder = write_toy(toy_quad("llama", packed_ends=True), tie_word_embeddings=tied, vocab_size=310)
+    served, reference = load(folder, "float32"), AutoModelForCausalLM.from_pretrained(folder)
+    ids = torch.randint(0, 310, (9,), generator=torch.Generator().manual_seed(4))
+    with torch.inference_mode():
+        x = reference.model.embed_tokens(ids)
+        torch.testing.assert_close(served.model.embed_tokens(ids), x, rtol=0, atol=0)
+        torch.testing.assert_close(served.compute_logits(x), reference.lm_head(x), **tolerance(torch.float32))
+    assert (served.lm_head.weight_packed is served.model.embed_tokens.weight_packed) == tied
+
+
+def test_packed_weights_stay_small(load, toy_quad, write_toy) -> None:
+    layer = load(write_toy(toy_quad("llama"), dtype=torch.bfloat16)).model.layers[0].mlp.gate_up_proj
+    assert not hasattr(layer, "residual")
+    assert layer.weight_packed.dtype in (torch.int8, torch.uint8)
+    assert {name for name, _ in layer.named_parameters()} == {"weight_packed", "weight_scale", "outlier_weight"}
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        pytest.param(
+            lambda t: t.pop("model.layers.1.mlp.down_proj.residual.weight_scale"),
+            r"layers\.1\.mlp\.down_proj\.residual\.weight_scale is missing",
+            id="missing",
+        ),
+        pytest.param(
+            lambda t: t.update({"model.layers.0.self_attn.v_proj.outlier.weight": torch.zeros(8, 64)}),
+            r"layers\.0\.self_attn\.v_proj\.outlier\.weight has shape \[8, 64\], needed is \[64, 8\]",
+            id="transposed",
+        ),
+        pytest.param(
+            lambda t: t.update({"model.layers.0.mlp.extra": torch.zeros(2)}),
+            "extra is not part of the model",
+            id="surplus",
+        ),
+        pytest.param(
+            lambda t: t["model.layers.0.self_attn.k_proj.residual.weight_scale"].fill_(float("nan")),
+            r"k_proj\.residual\.weight_scale holds NaN",
+            id="NaN",
+        ),
+    ],
+)
+def test_damaged_checkpoints_are_refused(damage, message, load, toy_quad, write_toy) -> None:
+    folder = write_toy(toy_quad("llama"))
+    tensors = load_file(folder / "model.safetensors")
+    damage(tensors)
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=message):
+        load(folder)
+
+
+def test_a_cut_file_is_refused(load, toy_quad, write_toy) -> None:
+    file = write_toy(toy_quad("llama")) / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-100])
+    with pytest.raises(Exception, match=r"safetensors"):
+        load(file.parent)
+
+
+def test_members_that_differ_are_refused(load, toy_quad, write_toy) -> None:
+    folder = write_toy(toy_quad("llama", k_proj={"weight": WeightFormat(bits=8)}))
+    with pytest.raises(ValueError, match=r"model\.layers\.0\.self_attn\.qkv_proj: .* weight is .* for k_proj"):
+        load(folder)
+
+
+Build = Callable[[str, int, int], Any]
+
+
+@pytest.fixture
+def build(load, toy_quad, write_toy, monkeypatch: pytest.MonkeyPatch) -> Callable[[QuadFormat], Build]:
+    """`build(quad)(name, rank, ranks)`: one layer of the first block as that rank holds it."""
+    import vllm.model_executor.layers.linear as vllm_linear
+    from vllm.config import VllmConfig, set_current_vllm_config
+
+    from quad_modifiers.vllm_plugin.config import QuadConfig
+
+    classes: dict[str, Callable[..., Any]] = {
+        "qkv_proj": lambda **given: vllm_linear.QKVParallelLinear(72, 32, 4, 2, **given),
+        "gate_up_proj": lambda **given: vllm_linear.MergedColumnParallelLinear(72, [100, 100], **given),
+        "o_proj": lambda **given: vllm_linear.RowParallelLinear(128, 72, **given),
+        "down_proj": lambda **given: vllm_linear.RowParallelLinear(100, 72, **given),
+    }
+    members = {"qkv_proj": ("q", "k", "v"), "gate_up_proj": (0, 1)}
+
+    def of(quad: QuadFormat) -> Build:
+        folder = write_toy(quad)
+        tensors = load_file(folder / "model.safetensors")
+        load(folder)  # starts the distributed environment
+
+        def make(name: str, rank: int, ranks: int) -> Any:
+            monkeypatch.setattr(vllm_linear, "get_tensor_model_parallel_rank", lambda: rank)
+            monkeypatch.setattr(vllm_linear, "get_tensor_model_parallel_world_size", lambda: ranks)
+            config = QuadConfig(quad)
+            config.packed_modules_mapping = {
+                "qkv_proj": ["q_proj", "k_proj", "v_proj"],
+                "gate_up_proj": ["gate_proj", "up_proj"],
+            }
+            roles = config.packed_modules_mapping.get(name, [name])
+            parent = "mlp" if name in ("gate_up_proj", "down_proj") else "self_attn"
+            with set_current_vllm_config(VllmConfig()):
+                layer = classes[name](
+                    bias=quad.linears[roles[0]].bias, quant_config=config, prefix=f"model.layers.0.{parent}.{name}"
+                )
+            for role, shard in zip(roles, members.get(name, (None,)), strict=True):
+                start = f"model.layers.0.{parent}.{role}."
+                for key in [key for key in tensors if key.startswith(start) and not key.endswith("weight_shape")]:
+                    parameter = layer.get_parameter(key.removeprefix(start))
+                    parameter.weight_loader(parameter, tensors[key], *(() if shard is None else (shard,)))
+            layer.quant_method.process_weights_after_loading(layer)
+            return layer
+
+        return make
+
+    return of
+
+
+SHARDED = {
+    "W4A4, biases": {role: {"bias": True} for role in ("q_proj", "k_proj", "v_proj", "o_proj")},
+    "groups": FORMATS["groups"],
+    "weight only": FORMATS["weight only"],
+}
+
+
+@pytest.mark.parametrize("ranks", [2, 4])
+@pytest.mark.parametrize("name", SHARDED)
+def test_row_parallel_ranks_add_up_to_the_whole_layer(name, ranks, build, toy_quad, monkeypatch) -> None:
+    from quad_modifiers.vllm_plugin import linear
+
+    make = build(toy_quad("llama", **SHARDED[name]))
+    for layer in ("o_proj", "down_proj"):
+        whole = make(layer, 0, 1)
+        x = torch.randn(5, whole.input_size, generator=torch.Generator().manual_seed(1))
+        # What vLLM's collective returns: the inputs of all ranks side by side.
+        monkeypatch.setattr(linear, "tensor_model_parallel_all_gather", lambda part, x=x: x)
+        outputs = []
+        for rank, part in enumerate(x.chunk(ranks, dim=-1)):
+            shard = make(layer, rank, ranks)
+            bias = shard.bias if rank == 0 else None  # as RowParallelLinear.forward passes it
+            outputs.append(shard.quant_method.apply(shard, part, bias))
+            stored = sum(p.numel() for n, p in shard.named_parameters() if n != "bias")
+            assert stored == pytest.approx(sum(p.numel() for n, p in whole.named_parameters() if n != "bias") / ranks)
+        torch.testing.assert_close(sum(outputs), whole(x)[0])
+
+
+@pytest.mark.parametrize("ranks", [2, 4])
+@pytest.mark.parametrize("name", SHARDED)
+def test_column_parallel_ranks_hold_the_rows_of_the_whole_layer(name, ranks, build, toy_quad) -> None:
+    make = build(toy_quad("llama", **SHARDED[name]))
+    for layer, sizes in (("qkv_proj", (128, 64, 64)), ("gate_up_proj", (100, 100))):
+        whole = make(layer, 0, 1)
+        x = torch.randn(5, 72, generator=torch.Generator().manual_seed(2))
+        wanted = whole(x)[0].split(sizes, dim=-1)
+        for rank in range(ranks):
+            shard = make(layer, rank, ranks)
+            found = shard(x)[0].split(shard.output_partition_sizes, dim=-1)
+            for part, full in zip(found, wanted, strict=True):
+                replicas = part.shape[-1] * ranks // full.shape[-1]  # key and value heads, if there are too few
+                start = rank // replicas * part.shape[-1]
+                torch.testing.assert_close(part, full[:, start : start + part.shape[-1]])
