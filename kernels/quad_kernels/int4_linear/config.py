@@ -153,7 +153,9 @@ def _most_sums(config: Config, problem: Problem, device: Device) -> int:
         return 32
     if problem.wide:
         return 64 if config.warps > 4 else 16
-    if grouped or split or not device.hopper or (not problem.nibbles and config.block_k > CHUNK):
+    if grouped:
+        return 64 if config.warps > 4 else 32
+    if split or not device.hopper or (not problem.nibbles and config.block_k > CHUNK):
         return 64
     return 128
 
