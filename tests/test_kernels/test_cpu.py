@@ -11,6 +11,7 @@ from quad_kernels.hadamard import hadamard_matrix, plan_hadamard
 
 # The packages' attributes of these names are functions.
 quantize_reference = import_module("quad_kernels.quantize_activations.reference").quantize_activations
+cpu = import_module("quad_kernels.quantize_activations.cpu")
 hadamard_cpu = import_module("quad_kernels.hadamard.cpu")
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -127,3 +128,16 @@ def test_the_arguments_of_the_tests_matter() -> None:
     own = quantize_activations(x, InputQuantization(4), SPLITS["stream"], backend="cpu")
     other = quantize_reference(x, InputQuantization(4, 0.86), SPLITS["stream"], None, False)
     assert not torch.equal(own.integers, other[1])
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_many_tokens_are_worked_off_in_parts(packed: bool) -> None:
+    """Each token's result is that of the token alone."""
+    split, quantization = InputSplit(96, 8, 48, keep_width=True, hadamard=True), InputQuantization(4, 0.86)
+    x = torch.randn(300, 96, generator=torch.Generator().manual_seed(7)).bfloat16()
+    whole = cpu.quantize_activations(x, quantization, split, RMSNorm(None, 1e-5), packed)
+    for start, stop in ((0, 1), (127, 129), (250, 300)):
+        part = cpu.quantize_activations(x[start:stop], quantization, split, RMSNorm(None, 1e-5), packed)
+        for ours, wanted in zip(whole, part, strict=True):
+            assert ours is not None
+            assert torch.equal(ours[start:stop], wanted)

@@ -11,6 +11,7 @@ from quad_kernels.hadamard.cpu import transform
 from quad_kernels.packing import pack_nibbles
 from quad_kernels.quantize_activations import reference
 
+_TOKENS_AT_ONCE = 128  # the float32 numbers of more would stream through memory in each pass
 _LARGEST_SUBNORMAL = torch.finfo(torch.float32).tiny * (1 - 2**-23)
 
 
@@ -24,6 +25,22 @@ def quantize_activations(
     """See `quad_kernels.quantize_activations`; `x` is `[tokens, width]`."""
     if x.dtype == torch.float64:
         return reference.quantize_activations(x, quantization, split, norm, packed)
+    if x.shape[0] <= _TOKENS_AT_ONCE:
+        return _rows(x, quantization, split, norm, packed)
+    outliers, integers, scales = zip(
+        *(_rows(part, quantization, split, norm, packed) for part in x.split(_TOKENS_AT_ONCE)), strict=True
+    )
+    outlier = None if outliers[0] is None else torch.cat(outliers)
+    return outlier, torch.cat(integers), torch.cat(scales)
+
+
+def _rows(
+    x: torch.Tensor,
+    quantization: InputQuantization,
+    split: InputSplit,
+    norm: RMSNorm | None,
+    packed: bool,
+) -> tuple[torch.Tensor | None, torch.Tensor, torch.Tensor]:
     if norm is not None:
         x = norm(x)
     outlier, residual = _divide(x, split)
