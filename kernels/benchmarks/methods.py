@@ -39,15 +39,17 @@ class Setting:
         device: of all tensors.
         dtype: of the model.
         rotated_bytes: the copies of a layer's weights take at least this together; a multiple of the last-level cache.
+        warm: one copy only, which stays in the caches as far as it fits.
     """
 
     device: torch.device
     dtype: torch.dtype
     rotated_bytes: int
+    warm: bool = False
 
     def copies(self, weight_bytes: int) -> int:
         """Copies for a weight of that size."""
-        return max(2, min(_MOST_COPIES, -(-self.rotated_bytes // weight_bytes)))
+        return 1 if self.warm else max(2, min(_MOST_COPIES, -(-self.rotated_bytes // weight_bytes)))
 
     def normal(self, *shape: int, generator: torch.Generator) -> torch.Tensor:
         """Standard normal numbers in the model's dtype."""

@@ -38,7 +38,7 @@ class Bench:
     def __init__(self, options: argparse.Namespace) -> None:
         device = torch.device(options.device)
         self.options = options
-        self.setting = Setting(device, getattr(torch, options.dtype), _CACHES * last_level_cache(device))
+        self.setting = Setting(device, getattr(torch, options.dtype), _CACHES * last_level_cache(device), options.warm)
         self.graphs = device.type == "cuda" and not options.eager
         self.origin = environment(device, choose_backend(device).name, self.setting.dtype, options.commit)
         self.ceiling: Ceiling | None = None
@@ -97,7 +97,7 @@ class Bench:
     ) -> tuple[dict[str, list[Layer]], dict[str, str]]:
         """Layers of what is timed beside QUAD, and why some are missing."""
         setting = self.setting
-        wide = Setting(setting.device, torch.float32, setting.rotated_bytes)
+        wide = Setting(setting.device, torch.float32, setting.rotated_bytes, setting.warm)
         makers: dict[str, Callable[[Linear], Layer]] = {
             _SHORT[setting.dtype]: lambda linear: FloatLayer(linear, setting, generator)
         }
@@ -200,6 +200,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--quick", action="store_true", help="one model and the square layer, few numbers of tokens")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--dtype", choices=["bfloat16", "float16", "float32"], default="bfloat16")
+    parser.add_argument("--warm", action="store_true", help="one copy of the weights, which the caches may hold")
     parser.add_argument("--repeats", type=int, default=15, help="samples of each method")
     parser.add_argument("--row-seconds", type=float, default=8.0, help="after which a row starts no further round")
     parser.add_argument("--seconds", type=float, default=1e9, help="after which no further row is started")
@@ -211,6 +212,8 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--output", type=Path, help="a file of JSON lines; rows of the same case are replaced")
     parser.add_argument("--commit", help="to record; default: that of the working tree")
     options = parser.parse_args(argv)
+    if options.warm and options.output:
+        parser.error("--warm rows do not belong into a file of cold ones; leave --output out")
     if options.peers and torch.device(options.device).type != "cuda":
         parser.error("--peers needs a CUDA device")
     if options.tokens is None:

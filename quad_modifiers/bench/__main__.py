@@ -9,12 +9,14 @@ from pathlib import Path
 
 from quad_modifiers.bench.measure import Measurement, environment, measure
 from quad_modifiers.bench.rows import GPTQ_SPEED, QUALITY, ROWS
+from quad_modifiers.bench.runtime import compare_runtime
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the chosen rows, appends each to a JSON-lines file, and prints the table of that file."""
     parser = argparse.ArgumentParser(prog="python -m quad_modifiers.bench", description=__doc__)
-    parser.add_argument("what", choices=("quality", "gptq-speed", "table"))
+    parser.add_argument("what", choices=("quality", "gptq-speed", "table", "runtime"))
+    parser.add_argument("checkpoints", nargs="*", help="runtime: the folders of the original and of its checkpoint")
     parser.add_argument("--models", nargs="+", default=["smollm2", "qwen"], choices=("smollm2", "qwen"))
     parser.add_argument("--rows", nargs="+", choices=sorted(ROWS), help="default: all of the table")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0])
@@ -22,6 +24,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--folder", type=Path, default=Path("outputs"), help="where the original models are kept")
     parser.add_argument("--results", type=Path, default=Path("docs/benchmarks/quality.jsonl"))
     options = parser.parse_args(arguments)
+    if options.what == "runtime":
+        if len(options.checkpoints) != 2:
+            parser.error("runtime needs two folders: the original and its QUAD checkpoint")
+        print(compare_runtime(*options.checkpoints))
+        return 0
     if options.what != "table":
         default = GPTQ_SPEED if options.what == "gptq-speed" else QUALITY
         for model in options.models:

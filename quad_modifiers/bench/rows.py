@@ -54,6 +54,7 @@ QUALITY = {
     "spinquant_gptq_w4a4": Row("llm-compressor SpinQuant (R1, R2, R4) + GPTQ, W4A4", _PEER),
     "quarot_w4a4": Row("quarot_w4a4", "quarot_w4a4"),
     "quad_w4a4": Row("quad_w4a4", "quad_w4a4"),
+    "quad_w4a4_e8": Row("quad_w4a4_e8", "quad_w4a4_e8"),
     "quad_w4a4_square": Row("quad_w4a4_square", "quad_w4a4_square"),
     "smoothquant_quad_w4a4": Row("smoothquant_quad_w4a4", "smoothquant_quad_w4a4"),
     "quad_w4a4a8": Row("quad_w4a4a8", "quad_w4a4a8"),
