@@ -286,10 +286,12 @@ def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Hub]:
     for name, value in {
         "ENDPOINT": state.url,
         "HF_HUB_DISABLE_XET": True,
+        "HF_HUB_OFFLINE": False,  # which a test run may set
         "HF_TOKEN_PATH": str(tmp_path / "no-token"),
         "HF_HUB_CACHE": str(tmp_path / "hub-cache"),
     }.items():
         monkeypatch.setattr(huggingface_hub.constants, name, value)
+    monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
     monkeypatch.setenv("HF_TOKEN", TOKEN)
     monkeypatch.setattr(hub_http, "time", SimpleNamespace(**{**vars(time), "sleep": lambda seconds: None}))
     yield state
