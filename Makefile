@@ -63,7 +63,7 @@ $(VLLM_STAMP):
 	@touch $@
 
 test-vllm: $(VLLM_STAMP) $(OUTPUT)/config.json ## the tests that serve checkpoints with a real vLLM
-	QUAD_VLLM_CHECKPOINT=$(OUTPUT) HF_HUB_OFFLINE=1 $(VLLM_BIN) -m pytest -m vllm $(PYTEST_ARGS)
+	QUAD_VLLM_CHECKPOINT=$(OUTPUT) HF_HUB_OFFLINE=1 $(VLLM_BIN) -m pytest -m vllm tests/test_vllm $(PYTEST_ARGS)
 
 $(OUTPUT)/config.json:
 	$(MAKE) demo
