@@ -8,6 +8,7 @@ prompts vLLM gives none for) those of the whole vocabulary after it.
 from __future__ import annotations
 
 import json
+import os
 import sys
 from pathlib import Path
 
@@ -35,6 +36,10 @@ def main() -> None:
             for ids, output in zip(request["prompts"], outputs, strict=True)
         ]
     Path(sys.argv[2]).write_text(json.dumps(answer))
+    del engine  # stops its processes
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)  # vLLM's threads of several ranks now and then abort the interpreter while it ends
 
 
 if __name__ == "__main__":
