@@ -99,7 +99,12 @@ def test_the_plugin_is_in_use(server: Server) -> None:
 
 def test_completion_knows_a_capital(server: Server) -> None:
     answer = server.client.completions.create(
-        model=NAME, prompt="The capital of France is", max_tokens=4, temperature=0, logprobs=3
+        model=NAME,
+        prompt="The capital of France is",
+        max_tokens=4,
+        temperature=0,
+        logprobs=3,
+        extra_body={"ignore_eos": True},
     )
     assert "Paris" in answer.choices[0].text
     assert answer.usage.completion_tokens == 4
