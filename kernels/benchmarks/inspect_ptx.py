@@ -172,7 +172,7 @@ def int4_linear_cases() -> Iterator[Case]:
 def _int4_linear_case(
     name: str, problem: Any, config: Any, dtype: torch.dtype, capabilities: tuple[int, ...]
 ) -> Iterator[Case]:
-    from quad_kernels.int4_linear import kernel
+    from quad_kernels.int4_linear import launch
     from quad_kernels.packing import nibble_bytes
     from quad_kernels.weight import LinearWeight
 
@@ -188,14 +188,14 @@ def _int4_linear_case(
 
     def call() -> None:
         x = integers(m, problem.x_packed)
-        kernel.int4_linear(x, torch.ones(m, 1), weight, *outliers, None, dtype, config=config)
+        launch.int4_linear(x, torch.ones(m, 1), weight, *outliers, None, dtype, config=config)
 
-    row_sums = kernel.row_sum_kernel
-    kernel.row_sum_kernel = _Recorder(row_sums)
+    row_sums = launch.row_sum_kernel
+    launch.row_sum_kernel = _Recorder(row_sums)
     try:
-        yield from record(name, kernel, "linear_kernel", call, capabilities)
+        yield from record(name, launch, "linear_kernel", call, capabilities)
     finally:
-        kernel.row_sum_kernel = row_sums
+        launch.row_sum_kernel = row_sums
 
 
 def int4_kv_cases() -> Iterator[Case]:

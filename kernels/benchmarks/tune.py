@@ -51,12 +51,12 @@ def shapes(models: Sequence[str], tokens: Sequence[int]) -> list[Shape]:
 
 def compile_one(shape: Shape, config: Config, device: str, dtype: torch.dtype) -> str | None:
     """Compiles a candidate into Triton's cache and runs it once; returns what went wrong."""
-    from quad_kernels.int4_linear.kernel import launcher
+    from quad_kernels.int4_linear.launch import Launch
 
     where = torch.device(device)
     packed = torch.zeros(shape.outputs, nibble_bytes(shape.inputs), dtype=torch.uint8, device=where)
     scale = torch.ones(shape.outputs, 1, dtype=dtype, device=where)
-    _, launch = launcher(
+    launch = Launch(
         torch.zeros(shape.tokens, shape.inputs, dtype=torch.int8, device=where),
         torch.ones(shape.tokens, 1, device=where),
         LinearWeight(packed, scale, None, shape.inputs, shape.outputs, WEIGHT_BITS),

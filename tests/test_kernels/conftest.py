@@ -8,6 +8,7 @@ from __future__ import annotations
 import importlib.util
 import os
 from collections.abc import Iterator
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -30,6 +31,17 @@ def device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> t
         pytest.skip("with a GPU the kernels are compiled: run with -m gpu, or with TRITON_INTERPRET=1")
     monkeypatch.setenv("QUAD_KERNELS", "triton")
     return torch.device(request.param)
+
+
+@pytest.fixture
+def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Choices and measurements of configurations of one test stay in it."""
+    from quad_kernels.int4_linear import tuning
+
+    monkeypatch.setenv(tuning.CACHE_VARIABLE, str(tmp_path / "cache"))
+    tuning.forget()
+    yield
+    tuning.forget()
 
 
 @pytest.fixture

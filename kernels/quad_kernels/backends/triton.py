@@ -72,10 +72,10 @@ class TritonBackend(Backend):
         out_dtype: torch.dtype,
     ) -> torch.Tensor:
         """One kernel; one more before it for the row sums that zero points need."""
-        from quad_kernels.int4_linear import kernel
+        from quad_kernels.int4_linear import launch
 
         with torch.cuda.device_of(x):
-            return kernel.int4_linear(x, x_scale, weight, outlier, outlier_weight, bias, out_dtype)
+            return launch.int4_linear(x, x_scale, weight, outlier, outlier_weight, bias, out_dtype)
 
     def hadamard(self, x: torch.Tensor) -> torch.Tensor:
         """One kernel for orders with a power of two of at least 16; other orders run the reference."""

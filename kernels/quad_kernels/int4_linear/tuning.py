@@ -31,13 +31,11 @@ CACHE_VARIABLE = "QUAD_KERNELS_CACHE"
 MOST_CONFIGS = 8  # measured for one problem
 SECONDS = 20.0  # after which no further configuration of a problem is compiled and measured
 
-Launch = Callable[[Config], torch.Tensor]
-
 _OFFLINE = Device(processors=132, shared_memory=227 * 1024, hopper=True)  # stands in where the interpreter runs
 _chosen: dict[tuple[Problem, int | None], Config] = {}
 
 
-def choose_config(problem: Problem, device: torch.device, launch: Launch) -> Config:
+def choose_config(problem: Problem, device: torch.device, launch: Callable[[Config], torch.Tensor]) -> Config:
     """Returns the configuration for a problem; `launch` runs it with a given one, should it be measured."""
     key = (problem, device.index)
     config = _chosen.get(key)
@@ -63,7 +61,9 @@ def describe(device: torch.device) -> Device:
     return Device(properties["multiprocessor_count"], properties["max_shared_mem"], hopper)
 
 
-def tune_problem(problem: Problem, device: torch.device, launch: Launch, seconds: float = SECONDS) -> Config:
+def tune_problem(
+    problem: Problem, device: torch.device, launch: Callable[[Config], torch.Tensor], seconds: float = SECONDS
+) -> Config:
     """Measures the most promising configurations, keeps the fastest, and remembers it on disk."""
     deadline = time.monotonic() + seconds
     best, best_time = None, float("inf")
@@ -115,7 +115,9 @@ def cache_file(device: torch.device) -> Path:
 @lru_cache(maxsize=1)
 def _source_hash() -> str:
     here = Path(__file__).parent
-    return hashlib.sha256(b"".join((here / name).read_bytes() for name in ("kernel.py", "config.py"))).hexdigest()[:16]
+    return hashlib.sha256(
+        b"".join((here / name).read_bytes() for name in ("kernel.py", "launch.py", "config.py"))
+    ).hexdigest()[:16]
 
 
 def _read(path: Path) -> dict[Problem, Config]:
@@ -170,7 +172,7 @@ def tune(
     Returns:
         The fastest configuration of each problem.
     """
-    from quad_kernels.int4_linear.kernel import launcher  # which imports this module
+    from quad_kernels.int4_linear.launch import Launch  # which imports this module
 
     device = torch.device(device)
     if device.index is None:
@@ -184,7 +186,7 @@ def tune(
             integers = torch.randint(0, 256, (outputs, nibble_bytes(inputs)), dtype=torch.uint8, device=device)
         groups = inputs // group_size if group_size else 1
         scale = torch.rand(outputs, groups, device=device).to(dtype)
-        problem, launch = launcher(
+        launch = Launch(
             torch.randint(-8, 8, (tokens, inputs), dtype=torch.int8, device=device),
             torch.rand(tokens, 1, device=device),
             LinearWeight(integers, scale, None, inputs, outputs, weight_bits),
@@ -193,5 +195,5 @@ def tune(
             None,
             dtype,
         )
-        tuned[problem] = tune_problem(problem, device, launch, seconds)
+        tuned[launch.problem] = tune_problem(launch.problem, device, launch, seconds)
     return tuned
