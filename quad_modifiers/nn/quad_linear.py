@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
@@ -28,6 +29,10 @@ def expand_scales(scale: torch.Tensor, columns: int) -> torch.Tensor:
     return scale.repeat_interleave(columns // scale.shape[1], dim=1)
 
 
+class OutlierLinear(nn.Linear):
+    """The full-precision part of a `QuadLinear`, which reads its weight without calling it."""
+
+
 class QuadLinear(nn.Module):
     """y = outlier(x_outlier) + residual(x_residual) + bias.
 
@@ -46,7 +51,7 @@ class QuadLinear(nn.Module):
         self.split = InputSplit(linear.in_features)
         self.input_quantization: InputQuantization | None = None
         self.quantize_input = False  # off until every earlier modifier has seen the unquantized activations
-        self.outlier: nn.Linear | None = None
+        self.outlier: OutlierLinear | None = None
         self.residual: nn.Module = linear
         self.register_parameter("bias", None)  # stays with the linear until `take_bias`
 
@@ -59,7 +64,7 @@ class QuadLinear(nn.Module):
         container.split = split
         container.residual = residual
         if split.rank:
-            container.outlier = nn.Linear(split.rank, residual.out_features, bias=False, dtype=dtype)
+            container.outlier = OutlierLinear(split.rank, residual.out_features, bias=False, dtype=dtype)
         if bias:
             container.bias = nn.Parameter(torch.empty(residual.out_features, dtype=dtype), requires_grad=False)
         return container
@@ -122,21 +127,53 @@ class QuadLinear(nn.Module):
         scheme = getattr(self.residual, "quantization_scheme", None)
         return None if scheme is None or scheme.weights is None else int(scheme.weights.num_bits)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Applies the layer to `[..., in]`; the outlier coordinates bypass the quantization of the input."""
-        with _present(self.residual), _present(self.outlier):
-            return self._forward(x)
+    @property
+    def qweight(self) -> torch.Tensor:
+        """A tensor of the residual with the device and dtype of the layer; PEFT looks for it under this name."""
+        return self.residual.weight_scale if hasattr(self.residual, "weight_scale") else self.residual.weight
 
-    def _forward(self, x: torch.Tensor) -> torch.Tensor:
+    def changed_outlier_weight(self, change: torch.Tensor | None) -> torch.Tensor | None:
+        """Returns the outlier weight plus `change` `[out, rank]`, summed in float32, in the weight's dtype."""
+        if self.outlier is None or change is None:
+            return None if self.outlier is None else self.outlier.weight
+        return (self.outlier.weight.float() + change).to(self.outlier.weight.dtype)
+
+    def changed_weight_scale(self, change: torch.Tensor) -> torch.Tensor:
+        """Returns the residual's weight scale plus `change` `[out, groups]`, in the scale's dtype, never negative."""
+        scale = self.residual.weight_scale
+        return (scale.float() + change).clamp(min=0).to(scale.dtype)
+
+    def forward(
+        self, x: torch.Tensor, outlier_change: torch.Tensor | None = None, scale_change: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """Applies the layer to `[..., in]`; the outlier coordinates bypass the quantization of the input.
+
+        Args:
+            x: input.
+            outlier_change: of an adapter, added to the outlier weight, `[out, rank]`, float32.
+            scale_change: of an adapter, added to the residual's weight scale, `[out, groups]`, float32.
+        """
+        with _present(self.residual), _present(self.outlier):
+            return self._forward(x, self.changed_outlier_weight(outlier_change), scale_change)
+
+    def _forward(
+        self, x: torch.Tensor, outlier_weight: torch.Tensor | None, scale_change: torch.Tensor | None
+    ) -> torch.Tensor:
         quantization = self.input_quantization if self.quantize_input else None
-        weight = None if quantization is None else self._linear_weight()
+        weight = self._linear_weight() if quantization is not None or scale_change is not None else None
+        if weight is not None and scale_change is not None:
+            weight = replace(weight, scale=self.changed_weight_scale(scale_change))
         if quantization is not None and weight is not None:
-            outlier_weight = None if self.outlier is None else self.outlier.weight
             return quad_linear(x, weight, self.split, quantization, outlier_weight=outlier_weight, bias=self.bias)
         outlier, residual = self.split(x)
-        y = self.residual(residual if quantization is None else quantization.fake(residual)).float()
-        if outlier is not None and self.outlier is not None:
-            y = y + self.outlier(outlier).float()
+        if quantization is not None:
+            residual = quantization.fake(residual)
+        if weight is None:
+            y = self.residual(residual).float()
+        else:  # weight-only quantization with changed scales
+            y = nn.functional.linear(residual, weight.dequantized(x.dtype)).float()
+        if outlier is not None and outlier_weight is not None:
+            y = y + nn.functional.linear(outlier, outlier_weight).float()
         if self.bias is not None:
             y = y + self.bias.float()
         return y.to(x.dtype)
@@ -173,7 +210,7 @@ def _present(module: nn.Module | None) -> Iterator[None]:
         hook.post_forward(module, None)
 
 
-def _outlier_linear(weight: torch.Tensor) -> nn.Linear:
-    linear = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
+def _outlier_linear(weight: torch.Tensor) -> OutlierLinear:
+    linear = OutlierLinear(weight.shape[1], weight.shape[0], bias=False, device="meta")
     linear.weight = nn.Parameter(weight, requires_grad=False)
     return linear

@@ -147,3 +147,39 @@ def test_lora_on_the_full_input_width(engine: Engine, toy8, tmp_path: Path) -> N
     assert (adapted - plain)[half:].abs().median() > 0.1  # the adapter does something
     assert_close(found[:half], plain[:half])
     assert_close(found[half:], adapted[half:])
+
+
+def _outlier_adapters(model: Any, folder: Path) -> tuple[list[str], list[torch.Tensor]]:
+    """Save two outlier adapters of random values; return their folders and what each makes of the prompts."""
+    from quad_peft import OutlierLoraConfig, get_outlier_model
+
+    adapted = get_outlier_model(model, adapter_name="first")
+    adapted.add_adapter("second", OutlierLoraConfig())
+    generator = torch.Generator().manual_seed(13)
+    with torch.no_grad():
+        for name, parameter in adapted.named_parameters():
+            if ".lora_B." in name:
+                parameter.copy_(0.2 * torch.randn(parameter.shape, generator=generator))
+    adapted.save_pretrained(folder)  # a folder for each, by its name
+    expected = []
+    for name in ("first", "second"):
+        adapted.set_adapter(name)
+        expected.append(reference_after(adapted))
+    adapted.unload()
+    return [str(folder / "first"), str(folder / "second")], expected
+
+
+def test_outlier_adapters_side_by_side(engine: Engine, toy8, tmp_path: Path) -> None:
+    """Two adapters of `quad_peft` and the bare base in one batch; ranks differ from role to role."""
+    folder = toy8("llama")
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    plain = reference_after(model)
+    (first, second), (with_first, with_second) = _outlier_adapters(model, tmp_path / "adapters")
+    # The slot after the last adapter serves prompts without one, see above.
+    lora = {"enable_lora": True, "max_lora_rank": 16, "max_loras": 3, "max_logprobs": 320}
+    order = [None, first, second, second, first, None]
+    found = engine(folder, order, dtype="float32", enforce_eager=True, **lora)
+    expected = torch.stack([{None: plain, first: with_first, second: with_second}[a][i] for i, a in enumerate(order)])
+    assert (with_first - plain).abs().median() > 0.1  # the adapters do something
+    assert (with_first - with_second).abs().median() > 0.1
+    assert_close(found, expected)

@@ -5,12 +5,12 @@ import torch
 from quad_kernels.hadamard.construct import HadamardPlan, hadamard_factor
 
 
-def apply_hadamard(x: torch.Tensor, plan: HadamardPlan) -> torch.Tensor:
-    """See `quad_kernels.apply_hadamard`; differentiable by PyTorch's own operations."""
+def apply_hadamard(x: torch.Tensor, plan: HadamardPlan, transpose: bool = False) -> torch.Tensor:
+    """See `quad_kernels.apply_hadamard`; with `transpose`, the gradient of that. Differentiable by PyTorch's own means."""
     compute = torch.float64 if x.dtype == torch.float64 else torch.float32
     y = x.to(compute).reshape(-1, *plan.factors)
     with torch.autocast(x.device.type, enabled=False):
         for axis, order in enumerate(plan.factors, start=1):
             factor = hadamard_factor(order, compute, x.device)
-            y = (y.movedim(axis, -1) @ factor).movedim(-1, axis)
+            y = (y.movedim(axis, -1) @ (factor.T if transpose else factor)).movedim(-1, axis)
     return y.reshape(x.shape).to(x.dtype)

@@ -7,14 +7,15 @@ import torch
 from quad_kernels.formats import InputQuantization, InputSplit
 from quad_kernels.hadamard import plan_hadamard, reference
 from quad_kernels.int4_linear import int4_linear
+from quad_kernels.quad_linear.memo import quantize_once
 from quad_kernels.quantize_activations import quantize_activations
 from quad_kernels.weight import LinearWeight, expand_scales
 
 
 class QuadLinearFunction(torch.autograd.Function):
-    """Keeps the input alone for the backward pass (which q, k and v share) and quantizes it again there.
+    """Keeps the input (which q, k and v share) and its scales for the backward pass; nothing as wide as the weight.
 
-    The packed weight is dequantized in the backward pass and thrown away: no full-precision copy of it stays.
+    The integers of the weight are widened in the backward pass and thrown away.
     """
 
     @staticmethod
@@ -30,8 +31,8 @@ class QuadLinearFunction(torch.autograd.Function):
         backend: str | None,
     ) -> torch.Tensor:
         """The layer; `weight_scale` is `weight.scale`, named to receive a gradient."""
-        outlier, integers, scale = quantize_activations(x, quantization, split, backend=backend)
-        ctx.save_for_backward(x, weight_scale, outlier_weight)
+        outlier, integers, scale = quantize_once(x, split, quantization, backend)
+        ctx.save_for_backward(x, scale, weight_scale, outlier_weight)
         ctx.weight, ctx.split, ctx.quantization, ctx.backend = weight, split, quantization, backend
         ctx.bias_dtype = None if bias is None else bias.dtype
         return int4_linear(
@@ -48,17 +49,20 @@ class QuadLinearFunction(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         """`grad` is `[..., out]`."""
-        x, weight_scale, outlier_weight = ctx.saved_tensors
+        x, x_scale, weight_scale, outlier_weight = ctx.saved_tensors
         needs_x, needs_scale, needs_outlier, needs_bias = ctx.needs_input_grad[:4]
         flat_x, flat = x.reshape(-1, x.shape[-1]), grad.reshape(-1, grad.shape[-1])
-        outlier, residual = ctx.split(flat_x)
-        _, integers, scale = quantize_activations(flat_x, ctx.quantization, ctx.split, backend=ctx.backend)
-        outlier_gradient = None
-        if needs_outlier and outlier is not None and outlier_weight is not None:
+        x_scale = x_scale.reshape(-1, x_scale.shape[-1])
+        scale_gradient = outlier_gradient = None
+        if needs_outlier and outlier_weight is not None:
+            outlier, _ = ctx.split.divide(flat_x)
             outlier_gradient = (flat.T @ outlier.to(flat.dtype)).to(outlier_weight.dtype)
+        if needs_scale:
+            _, integers, _ = quantize_activations(flat_x, ctx.quantization, ctx.split, backend=ctx.backend)
+            scale_gradient = _scale_gradient(ctx.weight, flat, integers, x_scale).to(weight_scale.dtype)
         return (
-            _input_gradient(ctx, flat, residual, scale, outlier_weight).view(x.shape) if needs_x else None,
-            _scale_gradient(ctx.weight, flat, integers, scale).to(weight_scale.dtype) if needs_scale else None,
+            _input_gradient(ctx, flat_x, x_scale, flat, outlier_weight).view(x.shape) if needs_x else None,
+            scale_gradient,
             outlier_gradient,
             flat.sum(0).to(ctx.bias_dtype) if needs_bias else None,
             None,
@@ -69,17 +73,14 @@ class QuadLinearFunction(torch.autograd.Function):
 
 
 def _input_gradient(
-    ctx: Any, grad: torch.Tensor, residual: torch.Tensor, scale: torch.Tensor, outlier_weight: torch.Tensor | None
+    ctx: Any, x: torch.Tensor, x_scale: torch.Tensor, grad: torch.Tensor, outlier_weight: torch.Tensor | None
 ) -> torch.Tensor:
-    split, bits = ctx.split, ctx.quantization.bits
-    gradient = grad @ ctx.weight.dequantized(grad.dtype)
+    split = ctx.split
+    gradient = _residual_gradient(ctx.weight, grad)
     if ctx.quantization.clip_ratio < 1:
-        limit = expand_scales(scale, residual.shape[-1])
-        # The grid's cells end half a step beyond its first and last point.
-        clipped = (residual > limit * (2 ** (bits - 1) - 0.5)) | (residual < -limit * (2 ** (bits - 1) + 0.5))
-        gradient = gradient.masked_fill(clipped, 0.0)
+        gradient.masked_fill_(_clipped(x, x_scale, split, ctx.quantization.bits), 0.0)
     if split.hadamard:
-        gradient = _hadamard_transposed(gradient)
+        gradient = reference.apply_hadamard(gradient, plan_hadamard(gradient.shape[-1]), transpose=True)
     if split.keep_width:
         gradient = gradient.unflatten(-1, (-1, split.block))[..., split.outliers :]
     else:
@@ -87,15 +88,26 @@ def _input_gradient(
     if split.rank and outlier_weight is not None:
         outlier = (grad @ outlier_weight.to(grad.dtype)).unflatten(-1, (-1, split.outliers))
         gradient = torch.cat([outlier, gradient], dim=-1)
-    return gradient.flatten(-2).to(residual.dtype)
+    return gradient.flatten(-2).to(x.dtype)
 
 
-def _hadamard_transposed(gradient: torch.Tensor) -> torch.Tensor:
-    """Gradient of the transform: that of its own linear operations, `gradient @ hadamard_matrix(n).T`."""
-    with torch.enable_grad():
-        zero = torch.zeros_like(gradient, requires_grad=True)
-        y = reference.apply_hadamard(zero, plan_hadamard(gradient.shape[-1]))
-    return torch.autograd.grad(y, zero, gradient)[0]
+def _residual_gradient(weight: LinearWeight, grad: torch.Tensor) -> torch.Tensor:
+    """`grad` times the dequantized weight.
+
+    One scale per output channel goes to the gradient instead of the weight: fewer numbers, and the integers are exact
+    in 16 bits.
+    """
+    if weight.zero_point is not None or weight.scale.shape[1] > 1:
+        return grad @ weight.dequantized(grad.dtype)
+    return (grad * weight.scale.T.to(grad.dtype)) @ weight.unpacked().to(grad.dtype)
+
+
+def _clipped(x: torch.Tensor, x_scale: torch.Tensor, split: InputSplit, bits: int) -> torch.Tensor:
+    """True where the residual input lies beyond the grid, whose cells end half a step after its outer points."""
+    _, residual = split(x)
+    half = 2 ** (bits - 1)
+    step = x_scale if x_scale.shape[1] == 1 else expand_scales(x_scale, residual.shape[1])
+    return (residual > step * (half - 0.5)) | (residual < step * -(half + 0.5))
 
 
 def _scale_gradient(

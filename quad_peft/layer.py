@@ -1,0 +1,191 @@
+"""PEFT's layer around a `QuadLinear`: outlier adapters without a product of their own, and any plain LoRA."""
+
+from typing import Any
+
+import torch
+from peft import LoraConfig
+from peft.tuners.lora import LoraLayer
+from peft.tuners.tuners_utils import check_adapters_to_merge
+from torch import nn
+
+from quad_modifiers.nn.quad_linear import QuadLinear
+from quad_peft.config import OutlierLoraConfig
+from quad_peft.selector import OutlierSelector
+
+
+class QuadLoraLayer(nn.Module, LoraLayer):
+    """LoRA on a `QuadLinear`.
+
+    An outlier adapter (`OutlierLoraConfig`) changes the outlier weight, and with `train_weight_scales` the scales of
+    the residual weight; both changes are added before the layer runs. Any other LoRA adds `B A x` to the result.
+
+    Args:
+        base_layer: the layer; its own parameters stay as they are.
+        adapter_name: name of the first adapter.
+        config: of that adapter.
+        r: its rank.
+        lora_alpha: its alpha.
+
+    Raises:
+        ValueError: if the rank of an outlier adapter is not that of the layer.
+    """
+
+    adapter_layer_names = (*LoraLayer.adapter_layer_names, "lora_weight_scale")
+
+    def __init__(
+        self,
+        base_layer: QuadLinear,
+        adapter_name: str,
+        config: LoraConfig,
+        r: int = 0,
+        lora_alpha: int = 1,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__()
+        LoraLayer.__init__(self, base_layer, **kwargs)
+        self.lora_weight_scale = nn.ParameterDict()
+        self._before_merging: tuple[torch.Tensor | None, torch.Tensor | None] | None = None
+        self._active_adapter = adapter_name
+        self.update_layer(adapter_name, r, lora_alpha=lora_alpha, config=config, **kwargs)
+
+    def update_layer(self, adapter_name: str, r: int, lora_alpha: int, config: LoraConfig, **kwargs: Any) -> None:
+        """Adds an adapter; see `LoraLayer.update_layer`."""
+        if not isinstance(config, OutlierLoraConfig):
+            super().update_layer(adapter_name, r, lora_alpha=lora_alpha, config=config, **kwargs)
+            return
+        base = self.get_base_layer()
+        if r != base.split.rank:
+            raise ValueError(f"the adapter has rank {r}, but {base.role} has {base.split.rank} outlier coordinates")
+        self.r[adapter_name] = r
+        self.lora_alpha[adapter_name] = lora_alpha
+        self.scaling[adapter_name] = lora_alpha / r
+        self.lora_dropout[adapter_name] = nn.Identity()
+        self.lora_bias[adapter_name] = self.use_rslora[adapter_name] = self.use_dora[adapter_name] = False
+        change = nn.Linear(r, self.out_features, bias=False)
+        if config.init_lora_weights:
+            nn.init.zeros_(change.weight)
+        self.lora_B[adapter_name] = change
+        if config.train_weight_scales:
+            self.lora_weight_scale[adapter_name] = nn.Parameter(torch.zeros(self._weight_scale().shape))
+        self._move_adapter_to_device_of_base_layer(adapter_name)
+        self.lora_A[adapter_name] = OutlierSelector(base.split, self.lora_B[adapter_name])
+        self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
+
+    def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """Applies the layer with its active adapters to `[..., in]`."""
+        self._check_forward_args(x, *args, **kwargs)
+        adapter_names = kwargs.pop("adapter_names", None)
+        if self.disable_adapters and self.merged:
+            self.unmerge()
+        if self.disable_adapters or self.merged:
+            return self.base_layer(x)
+        if adapter_names is not None:
+            scaled = [name for name in adapter_names if name in self.lora_weight_scale]
+            if scaled:
+                raise ValueError(f"adapter {scaled[0]!r} changes weight scales and cannot share a batch; merge it")
+            return self._mixed_batch_forward(x, adapter_names=adapter_names)
+        names = [name for name in self.active_adapters if name in self.lora_A]
+        outlier, scale = self._changes([name for name in names if self._is_outlier(name)])
+        result = self.base_layer(x, outlier_change=outlier, scale_change=scale)
+        for name in names:
+            if not self._is_outlier(name):
+                inner = self.lora_dropout[name](self._cast_input_dtype(x, self.lora_A[name].weight.dtype))
+                result = result + self.lora_B[name](self.lora_A[name](inner)) * self.scaling[name]
+        return result.to(x.dtype)
+
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        """Adds adapters to the outlier weight and the weight scales; the 4-bit weight stays as it is.
+
+        Args:
+            safe_merge: check the result for NaN first.
+            adapter_names: the active ones by default.
+
+        Raises:
+            ValueError: for an adapter that changes more than the outlier weight, or with `safe_merge` NaN.
+        """
+        names = [name for name in check_adapters_to_merge(self, adapter_names) if name in self.lora_A]
+        if not names:
+            return
+        base = self.get_base_layer()
+        with torch.no_grad():
+            outlier, scale = self._changes(names)
+            merged = base.changed_outlier_weight(outlier)
+            merged_scale = None if scale is None else base.changed_weight_scale(scale)
+        for tensor in (merged, merged_scale):
+            if safe_merge and tensor is not None and not bool(torch.isfinite(tensor).all()):
+                raise ValueError(f"the adapters {', '.join(names)} hold NaN or infinite values; nothing was merged")
+        if self._before_merging is None:
+            self._before_merging = (
+                None if base.outlier is None else base.outlier.weight.data,
+                None if merged_scale is None else self._weight_scale(),
+            )
+        self._set(merged, merged_scale)
+        self.merged_adapters.extend(names)
+
+    def unmerge(self) -> None:
+        """Restores the weights from before the merge, bit for bit."""
+        if self._before_merging is not None:
+            self._set(*self._before_merging)
+            self._before_merging = None
+        self.merged_adapters.clear()
+
+    def get_delta_weight(self, adapter: str) -> torch.Tensor:
+        """Returns the change as a dense matrix over the layer's input, `[out, in]`."""
+        return self.scaling[adapter] * (self.lora_B[adapter].weight @ self.lora_A[adapter].weight)
+
+    def original_weights(self) -> tuple[torch.Tensor | None, torch.Tensor]:
+        """Outlier weight and weight scale as they are without any merged adapter."""
+        base, scale = self.get_base_layer(), self._weight_scale()
+        if self._before_merging is None:
+            return None if base.outlier is None else base.outlier.weight, scale
+        outlier, before = self._before_merging
+        return outlier, scale if before is None else before
+
+    def _set(self, outlier: torch.Tensor | None, scale: torch.Tensor | None) -> None:
+        base = self.get_base_layer()
+        if base.outlier is not None and outlier is not None:
+            base.outlier.weight.data = outlier
+        if scale is not None:
+            base.residual.weight_scale = scale
+
+    def _weight_scale(self) -> torch.Tensor:
+        scale = getattr(self.get_base_layer().residual, "weight_scale", None)
+        if scale is None:
+            raise ValueError(f"{self.get_base_layer().role} has no quantized weight, so it has no scales to train")
+        return scale
+
+    def _is_outlier(self, name: str) -> bool:
+        return isinstance(self.lora_A[name], OutlierSelector)
+
+    def _changes(self, names: list[str]) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+        """Sums of the adapters' changes in float32: outlier weight `[out, rank]`, weight scale `[out, groups]`."""
+        outlier: torch.Tensor | None = None
+        scale: torch.Tensor | None = None
+        for name in names:
+            change = self._outlier_change(name)
+            outlier = change if outlier is None else outlier + change
+            if name in self.lora_weight_scale:
+                change = self.lora_weight_scale[name].float()
+                scale = change if scale is None else scale + change
+        return outlier, scale
+
+    def _outlier_change(self, name: str) -> torch.Tensor:
+        change = self.lora_B[name].weight.float() * self.scaling[name]
+        if self._is_outlier(name):
+            return change
+        first, columns = self.lora_A[name].weight.float(), self.get_base_layer().split.outlier_index()
+        rest = torch.ones(self.in_features, dtype=torch.bool)
+        rest[columns] = False
+        if bool(first[:, rest.to(first.device)].any()) or self.lora_bias[name]:
+            raise ValueError(
+                f"adapter {name!r} changes more than the outlier weights of {self.get_base_layer().role}, and 4-bit "
+                "weights cannot take that up; serve it unmerged, or train an OutlierLoraConfig"
+            )
+        return change @ first[:, columns.to(first.device)]
+
+    def _get_in_out_features(self, module: QuadLinear) -> tuple[int, int]:
+        return module.in_features, module.out_features
+
+    def __repr__(self) -> str:
+        """Marks the layer as PEFT marks its own."""
+        return f"lora.{super().__repr__()}"

@@ -1,0 +1,74 @@
+"""The A matrix of an outlier adapter: it picks coordinates, so it needs neither memory nor a product."""
+
+from typing import Any
+
+import torch
+from quad_kernels import InputSplit
+from torch import nn
+
+
+class OutlierSelector(nn.Module):
+    """Stands in for `lora_A`, an `nn.Linear` of weight `[rank, in]` with a single one in each row.
+
+    The dense weight exists only where others ask for it: in the state dict, and so in the saved adapter.
+
+    Args:
+        split: of the layer's input; `split.rank` must not be 0.
+        lora_b: the adapter's B, whose dtype and device A shares.
+    """
+
+    def __init__(self, split: InputSplit, lora_b: nn.Linear) -> None:
+        super().__init__()
+        self.split = split
+        self._lora_b = (lora_b,)  # in a tuple: no submodule of this one
+
+    @property
+    def weight(self) -> torch.Tensor:
+        """The dense matrix, `[rank, in]`."""
+        like = self._lora_b[0].weight
+        return selector_matrix(self.split, like.dtype, like.device)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Returns the outlier coordinates of `x` `[..., in]`, `[..., rank]`."""
+        outlier, _ = self.split.divide(x)
+        assert outlier is not None
+        return outlier
+
+    def extra_repr(self) -> str:
+        """Shape, as `nn.Linear` gives it."""
+        return f"in_features={self.split.width}, out_features={self.split.rank}"
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        # Zeros and ones are exact in half the bytes of float32, and a LoRA's A and B may differ in dtype.
+        destination[f"{prefix}weight"] = self.weight.to(torch.bfloat16)
+
+    def _load_from_state_dict(
+        self,
+        state_dict: dict[str, Any],
+        prefix: str,
+        local_metadata: Any,
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
+        loaded = state_dict.get(f"{prefix}weight")
+        if loaded is None:
+            missing_keys.append(f"{prefix}weight")
+        elif not is_selector(loaded, self.split):
+            error_msgs.append(
+                f"{prefix}weight, {list(loaded.shape)}, does not select the {self.split.rank} outlier coordinates of "
+                f"an input of {self.split.width}: the adapter belongs to another checkpoint, or was edited"
+            )
+
+
+def selector_matrix(split: InputSplit, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """Returns the matrix that picks a layer's outlier coordinates, `[split.rank, split.width]`."""
+    dense = torch.zeros(split.rank, split.width, dtype=dtype, device=device)
+    dense[torch.arange(split.rank, device=device), split.outlier_index(device)] = 1
+    return dense
+
+
+def is_selector(weight: torch.Tensor, split: InputSplit) -> bool:
+    """True if `weight` is the A matrix of an outlier adapter for inputs that are divided like this."""
+    return torch.equal(weight, selector_matrix(split, weight.dtype, weight.device))
