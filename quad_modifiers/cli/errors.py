@@ -41,7 +41,12 @@ def _is_usage_error(error: Exception) -> bool:
 
 
 def _install_hint(module: str) -> str:
-    extras = {"llmcompressor": "compress", "gensim": "compress", "datasets": "compress", "accelerate": "compress"}
+    extras = {
+        **dict.fromkeys(("llmcompressor", "gensim", "datasets", "accelerate"), "compress"),
+        "lm_eval": "eval",
+        "matplotlib": "report",
+        "peft": "peft",
+    }
     extra = extras.get(module.partition(".")[0])
     return f"; install it with `pip install 'quad-modifiers[{extra}]'`" if extra else ""
 

@@ -49,6 +49,7 @@ FORBIDDEN_ORDER = {
     (QUANTIZE_WEIGHTS, SMOOTH): "smoothing would scale weights that are quantized already",
     (TUNE, PROJECT): "the projection would rotate weights that were tuned for the old basis",
     (TUNE, QUANTIZE_WEIGHTS): "quantizing the weights would undo what was tuned",
+    (TUNE, QUANTIZE_ACTIVATIONS): "the tuning would not have seen the quantized inputs",
 }
 
 IGNORE_OUTLIER = "re:.*outlier$"
@@ -93,6 +94,7 @@ def order_problems(placed: Sequence[PlacedModifier]) -> list[Problem]:
         if not (first.is_stock and second.is_stock):
             problems += _wrong_order(first, second)
             problems += _two_projections(first, second)
+            problems += _stock_projection(first, second)
             problems += _two_quantizers(first, second)
             problems += _quantized_outlier(first, second)
     return problems
@@ -142,6 +144,16 @@ def _two_projections(first: PlacedModifier, second: PlacedModifier) -> Iterator[
             second.line,
             f"{second.name} is a second projection after {first.name}{_in_line(first)}; both rotate the same weights",
             "Keep one of the two (SVDOutlierProjection with rank: 0 is a plain rotation)",
+        )
+
+
+def _stock_projection(first: PlacedModifier, second: PlacedModifier) -> Iterator[Problem]:
+    """Report a stock rotation before a quantizer that puts containers where the rotation needs plain linears."""
+    if first.is_stock and PROJECT in first.roles and second.roles & {QUANTIZE_WEIGHTS, QUANTIZE_ACTIVATIONS, TUNE}:
+        yield Problem(
+            first.line,
+            f"{first.name} rotates plain linears, but {second.name}{_in_line(second)} replaces them by containers",
+            "Use SVDOutlierProjection in its place (with rank: 0 it is a plain rotation)",
         )
 
 
