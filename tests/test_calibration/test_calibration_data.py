@@ -22,9 +22,13 @@ def windows_of(toy_tokenizer):
     return call
 
 
-def check(windows, count=8, length=32):
-    assert len(windows) == count
-    assert all(window.shape == (1, length) and window.dtype == torch.int64 for window in windows)
+def layout(windows):
+    return [(tuple(window.shape), window.dtype) for window in windows]
+
+
+def int64_windows(count=8, length=32):
+    """The layout that `count` windows of `length` tokens must have."""
+    return [((1, length), torch.int64)] * count
 
 
 def same(left, right):
@@ -33,7 +37,8 @@ def same(left, right):
 
 def test_default_is_wikipedia_and_says_so(windows_of, caplog):
     with caplog.at_level(logging.INFO):
-        check(windows_of(None))
+        windows = windows_of(None)
+    assert layout(windows) == int64_windows()
     assert "Wikipedia" in caplog.text
     assert "held out" in caplog.text
 
@@ -41,7 +46,7 @@ def test_default_is_wikipedia_and_says_so(windows_of, caplog):
 def test_every_text_source_gives_the_same_windows(windows_of, tmp_path):
     datasets = pytest.importorskip("datasets")
     expected = windows_of(TEXTS)
-    check(expected)
+    assert layout(expected) == int64_windows()
     (tmp_path / "a.jsonl").write_text("\n".join(json.dumps({"body": text}) for text in TEXTS))
     table = datasets.Dataset.from_dict({"body": TEXTS})
     table.to_parquet(tmp_path / "hub" / "train.parquet")
@@ -65,13 +70,14 @@ def test_large_data_is_sampled_by_document(windows_of, monkeypatch):
             seen.add(index)
             return super().__getitem__(index)
 
-    check(windows_of(Counting(TEXTS), num_samples=4, sequence_length=8), 4, 8)
+    windows = windows_of(Counting(TEXTS), num_samples=4, sequence_length=8)
+    assert layout(windows) == int64_windows(4, 8)
     assert 0 < len(seen) < len(TEXTS)
 
 
 def test_plain_text_file(windows_of, tmp_path):
     (tmp_path / "a.txt").write_text("\n\n".join(TEXTS))
-    check(windows_of(tmp_path / "a.txt"))
+    assert layout(windows_of(tmp_path / "a.txt")) == int64_windows()
 
 
 def test_tokenized_dataset_keeps_samples_and_drops_padding(windows_of):
@@ -80,16 +86,16 @@ def test_tokenized_dataset_keeps_samples_and_drops_padding(windows_of):
     table = datasets.Dataset.from_dict({"input_ids": rows, "attention_mask": [[1] * 10 + [0] * 4] * 6})
     windows = windows_of(table, num_samples=6)
     assert sorted(window[0].tolist() for window in windows) == [row[:10] for row in rows]
-    check(windows_of(table, num_samples=3, sequence_length=5), 3, 5)
+    assert layout(windows_of(table, num_samples=3, sequence_length=5)) == int64_windows(3, 5)
 
 
 def test_token_tensors(windows_of):
     stream = torch.arange(300)
     windows = windows_of(stream, num_samples=9)
     assert sorted(window[0, 0].item() for window in windows) == list(range(0, 288, 32))
-    check(windows_of(torch.arange(400).view(10, 40).int()))
-    check(windows_of([torch.arange(32)[None]] * 8))
-    check(calibration_windows(stream, None, num_samples=8, sequence_length=32))
+    assert layout(windows_of(torch.arange(400).view(10, 40).int())) == int64_windows()
+    assert layout(windows_of([torch.arange(32)[None]] * 8)) == int64_windows()
+    assert layout(calibration_windows(stream, None, num_samples=8, sequence_length=32)) == int64_windows()
 
 
 def test_dataloader_is_taken_as_it_comes(windows_of):
@@ -113,7 +119,8 @@ def test_as_dataloader_yields_what_a_model_takes(make_toy, windows_of):
 def test_fewer_windows_are_used_with_a_warning(windows_of, caplog):
     tokens = torch.arange(1024) % 320
     with caplog.at_level(logging.WARNING):
-        check(windows_of(tokens, num_samples=128, sequence_length=256), 4, 256)
+        windows = windows_of(tokens, num_samples=128, sequence_length=256)
+    assert layout(windows) == int64_windows(4, 256)
     assert "has 4 windows (1024 tokens) of the 128 x 256 asked" in caplog.text
 
 
@@ -164,7 +171,8 @@ def test_bad_names_splits_and_columns(windows_of, tmp_path):
         windows_of(datasets.DatasetDict(a=table, b=table), text_column="body")
     with pytest.raises(ValueError, match="must name one calibration split"):
         windows_of(datasets.DatasetDict(a=table, b=table), text_column="body", splits=["a", "b"])
-    check(windows_of(datasets.DatasetDict(a=table, b=table), text_column="body", splits={"calibration": "b"}))
+    both = datasets.DatasetDict(a=table, b=table)
+    assert layout(windows_of(both, text_column="body", splits={"calibration": "b"})) == int64_windows()
 
 
 def test_text_needs_a_tokenizer():

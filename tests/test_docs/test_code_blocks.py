@@ -1,60 +1,29 @@
 """The documentation is true: its Python blocks run, its recipes validate, its links lead somewhere.
 
 A page's blocks share one namespace and run top to bottom in a folder with `model/` (a toy Llama with tokenizer),
-`text.txt` and, where the page has a recipe, `recipe.yaml`. `<!-- no-test -->` on the line before a block leaves it out.
+`text.txt` and, where the page has a recipe, `recipe.yaml`. On the line before a block, `<!-- no-test -->` leaves it out
+and `<!-- file: package/module.py -->` writes it to that file, from which later blocks can import.
 docs/developer/plugins.md has a test of its own, tests/test_plugins/test_docs.py.
 """
 
 from __future__ import annotations
 
+import ast
 import os
 import re
+import sys
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from quad_modifiers.plugins import get_plugin_manager
 from quad_modifiers.recipe import validate_recipe
 
-ROOT = Path(__file__).parents[2]
-PAGES = sorted([ROOT / "README.md", *(ROOT / "docs").rglob("*.md")])
+from .pages import PAGES, ROOT, Block, blocks, recipes, shown
+
 TESTED_ELSEWHERE = ROOT / "docs" / "developer" / "plugins.md"
-_BLOCK = re.compile(r"(?P<before>[^\n]*\n)?^(?P<indent> *)```(?P<language>\w+)\n(?P<text>.*?)^ *```$", re.S | re.M)
-_SKIP = "<!-- no-test -->"
-
-
-@dataclass(frozen=True)
-class Block:
-    """A code block; `line` is the line of its first line of code."""
-
-    page: Path
-    language: str
-    text: str
-    line: int
-    skipped: bool
-
-
-def blocks(page: Path, language: str) -> Iterator[Block]:
-    """Yield the code blocks of a page in one language, without their indentation."""
-    source = page.read_text(encoding="utf-8")
-    for match in _BLOCK.finditer(source):
-        if match["language"] == language:
-            text = re.sub(rf"^{match['indent']}", "", match["text"], flags=re.M)
-            line = source.count("\n", 0, match.start("text")) + 1
-            yield Block(page, language, text, line, _SKIP in (match["before"] or ""))
-
-
-def recipes(page: Path) -> list[Block]:
-    """Return the YAML blocks of a page that are recipes."""
-    return [block for block in blocks(page, "yaml") if "_modifiers:" in block.text and not block.skipped]
-
-
-def shown(page: Path) -> str:
-    return str(page.relative_to(ROOT))
-
-
 OURS = [page for page in PAGES if page != TESTED_ELSEWHERE]
 WITH_PYTHON = [page for page in OURS if any(not block.skipped for block in blocks(page, "python"))]
 
@@ -71,7 +40,7 @@ def _own_plugins() -> Iterator[None]:
 
 
 @pytest.fixture
-def workplace(make_toy, toy_tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def workplace(make_toy, toy_tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """The folder that docs/index.md promises to the blocks, as the current one."""
     make_toy("llama", hidden_size=128).save_pretrained(tmp_path / "model")
     toy_tokenizer.save_pretrained(tmp_path / "model")
@@ -83,25 +52,60 @@ def workplace(make_toy, toy_tokenizer, tmp_path: Path, monkeypatch: pytest.Monke
     if search_path:  # relative entries would be lost to the processes that a block starts
         monkeypatch.setenv("PYTHONPATH", os.pathsep.join(search_path))
     monkeypatch.chdir(tmp_path)
-    return tmp_path
+    monkeypatch.syspath_prepend(str(tmp_path))  # as in an interactive Python that was started here
+    yield tmp_path
+    for name, module in list(sys.modules.items()):
+        if str(getattr(module, "__file__", "")).startswith(str(tmp_path)):
+            del sys.modules[name]
+
+
+def run(page: Path, folder: Path) -> tuple[list[Block], dict[str, Any]]:
+    """Runs the blocks of a page, and returns those that ran and the names they left."""
+    for recipe in recipes(page)[:1]:
+        (folder / "recipe.yaml").write_text(recipe.text)
+    ran: list[Block] = []
+    namespace: dict[str, Any] = {"__name__": "documentation"}
+    for block in blocks(page, "python"):
+        if block.file is not None:
+            (folder / block.file).parent.mkdir(parents=True, exist_ok=True)
+            (folder / block.file).write_text(block.text)
+        elif not block.skipped:
+            padded = "\n" * (block.line - 1) + block.text  # tracebacks then show the line of the page
+            exec(compile(padded, str(page), "exec"), namespace)
+            ran.append(block)
+    return ran, namespace
+
+
+def names_bound(block: Block) -> set[str]:
+    """Names that the top level of a block assigns, imports or defines."""
+    bound: set[str] = set()
+    for statement in ast.parse(block.text).body:
+        if isinstance(statement, (ast.Import, ast.ImportFrom)):
+            bound |= {alias.asname or alias.name.partition(".")[0] for alias in statement.names}
+        elif isinstance(statement, (ast.FunctionDef, ast.ClassDef)):
+            bound.add(statement.name)
+        elif isinstance(statement, ast.Assign):
+            bound |= {target.id for target in statement.targets if isinstance(target, ast.Name)}
+    return bound
 
 
 @pytest.mark.usefixtures("_own_plugins")
 @pytest.mark.parametrize("page", WITH_PYTHON, ids=shown)
 def test_python_blocks_run(page: Path, workplace: Path) -> None:
-    for recipe in recipes(page)[:1]:
-        (workplace / "recipe.yaml").write_text(recipe.text)
-    namespace = {"__name__": "documentation"}
-    for block in blocks(page, "python"):
-        if not block.skipped:
-            padded = "\n" * (block.line - 1) + block.text  # tracebacks then show the line of the page
-            exec(compile(padded, str(page), "exec"), namespace)
+    source = page.read_text(encoding="utf-8")
+    ran, namespace = run(page, workplace)
+    marked = len(re.findall(r"<!-- (?:no-test|file: .*) -->\n *```python", source))
+    assert len(ran) == len(re.findall(r"^ *```python$", source, re.M)) - marked > 0
+    missing = {name for block in ran for name in names_bound(block)} - namespace.keys()
+    assert not missing
 
 
 @pytest.mark.parametrize("page", [page for page in OURS if recipes(page)], ids=shown)
 def test_recipes_validate(page: Path) -> None:
-    for block in recipes(page):
-        assert validate_recipe(block.text) == [], f"{shown(page)}:{block.line}"
+    # A modifier that the page itself writes is registered, and its recipe validated, by the page.
+    own = {name for block in blocks(page, "python") if block.file for name in names_bound(block)}
+    others = [block for block in recipes(page) if not own & set(re.findall(r"^    (\w+):", block.text, re.M))]
+    assert {block.line: validate_recipe(block.text) for block in others} == {block.line: [] for block in others}
 
 
 @pytest.mark.parametrize("page", PAGES, ids=shown)

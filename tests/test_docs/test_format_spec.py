@@ -294,6 +294,43 @@ def test_independent_runtime_reproduces_every_linear(case: str, make_toy, tmp_pa
     assert in_layers == shapes
 
 
+@pytest.mark.parametrize("ends", ["{}", "{targets: [embed_tokens]}", "{targets: [lm_head]}"], ids=["both", "in", "out"])
+def test_version_2_describes_embedding_and_head(ends: str, make_toy, tmp_path: Path) -> None:
+    modifiers = f"    SVDOutlierProjection: {{rank: 9}}\n    EmbeddingHeadQuant: {ends}\n"
+    ids = torch.randint(3, 320, (16, 64), generator=torch.Generator().manual_seed(0))
+    oneshot(
+        model=make_toy("llama", "odder"),
+        recipe=f"quad_stage:\n  quad_modifiers:\n{modifiers}",
+        dataset=ids,
+        max_seq_length=64,
+        output_dir=tmp_path / "out",
+    )
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    tensors = load_file(tmp_path / "out" / "model.safetensors")
+    section, shape = config["quantization_config"]["quad"], (config["vocab_size"], config["hidden_size"])
+    assert section["format_version"] == 2
+    tables, paths = {}, {"embedding": "model.embed_tokens", "head": "lm_head"}
+    for field, path in paths.items():
+        if section[field] is None:
+            tables[field] = tensors[f"{path}.weight"]
+            continue
+        assert section[field] == {"bits": 8}
+        packed = tensors[f"{path}.weight_packed"]
+        assert tensors[f"{path}.weight_shape"].tolist() == list(shape)
+        assert packed.shape == (shape[0], math.ceil(shape[1] / 4))
+        integers = unpack(packed, 8, shape[1])
+        as_bytes = packed.view(np.uint8).reshape(shape[0], -1)[:, : shape[1]] ^ np.uint8(0x80)
+        np.testing.assert_array_equal(as_bytes.view(np.int8), integers)  # little-endian machines
+        tables[field] = integers.astype(np.float32) * tensors[f"{path}.weight_scale"]
+    assert (section["embedding"] is None, section["head"] is None) == ("lm_head" in ends, "embed_tokens" in ends)
+
+    x = torch.randn(5, shape[1], generator=torch.Generator().manual_seed(1))
+    embedded = model.get_input_embeddings()(ids[0])
+    torch.testing.assert_close(embedded, torch.from_numpy(tables["embedding"])[ids[0]], rtol=0, atol=0)
+    torch.testing.assert_close(model.lm_head(x), x @ torch.from_numpy(tables["head"]).T, rtol=1e-4, atol=1e-5)
+
+
 def test_transform_is_orthonormal_and_has_the_factors_of_the_examples() -> None:
     examples = {1536: (12, 128), 8192: (128, 64), 11008: (344, 32), 18944: (148, 128), 2: (2,)}
     assert {m: factors(m) for m in examples} == examples

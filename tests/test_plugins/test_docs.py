@@ -5,10 +5,11 @@ from __future__ import annotations
 import re
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from quad_modifiers.plugins import Distribution, QuadPluginManager
+from quad_modifiers.plugins import Distribution, QuadPluginManager, modifier_paths
 from quad_modifiers.recipe import validate_recipe
 from quad_modifiers.recipe.order import ROLES
 
@@ -48,7 +49,10 @@ def test_recipe_validates(example: QuadPluginManager) -> None:
 
 def test_snippet_for_tests_runs(example: QuadPluginManager) -> None:
     (snippet,) = (each for each in snippets("python") if "QuadPluginManager()" in each)
-    exec(compile(snippet, str(GUIDE), "exec"), {})
+    namespace: dict[str, Any] = {}
+    exec(compile(snippet, str(GUIDE), "exec"), namespace)
+    (contributed,) = modifier_paths(namespace["manager"]).values()
+    assert str(contributed.distribution) == "quad-example-plugin 1.2.3"
 
 
 def test_tables_name_every_hook_and_role(example: QuadPluginManager) -> None:
