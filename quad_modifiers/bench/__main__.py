@@ -10,13 +10,18 @@ from pathlib import Path
 from quad_modifiers.bench.measure import Measurement, environment, measure
 from quad_modifiers.bench.rows import GPTQ_SPEED, QUALITY, ROWS
 from quad_modifiers.bench.runtime import compare_runtime
+from quad_modifiers.bench.tuning import TEXTS, compare_training_cost, measure_tuning
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the chosen rows, appends each to a JSON-lines file, and prints the table of that file."""
     parser = argparse.ArgumentParser(prog="python -m quad_modifiers.bench", description=__doc__)
-    parser.add_argument("what", choices=("quality", "gptq-speed", "table", "runtime"))
-    parser.add_argument("checkpoints", nargs="*", help="runtime: the folders of the original and of its checkpoint")
+    parser.add_argument("what", choices=("quality", "gptq-speed", "table", "runtime", "tuning", "tuning-cost"))
+    parser.add_argument(
+        "checkpoints", nargs="*", help="runtime, tuning, tuning-cost: the folders of the original and of its checkpoint"
+    )
+    parser.add_argument("--adapter", help="tuning: folder of the adapter; without one, the checkpoint alone")
+    parser.add_argument("--windows", type=int, default=40, help="tuning: of held-out Wikipedia; half as many of others")
     parser.add_argument("--models", nargs="+", default=["smollm2", "qwen"], choices=("smollm2", "qwen"))
     parser.add_argument("--rows", nargs="+", choices=sorted(ROWS), help="default: all of the table")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0])
@@ -24,10 +29,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--folder", type=Path, default=Path("outputs"), help="where the original models are kept")
     parser.add_argument("--results", type=Path, default=Path("docs/benchmarks/quality.jsonl"))
     options = parser.parse_args(arguments)
-    if options.what == "runtime":
+    if options.what in ("runtime", "tuning", "tuning-cost"):
         if len(options.checkpoints) != 2:
-            parser.error("runtime needs two folders: the original and its QUAD checkpoint")
-        print(compare_runtime(*options.checkpoints))
+            parser.error(f"{options.what} needs two folders: the original and its QUAD checkpoint")
+        if options.what == "tuning":
+            _tuning(*options.checkpoints, options.adapter, options.windows, options.results)
+        else:
+            print((compare_runtime if options.what == "runtime" else compare_training_cost)(*options.checkpoints))
         return 0
     if options.what != "table":
         default = GPTQ_SPEED if options.what == "gptq-speed" else QUALITY
@@ -42,6 +50,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
                     )
     print(render(_read(options.results)))
     return 0
+
+
+def _tuning(original: str, checkpoint: str, adapter: str | None, count: int, results: Path) -> None:
+    windows = {text: count if index == 0 else max(count // 2, 1) for index, text in enumerate(TEXTS)}
+    for row in measure_tuning(original, checkpoint, windows, adapter):
+        with results.open("a") as file:
+            file.write(json.dumps({**row, **environment()}) + "\n")
+        print(
+            f"{row['text']}: perplexity {row['perplexity']:.3f}, / original {row['ratio']:.4f}, "
+            f"KL {row['divergence']:.4f}",
+            flush=True,
+        )
 
 
 def _append(results: Path, found: Measurement) -> None:

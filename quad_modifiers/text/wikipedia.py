@@ -91,13 +91,21 @@ def _all_articles() -> tuple[str, ...]:
     return tuple(articles)
 
 
-def _dump_path() -> Path:
-    """Return the path of the compressed dump inside the installed gensim package."""
+def gensim_test_data() -> Path:
+    """Return the folder of test data inside the installed gensim package.
+
+    Raises:
+        ImportError: gensim is not installed.
+    """
     spec = importlib.util.find_spec("gensim")
     if spec is None or not spec.submodule_search_locations:
-        raise ImportError(f"the Wikipedia articles come from the package gensim, not installed here; {_INSTALL_HINT}")
-    folder = Path(spec.submodule_search_locations[0]) / "test" / "test_data"
-    found = sorted(folder.glob(_DUMP_GLOB))
+        raise ImportError(f"this text comes from the package gensim, not installed here; {_INSTALL_HINT}")
+    return Path(spec.submodule_search_locations[0]) / "test" / "test_data"
+
+
+def _dump_path() -> Path:
+    """Return the path of the compressed dump."""
+    found = sorted(gensim_test_data().glob(_DUMP_GLOB))
     if not found:
         raise FileNotFoundError(
             f"the installed gensim has no {_DUMP_GLOB} in its folder test/test_data; "
