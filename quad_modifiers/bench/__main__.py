@@ -11,14 +11,17 @@ from quad_modifiers.bench.measure import Measurement, environment, measure
 from quad_modifiers.bench.rows import GPTQ_SPEED, QUALITY, ROWS
 from quad_modifiers.bench.runtime import compare_runtime
 from quad_modifiers.bench.tuning import TEXTS, compare_training_cost, measure_tuning
+from quad_modifiers.bench.tuning_peers import compare_tuning
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the chosen rows, appends each to a JSON-lines file, and prints the table of that file."""
     parser = argparse.ArgumentParser(prog="python -m quad_modifiers.bench", description=__doc__)
-    parser.add_argument("what", choices=("quality", "gptq-speed", "table", "runtime", "tuning", "tuning-cost"))
     parser.add_argument(
-        "checkpoints", nargs="*", help="runtime, tuning, tuning-cost: the folders of the original and of its checkpoint"
+        "what", choices=("quality", "gptq-speed", "table", "runtime", "tuning", "tuning-cost", "tuning-peers")
+    )
+    parser.add_argument(
+        "checkpoints", nargs="*", help="runtime, tuning...: the folders of the original and of its checkpoint"
     )
     parser.add_argument("--adapter", help="tuning: folder of the adapter; without one, the checkpoint alone")
     parser.add_argument("--windows", type=int, default=40, help="tuning: of held-out Wikipedia; half as many of others")
@@ -28,11 +31,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--samples", type=int, default=64, help="calibration windows of 512 tokens")
     parser.add_argument("--folder", type=Path, default=Path("outputs"), help="where the original models are kept")
     parser.add_argument("--results", type=Path, default=Path("docs/benchmarks/quality.jsonl"))
+    parser.add_argument("--steps", type=int, default=40, help="tuning-peers: of 4 windows of 256 tokens")
     options = parser.parse_args(arguments)
-    if options.what in ("runtime", "tuning", "tuning-cost"):
+    if options.what in ("runtime", "tuning", "tuning-cost", "tuning-peers"):
         if len(options.checkpoints) != 2:
             parser.error(f"{options.what} needs two folders: the original and its QUAD checkpoint")
-        if options.what == "tuning":
+        if options.what == "tuning-peers":
+            _tuning_peers(*options.checkpoints, options.steps, options.results)
+        elif options.what == "tuning":
             _tuning(*options.checkpoints, options.adapter, options.windows, options.results)
         else:
             print((compare_runtime if options.what == "runtime" else compare_training_cost)(*options.checkpoints))
@@ -60,6 +66,18 @@ def _tuning(original: str, checkpoint: str, adapter: str | None, count: int, res
         print(
             f"{row['text']}: perplexity {row['perplexity']:.3f}, / original {row['ratio']:.4f}, "
             f"KL {row['divergence']:.4f}",
+            flush=True,
+        )
+
+
+def _tuning_peers(original: str, checkpoint: str, steps: int, results: Path) -> None:
+    for row in compare_tuning(original, checkpoint, steps):
+        with results.open("a") as file:
+            file.write(json.dumps({**row, **environment()}) + "\n")
+        divergence = "" if row["divergence_after"] is None else f", KL {row['divergence_after']:.4f}"
+        print(
+            f"{row['peer']}, {row['parameters'] / 1e6:.2f} M, learning rate {row['learning_rate']:g}: loss "
+            f"{row['loss_before']:.4f} to {row['loss_after']:.4f}{divergence}",
             flush=True,
         )
 

@@ -14,7 +14,7 @@ pytest.importorskip("peft")
 pytest.importorskip("llmcompressor")
 pytest.importorskip("gensim")
 
-from quad_modifiers.bench import tuning
+from quad_modifiers.bench import tuning, tuning_peers
 from quad_modifiers.bench.__main__ import main
 from quad_modifiers.text import news_articles
 from quad_peft import get_outlier_model
@@ -77,6 +77,20 @@ def test_results_are_kept_with_the_machine(
     assert [row["windows"] for row in rows] == [2, 1]
     assert all(row["torch"] and row["commit"] is not None for row in rows)
     assert len(capsys.readouterr().out.splitlines()) == 2
+
+
+def test_peers_differ_in_what_is_trained(folders: tuple[str, str, str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tuning_peers, "LENGTH", 32)
+    monkeypatch.setattr(tuning_peers, "LORA_RATES", (1e-3,))
+    rows = list(tuning_peers.compare_tuning(*folders[:2], steps=2))
+    assert [row["peer"] for row in rows] == [peer.title for peer in tuning_peers.PEERS]
+    outlier, lora, distilled, lora_on_quad = rows
+    assert outlier["parameters"] == distilled["parameters"]
+    assert abs(lora_on_quad["parameters"] / outlier["parameters"] - 1) < 0.3  # ranks are whole numbers
+    assert outlier["loss_before"] == distilled["loss_before"] == lora_on_quad["loss_before"]
+    assert lora["loss_before"] != outlier["loss_before"]
+    assert lora["divergence_after"] is None
+    assert distilled["divergence_after"] is not None
 
 
 @pytest.mark.parametrize("which", [0, 1])
