@@ -3,9 +3,10 @@
 import argparse
 import json
 import statistics
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 from quad_modifiers.bench.measure import Measurement, environment, measure
 from quad_modifiers.bench.rows import GPTQ_SPEED, QUALITY, ROWS
@@ -17,9 +18,7 @@ from quad_modifiers.bench.tuning_peers import compare_tuning
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the chosen rows, appends each to a JSON-lines file, and prints the table of that file."""
     parser = argparse.ArgumentParser(prog="python -m quad_modifiers.bench", description=__doc__)
-    parser.add_argument(
-        "what", choices=("quality", "gptq-speed", "table", "runtime", "tuning", "tuning-cost", "tuning-peers")
-    )
+    parser.add_argument("what", choices=("quality", "gptq-speed", "table", *_PAIRS))
     parser.add_argument(
         "checkpoints", nargs="*", help="runtime, tuning...: the folders of the original and of its checkpoint"
     )
@@ -33,15 +32,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--results", type=Path, default=Path("docs/benchmarks/quality.jsonl"))
     parser.add_argument("--steps", type=int, default=40, help="tuning-peers: of 4 windows of 256 tokens")
     options = parser.parse_args(arguments)
-    if options.what in ("runtime", "tuning", "tuning-cost", "tuning-peers"):
+    if options.what in _PAIRS:
         if len(options.checkpoints) != 2:
             parser.error(f"{options.what} needs two folders: the original and its QUAD checkpoint")
-        if options.what == "tuning-peers":
-            _tuning_peers(*options.checkpoints, options.steps, options.results)
-        elif options.what == "tuning":
-            _tuning(*options.checkpoints, options.adapter, options.windows, options.results)
-        else:
-            print((compare_runtime if options.what == "runtime" else compare_training_cost)(*options.checkpoints))
+        _PAIRS[options.what](*options.checkpoints, options)
         return 0
     if options.what != "table":
         default = GPTQ_SPEED if options.what == "gptq-speed" else QUALITY
@@ -49,7 +43,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             for row in options.rows or list(default):
                 for seed in options.seeds:
                     found = measure(row, model, options.folder / model, seed, options.samples)
-                    _append(options.results, found)
+                    _append(options.results, asdict(found))
                     print(
                         f"{model} {row} seed {seed}: perplexity {found.perplexity:.3f}, {found.seconds:.0f} s",
                         flush=True,
@@ -58,11 +52,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _tuning(original: str, checkpoint: str, adapter: str | None, count: int, results: Path) -> None:
+def _tuning(original: str, checkpoint: str, options: argparse.Namespace) -> None:
+    count = options.windows
     windows = {text: count if index == 0 else max(count // 2, 1) for index, text in enumerate(TEXTS)}
-    for row in measure_tuning(original, checkpoint, windows, adapter):
-        with results.open("a") as file:
-            file.write(json.dumps({**row, **environment()}) + "\n")
+    for row in measure_tuning(original, checkpoint, windows, options.adapter):
+        _append(options.results, row)
         print(
             f"{row['text']}: perplexity {row['perplexity']:.3f}, / original {row['ratio']:.4f}, "
             f"KL {row['divergence']:.4f}",
@@ -70,10 +64,9 @@ def _tuning(original: str, checkpoint: str, adapter: str | None, count: int, res
         )
 
 
-def _tuning_peers(original: str, checkpoint: str, steps: int, results: Path) -> None:
-    for row in compare_tuning(original, checkpoint, steps):
-        with results.open("a") as file:
-            file.write(json.dumps({**row, **environment()}) + "\n")
+def _tuning_peers(original: str, checkpoint: str, options: argparse.Namespace) -> None:
+    for row in compare_tuning(original, checkpoint, options.steps):
+        _append(options.results, row)
         divergence = "" if row["divergence_after"] is None else f", KL {row['divergence_after']:.4f}"
         print(
             f"{row['peer']}, {row['parameters'] / 1e6:.2f} M, learning rate {row['learning_rate']:g}: loss "
@@ -82,10 +75,26 @@ def _tuning_peers(original: str, checkpoint: str, steps: int, results: Path) -> 
         )
 
 
-def _append(results: Path, found: Measurement) -> None:
+def _runtime(original: str, checkpoint: str, _: argparse.Namespace) -> None:
+    print(compare_runtime(original, checkpoint))
+
+
+def _tuning_cost(original: str, checkpoint: str, _: argparse.Namespace) -> None:
+    print(compare_training_cost(original, checkpoint))
+
+
+_PAIRS: dict[str, Callable[[str, str, argparse.Namespace], None]] = {
+    "runtime": _runtime,
+    "tuning": _tuning,
+    "tuning-cost": _tuning_cost,
+    "tuning-peers": _tuning_peers,
+}
+
+
+def _append(results: Path, row: dict[str, Any]) -> None:
     results.parent.mkdir(parents=True, exist_ok=True)
     with results.open("a") as file:
-        file.write(json.dumps({**asdict(found), **environment()}) + "\n")
+        file.write(json.dumps({**row, **environment()}) + "\n")
 
 
 def _read(results: Path) -> list[Measurement]:
