@@ -29,13 +29,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--seeds", nargs="+", type=int, default=[0])
     parser.add_argument("--samples", type=int, default=64, help="calibration windows of 512 tokens")
     parser.add_argument("--folder", type=Path, default=Path("outputs"), help="where the original models are kept")
-    parser.add_argument("--results", type=Path, default=Path("docs/benchmarks/quality.jsonl"))
+    parser.add_argument("--results", type=Path, help="default: docs/benchmarks/, by what is measured")
     parser.add_argument("--steps", type=int, default=40, help="tuning-peers: of 4 windows of 256 tokens")
     options = parser.parse_args(arguments)
+    if options.results is None:
+        name = "quality" if options.what == "table" else options.what
+        options.results = Path("docs", "benchmarks", f"{name}.jsonl")
     if options.what in _PAIRS:
         if len(options.checkpoints) != 2:
             parser.error(f"{options.what} needs two folders: the original and its QUAD checkpoint")
-        _PAIRS[options.what](*options.checkpoints, options)
+        original, checkpoint = options.checkpoints
+        _PAIRS[options.what](original, checkpoint, options)
         return 0
     if options.what != "table":
         default = GPTQ_SPEED if options.what == "gptq-speed" else QUALITY
