@@ -32,7 +32,7 @@ if ((dry)); then
     common=(--device cpu --dtype float16 --repeats 2 --row-seconds 1 --ceiling-size 64)
     linears=(qkv down) select=(--cases qkv mlp)
     tune=(--device cpu:0 --dtype float16 --jobs 1)
-    tests=(tests/test_kernels/test_packing.py)
+    tests=(--setup-plan -m "" tests/test_kernels --ignore=tests/test_kernels/test_benchmarks.py) # their fixtures alone
     peers=()
 else
     read -ra models <<<"${MODELS:-llama-3-8b}"
@@ -78,8 +78,8 @@ if [[ -n ${WHEELS:-} ]]; then
     export PYTHONPATH=$PYTHONPATH:$site
 fi
 if "$python" -c 'import pytest' 2>/dev/null; then
-    # The fixtures above this folder need the whole project, so only those in it are loaded. A warning of another torch
-    # or triton is no failure of a kernel.
+    # The fixtures above this folder need the whole project, so only those in it are loaded; the dry run finds a test
+    # that asks for another one. A warning of another torch or triton is no failure of a kernel.
     tests=("$python" -m pytest -q -p no:cacheprovider --confcutdir=tests/test_kernels -o filterwarnings=default
         "${tests[@]}")
 else

@@ -116,7 +116,7 @@ def quantize_cases() -> Iterator[Case]:
 
 def hadamard_cases() -> Iterator[Case]:
     """Down_proj of Llama-3-8B, Llama-3.2-1B, Qwen2.5-7B and 0.5B, Llama-2-7B, and o_proj; with the quantizer."""
-    from quad_kernels.hadamard import kernel
+    from quad_kernels.hadamard import launch
 
     for size, dtype in (
         (14336, torch.bfloat16),
@@ -133,12 +133,12 @@ def hadamard_cases() -> Iterator[Case]:
         x, split = torch.zeros(16, size, dtype=dtype), InputSplit(size, 64, 0, True, True)
 
         def call(x: torch.Tensor = x, split: InputSplit = split) -> None:
-            kernel.hadamard_quantize(x, InputQuantization(4, 0.9), split)
+            launch.hadamard_quantize(x, InputQuantization(4, 0.9), split)
 
-        yield from record(f"hadamard+quantize {size} {_TYPES[dtype]}", kernel, "hadamard_kernel", call)
+        yield from record(f"hadamard+quantize {size} {_TYPES[dtype]}", launch, "hadamard_kernel", call)
     for size in (14336, 11008):
         x = torch.zeros(16, size, dtype=torch.bfloat16)
-        yield from record(f"hadamard {size} bf16", kernel, "hadamard_kernel", lambda x=x: kernel.hadamard(x))
+        yield from record(f"hadamard {size} bf16", launch, "hadamard_kernel", lambda x=x: launch.hadamard(x))
 
 
 def int4_linear_cases() -> Iterator[Case]:

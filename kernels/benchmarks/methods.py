@@ -71,10 +71,10 @@ class QuadLayer:
         backend = choose_backend(setting.device)
         self.bias = setting.normal(outputs, generator=generator) if linear.bias else None
         outlier_weight = (setting.normal(outputs, rank, generator=generator) * 0.02).to(setting.dtype)
-        stored = integers.numel() * (WEIGHT_BITS if backend.weight_layout == "nibbles" else 8) // 8
-        self.copies = setting.copies(stored + outlier_weight.nbytes)
+        stored = backend.prepare_weight(weight, QUANTIZATION).integers
+        self.copies = setting.copies(stored.numel() * stored.element_size() + outlier_weight.nbytes)
         self.weights = [
-            backend.prepare_weight(replace(weight, integers=integers.clone(), scale=weight.scale.clone()))
+            backend.prepare_weight(replace(weight, integers=integers.clone(), scale=weight.scale.clone()), QUANTIZATION)
             for _ in range(self.copies)
         ]
         self.outlier_weights = [outlier_weight.clone() for _ in range(self.copies)]

@@ -90,6 +90,10 @@ class InputQuantization:
     clip_ratio: float = 1.0
     group_size: int | None = None
 
+    def groups(self, width: int) -> int:
+        """Scales per token of `width` coordinates."""
+        return 1 if self.group_size is None else width // self.group_size
+
     def __call__(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Returns integers (int8) and scales (float32) of `x` as it is; see `quad_kernels.quantize_activations`."""
         from quad_kernels.quantize_activations import quantize_activations

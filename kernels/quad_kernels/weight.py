@@ -5,6 +5,7 @@ from typing import Literal
 
 import torch
 
+from quad_kernels.formats import InputQuantization
 from quad_kernels.packing import pack_int32, pack_nibbles, unpack_int32, unpack_nibbles
 
 WeightLayout = Literal["int8", "nibbles", "onednn"]
@@ -86,6 +87,7 @@ def prepare_weight(
     *,
     bits: int,
     in_features: int,
+    quantization: InputQuantization | None,
     zero_point: torch.Tensor | None = None,
     backend: str | None = None,
 ) -> LinearWeight:
@@ -96,6 +98,7 @@ def prepare_weight(
         weight_scale: `[out, groups]`, floating point.
         bits: 2, 4 or 8.
         in_features: input width.
+        quantization: of the inputs that the weight will be multiplied with, None if they stay floating point.
         zero_point: packed along the output channels, `[ceil(out * bits / 32), groups]`, int32, or None.
         backend: name of a backend; by default as in `quad_kernels.choose_backend`.
 
@@ -118,7 +121,7 @@ def prepare_weight(
     zeros = None if zero_point is None else unpack_int32(zero_point.T.contiguous(), bits, out_features).T.contiguous()
     integers = unpack_int32(weight_packed, bits, in_features)
     weight = LinearWeight(integers, weight_scale, zeros, in_features, out_features, bits)
-    return choose_backend(weight_packed.device, backend).prepare_weight(weight)
+    return choose_backend(weight_packed.device, backend).prepare_weight(weight, quantization)
 
 
 __all__ = [

@@ -135,7 +135,7 @@ def _install(layer: nn.Module, path: str, quad: QuadFormat) -> None:
         raise ValueError(f"the checkpoint does not describe {role}; its quantization_config is damaged")
     old = layer.get_submodule(path)
     dtype, device = old.weight.dtype, old.weight.device
-    split = linear.split()
+    split, quantization = linear.split(), None if linear.input is None else linear.input.settings()
     with torch.device(device):
         residual: nn.Module
         if linear.weight is None:
@@ -143,12 +143,17 @@ def _install(layer: nn.Module, path: str, quad: QuadFormat) -> None:
         else:
             weight = linear.weight
             residual = PackedLinear(
-                split.residual_width, linear.out_features, weight.bits, weight.group_size, weight.symmetric, dtype
+                split.residual_width,
+                linear.out_features,
+                weight.bits,
+                weight.group_size,
+                weight.symmetric,
+                dtype,
+                quantization,
             )
         container = QuadLinear.from_parts(role, split, residual, linear.bias, dtype)
-    if linear.input is not None:
-        container.input_quantization = linear.input.settings()
-        container.quantize_input = True
+    container.input_quantization = quantization
+    container.quantize_input = quantization is not None
     container.requires_grad_(False)
     setattr(layer.get_submodule(parent), role, container)
 

@@ -5,7 +5,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from quad_kernels import LinearWeight, choose_backend, prepare_weight
+from quad_kernels import InputQuantization, LinearWeight, choose_backend, prepare_weight
 from quad_kernels.packing import unpack_int32
 from torch import nn
 
@@ -26,6 +26,7 @@ class PackedLinear(nn.Module):
         group_size: input coordinates per scale, None for one scale per output channel.
         symmetric: False for a zero point per scale.
         dtype: of the scales.
+        input_quantization: of the inputs, None if they stay floating point; the kernels' layout depends on it.
     """
 
     def __init__(
@@ -36,12 +37,14 @@ class PackedLinear(nn.Module):
         group_size: int | None,
         symmetric: bool,
         dtype: torch.dtype,
+        input_quantization: InputQuantization | None = None,
     ) -> None:
         super().__init__()
         self.in_features = in_features
         self.out_features = out_features
         self.bits = bits
         self.group_size = group_size
+        self.input_quantization = input_quantization
         groups = 1 if group_size is None else in_features // group_size
         per_word = 32 // bits
         self._prepared: LinearWeight | None = None
@@ -75,6 +78,7 @@ class PackedLinear(nn.Module):
             self.weight_scale,
             bits=self.bits,
             in_features=self.in_features,
+            quantization=self.input_quantization,
             zero_point=self.weight_zero_point,
         )
 

@@ -56,7 +56,8 @@ def backend_name(device: torch.device) -> str:
 def kernel_key(device: torch.device) -> str:
     """Changes whenever prepared weights get another layout, so that a compiled graph is not reused for it."""
     words = torch.zeros(64, 8, dtype=torch.int32, device=device)
-    sample = prepare_weight(words, torch.ones(64, 1, device=device), bits=4, in_features=64).integers
+    scale = torch.ones(64, 1, device=device)
+    sample = prepare_weight(words, scale, bits=4, in_features=64, quantization=InputQuantization()).integers
     return f"{backend_name(device)} {sample.dtype} {sample.layout} {list(sample.shape)}"
 
 
@@ -79,7 +80,14 @@ def prepare_residual(
         zero_point: `[out, groups]`, int8, or None.
     """
     words = None if zero_point is None else pack_int32(zero_point.T.contiguous(), weight.bits).T.contiguous()
-    prepared = prepare_weight(packed, scale, bits=weight.bits, in_features=plan.split.residual_width, zero_point=words)
+    prepared = prepare_weight(
+        packed,
+        scale,
+        bits=weight.bits,
+        in_features=plan.split.residual_width,
+        quantization=plan.quantization,
+        zero_point=words,
+    )
     if plan.bits is None:
         return {"weight": prepared.dequantized(scale.dtype)}
     tensors = {"weight_packed": prepared.integers, "weight_scale": prepared.scale}

@@ -28,6 +28,9 @@ def test_the_kernels_have_their_layout_after_loading(loaded) -> None:
     """The memory of the unpacking is needed once, while loading, and not at the first request."""
     assert len(packed_linears(loaded)) == 14
     assert all(module.weight_packed.numel() == 0 for module in packed_linears(loaded))
+    containers = [module for module in loaded.modules() if isinstance(module, QuadLinear)]
+    assert all(container.input_quantization is not None for container in containers)
+    assert all(container.residual.input_quantization == container.input_quantization for container in containers)
 
 
 def test_batch_with_padding_generates_what_each_prompt_does_alone(loaded) -> None:

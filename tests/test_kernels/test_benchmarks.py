@@ -62,13 +62,13 @@ def test_a_wrong_kernel_is_reported_and_not_timed(monkeypatch: pytest.MonkeyPatc
 
     right = CpuBackend.int4_linear
 
-    def wrong(self, x, x_scale, weight, outlier, *rest):  # type: ignore[no-untyped-def]
-        y = right(self, x, x_scale, weight, outlier, *rest)
+    def wrong(x, x_scale, weight, outlier, *rest):  # type: ignore[no-untyped-def]
+        y = right(x, x_scale, weight, outlier, *rest)
         if weight.out_features == 512:
             y[-1, -1] += 0.5 * y.abs().max()
         return y
 
-    monkeypatch.setattr(CpuBackend, "int4_linear", wrong)
+    monkeypatch.setattr(CpuBackend, "int4_linear", staticmethod(wrong))
     output = tmp_path / "rows.jsonl"
     assert run("--tokens", "2", "--output", str(output)) == 1
     rows = {row["case"]: row for row in map(json.loads, output.read_text().splitlines())}
@@ -96,13 +96,13 @@ def test_the_gate_sees_a_wrong_quantizer(monkeypatch: pytest.MonkeyPatch, part: 
     assert gate.check(layer, x, exact=True) is None
     right = CpuBackend.quantize_activations
 
-    def wrong(self, *arguments):  # type: ignore[no-untyped-def]
-        outlier, integers, scale = right(self, *arguments)
+    def wrong(*arguments):  # type: ignore[no-untyped-def]
+        outlier, integers, scale = right(*arguments)
         changed = {"outlier": outlier, "integers": integers, "scale": scale}[part]
         changed[-1, -1] += 1
         return outlier, integers, scale
 
-    monkeypatch.setattr(CpuBackend, "quantize_activations", wrong)
+    monkeypatch.setattr(CpuBackend, "quantize_activations", staticmethod(wrong))
     assert message in (gate.check(layer, x, exact=True) or "")
 
 
@@ -113,7 +113,7 @@ def test_a_wrong_integer_sum_is_seen_where_the_dtype_hides_it(monkeypatch: pytes
     from quad_kernels.backends.cpu import CpuBackend
 
     right = CpuBackend.int4_linear
-    monkeypatch.setattr(CpuBackend, "int4_linear", lambda self, *a: right(self, *a) * (1 + 1e-4))
+    monkeypatch.setattr(CpuBackend, "int4_linear", staticmethod(lambda *a: right(*a) * (1 + 1e-4)))
     generator = torch.Generator().manual_seed(0)
     layer = QuadLayer(MODELS["toy"].linears()["down"], Setting(torch.device("cpu"), torch.bfloat16, 1), generator)
     x = layer.make_input(5, generator)

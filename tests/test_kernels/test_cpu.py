@@ -1,4 +1,4 @@
-"""The CPU's own quantizer and Hadamard transform against the references."""
+"""The CPU's own quantizer and Hadamard transform against the references, and its layouts of weights."""
 
 from __future__ import annotations
 
@@ -6,8 +6,18 @@ from importlib import import_module
 
 import pytest
 import torch
-from quad_kernels import InputQuantization, InputSplit, RMSNorm, choose_backend, quantize_activations
+from quad_kernels import (
+    InputQuantization,
+    InputSplit,
+    LinearWeight,
+    RMSNorm,
+    choose_backend,
+    int4_linear,
+    prepare_weight,
+    quantize_activations,
+)
 from quad_kernels.hadamard import hadamard_matrix, plan_hadamard
+from quad_kernels.int4_linear.cpu import onednn_takes
 
 # The packages' attributes of these names are functions.
 quantize_reference = import_module("quad_kernels.quantize_activations.reference").quantize_activations
@@ -141,3 +151,77 @@ def test_many_tokens_are_worked_off_in_parts(packed: bool) -> None:
         for ours, wanted in zip(whole, part, strict=True):
             assert ours is not None
             assert torch.equal(ours[start:stop], wanted)
+
+
+WIDTH = 64
+
+
+def make_weight() -> LinearWeight:
+    generator = torch.Generator().manual_seed(8)
+    integers = torch.randint(-8, 8, (24, WIDTH), dtype=torch.int8, generator=generator)
+    return LinearWeight(integers, torch.rand(24, 1, generator=generator) + 0.1, None, WIDTH, 24, 4)
+
+
+@pytest.fixture
+def conversions(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Layouts of the weights that are converted, one for each time."""
+    seen: list[str] = []
+    unpacked = LinearWeight.unpacked
+
+    def spy(weight: LinearWeight) -> torch.Tensor:
+        seen.append(weight.layout)
+        return unpacked(weight)
+
+    monkeypatch.setattr(LinearWeight, "unpacked", spy)
+    return seen
+
+
+@pytest.mark.parametrize(
+    ("quantization", "per_token"),
+    [
+        (InputQuantization(4), True),
+        (InputQuantization(4, group_size=WIDTH), True),
+        (InputQuantization(4, group_size=16), False),
+        (None, False),
+    ],
+    ids=str,
+)
+def test_weights_are_stored_for_the_product_that_their_inputs_allow(
+    quantization: InputQuantization | None, per_token: bool, conversions: list[str]
+) -> None:
+    plain = make_weight()
+    weight = prepare_weight(
+        plain.to_words(), plain.scale, bits=4, in_features=WIDTH, quantization=quantization, backend="cpu"
+    )
+    assert weight.layout == ("onednn" if per_token and onednn_takes(plain) else "int8")
+    conversions.clear()
+    if quantization is not None:
+        _, integers, scale = quantize_activations(torch.randn(300, WIDTH), quantization, backend="cpu")
+        int4_linear(integers, scale, weight, backend="cpu")
+    assert conversions == [], "the layer converts its weight in every call"
+
+
+@pytest.mark.parametrize(("layout", "groups"), [("nibbles", 1), ("nibbles", 4), ("onednn", 4)])
+def test_a_weight_in_another_layout_is_converted_once_for_all_tokens(
+    layout: str, groups: int, conversions: list[str]
+) -> None:
+    if layout == "onednn" and not onednn_takes(make_weight()):
+        pytest.skip("this processor or build has no exact oneDNN product")
+    weight = make_weight().to_layout(layout)  # type: ignore[arg-type]
+    conversions.clear()
+    generator = torch.Generator().manual_seed(9)
+    x = torch.randint(-8, 8, (300, WIDTH), dtype=torch.int8, generator=generator)
+    x_scale = torch.rand(300, groups, generator=generator)
+    y = int4_linear(x, x_scale, weight, backend="cpu")
+    assert conversions == [layout]
+    torch.testing.assert_close(y, int4_linear(x, x_scale, make_weight(), backend="reference"), rtol=1e-5, atol=1e-3)
+
+
+@pytest.mark.parametrize("layout", ["int8", "onednn"])
+def test_no_tokens(layout: str) -> None:
+    weight = make_weight()
+    if layout == "onednn" and onednn_takes(weight):
+        weight = weight.to_layout("onednn")
+    x, x_scale = torch.zeros(2, 0, WIDTH, dtype=torch.int8), torch.zeros(2, 0, 1)
+    y = int4_linear(x, x_scale, weight, bias=torch.ones(24), out_dtype=torch.bfloat16, backend="cpu")
+    assert (y.shape, y.dtype) == ((2, 0, 24), torch.bfloat16)

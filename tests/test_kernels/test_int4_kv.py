@@ -121,6 +121,8 @@ def test_triton_takes_a_strided_cache_and_none_at_all(device: torch.device) -> N
 
 def test_operator_contract(device: torch.device) -> None:
     x = cache(3, 16, dtype=torch.bfloat16).to(device)
-    torch.library.opcheck(ops.quantize_kv, (x, 0.9, torch.float32, "triton"))
-    integers, scale, zero = ops.quantize_kv(x, 0.9, torch.float32, "triton")
-    torch.library.opcheck(ops.dequantize_kv, (integers, scale, zero, torch.bfloat16, "triton"))
+    checked = torch.library.opcheck(ops.quantize_kv, (x, 0.9, torch.float32, "triton"))
+    assert set(checked.values()) == {"SUCCESS"}
+    entries = ops.quantize_kv(x, 0.9, torch.float32, "triton")
+    checked = torch.library.opcheck(ops.dequantize_kv, (*entries, torch.bfloat16, "triton"))
+    assert set(checked.values()) == {"SUCCESS"}

@@ -165,16 +165,19 @@ def test_ops_are_declared_rightly(name: str, packed: bool, tokens: int) -> None:
     x = draw(tokens, split.width)
     ops = torch.ops.quad_kernels
     arguments = (x, 4, 0.9, 0, split.outliers, split.block, split.keep_width, split.hadamard, None, -1.0, packed, "")
-    torch.library.opcheck(ops.quantize_activations.default, arguments)
+    checked = torch.library.opcheck(ops.quantize_activations.default, arguments)
+    assert set(checked.values()) == {"SUCCESS"}
     outlier, integers, scale = ops.quantize_activations(*arguments)
     weight = make_weight(split.residual_width)
     outlier_weight = draw(OUT, split.rank)
     sizes, dtype = (split.residual_width, OUT, 4), torch.bfloat16
-    torch.library.opcheck(
+    checked = torch.library.opcheck(
         ops.int4_linear.default,
         (integers, scale, weight.integers, weight.scale, None, *sizes, outlier, outlier_weight, None, dtype, ""),
     )
-    torch.library.opcheck(ops.hadamard.default, (draw(tokens, split.width), ""))
+    assert set(checked.values()) == {"SUCCESS"}
+    for x in (draw(tokens, split.width), draw(split.width, tokens).T):
+        assert set(torch.library.opcheck(ops.hadamard.default, (x, "")).values()) == {"SUCCESS"}
 
 
 def test_parts_that_do_not_fit_are_refused() -> None:

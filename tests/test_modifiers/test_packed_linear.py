@@ -8,7 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from quad_kernels import InputQuantization, InputSplit
+from quad_kernels import InputQuantization, InputSplit, choose_backend
 from quad_kernels.packing import pack_int32
 from torch import nn
 
@@ -104,3 +104,15 @@ def test_offloaded_weights_are_not_kept() -> None:
     first = container(draw(3, WIDTH))
     assert torch.equal(packed.weight_packed, words)
     assert torch.equal(container(draw(3, WIDTH)), first)
+
+
+def test_the_layout_suits_the_inputs() -> None:
+    """The layout of products with one scale per token is undone in every call where inputs come in groups."""
+    found = []
+    for quantization in (InputQuantization(4), InputQuantization(4, group_size=16), None):
+        packed = PackedLinear(WIDTH, OUT, 4, None, True, torch.float32, quantization)
+        packed.weight_packed.zero_()
+        packed.weight_scale.fill_(1.0)
+        found.append(packed.prepared_weight())
+    fastest = choose_backend("cpu").prepare_weight(found[0], InputQuantization(4)).layout
+    assert [weight.layout for weight in found] == [fastest, "int8", "int8"]

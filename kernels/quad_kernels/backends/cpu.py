@@ -1,10 +1,14 @@
-"""CPU: integer dot products of oneDNN through `torch._int_mm`."""
+"""CPU: oneDNN's integer products, and fewer passes over memory than the references take."""
 
 import torch
 
 from quad_kernels.backends.base import Backend
-from quad_kernels.formats import InputQuantization, InputSplit, RMSNorm
-from quad_kernels.weight import LinearWeight, WeightLayout
+from quad_kernels.formats import InputQuantization
+from quad_kernels.hadamard import cpu as hadamard_cpu
+from quad_kernels.hadamard import plan_hadamard
+from quad_kernels.int4_linear import cpu as linear_cpu
+from quad_kernels.quantize_activations import cpu as quantize_cpu
+from quad_kernels.weight import LinearWeight
 
 
 class CpuBackend(Backend):
@@ -13,49 +17,18 @@ class CpuBackend(Backend):
     name: str = "cpu"
     priority: int = 10
     devices: tuple[str, ...] = ("cpu",)
-    weight_layout: WeightLayout = "int8"
 
     def unavailable(self, device: torch.device) -> str | None:
         """Only on the CPU."""
         return None if device.type == "cpu" else "it is for tensors on the CPU"
 
-    def prepare_weight(self, weight: LinearWeight) -> LinearWeight:
-        """OneDNN's own order where it has a product for it, plain int8 otherwise."""
-        from quad_kernels.int4_linear.cpu import onednn_takes
-
-        return weight.to_layout("onednn" if onednn_takes(weight) else "int8")
-
-    def quantize_activations(
-        self,
-        x: torch.Tensor,
-        quantization: InputQuantization,
-        split: InputSplit,
-        norm: RMSNorm | None,
-        packed: bool,
-    ) -> tuple[torch.Tensor | None, torch.Tensor, torch.Tensor]:
-        """The reference's integers in fewer passes."""
-        from quad_kernels.quantize_activations.cpu import quantize_activations
-
-        return quantize_activations(x, quantization, split, norm, packed)
+    def prepare_weight(self, weight: LinearWeight, quantization: InputQuantization | None) -> LinearWeight:
+        """OneDNN's own order where its product can compute the layer, plain int8 otherwise."""
+        return weight.to_layout(linear_cpu.best_layout(weight, quantization))
 
     def hadamard(self, x: torch.Tensor) -> torch.Tensor:
         """Smaller factors than the reference's."""
-        from quad_kernels.hadamard import plan_hadamard
-        from quad_kernels.hadamard.cpu import apply_hadamard
+        return hadamard_cpu.apply_hadamard(x, plan_hadamard(x.shape[-1]))
 
-        return apply_hadamard(x, plan_hadamard(x.shape[-1]))
-
-    def int4_linear(
-        self,
-        x: torch.Tensor,
-        x_scale: torch.Tensor,
-        weight: LinearWeight,
-        outlier: torch.Tensor | None,
-        outlier_weight: torch.Tensor | None,
-        bias: torch.Tensor | None,
-        out_dtype: torch.dtype,
-    ) -> torch.Tensor:
-        """Integer product, then scales, outlier product and bias in float32."""
-        from quad_kernels.int4_linear.cpu import int4_linear
-
-        return int4_linear(x, x_scale, weight, outlier, outlier_weight, bias, out_dtype)
+    quantize_activations = staticmethod(quantize_cpu.quantize_activations)
+    int4_linear = staticmethod(linear_cpu.int4_linear)

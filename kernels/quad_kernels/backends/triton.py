@@ -7,7 +7,7 @@ import torch
 
 from quad_kernels.backends.base import Backend
 from quad_kernels.formats import InputQuantization, InputSplit, RMSNorm
-from quad_kernels.weight import LinearWeight, WeightLayout
+from quad_kernels.weight import LinearWeight
 
 _MIN_CAPABILITY = (8, 0)
 
@@ -18,7 +18,6 @@ class TritonBackend(Backend):
     name: str = "triton"
     priority: int = 20
     devices: tuple[str, ...] = ("cuda",)
-    weight_layout: WeightLayout = "nibbles"
 
     def unavailable(self, device: torch.device) -> str | None:
         """It needs the package triton and compute capability 8.0, or Triton's interpreter."""
@@ -44,7 +43,7 @@ class TritonBackend(Backend):
         packed: bool,
     ) -> tuple[torch.Tensor | None, torch.Tensor, torch.Tensor]:
         """One kernel, also with a norm or a Hadamard; combinations of those with groups or packing take two."""
-        from quad_kernels.hadamard import kernel as hadamard_kernel
+        from quad_kernels.hadamard import launch
         from quad_kernels.quantize_activations import kernel
 
         if (quantization.group_size or split.residual_width) > kernel.MAX_COLUMNS or x.dtype == torch.float64:
@@ -54,8 +53,8 @@ class TritonBackend(Backend):
                 return kernel.quantize_activations(x, quantization, split, norm, packed)
             if norm is not None:
                 x = norm(x)
-            if hadamard_kernel.supports(x, split.residual_width) and quantization.group_size is None and not packed:
-                return hadamard_kernel.hadamard_quantize(x, quantization, split)
+            if launch.supports(x, split.residual_width) and quantization.group_size is None and not packed:
+                return launch.hadamard_quantize(x, quantization, split)
             outlier, residual = split.divide(x)
             residual = self.hadamard(residual)
             whole = InputSplit(residual.shape[1])
@@ -79,12 +78,12 @@ class TritonBackend(Backend):
 
     def hadamard(self, x: torch.Tensor) -> torch.Tensor:
         """One kernel for orders with a power of two of at least 16; other orders run the reference."""
-        from quad_kernels.hadamard import kernel
+        from quad_kernels.hadamard import launch
 
-        if not kernel.supports(x, x.shape[-1]):
+        if not launch.supports(x, x.shape[-1]):
             return super().hadamard(x)
         with torch.cuda.device_of(x):
-            return kernel.hadamard(x)
+            return launch.hadamard(x)
 
     def quantize_kv(
         self, x: torch.Tensor, clip_ratio: float, scale_dtype: torch.dtype

@@ -6,7 +6,7 @@ from quad_kernels.hadamard.construct import HadamardPlan, hadamard_factor
 
 
 def apply_hadamard(x: torch.Tensor, plan: HadamardPlan, transpose: bool = False) -> torch.Tensor:
-    """See `quad_kernels.apply_hadamard`; with `transpose`, the gradient of that. Differentiable by PyTorch's own means."""
+    """See `quad_kernels.apply_hadamard`; with `transpose`, the gradient of that. Differentiable by PyTorch's means."""
     compute = torch.float64 if x.dtype == torch.float64 else torch.float32
     y = x.to(compute).reshape(-1, *plan.factors)
     with torch.autocast(x.device.type, enabled=False):

@@ -11,8 +11,9 @@ from functools import lru_cache
 
 import torch
 
+from quad_kernels.formats import InputQuantization
 from quad_kernels.int4_linear import reference
-from quad_kernels.weight import LinearWeight, unpack_integers
+from quad_kernels.weight import LinearWeight, WeightLayout, unpack_integers
 
 _SMALLEST_WIDTH = 16  # _int_mm reads past a weight of one column: its transpose's strides are ambiguous
 _TOKENS_AT_ONCE = 128  # more would stream the float32 sums of a wide layer through memory several times
@@ -30,12 +31,10 @@ def int4_linear(
 ) -> torch.Tensor:
     """See `quad_kernels.int4_linear`; `x` is `[tokens, in]` or packed, int8 or uint8."""
     groups = math.lcm(x_scale.shape[1], weight.scale.shape[1])
-    if weight.in_features // groups < _SMALLEST_WIDTH or x.shape[0] == 0:
+    if weight.in_features // groups < _SMALLEST_WIDTH:
         return reference.int4_linear(x, x_scale, weight, outlier, outlier_weight, bias, out_dtype)
     x = unpack_integers(x, weight.in_features)
-    if x.shape[0] <= _TOKENS_AT_ONCE:
-        return _rows(x, x_scale, weight, outlier, outlier_weight, bias, groups).to(out_dtype)
-    if groups > 1 and weight.layout != "int8":
+    if groups > 1 or weight.layout == "nibbles":
         weight = weight.to_layout("int8")
     y = x.new_empty(x.shape[0], weight.out_features, dtype=out_dtype)
     for start in range(0, x.shape[0], _TOKENS_AT_ONCE):
@@ -54,11 +53,11 @@ def _rows(
     bias: torch.Tensor | None,
     groups: int,
 ) -> torch.Tensor:
-    """The layer for some tokens, float32."""
-    if weight.layout == "onednn" and groups == 1:
+    """The layer for some tokens, float32; the weight in layout int8, or without groups in layout onednn."""
+    if weight.layout == "onednn":
         y = _onednn_product(x, weight)
     elif groups == 1:
-        y = _product(x, weight.unpacked(), weight.scale, weight.zero_point)
+        y = _product(x, weight.integers, weight.scale, weight.zero_point)
     else:
         y = _grouped_product(x, x_scale, weight, groups)
     rest = None if bias is None else bias.float()
@@ -68,6 +67,12 @@ def _rows(
     if groups == 1:
         return y.mul_(x_scale) if rest is None else torch.addcmul(rest, y, x_scale)
     return y if rest is None else y.add_(rest)
+
+
+def best_layout(weight: LinearWeight, quantization: InputQuantization | None) -> WeightLayout:
+    """The layout of the fastest product with such inputs; oneDNN's is undone in every call where it has no product."""
+    per_token = quantization is not None and quantization.groups(weight.in_features) == 1
+    return "onednn" if per_token and onednn_takes(weight) else "int8"
 
 
 def onednn_takes(weight: LinearWeight) -> bool:
@@ -119,7 +124,7 @@ def _grouped_product(x: torch.Tensor, x_scale: torch.Tensor, weight: LinearWeigh
     def per_group(values: torch.Tensor) -> torch.Tensor:
         return values.repeat_interleave(groups // values.shape[1], dim=1)
 
-    x_scale, scale, integers = per_group(x_scale), per_group(weight.scale), weight.unpacked()
+    x_scale, scale = per_group(x_scale), per_group(weight.scale)
     zero_point = None if weight.zero_point is None else per_group(weight.zero_point)
     size = weight.in_features // groups
     y = torch.zeros(x.shape[0], weight.out_features)
@@ -127,7 +132,7 @@ def _grouped_product(x: torch.Tensor, x_scale: torch.Tensor, weight: LinearWeigh
         columns, one = slice(group * size, (group + 1) * size), slice(group, group + 1)
         y += _product(
             x[:, columns].contiguous(),
-            integers[:, columns],
+            weight.integers[:, columns],
             scale[:, one],
             None if zero_point is None else zero_point[:, one],
         ).mul_(x_scale[:, one])

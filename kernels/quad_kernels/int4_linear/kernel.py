@@ -5,109 +5,30 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-
-@triton.jit
-def _sixteen_times_low(
-    packed: tl.tensor,
-    ASM: tl.constexpr,
-) -> tl.tensor:
-    """16 times the low nibbles of bytes, int8."""
-    if ASM:
-        return tl.inline_asm_elementwise(
-            "{ .reg .b32 shifted; shl.b32 shifted, $1, 4; and.b32 $0, shifted, 0xF0F0F0F0; }",
-            "=r,r",
-            [packed],
-            dtype=tl.int8,
-            is_pure=True,
-            pack=4,
-        )
-    else:
-        return (packed << 4).to(tl.int8, bitcast=True)
+from quad_kernels.int4_linear.block import add_block, scaled_block
 
 
 @triton.jit
-def _sixteen_times_high(
-    packed: tl.tensor,
-    ASM: tl.constexpr,
-) -> tl.tensor:
-    """16 times the high nibbles of bytes, int8."""
-    if ASM:
-        return tl.inline_asm_elementwise(
-            "and.b32 $0, $1, 0xF0F0F0F0;", "=r,r", [packed], dtype=tl.int8, is_pure=True, pack=4
-        )
-    else:
-        return (packed & 0xF0).to(tl.int8, bitcast=True)
+def _tile_origin(
+    tile: tl.tensor,
+    tokens: tl.tensor,
+    outputs: tl.tensor,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BAND: tl.constexpr,
+) -> tuple[tl.tensor, tl.tensor]:
+    """First token and first output of a tile.
 
-
-@triton.jit
-def _load(
-    rows: tl.tensor,
-    start: tl.tensor,
-    columns: tl.tensor,
-    end: tl.tensor,
-    MASK: tl.constexpr,
-) -> tl.tensor:
-    """The block of `rows` that begins `start` columns further on; zeros from column `end` on, if MASK."""
-    if MASK:
-        return tl.load(rows + start, mask=(start + columns < end)[None, :], other=0)
-    else:
-        return tl.load(rows + start)
-
-
-@triton.jit
-def _add_block(
-    sums: tl.tensor,
-    x_rows: tl.tensor,
-    weight_rows: tl.tensor,
-    start: tl.tensor,
-    low: tl.tensor,
-    high: tl.tensor,
-    inputs: tl.tensor,
-    weight_stride: tl.tensor,
-    NIBBLES: tl.constexpr,
-    X_PACKED: tl.constexpr,
-    GROUP_MASK: tl.constexpr,
-    MASK: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    CHUNK: tl.constexpr,
-    HALF: tl.constexpr,
-    ASM: tl.constexpr,
-) -> tl.tensor:
-    """Adds W x^T over the inputs from `start` to `start + BLOCK_K`, of a group only those from `low` to `high`."""
-    if NIBBLES or X_PACKED:
-        packed_columns = tl.arange(0, BLOCK_K // 2)
-        columns = packed_columns // HALF * CHUNK + packed_columns % HALF
-        packed_start = start // 2
-        if NIBBLES:
-            packed = _load(weight_rows, packed_start, packed_columns, weight_stride, MASK)
-            low_weight = _sixteen_times_low(packed, ASM)
-            high_weight = _sixteen_times_high(packed, ASM)
-        else:
-            low_weight = _load(weight_rows, start, columns, inputs, MASK)
-            high_weight = _load(weight_rows, start + HALF, columns, inputs, MASK)
-        if X_PACKED:
-            packed_end = tl.cdiv(inputs, CHUNK) * HALF
-            packed = _load(x_rows, packed_start, packed_columns, packed_end, MASK)
-            low_x = _sixteen_times_low(packed, ASM)
-            high_x = _sixteen_times_high(packed, ASM)
-        else:
-            low_x = _load(x_rows, start, columns, high, MASK)
-            high_x = _load(x_rows, start + HALF, columns, high, MASK)
-        if GROUP_MASK:
-            inside = (start + columns >= low) & (start + columns < high)
-            low_x = tl.where(inside[None, :], low_x, 0)
-            inside = (start + HALF + columns >= low) & (start + HALF + columns < high)
-            high_x = tl.where(inside[None, :], high_x, 0)
-        sums = tl.dot(low_weight, tl.trans(low_x), sums, out_dtype=tl.int32)
-        sums = tl.dot(high_weight, tl.trans(high_x), sums, out_dtype=tl.int32)
-    else:
-        columns = tl.arange(0, BLOCK_K)
-        wide_weight = _load(weight_rows, start, columns, inputs, MASK)
-        wide_x = _load(x_rows, start, columns, high, MASK)
-        if GROUP_MASK:
-            wide_x = tl.where((start + columns >= low)[None, :], wide_x, 0)
-        sums = tl.dot(wide_weight, tl.trans(wide_x), sums, out_dtype=tl.int32)
-    return sums
+    Bands of BAND rows of tiles, column by column: what runs at the same time shares its operands in the L2 cache.
+    """
+    tiles_m = tl.cdiv(tokens, BLOCK_M)
+    tiles_n = tl.cdiv(outputs, BLOCK_N)
+    band = tile // (BAND * tiles_n)
+    band_height = tl.minimum(tiles_m - band * BAND, BAND)
+    within = tile - band * BAND * tiles_n
+    first_m = (band * BAND + within % band_height) * BLOCK_M
+    first_n = within // band_height * BLOCK_N
+    return first_m, first_n
 
 
 @triton.jit
@@ -139,6 +60,84 @@ def _add_outliers(
         coordinates = tl.load(outlier_rows + start, mask=inside, other=0.0)
         y = tl.dot(weight, tl.trans(coordinates), y, input_precision="ieee", out_dtype=tl.float32)
     return y
+
+
+@triton.jit
+def _store_outlier_product(
+    slabs: tl.tensor,
+    outlier: tl.tensor,
+    outlier_weight: tl.tensor,
+    first_m: tl.tensor,
+    first_n: tl.tensor,
+    tokens: tl.tensor,
+    outputs: tl.tensor,
+    rank: tl.tensor,
+    outlier_stride: tl.tensor,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    SPLIT_K: tl.constexpr,
+) -> None:
+    """Leaves the outlier product behind the SPLIT_K slabs of partial sums, for the program that finishes the tile."""
+    product = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
+    product = _add_outliers(
+        product, outlier, outlier_weight, first_m, first_n, tokens, outputs, rank, outlier_stride, BLOCK_R
+    )
+    # Transposed: the places of the partial sums are computed again after the main loop, not kept during it.
+    place = tl.arange(0, BLOCK_M)[:, None] * BLOCK_N + tl.arange(0, BLOCK_N)[None, :]
+    inside = first_m + tl.arange(0, BLOCK_M) < tokens
+    product = tl.trans(product.to(tl.int32, bitcast=True))
+    tl.store(slabs + SPLIT_K * (BLOCK_M * BLOCK_N) + place, product, mask=inside[:, None])
+
+
+@triton.jit
+def _add_partial_sums(
+    slabs: tl.tensor,
+    place: tl.tensor,
+    inside: tl.tensor,
+    total: tl.tensor,
+    SPLIT_K: tl.constexpr,
+    UNROLLED_SLAB: tl.constexpr,
+) -> tl.tensor:
+    """The sum of what the programs of a tile have written, in their order; shape and dtype of `total`."""
+    SLAB: tl.constexpr = total.shape[0] * total.shape[1]
+    total = tl.zeros(total.shape, total.dtype)
+    if SLAB <= UNROLLED_SLAB:
+        for part in tl.static_range(SPLIT_K):  # all loads at once: the wait is what costs in a small tile
+            partial = tl.load(slabs + part * SLAB + place, mask=inside, other=0, cache_modifier=".cg")
+            total += partial.to(total.dtype, bitcast=True)
+    else:
+        for part in range(SPLIT_K):
+            partial = tl.load(slabs + part * SLAB + place, mask=inside, other=0, cache_modifier=".cg")
+            total += partial.to(total.dtype, bitcast=True)
+    return total
+
+
+@triton.jit
+def _apply_common_scales(
+    total: tl.tensor,
+    x_scale: tl.tensor,
+    row_sum: tl.tensor,
+    weight_scale: tl.tensor,
+    zero_point: tl.tensor,
+    m: tl.tensor,
+    n: tl.tensor,
+    X_GROUPED: tl.constexpr,
+    WEIGHT_GROUPED: tl.constexpr,
+    SHIFT: tl.constexpr,
+) -> tl.tensor:
+    """What `scaled_block` has not done: the zero point without groups, and the scales that all groups share."""
+    if not (X_GROUPED or WEIGHT_GROUPED):
+        total = total >> SHIFT
+        if zero_point is not None:
+            zero = tl.load(zero_point + n).to(tl.int32)
+            total -= zero[:, None] * tl.load(row_sum + m)[None, :]
+    result = total.to(tl.float32)
+    if not X_GROUPED:
+        result = result * tl.load(x_scale + m)[None, :]
+    if not WEIGHT_GROUPED:
+        result = result * tl.load(weight_scale + n).to(tl.float32)[:, None]
+    return result
 
 
 @triton.jit(do_not_specialize=("tokens",))
@@ -191,14 +190,7 @@ def linear_kernel(
     SHIFT: tl.constexpr = 4 * NIBBLES + 4 * X_PACKED
     tile = tl.program_id(0)
     split = tl.program_id(1)
-    tiles_m = tl.cdiv(tokens, BLOCK_M)
-    tiles_n = tl.cdiv(outputs, BLOCK_N)
-    # Bands of BAND rows of tiles, column by column: what runs at the same time shares its operands in the L2 cache.
-    band = tile // (BAND * tiles_n)
-    band_height = tl.minimum(tiles_m - band * BAND, BAND)
-    within = tile - band * BAND * tiles_n
-    first_m = (band * BAND + within % band_height) * BLOCK_M
-    first_n = within // band_height * BLOCK_N
+    first_m, first_n = _tile_origin(tile, tokens, outputs, BLOCK_M, BLOCK_N, BAND)
     # Rows beyond the edge repeat the last one, and are not stored.
     m = tl.minimum(first_m + tl.arange(0, BLOCK_M), tokens - 1)
     n = tl.minimum(first_n + tl.arange(0, BLOCK_N), outputs - 1)
@@ -213,15 +205,10 @@ def linear_kernel(
         slabs = workspace + tile.to(tl.int64) * ((SPLIT_K + (outlier is not None)) * SLAB)
         if outlier is not None:  # noqa: SIM102 (one is known when the kernel is compiled, the other is not)
             if split == 0:
-                product = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
-                product = _add_outliers(
-                    product, outlier, outlier_weight, first_m, first_n, tokens, outputs, rank, outlier_stride, BLOCK_R
-                )
-                # Transposed: the places of the partial sums are computed again after the main loop, not kept during it.
-                place = tl.arange(0, BLOCK_M)[:, None] * BLOCK_N + tl.arange(0, BLOCK_N)[None, :]
-                inside = first_m + tl.arange(0, BLOCK_M) < tokens
-                product = tl.trans(product.to(tl.int32, bitcast=True))
-                tl.store(slabs + SPLIT_K * SLAB + place, product, mask=inside[:, None])
+                _store_outlier_product(
+                    slabs, outlier, outlier_weight, first_m, first_n, tokens, outputs, rank, outlier_stride,
+                    BLOCK_M, BLOCK_N, BLOCK_R, SPLIT_K,
+                )  # fmt: skip
 
     blocks = groups * blocks_per_group
     blocks_per_split = tl.cdiv(blocks, SPLIT_K)
@@ -229,42 +216,17 @@ def linear_kernel(
     last = tl.minimum(first + blocks_per_split, blocks)
     total = tl.zeros((BLOCK_N, BLOCK_M), tl.float32 if GROUPED else tl.int32)
     for block in range(first, last):
-        start = block * BLOCK_K
-        low = 0
-        high = inputs
         if GROUPED:
-            group = block // blocks_per_group
-            if GROUP_MASK:
-                low = group * (inputs // groups)
-                high = low + inputs // groups
-                start = (low // BLOCK_K + block % blocks_per_group) * BLOCK_K
-            if X_GROUPED:
-                x_factor = tl.load(x_scale + m * x_groups + group // (groups // x_groups))
-            if WEIGHT_GROUPED:
-                factor = tl.load(weight_scale + n * weight_groups + group // (groups // weight_groups))
-            if zero_point is not None:
-                zero = tl.load(zero_point + n * weight_groups + group // (groups // weight_groups)).to(tl.int32)
-                x_sum = tl.load(row_sum + m * groups + group)
-                x_sum = tl.where(block % blocks_per_group == 0, x_sum, 0)  # once for a group
-            sums = tl.zeros((BLOCK_N, BLOCK_M), tl.int32)
+            total += scaled_block(
+                block, x_rows, weight_rows, x_scale, row_sum, weight_scale, zero_point, m, n, inputs, weight_stride,
+                x_groups, weight_groups, groups, blocks_per_group, NIBBLES, X_PACKED, X_GROUPED, WEIGHT_GROUPED,
+                GROUP_MASK, MASK, BLOCK_M, BLOCK_N, BLOCK_K, SHIFT, CHUNK, HALF, ASM,
+            )  # fmt: skip
         else:
-            sums = total
-        sums = _add_block(
-            sums, x_rows, weight_rows, start, low, high, inputs, weight_stride,
-            NIBBLES, X_PACKED, GROUP_MASK, MASK, BLOCK_K, CHUNK, HALF, ASM,
-        )  # fmt: skip
-        if GROUPED:
-            sums = sums >> SHIFT
-            if zero_point is not None:
-                sums -= zero[:, None] * x_sum[None, :]
-            scaled = sums.to(tl.float32)
-            if X_GROUPED:
-                scaled = scaled * x_factor[None, :]
-            if WEIGHT_GROUPED:
-                scaled = scaled * factor.to(tl.float32)[:, None]
-            total += scaled
-        else:
-            total = sums
+            total = add_block(
+                total, x_rows, weight_rows, block * BLOCK_K, 0, inputs, inputs, weight_stride,
+                NIBBLES, X_PACKED, GROUP_MASK, MASK, BLOCK_K, CHUNK, HALF, ASM,
+            )  # fmt: skip
 
     if SPLIT_K > 1:
         place = tl.arange(0, BLOCK_M)[None, :] * BLOCK_N + tl.arange(0, BLOCK_N)[:, None]
@@ -275,26 +237,11 @@ def linear_kernel(
         if arrived < SPLIT_K - 1:
             return
         tl.store(counters + tile, 0)
-        total = tl.zeros((BLOCK_N, BLOCK_M), total.dtype)
-        if SLAB <= UNROLLED_SLAB:
-            for part in tl.static_range(SPLIT_K):  # all loads at once: the wait is what costs in a small tile
-                partial = tl.load(slabs + part * SLAB + place, mask=inside, other=0, cache_modifier=".cg")
-                total += partial.to(total.dtype, bitcast=True)
-        else:
-            for part in range(SPLIT_K):
-                partial = tl.load(slabs + part * SLAB + place, mask=inside, other=0, cache_modifier=".cg")
-                total += partial.to(total.dtype, bitcast=True)
+        total = _add_partial_sums(slabs, place, inside, total, SPLIT_K, UNROLLED_SLAB)
 
-    if not GROUPED:
-        total = total >> SHIFT
-        if zero_point is not None:
-            zero = tl.load(zero_point + n).to(tl.int32)
-            total -= zero[:, None] * tl.load(row_sum + m)[None, :]
-    result = total.to(tl.float32)
-    if not X_GROUPED:
-        result = result * tl.load(x_scale + m)[None, :]
-    if not WEIGHT_GROUPED:
-        result = result * tl.load(weight_scale + n).to(tl.float32)[:, None]
+    result = _apply_common_scales(
+        total, x_scale, row_sum, weight_scale, zero_point, m, n, X_GROUPED, WEIGHT_GROUPED, SHIFT
+    )
     if outlier is not None:
         if SPLIT_K > 1:
             product = tl.load(slabs + SPLIT_K * SLAB + place, mask=inside, other=0, cache_modifier=".cg")

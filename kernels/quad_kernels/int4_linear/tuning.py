@@ -116,7 +116,7 @@ def cache_file(device: torch.device) -> Path:
 def _source_hash() -> str:
     here = Path(__file__).parent
     return hashlib.sha256(
-        b"".join((here / name).read_bytes() for name in ("kernel.py", "launch.py", "config.py"))
+        b"".join((here / name).read_bytes() for name in ("block.py", "kernel.py", "launch.py", "config.py"))
     ).hexdigest()[:16]
 
 

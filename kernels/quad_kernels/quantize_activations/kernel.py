@@ -103,6 +103,35 @@ def _sum_of_squares(x: tl.tensor) -> tl.tensor:
 
 
 @triton.jit
+def _inverse_rms(x: tl.tensor, x_2: tl.tensor, outlier: tl.tensor, eps: tl.tensor, WIDTH: tl.constexpr) -> tl.tensor:
+    """Of rows of WIDTH coordinates in three parts, the last two of which may be None."""
+    total = _sum_of_squares(x)
+    if x_2 is not None:
+        total += _sum_of_squares(x_2)
+    if outlier is not None:
+        total += _sum_of_squares(outlier)
+    return tl.rsqrt(tl.div_rn(total, WIDTH * 1.0) + eps)
+
+
+@triton.jit
+def _load_tile(
+    x_row: tl.tensor,
+    start: tl.tensor,
+    column: tl.tensor,
+    in_rows: tl.tensor,
+    WIDTH: tl.constexpr,
+    OUTLIERS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    KEEP_WIDTH: tl.constexpr,
+    GROUP: tl.constexpr,
+) -> tuple[tl.tensor, tl.tensor, tl.tensor]:
+    """Columns of a group that begins at `start`, the input coordinates that they are, and which of them exist."""
+    valid = in_rows & (column < GROUP)
+    source = residual_source(start + column, WIDTH, OUTLIERS, BLOCK, KEEP_WIDTH)
+    return tl.load(x_row + source, mask=valid, other=0.0), source, valid
+
+
+@triton.jit
 def quantize_kernel(
     x_ptr: tl.tensor,  # [tokens, WIDTH]
     norm_weight_ptr: tl.tensor,  # [WIDTH] or None
@@ -137,14 +166,10 @@ def quantize_kernel(
 
     index = tl.arange(0, FIRST)[None, :]
     column = index // 64 * 128 + index % 64 if PACKED else index
-    valid = in_rows & (column < GROUP)
-    source = residual_source(start + column, WIDTH, OUTLIERS, BLOCK, KEEP_WIDTH)
-    x = tl.load(x_row + source, mask=valid, other=0.0)
+    x, source, valid = _load_tile(x_row, start, column, in_rows, WIDTH, OUTLIERS, BLOCK, KEEP_WIDTH, GROUP)
     if SECOND > 0:
         column_2 = column + 64 if PACKED else FIRST + tl.arange(0, SECOND)[None, :]
-        valid_2 = in_rows & (column_2 < GROUP)
-        source_2 = residual_source(start + column_2, WIDTH, OUTLIERS, BLOCK, KEEP_WIDTH)
-        x_2 = tl.load(x_row + source_2, mask=valid_2, other=0.0)
+        x_2, source_2, valid_2 = _load_tile(x_row, start, column_2, in_rows, WIDTH, OUTLIERS, BLOCK, KEEP_WIDTH, GROUP)
     if RANK > 0:
         OUTLIER_WIDTH: tl.constexpr = WIDTH // BLOCK * OUTLIERS
         outlier_index = tl.arange(0, RANK)[None, :]
@@ -153,12 +178,9 @@ def quantize_kernel(
         outlier = tl.load(x_row + outlier_column, mask=outlier_valid, other=0.0)
 
     if NORM:
-        total = _sum_of_squares(x)
-        if SECOND > 0:
-            total += _sum_of_squares(x_2)
-        if RANK > 0 and not KEEP_WIDTH:
-            total += _sum_of_squares(outlier)
-        inverse_rms = tl.rsqrt(tl.div_rn(total, WIDTH * 1.0) + eps)
+        inverse_rms = _inverse_rms(
+            x, x_2 if SECOND > 0 else None, outlier if RANK > 0 and not KEEP_WIDTH else None, eps, WIDTH
+        )
         x = _normalise(x, inverse_rms, norm_weight_ptr, source, valid)
         if SECOND > 0:
             x_2 = _normalise(x_2, inverse_rms, norm_weight_ptr, source_2, valid_2)

@@ -30,8 +30,7 @@ def quantize_activations(
 def quantize(x: torch.Tensor, quantization: InputQuantization) -> tuple[torch.Tensor, torch.Tensor]:
     """Quantizes `[tokens, n]`: integers `[tokens, n]`, int8, and scales `[tokens, groups]`, float32."""
     bits = quantization.bits
-    groups = 1 if quantization.group_size is None else x.shape[-1] // quantization.group_size
-    grouped = x.unflatten(-1, (groups, -1))
+    grouped = x.unflatten(-1, (quantization.groups(x.shape[-1]), -1))
     largest = grouped.abs().amax(-1).float()
     # By a tensor: CUDA would multiply by the rounded inverse of a number.
     scale = largest * quantization.clip_ratio / torch.full_like(largest, (2**bits - 1) / 2)
