@@ -15,6 +15,7 @@ def quad_modifiers_modifiers() -> Mapping[str, str]:
         "SVDOutlierProjection": "quad_modifiers.modifiers.svd_outlier_projection:SVDOutlierProjection",
         "OutlierSplitGPTQ": "quad_modifiers.modifiers.outlier_split_gptq:OutlierSplitGPTQ",
         "EmbeddingHeadQuant": "quad_modifiers.modifiers.embedding_head_quant:EmbeddingHeadQuant",
+        "OutlierLoRA": "quad_modifiers.modifiers.outlier_lora:OutlierLoRA",
         "DynamicActQuant": "quad_modifiers.modifiers.dynamic_act_quant:DynamicActQuant",
     }
 

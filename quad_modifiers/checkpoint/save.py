@@ -145,6 +145,8 @@ def save_checkpoint(
         text = recipe if recipe is not None else _session_recipe()
         if text:
             (temporary / "recipe.yaml").write_text(text)
+        for name, record in getattr(model, "quad_records", {}).items():  # what modifiers want to be remembered
+            (temporary / name).write_text(record)
         if tokenizer is not None:
             tokenizer.save_pretrained(temporary)
     kind = "compressed-tensors" if plain else "QUAD"

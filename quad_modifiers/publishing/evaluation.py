@@ -1,16 +1,21 @@
 """`evaluation.json`: measured quality, kept beside the checkpoint that it belongs to.
 
-Whoever measures writes it, the model card reads it. It holds results only, never estimates, and says what they were
-measured on. Task results keep lm-eval's own form, so that its output can be copied in unchanged.
+Whoever measures writes it (`quad eval` does), the model card reads it. It holds results only, never estimates, and says
+what they were measured on. Task results keep lm-eval's own form, so that its output can be copied in unchanged.
 """
 
-from collections.abc import Iterator
+import os
+import tempfile
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Literal, NamedTuple
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 EVALUATION_NAME = "evaluation.json"
+
+
+Interval = tuple[float, float]
 
 
 class _Strict(BaseModel):
@@ -27,6 +32,7 @@ class PerplexityResult(_Strict):
         value: exp of the mean negative log-likelihood.
         stderr: standard error of `value`, if known.
         baseline: the original model on the same windows, if measured.
+        ratio_interval: 95 % interval of value / baseline, paired over the windows.
     """
 
     text: str = Field(min_length=1)
@@ -35,10 +41,51 @@ class PerplexityResult(_Strict):
     value: float = Field(gt=0)
     stderr: float | None = Field(default=None, ge=0)
     baseline: float | None = Field(default=None, gt=0)
+    ratio_interval: Interval | None = None
 
 
-TaskResults = dict[str, dict[str, float | str | None]]
-"""lm-eval's `results`: by task, then by "metric,filter", with "metric_stderr,filter" beside it and an "alias"."""
+class Comparison(_Strict):
+    """A task's score beside that of the original, over the same items.
+
+    Attributes:
+        task: lm-eval's name of a task or group; "average" for the mean over several.
+        metric: the metric that is compared: an accuracy, or "word_perplexity".
+        items: how many were asked.
+        value: the score.
+        stderr: its standard error over items.
+        chance: score of guessing; null for a perplexity.
+        baseline: the original's score.
+        baseline_stderr: its standard error.
+        percent: 100 value / baseline, for an accuracy.
+        percent_above_chance: 100 (value - chance) / (baseline - chance); null if the original is no better than chance.
+        difference: value - baseline.
+        interval: 95 % interval of the difference, by a bootstrap over the items, paired.
+        percent_interval: the same of `percent`.
+    """
+
+    task: str = Field(min_length=1)
+    metric: str = Field(min_length=1)
+    items: int = Field(ge=1)
+    value: float
+    stderr: float | None = Field(default=None, ge=0)
+    chance: float | None = Field(default=None, ge=0, le=1)
+    baseline: float | None = None
+    baseline_stderr: float | None = Field(default=None, ge=0)
+    percent: float | None = None
+    percent_above_chance: float | None = None
+    difference: float | None = None
+    interval: Interval | None = None
+    percent_interval: Interval | None = None
+
+    @property
+    def distinguishable(self) -> bool:
+        """True if the difference is larger than its interval allows for chance."""
+        return self.interval is not None and not self.interval[0] <= 0 <= self.interval[1]
+
+
+TaskResults = dict[str, dict[str, float | str | dict[str, float] | None]]
+"""lm-eval's `results`: by task, then by "metric,filter", with "metric_stderr,filter" beside it. Keys without a comma,
+such as "alias" and "sample_len", are no metrics."""
 
 
 class Evaluation(_Strict):
@@ -50,7 +97,13 @@ class Evaluation(_Strict):
         perplexity: perplexities.
         results: lm-eval's `results` of this checkpoint.
         baseline_results: lm-eval's `results` of the original.
+        tasks: what was asked for: names of tasks, groups and tags.
+        comparisons: each task, or group with a score, that has an accuracy or a word perplexity.
+        average: the mean over the accuracies among them, each task counting alike.
         n_shot: lm-eval's `n-shot`: examples in the prompt, by task.
+        versions: lm-eval's `versions`: of the tasks.
+        limit: items asked of each task, if not all.
+        seed: of few-shot examples, windows and bootstrap.
         packages: versions of what measured, by package.
         machine: what it was measured on.
     """
@@ -60,7 +113,13 @@ class Evaluation(_Strict):
     perplexity: list[PerplexityResult] = []
     results: TaskResults = {}
     baseline_results: TaskResults = {}
+    tasks: list[str] = []
+    comparisons: list[Comparison] = []
+    average: Comparison | None = None
     n_shot: dict[str, int] = {}
+    versions: dict[str, float | str | None] = {}
+    limit: int | None = Field(default=None, ge=1)
+    seed: int | None = None
     packages: dict[str, str] = {}
     machine: str | None = None
 
@@ -82,7 +141,15 @@ def read_evaluation(folder: Path) -> Evaluation | None:
     Raises:
         ValueError: naming the field that is wrong.
     """
-    file = folder / EVALUATION_NAME
+    return read_evaluation_file(folder / EVALUATION_NAME)
+
+
+def read_evaluation_file(file: Path) -> Evaluation | None:
+    """Returns the evaluation in a file, None if there is none.
+
+    Raises:
+        ValueError: naming the field that is wrong.
+    """
     if not file.is_file():
         return None
     try:
@@ -93,12 +160,58 @@ def read_evaluation(folder: Path) -> Evaluation | None:
         raise ValueError(f"{file}: {where}: {first['msg']}; correct it, or remove the file") from error
 
 
+def write_evaluation(evaluation: Evaluation, file: Path) -> None:
+    """Writes an evaluation; what stood there before is replaced."""
+    replace_file(file, evaluation.model_dump_json(indent=2, exclude_defaults=True) + "\n")
+
+
+def replace_file(file: Path, text: str) -> None:
+    """Writes a file by way of a temporary one beside it: whoever reads it finds the old text or the new."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    handle, temporary = tempfile.mkstemp(prefix=f".{file.name}.", dir=file.parent)
+    try:
+        with os.fdopen(handle, "w", encoding="utf-8") as stream:
+            stream.write(text)
+        Path(temporary).chmod(0o644)
+        Path(temporary).replace(file)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+
+
+def check_replaceable(file: Path, tasks: Sequence[str], limit: int | None, with_perplexity: bool) -> None:
+    """Refuses to replace results by others that would not cover them, before these are measured.
+
+    Args:
+        file: where the new results will be written.
+        tasks: that will be measured.
+        limit: items of each task, None for all.
+        with_perplexity: a perplexity will be measured.
+
+    Raises:
+        FileExistsError: naming what would be lost.
+    """
+    old = read_evaluation_file(file)
+    if old is None:
+        return
+    lost = [task for task in old.tasks or old.results if task not in tasks]
+    if old.perplexity and not with_perplexity:
+        lost.append("the perplexity")
+    if limit is not None and (old.limit is None or old.limit > limit):
+        lost.append(f"{'all' if old.limit is None else old.limit} items of each task instead of {limit}")
+    if lost:
+        raise FileExistsError(
+            f"{file} holds results that this run does not measure: {', '.join(lost)}; measure these as well, choose "
+            "another file with --output, or replace it with --overwrite"
+        )
+
+
 def task_scores(evaluation: Evaluation) -> Iterator[TaskScore]:
     """Yields every number among the task results that is no standard error."""
     for task, metrics in evaluation.results.items():
         for key, value in metrics.items():
-            metric, _, rule = key.partition(",")
-            if not isinstance(value, float) or metric.endswith("_stderr"):
+            metric, comma, rule = key.partition(",")
+            if not comma or not isinstance(value, float) or metric.endswith("_stderr"):
                 continue
             stderr = metrics.get(f"{metric}_stderr,{rule}")
             baseline = evaluation.baseline_results.get(task, {}).get(key)

@@ -7,6 +7,7 @@ from quad_modifiers.publishing.base_license import UNKNOWN, License
 from quad_modifiers.publishing.citation import BIBTEX, PAPER_URL
 from quad_modifiers.publishing.evaluation import Evaluation, task_scores
 from quad_modifiers.publishing.inventory import KIND_NAMES, Inventory
+from quad_modifiers.publishing.tuning import Tuning, read_tuning
 
 _U_TYPE = ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj")  # read the residual stream
 _D_TYPE = ("o_proj", "down_proj")  # write it
@@ -22,10 +23,12 @@ def write_sections(
 ) -> dict[str, str]:
     """Returns the sections by name, in the order of a new card."""
     quad = None if inventory.quad is None else read_format(inventory.quad)
+    tuning = read_tuning(folder)
     return {
         "summary": _summary(inventory, quad, base_model, license),
         "usage": _usage(quad, repo_id),
         "evaluation": _evaluation(evaluation),
+        **({} if tuning is None else {"tuning": _tuning(tuning)}),
         "quantization": _quad_widths(quad) if quad else _plain_widths(inventory),
         "size": _size(inventory),
         "recipe": _recipe(folder),
@@ -119,6 +122,29 @@ def _evaluation(evaluation: Evaluation | None) -> str:
     measured_with = ", ".join(f"{name} {version}" for name, version in evaluation.packages.items())
     context = "; ".join(part for part in (measured_with, evaluation.machine) if part)
     return "\n".join([*lines, "", f"Measured with {context}."] if context else lines)
+
+
+def _tuning(tuning: Tuning) -> str:
+    trained = "outlier weights and the scales of the quantized weights" if tuning.weight_scales else "outlier weights"
+    goal = "on the next token" if tuning.original is None else f"by distillation from {tuning.original}"
+    lines = [
+        "## Fine-tuning",
+        "",
+        f"After quantization the {trained} ({tuning.trainable_parameters:,} parameters) were trained {goal}; the "
+        f"quantized integers are unchanged. Text: {tuning.data}, {tuning.samples} samples, {tuning.tokens:,} tokens. "
+        f"AdamW, largest learning rate {tuning.learning_rate:g}, {tuning.steps} steps of {tuning.batch_size} samples; "
+        f"the weights are those of step {tuning.best_step}.",
+        "",
+        f"| on {tuning.validation_samples} samples of that text that were not trained on | before | after |",
+        "|---|---|---|",
+        f"| perplexity | {_number(tuning.before.perplexity)} | {_number(tuning.after.perplexity)} |",
+    ]
+    if tuning.before.divergence is not None and tuning.after.divergence is not None:
+        before, after = tuning.before.divergence, tuning.after.divergence
+        lines.append(f"| KL to the original, nats per token | {before:.4f} | {after:.4f} |")
+    if tuning.original_perplexity is not None:
+        lines += ["", f"The original has perplexity {tuning.original_perplexity:.3f} on them."]
+    return "\n".join(lines)
 
 
 def _quad_widths(quad: QuadFormat) -> str:

@@ -14,6 +14,7 @@ from quad_modifiers.recipe import builtin_recipe_folder, check_recipe, list_reci
 NAMES = (
     "quad_w4a4",
     "quad_w4a4a8",
+    "quad_w4a4a8_tuned",
     "quad_w4a4_square",
     "quad_w4a4_e8",
     "quad_w4a4_portable",

@@ -1,0 +1,90 @@
+"""`tuning.json`: that a checkpoint was fine-tuned, and on what; kept with the adapter and with the merged checkpoint.
+
+Fine-tuning writes it, merging copies it, the model card reports it.
+"""
+
+from pathlib import Path
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+TUNING_NAME = "tuning.json"
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+
+class TunedQuality(_Strict):
+    """Means over the validation samples: text like that trained on, but held back.
+
+    Attributes:
+        perplexity: of the checkpoint.
+        divergence: KL(original || checkpoint) in nats per token; None if the original was not at hand.
+    """
+
+    perplexity: float = Field(gt=0)
+    divergence: float | None = None
+
+
+class Tuning(_Strict):
+    """The whole file.
+
+    Attributes:
+        format_version: 1; a reader refuses any other.
+        loss: "distillation" from the original model, or "next_token".
+        original: name of the original model; None for "next_token".
+        temperature: of the distillation.
+        data: what was trained on, for people.
+        samples, tokens: trained on.
+        validation_samples: held back.
+        steps: of the optimizer.
+        best_step: whose weights these are, the best on the validation samples.
+        batch_size: samples in a step.
+        learning_rate: largest.
+        seed: of the order of the samples.
+        trainable_parameters: numbers that were trained.
+        weight_scales: the scales of the quantized weights were trained too.
+        before, after: quality on the validation samples.
+        original_perplexity: of the original model on them, if it was at hand.
+        seconds: it took.
+        packages: versions.
+    """
+
+    format_version: Literal[1] = 1
+    loss: Literal["distillation", "next_token"]
+    original: str | None = None
+    temperature: float = 1.0
+    data: str = Field(min_length=1)
+    samples: int = Field(ge=1)
+    tokens: int = Field(ge=1)
+    validation_samples: int = Field(ge=1)
+    steps: int = Field(ge=1)
+    best_step: int = Field(ge=0)
+    batch_size: int = Field(ge=1)
+    learning_rate: float = Field(gt=0)
+    seed: int
+    trainable_parameters: int = Field(ge=1)
+    weight_scales: bool
+    before: TunedQuality
+    after: TunedQuality
+    original_perplexity: float | None = None
+    seconds: float = Field(ge=0)
+    packages: dict[str, str] = {}
+
+
+def read_tuning(folder: Path) -> Tuning | None:
+    """Returns the record in a folder, None if there is none.
+
+    Raises:
+        ValueError: naming the field that is wrong.
+    """
+    file = folder / TUNING_NAME
+    if not file.is_file():
+        return None
+    try:
+        return Tuning.model_validate_json(file.read_bytes())
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        where = ".".join(str(step) for step in first["loc"]) or "the file"
+        raise ValueError(f"{file}: {where}: {first['msg']}; correct it, or remove the file") from error

@@ -1,0 +1,33 @@
+"""Training of outlier adapters: `finetune` and `merge`, and what they are made of.
+
+Everything works on a stock `PeftModel`; transformers' Trainer and TRL's SFTTrainer train one just as well.
+"""
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from quad_peft.training.checkpoint import merge as merge
+    from quad_peft.training.loop import TuningSettings as TuningSettings
+    from quad_peft.training.run import FinetuneResult as FinetuneResult
+    from quad_peft.training.run import finetune as finetune
+    from quad_peft.training.trainer import QuadTrainer as QuadTrainer
+    from quad_peft.training.trainer import StopOnNonFinite as StopOnNonFinite
+
+_MODULES = {
+    "FinetuneResult": "run",
+    "QuadTrainer": "trainer",
+    "StopOnNonFinite": "trainer",
+    "TuningSettings": "loop",
+    "finetune": "run",
+    "merge": "checkpoint",
+}
+__all__ = ["FinetuneResult", "QuadTrainer", "StopOnNonFinite", "TuningSettings", "finetune", "merge"]
+
+
+def __getattr__(name: str) -> Any:
+    """Imports on first use: transformers' Trainer takes seconds."""
+    if name not in _MODULES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from importlib import import_module
+
+    return getattr(import_module(f"quad_peft.training.{_MODULES[name]}"), name)

@@ -1,0 +1,214 @@
+"""Token samples to train and to validate on, from whatever text the user has."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch.utils.data import Dataset
+
+from quad_modifiers.calibration import sources
+from quad_modifiers.text.wikipedia import wikipedia_articles
+from quad_modifiers.text.windows import token_stream
+from quad_peft.training.losses import IGNORED
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+DEFAULT_TEXT = "the calibration half of the Wikipedia articles in gensim's package"
+_MINIMUM = 2  # samples: one to train and one to validate on
+
+
+@dataclass(frozen=True)
+class TrainingData:
+    """Samples of token ids.
+
+    Attributes:
+        samples: `[tokens]` each, int64, on the CPU.
+        validation: how many of them, the last ones, are never trained on.
+        source: what they were made from, for people.
+    """
+
+    samples: list[torch.Tensor]
+    validation: int
+    source: str
+
+    @property
+    def training_samples(self) -> Samples:
+        """Those to train on."""
+        return Samples(self.samples, range(len(self.samples) - self.validation))
+
+    @property
+    def validation_samples(self) -> Samples:
+        """Those to validate on."""
+        return Samples(self.samples, range(len(self.samples) - self.validation, len(self.samples)))
+
+    @property
+    def fingerprint(self) -> str:
+        """A hash of all token ids, 16 hexadecimal digits."""
+        digest = hashlib.sha256()
+        for sample in self.samples:
+            digest.update(len(sample).to_bytes(8, "little") + sample.numpy().tobytes())
+        return digest.hexdigest()[:16]
+
+
+class Samples(Dataset[dict[str, Any]]):
+    """Some of the samples; each knows its place among all, by which a teacher finds what it said about it."""
+
+    def __init__(self, samples: Sequence[torch.Tensor], places: range) -> None:
+        self._samples, self._places = samples, places
+
+    def __len__(self) -> int:
+        """Number of samples."""
+        return len(self._places)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        """The token ids, `[tokens]`, and the place among all samples."""
+        place = self._places[index]
+        return {"input_ids": self._samples[place], "place": place}
+
+
+@dataclass(frozen=True)
+class Collator:
+    """Makes a batch; samples of different lengths are padded on the right.
+
+    Attributes:
+        pad_token: id in the padding; the attention mask and the labels leave it out.
+    """
+
+    pad_token: int = 0
+
+    def __call__(self, samples: Sequence[dict[str, Any]]) -> dict[str, torch.Tensor]:
+        """Returns `input_ids` and `labels`, `[batch, tokens]`, `place`, `[batch]`; with padding, `attention_mask`."""
+        rows = [sample["input_ids"] for sample in samples]
+        batch = {
+            "input_ids": _padded(rows, self.pad_token),
+            "labels": _padded(rows, IGNORED),
+            "place": torch.tensor([sample["place"] for sample in samples]),
+        }
+        if len({len(row) for row in rows}) > 1:
+            batch["attention_mask"] = (batch["labels"] != IGNORED).long()
+        return batch
+
+
+def training_data(
+    source: Any,
+    tokenizer: PreTrainedTokenizerBase | None,
+    *,
+    length: int,
+    samples: int | None = None,
+    packed: bool = True,
+    validation: float = 0.05,
+    text_column: str = "text",
+    split: str | None = None,
+    dataset_config: str | None = None,
+    seed: int = 0,
+) -> TrainingData:
+    """Cuts text into samples.
+
+    Args:
+        source: None for the calibration half of the Wikipedia articles that gensim ships (the other half is for
+            measuring and never comes in); a .txt, .jsonl, .csv or .parquet file; a `datasets` name, folder or object;
+            a list of strings; or token ids, `[samples, tokens]` or a list of `[tokens]`.
+        tokenizer: of the model; not needed for token ids.
+        length: tokens in a sample, at most.
+        samples: at most so many, drawn at random; all by default.
+        packed: one stream of all documents cut into windows of exactly `length`; otherwise one sample for each
+            document, cut at `length`.
+        validation: share of the samples to validate on: the last ones of the text, at least one.
+        text_column: field or column of the text.
+        split: of a `datasets` name.
+        dataset_config: configuration of a `datasets` name.
+        seed: of the draw.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ImportError: the package `datasets` is needed and missing.
+        TypeError: `source` is of no kind listed.
+        ValueError: no text, no such column (the columns are named), or less than two samples.
+    """
+    if not 0 < validation < 1:
+        raise ValueError(f"validation ({validation}) is a share of the samples, above 0 and below 1")
+    if length < 2:
+        raise ValueError(f"length ({length}) must be at least 2 tokens: one is given, the others are predicted")
+    rows = _token_rows(source)
+    if rows is None:
+        if tokenizer is None:
+            raise ValueError("text needs a tokenizer, and there is none beside the checkpoint; save one there")
+        texts = _documents(source, text_column, split, dataset_config)
+        rows = _windows(token_stream(tokenizer, texts), length) if packed else _encoded(tokenizer, texts, length)
+    rows = [row[:length] for row in rows if len(row) > 1]
+    name = _name(source)
+    if len(rows) < _MINIMUM:
+        tokens = sum(len(row) for row in rows)
+        raise ValueError(
+            f"{name} gives {len(rows)} samples of up to {length} tokens ({tokens} tokens), but at least {_MINIMUM} are "
+            "needed, one to train and one to validate on; give more text, or a smaller length"
+        )
+    held = max(1, round(validation * min(len(rows), samples or len(rows))))
+    return TrainingData(_drawn(rows, samples, held, seed), held, name)
+
+
+def _drawn(rows: list[torch.Tensor], samples: int | None, held: int, seed: int) -> list[torch.Tensor]:
+    """All rows, or `samples` of them: the last `held` and a random draw of those before, in the order of the text."""
+    if samples is None or samples >= len(rows):
+        return rows
+    if samples < _MINIMUM:
+        raise ValueError(f"samples ({samples}) must be at least {_MINIMUM}: one to train and one to validate on")
+    generator = torch.Generator().manual_seed(seed)
+    before = len(rows) - held
+    chosen = torch.randperm(before, generator=generator)[: samples - held].sort().values.tolist()
+    return [rows[index] for index in chosen] + rows[before:]
+
+
+def _token_rows(source: Any) -> list[torch.Tensor] | None:
+    """The rows of token ids, None for text."""
+    if isinstance(source, torch.Tensor):
+        return list(sources.unpadded(source, None, "the training data"))
+    if isinstance(source, Sequence) and source and isinstance(source[0], torch.Tensor):
+        return [row for each in source for row in sources.unpadded(each, None, "a training sample")]
+    return None
+
+
+def _documents(source: Any, text_column: str, split: str | None, dataset_config: str | None) -> Sequence[str]:
+    if source is None:
+        return wikipedia_articles("calibration")
+    if isinstance(source, (str, Path)):
+        if sources.is_local_file(source):
+            return sources.read_local(source, text_column)
+        source = sources.load_named(source, dataset_config, split)
+    if hasattr(source, "column_names"):
+        return sources.dataset_texts(sources.single_split(source, split), text_column)
+    if isinstance(source, Sequence) and not isinstance(source, bytes):
+        return source
+    raise TypeError(
+        f"training data cannot be a {type(source).__name__}; give a file or `datasets` name, a Dataset (not a "
+        "streaming one), a list of strings, or token ids"
+    )
+
+
+def _windows(stream: torch.Tensor, length: int) -> list[torch.Tensor]:
+    return list(stream[: len(stream) // length * length].view(-1, length))
+
+
+def _encoded(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], length: int) -> list[torch.Tensor]:
+    """One row for each document that is not empty, with the special tokens that the tokenizer adds."""
+    kept = [text for text in texts if text.strip()]
+    encoding = tokenizer(kept, truncation=True, max_length=length, return_attention_mask=False)
+    return [torch.tensor(ids, dtype=torch.int64) for ids in encoding["input_ids"]]
+
+
+def _padded(rows: Sequence[torch.Tensor], value: int) -> torch.Tensor:
+    return torch.nn.utils.rnn.pad_sequence(list(rows), batch_first=True, padding_value=value)
+
+
+def _name(source: Any) -> str:
+    if source is None:
+        return DEFAULT_TEXT
+    if isinstance(source, (str, Path)):
+        return Path(source).name if sources.is_local_file(source) else str(source)
+    return f"a {type(source).__name__}"

@@ -1,0 +1,224 @@
+"""One training run: settings, the loop, resuming. Used by `finetune` and by the `OutlierLoRA` modifier."""
+
+from __future__ import annotations
+
+import json
+import logging
+import re
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from transformers import TrainingArguments
+
+from quad_peft.training.data import Collator, TrainingData
+from quad_peft.training.measure import Quality, measure
+from quad_peft.training.teacher import Teacher
+from quad_peft.training.trainer import NonFiniteError, QuadTrainer
+
+logger = logging.getLogger(__name__)
+
+LAST_GOOD = "last_good"
+_BEFORE = "before.json"
+
+
+@dataclass(frozen=True)
+class TuningSettings:
+    """How to train.
+
+    Attributes:
+        epochs: passes over the training samples.
+        max_steps: ends the run earlier; None runs all epochs.
+        batch_size: samples in a forward pass, on each process.
+        accumulation: forward passes in a step.
+        learning_rate: largest one; AdamW with betas 0.9 and 0.95, cosine to zero.
+        warmup: share of the steps in which the learning rate rises.
+        temperature: of the distillation.
+        gradient_checkpointing: computes every block twice and keeps only its input in memory.
+        evaluations: on the validation samples during the run; after each the state is saved.
+        seed: of the order of the samples.
+        report_to: integrations of transformers, such as "tensorboard".
+    """
+
+    epochs: float = 1.0
+    max_steps: int | None = None
+    batch_size: int = 4
+    accumulation: int = 1
+    learning_rate: float = 1e-4
+    warmup: float = 0.05
+    temperature: float = 1.0
+    gradient_checkpointing: bool = False
+    evaluations: int = 10
+    seed: int = 0
+    report_to: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        """Checks the ranges."""
+        for name, lowest in (("epochs", 0), ("learning_rate", 0), ("temperature", 0)):
+            if not getattr(self, name) > lowest:
+                raise ValueError(f"{name} ({getattr(self, name)}) must be above {lowest}")
+        for name, smallest in (("batch_size", 1), ("accumulation", 1), ("evaluations", 2)):
+            if getattr(self, name) < smallest:
+                raise ValueError(f"{name} ({getattr(self, name)}) must be at least {smallest}")
+        if self.max_steps is not None and self.max_steps < 1:
+            raise ValueError(f"max_steps ({self.max_steps}) must be at least 1")
+        if not 0 <= self.warmup < 1:
+            raise ValueError(f"warmup ({self.warmup}) is a share of the steps, from 0 to below 1")
+
+    def arguments(self, folder: Path) -> TrainingArguments:
+        """As transformers' Trainer takes them; states go to `folder`."""
+        every = 1 / self.evaluations  # below 1: a share of all steps
+        arguments = TrainingArguments(
+            output_dir=str(folder),
+            num_train_epochs=self.epochs,
+            max_steps=-1 if self.max_steps is None else self.max_steps,
+            per_device_train_batch_size=self.batch_size,
+            per_device_eval_batch_size=self.batch_size,
+            gradient_accumulation_steps=self.accumulation,
+            learning_rate=self.learning_rate,
+            adam_beta1=0.9,
+            adam_beta2=0.95,
+            weight_decay=0.0,
+            max_grad_norm=1.0,
+            lr_scheduler_type="cosine",
+            warmup_steps=self.warmup,
+            gradient_checkpointing=self.gradient_checkpointing,
+            eval_strategy="steps",
+            eval_steps=every,
+            save_strategy="steps",
+            save_steps=every,
+            save_total_limit=1,  # and the best one
+            load_best_model_at_end=True,
+            metric_for_best_model="loss",
+            logging_steps=min(every, 0.01),
+            logging_nan_inf_filter=False,
+            prediction_loss_only=True,
+            remove_unused_columns=False,
+            ddp_broadcast_buffers=False,  # packed weights, the same everywhere
+            ddp_find_unused_parameters=False,
+            dataloader_pin_memory=False,
+            seed=self.seed,
+            report_to=list(self.report_to) or "none",
+        )
+        arguments._n_gpu = min(arguments.n_gpu, 1)  # no DataParallel: `accelerate launch` is for several devices
+        return arguments
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a run did.
+
+    Attributes:
+        history: log entries of the Trainer: dicts with "step" and "loss", or "eval_loss".
+        steps: of the optimizer.
+        best_step: whose weights the model has now.
+        trainable_parameters: numbers that were trained.
+        before, after: quality on the validation samples.
+        seconds: of this process, the time before an interruption not counted.
+    """
+
+    history: list[dict[str, float]]
+    steps: int
+    best_step: int
+    trainable_parameters: int
+    before: Quality
+    after: Quality
+    seconds: float
+
+
+def tune(
+    model: Any,
+    data: TrainingData,
+    settings: TuningSettings,
+    arguments: TrainingArguments,
+    teacher: Teacher | None = None,
+    pad_token: int = 0,
+) -> Outcome:
+    """Trains the adapter of a PEFT model and leaves it at its best state.
+
+    Goes on from the last complete state in the folder of `arguments`, to the same result as without an interruption.
+
+    Args:
+        model: a `PeftModel` of a QUAD model.
+        data: samples.
+        settings: how.
+        arguments: `settings.arguments(folder)`.
+        teacher: the original model, for distillation; None trains on the next token.
+        pad_token: id in the padding.
+
+    Raises:
+        NonFiniteError: if the loss becomes NaN; the weights from before that step are saved in `last_good`.
+    """
+    start, folder = time.perf_counter(), Path(arguments.output_dir)
+    collator = Collator(pad_token)
+    trainer = QuadTrainer(
+        model=model,
+        args=arguments,
+        train_dataset=data.training_samples,
+        eval_dataset=data.validation_samples,
+        data_collator=collator,
+        teacher=teacher,
+        temperature=settings.temperature,
+    )
+    checkpoint = last_complete_state(folder)
+    held = (data.validation_samples, collator, settings.batch_size, teacher)
+    before = _quality_before(folder, trainer, held)
+    if checkpoint is not None:
+        logger.info("resuming from %s", checkpoint)
+    try:
+        trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+    except NonFiniteError as error:
+        if trainer.is_world_process_zero():
+            model.save_pretrained(folder / LAST_GOOD)
+        raise NonFiniteError(f"{error}. The weights from before that step are in {folder / LAST_GOOD}") from error
+    state = trainer.state
+    best = int(state.best_global_step or state.global_step)
+    after = measure(model, *held)
+    _warn_if_worse(before, after)
+    trainer.accelerator.wait_for_everyone()  # the main process removes the folder that all read the best state from
+    trainable = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    return Outcome(state.log_history, state.global_step, best, trainable, before, after, time.perf_counter() - start)
+
+
+def _warn_if_worse(before: Quality, after: Quality) -> None:
+    for name, old, new in zip(before._fields, before, after, strict=True):
+        if old is not None and new is not None and new > old:
+            logger.warning(
+                "the %s on the validation samples rose from %.4g to %.4g; lower the learning rate, or train longer",
+                name,
+                old,
+                new,
+            )
+
+
+def last_complete_state(folder: Path) -> Path | None:
+    """Returns the Trainer's newest saved state, None if there is none.
+
+    One that was cut off while it was written is passed over.
+    """
+    found = {
+        int(m[1]): path for path in folder.glob("checkpoint-*") if (m := re.fullmatch(r"checkpoint-(\d+)", path.name))
+    }
+    return next((found[step] for step in sorted(found, reverse=True) if _is_complete(found[step])), None)
+
+
+def _is_complete(checkpoint: Path) -> bool:
+    try:  # written last
+        return "global_step" in json.loads((checkpoint / "trainer_state.json").read_text())
+    except (OSError, ValueError):
+        return False
+
+
+def _quality_before(folder: Path, trainer: QuadTrainer, held: tuple[Any, ...]) -> Quality:
+    """Measures the model, or reads what an interrupted run measured."""
+    file = folder / _BEFORE
+    if file.is_file():
+        return Quality(*json.loads(file.read_text()))
+    quality = measure(trainer.model, *held)
+    if trainer.is_world_process_zero():
+        folder.mkdir(parents=True, exist_ok=True)
+        partial = file.with_suffix(".partial")
+        partial.write_text(json.dumps(quality))
+        partial.replace(file)
+    return quality

@@ -1,0 +1,70 @@
+"""`tuning.json` of a run."""
+
+from pathlib import Path
+from typing import Any
+
+from quad_modifiers.publishing.tuning import TunedQuality, Tuning
+from quad_peft.training.data import TrainingData
+from quad_peft.training.loop import Outcome, TuningSettings
+from quad_peft.training.measure import Quality
+
+
+def tuning_record(
+    outcome: Outcome,
+    data: TrainingData,
+    settings: TuningSettings,
+    *,
+    original: str | None,
+    train_weight_scales: bool,
+    processes: int = 1,
+) -> Tuning:
+    """Returns the record.
+
+    Args:
+        outcome: of the run.
+        data: it was trained on.
+        settings: of the run.
+        original: name of the original model; None if the loss was that of the next token.
+        train_weight_scales: whether the scales were trained too.
+        processes: that shared the batches.
+    """
+    trained = data.samples[: len(data.samples) - data.validation]
+    return Tuning(
+        loss="next_token" if original is None else "distillation",
+        original=original,
+        temperature=settings.temperature,
+        data=data.source,
+        samples=len(trained),
+        tokens=sum(len(sample) for sample in trained),
+        validation_samples=data.validation,
+        steps=outcome.steps,
+        best_step=outcome.best_step,
+        batch_size=settings.batch_size * settings.accumulation * processes,
+        learning_rate=settings.learning_rate,
+        seed=settings.seed,
+        trainable_parameters=outcome.trainable_parameters,
+        weight_scales=train_weight_scales,
+        before=_quality(outcome.before),
+        after=_quality(outcome.after),
+        original_perplexity=outcome.before.original_perplexity,
+        seconds=round(outcome.seconds, 1),
+        packages=_versions(),
+    )
+
+
+def model_name(model: Any) -> str:
+    """Returns a model's name for people: a Hub id, or the last part of a path."""
+    text = str(model) if isinstance(model, (str, Path)) else str(model.config._name_or_path or type(model).__name__)
+    return Path(text).name if Path(text).is_dir() else text
+
+
+def _quality(quality: Quality) -> TunedQuality:
+    return TunedQuality(perplexity=quality.perplexity, divergence=quality.divergence)
+
+
+def _versions() -> dict[str, str]:
+    from importlib.metadata import version
+
+    from quad_modifiers.evaluation.machine import package_versions
+
+    return {**package_versions(), "peft": version("peft")}

@@ -1,0 +1,153 @@
+"""What the original model says about the training samples: its last hidden states, to which its head is applied.
+
+A vocabulary is hundreds of times wider than a hidden state, so hidden states are what is kept, in the model's dtype:
+the logits made from them are those of the original model, bit for bit.
+"""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import nn
+from tqdm import tqdm
+
+from quad_modifiers.checkpoint.save import check_space
+from quad_peft.training.losses import without_head
+
+logger = logging.getLogger(__name__)
+
+_SHARD = 64  # samples in a file: what an interruption can lose
+
+
+class Teacher(Protocol):
+    """The original model as the trainer needs it.
+
+    Attributes:
+        head: from hidden states to logits.
+    """
+
+    head: nn.Module
+
+    def hidden_states(self, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+        """Returns `[batch, tokens, hidden]` for a batch of `Collator`."""
+
+
+class LiveTeacher:
+    """The original model itself, run when it is asked; nothing is kept."""
+
+    def __init__(self, model: Any) -> None:
+        self.model = model.eval()
+        self.head: nn.Module = model.get_output_embeddings()
+
+    def hidden_states(self, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+        """See `Teacher`."""
+        device = batch["input_ids"].device
+        if self.model.device != device:
+            self.model.to(device)
+        return last_hidden_states(self.model, batch)
+
+
+class CachedTeacher:
+    """Hidden states on disk and a copy of the head; the model is not in memory.
+
+    Args:
+        folder: made by `cache_teacher`.
+        head: from hidden states to logits.
+    """
+
+    def __init__(self, folder: Path, head: nn.Module) -> None:
+        self.folder, self.head = folder, head
+
+    def hidden_states(self, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+        """See `Teacher`."""
+        device = batch["input_ids"].device
+        if next(self.head.parameters()).device != device:
+            self.head.to(device)
+        rows = [self._read(place) for place in batch["place"].tolist()]
+        return nn.utils.rnn.pad_sequence(rows, batch_first=True).to(device)
+
+    def _read(self, place: int) -> torch.Tensor:
+        with safe_open(_shard_file(self.folder, place // _SHARD), framework="pt") as shard:
+            states: torch.Tensor = shard.get_tensor(str(place))
+        return states
+
+
+@torch.no_grad()
+def last_hidden_states(model: Any, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+    """Returns the input of a model's head, `[batch, tokens, hidden]`."""
+    inputs = {name: batch[name] for name in ("input_ids", "attention_mask") if name in batch}
+    with without_head(model):
+        return model(**inputs, use_cache=False).logits
+
+
+@torch.no_grad()
+def cache_teacher(model: Any, samples: Sequence[torch.Tensor], folder: Path) -> CachedTeacher:
+    """Writes a model's last hidden states for all samples, or finds them there.
+
+    They go to a subfolder named by a hash of the model's weights and the samples, so that one folder serves several
+    models and texts. After an interruption the next call goes on where it stopped.
+
+    Args:
+        model: the original model. It is only read, and may change afterwards.
+        samples: `[tokens]` each.
+        folder: for caches; made if missing.
+
+    Raises:
+        OSError: if the disk is too small.
+    """
+    own = folder / f"teacher-{_key(model, samples)}"
+    own.mkdir(parents=True, exist_ok=True)
+    count = -(-len(samples) // _SHARD)
+    missing = [index for index in range(count) if not _shard_file(own, index).is_file()]
+    if missing:
+        width, size = model.get_output_embeddings().weight.shape[1], model.dtype.itemsize
+        tokens = sum(len(sample) for index in missing for sample in _shard(samples, index))
+        check_space(own / "states", tokens * width * size)
+        logger.info("teacher: last hidden states of %d samples, %.1f MB", len(samples), tokens * width * size / 1e6)
+    for index in tqdm(missing, desc="teacher", unit="file", leave=False, disable=not missing):
+        states = {
+            str(index * _SHARD + offset): last_hidden_states(model, {"input_ids": sample.unsqueeze(0).to(model.device)})
+            .squeeze(0)
+            .cpu()
+            .contiguous()
+            for offset, sample in enumerate(_shard(samples, index))
+        }
+        _write(states, _shard_file(own, index))
+    return CachedTeacher(own, copy.deepcopy(model.get_output_embeddings()).requires_grad_(False))
+
+
+def _shard(samples: Sequence[torch.Tensor], index: int) -> Sequence[torch.Tensor]:
+    return samples[index * _SHARD : (index + 1) * _SHARD]
+
+
+def _shard_file(folder: Path, index: int) -> Path:
+    return folder / f"states-{index:05d}.safetensors"
+
+
+def _write(states: dict[str, torch.Tensor], file: Path) -> None:
+    temporary = file.with_name(f".{file.name}.partial")
+    try:
+        save_file(states, temporary)
+        temporary.replace(file)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+def _key(model: nn.Module, samples: Sequence[torch.Tensor]) -> str:
+    """A hash of every weight and every token."""
+    digest = hashlib.sha256()
+    for name, tensor in model.state_dict().items():
+        digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
+        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+    for sample in samples:
+        digest.update(len(sample).to_bytes(8, "little") + sample.contiguous().numpy().tobytes())
+    return digest.hexdigest()[:16]
