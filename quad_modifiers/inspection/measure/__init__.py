@@ -1,0 +1,1 @@
+"""The numbers of an inspection. Nothing here draws, or needs matplotlib."""

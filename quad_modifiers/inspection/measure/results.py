@@ -1,0 +1,253 @@
+"""What an inspection finds, as plain numbers: `inspection.json` is these classes, and the charts draw from them.
+
+A *group* is the linears of a block that share one input. An error is the squared error over the square of what it is
+the error of, so 0.01 means 20 dB. "before" and "after" are the sides of the projection.
+"""
+
+import json
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Literal
+
+FORMAT_VERSION = 1
+Stage = Literal["before", "after"]
+Quantized = Literal["inputs", "weights", "inputs and weights"]
+
+
+@dataclass(frozen=True)
+class Subject:
+    """What was inspected.
+
+    Attributes:
+        name: folder or Hub id.
+        kind: "model" for an unquantized model, which is projected in memory, or "checkpoint".
+        model_type: stock model type.
+        layers, hidden: decoder blocks, and width of the original residual stream.
+        linear_parameters: weights of the decoder's linears.
+        end_parameters: weights of embedding and head, each counted: a projection unties them.
+        rank, basis: of the projection; rank 0 and None without one.
+        recipe: whose projection was applied (model), or that made the checkpoint, as far as known.
+        baseline: the original model of a checkpoint, if it was given.
+        input_bits: by group, of the checkpoint's inputs; None where they are not quantized. Empty for a model.
+    """
+
+    name: str
+    kind: Literal["model", "checkpoint"]
+    model_type: str
+    layers: int
+    hidden: int
+    linear_parameters: int
+    end_parameters: int
+    rank: int
+    basis: str | None
+    recipe: str | None
+    baseline: str | None = None
+    input_bits: dict[str, int | None] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How it was measured; enough to measure it again.
+
+    Attributes:
+        text: where the text comes from.
+        calibration_windows: windows behind the spectrum and the projection.
+        measured_windows: other windows, for everything else.
+        window_length: tokens of each.
+        seed: of the choice of windows.
+        versions: of the packages that matter.
+        machine: processor or GPU.
+    """
+
+    text: str
+    calibration_windows: int
+    measured_windows: int
+    window_length: int
+    seed: int
+    versions: dict[str, str]
+    machine: str
+
+
+@dataclass(frozen=True)
+class Spectrum:
+    """Second moment of the normalized residual stream.
+
+    Attributes:
+        energy: share of each eigen-direction, falling, sums to 1; `[hidden]`.
+        tokens: tokens behind it, both norms of a block counted apart.
+        errors: U-type input error at 4 bits by outlier rank, on other text than the spectrum.
+    """
+
+    energy: list[float]
+    tokens: int
+    errors: list[tuple[int, float]]
+
+    def held_by(self, rank: int) -> float:
+        """Returns the share of the energy in the first `rank` directions."""
+        return sum(self.energy[:rank])
+
+
+@dataclass(frozen=True)
+class InputRow:
+    """The input of one group of linears in one block.
+
+    Attributes:
+        outlier_energy: share of the energy in the coordinates that stay in full precision, mean over tokens.
+        error_4bit, error_8bit: error of the input with its residual rounded, mean over tokens.
+        step_to_std: step of the 4-bit grid over the standard deviation of the residual, mean over tokens.
+    """
+
+    stage: Stage
+    layer: int
+    group: str
+    outlier_energy: float
+    error_4bit: float
+    error_8bit: float
+    step_to_std: float
+
+
+@dataclass(frozen=True)
+class WeightRow:
+    """The weight of one linear, its residual part rounded to nearest on a 4-bit grid with clip search.
+
+    Attributes:
+        weight_error: squared error over the squared weight, outlier columns included.
+        output_error: expected squared output error over the expected squared output, inputs unquantized.
+    """
+
+    stage: Stage
+    layer: int
+    role: str
+    weight_error: float
+    output_error: float
+
+
+@dataclass(frozen=True)
+class Surface:
+    """Magnitudes of one input, token by channel, each cell the maximum of a few tokens and channels.
+
+    Attributes:
+        outliers: the columns that stay in full precision, which are the first ones.
+        tokens, channels: what the rows and columns stand for in all.
+        values: `[rows][columns]`.
+    """
+
+    stage: Stage
+    layer: int
+    group: str
+    outliers: int
+    tokens: int
+    channels: int
+    values: list[list[float]]
+
+
+@dataclass(frozen=True)
+class LossRow:
+    """The model with one part quantized and the rest as it was.
+
+    Attributes:
+        part: what is quantized: a group, a role, "blocks 4-5", "all", or "nothing".
+        quantized: inputs, weights (rounded to nearest with clip search), or both.
+        bits: of it, such as "4" or "U 4, D 8".
+        divergence: KL divergence of the next token's distribution from the reference's, mean over tokens, nats. It is
+            what `loss` would come to on text that the reference wrote itself, and needs far less text to settle.
+        loss: mean negative log-likelihood of a token less that of the reference, nats.
+        stderr: standard error of `loss` over windows, which are the same ones; None for a single window.
+        perplexity: exp of the mean negative log-likelihood.
+    """
+
+    stage: Stage
+    part: str
+    quantized: Quantized
+    bits: str
+    divergence: float
+    loss: float
+    stderr: float | None
+    perplexity: float
+
+
+@dataclass(frozen=True)
+class BlockRow:
+    """One block of a checkpoint against the same block of the original, in the original's basis, mean over tokens.
+
+    Attributes:
+        accumulated: error of the residual stream behind the block, everything before quantized as well.
+        alone: error of what the block adds to the stream, given the original's stream as input.
+        alone_weights: the same with inputs unquantized.
+    """
+
+    layer: int
+    accumulated: float
+    alone: float
+    alone_weights: float
+
+
+@dataclass(frozen=True)
+class Rule:
+    """One rule of the recommendation and what it came to.
+
+    Attributes:
+        number: as docs/guide/inspection.md numbers them, "R1".
+        question: what it decides.
+        measured: the numbers that it looked at, in words.
+        rule: the rule itself, its threshold included.
+        answer: what follows.
+    """
+
+    number: str
+    question: str
+    measured: str
+    rule: str
+    answer: str
+
+
+@dataclass(frozen=True)
+class Recommendation:
+    """What follows from the numbers; a field is None where the rule had nothing to go by."""
+
+    rank: int | None
+    u_type_bits: int | None
+    d_type_bits: int | None
+    recipe: str | None
+    rules: list[Rule]
+
+
+@dataclass(frozen=True)
+class Inspection:
+    """Everything that was measured; see the classes of the parts.
+
+    Attributes:
+        reference: what the losses are against, in words. The single inputs of a checkpoint are against the checkpoint
+            with unquantized inputs.
+        reference_perplexity: its perplexity.
+    """
+
+    subject: Subject
+    settings: Settings
+    reference_perplexity: float
+    reference: str
+    spectrum: Spectrum
+    inputs: list[InputRow]
+    weights: list[WeightRow]
+    surfaces: list[Surface]
+    losses: list[LossRow]
+    blocks: list[BlockRow]
+    recommendation: Recommendation | None = None
+    format_version: int = FORMAT_VERSION
+
+    def loss_of(self, part: str, quantized: Quantized, bits: str, stage: Stage = "after") -> LossRow | None:
+        """Returns the row of one quantized part, None if it was not measured."""
+        wanted = (stage, part, quantized, bits)
+        rows = (row for row in self.losses if (row.stage, row.part, row.quantized, row.bits) == wanted)
+        return next(rows, None)
+
+    def mean_input(self, field_name: str, groups: tuple[str, ...], stage: Stage = "after") -> float | None:
+        """Returns the mean of a field of `inputs` over all blocks and the given groups, None without a row."""
+        values = [getattr(row, field_name) for row in self.inputs if row.stage == stage and row.group in groups]
+        return sum(values) / len(values) if values else None
+
+
+def write_json(content: object, file: Path) -> None:
+    """Writes one of the dataclasses as JSON; floats keep six significant digits."""
+    rounded = json.loads(json.dumps(asdict(content)), parse_float=lambda text: float(f"{float(text):.6g}"))  # type: ignore[call-overload]
+    file.write_text(json.dumps(rounded, indent=1, allow_nan=False) + "\n", encoding="utf-8")

@@ -1,0 +1,67 @@
+"""A recipe's projection alone, applied to a model in memory by the recipe's own modifier."""
+
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+if TYPE_CHECKING:
+    from quad_modifiers.modifiers.svd_outlier_projection import SVDOutlierProjection
+
+_NAME = "SVDOutlierProjection"
+
+
+def projection_of(recipe: str, rank: int | None) -> "SVDOutlierProjection":
+    """Returns the projection of a recipe, with another rank if one is given.
+
+    Raises:
+        RecipeError: if the recipe cannot be used.
+        FileNotFoundError: if there is no such recipe.
+        ValueError: if it has no projection, or the rank is negative.
+    """
+    from llmcompressor.recipe import Recipe
+
+    from quad_modifiers.recipe import check_recipe, resolve_recipe
+
+    check_recipe(recipe)
+    modifiers = Recipe.create_instance(str(resolve_recipe(recipe))).modifiers
+    found = [modifier for modifier in modifiers if type(modifier).__name__ == _NAME]
+    if not found:
+        names = ", ".join(type(modifier).__name__ for modifier in modifiers)
+        raise ValueError(f"the recipe {recipe} has no {_NAME}, only {names}; choose one with it, such as quad_w4a4")
+    if rank is None:
+        return found[0]
+    return type(found[0])(**{**found[0].model_dump(include=set(type(found[0]).model_fields)), "rank": rank})
+
+
+def project(model: Any, projection: "SVDOutlierProjection", windows: list[torch.Tensor], tokenizer: Any) -> None:
+    """Projects a model in place; its function stays the same.
+
+    Raises:
+        ValueError: if a rank does not fit the model.
+    """
+    from quad_modifiers.compression import oneshot
+
+    length = max(window.shape[1] for window in windows)
+    with _quiet():  # that nothing is quantized is what is wanted here
+        oneshot(
+            model,
+            [projection],
+            dataset=[window[0] for window in windows],
+            tokenizer=tokenizer,
+            num_calibration_samples=len(windows),
+            max_seq_length=length,
+        )
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    logger = logging.getLogger("quad_modifiers.compression")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
