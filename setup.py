@@ -11,5 +11,9 @@ setup(
         "quad_modifiers._recipes",
     ],
     package_dir={"quad_kernels": "kernels/quad_kernels", "quad_modifiers._recipes": "recipes"},
-    package_data={"quad_modifiers._recipes": ["*.yaml"], "quad_modifiers": ["py.typed"], "quad_kernels": ["py.typed"]},
+    package_data={
+        "quad_modifiers._recipes": ["*.yaml"],
+        "quad_modifiers": ["py.typed", "evaluation/tasks/*.yaml"],
+        "quad_kernels": ["py.typed"],
+    },
 )

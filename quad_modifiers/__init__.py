@@ -1,8 +1,8 @@
 """QUAD: 4-bit weights and activations with a full-precision outlier subspace, as llm-compressor modifiers.
 
-Importing this package teaches transformers to load QUAD checkpoints and PEFT to adapt them, registers the kernel backends
-of plugins, and registers the modifiers with llm-compressor, as soon as those libraries themselves are imported. So the
-import alone costs next to nothing, and loading a checkpoint does not need llm-compressor.
+Importing this package teaches transformers to load QUAD checkpoints, PEFT to adapt them and lm-eval to evaluate them,
+registers the kernel backends of plugins, and registers the modifiers with llm-compressor, as soon as those libraries
+themselves are imported. So the import alone costs next to nothing, and loading a checkpoint does not need llm-compressor.
 """
 
 import sys
@@ -32,6 +32,12 @@ def _after_peft(_: object) -> None:
     from quad_peft.registration import connect_peft
 
     connect_peft()
+
+
+def _after_lm_eval(_: object) -> None:
+    from quad_modifiers.evaluation.harness import register
+
+    register()
 
 
 def _connect() -> None:
@@ -69,3 +75,4 @@ def __getattr__(name: str) -> Any:
 wrapt.register_post_import_hook(_after_transformers, "transformers")
 wrapt.register_post_import_hook(_after_llmcompressor, "llmcompressor")
 wrapt.register_post_import_hook(_after_peft, "peft")
+wrapt.register_post_import_hook(_after_lm_eval, "lm_eval.models")

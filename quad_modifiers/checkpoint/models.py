@@ -52,7 +52,13 @@ def _register(base: str) -> None:
     model_class = MODEL_FOR_CAUSAL_LM_MAPPING[config_class]
 
     def from_dict(cls: Any, /, config_dict: dict[str, Any], **kwargs: Any) -> Any:
-        """Reads a config.json without the tripwire."""
+        """Reads a config.json without the tripwire.
+
+        `quantization_config=None` counts as not given: stock configs would lose the checkpoint's own by it, and the
+        model would be filled with random numbers.
+        """
+        if kwargs.get("quantization_config") is None:
+            kwargs.pop("quantization_config", None)
         if isinstance(config_dict.get(TRIPWIRE_FIELD), str):
             config_dict = {key: value for key, value in config_dict.items() if key != TRIPWIRE_FIELD}
         return super(quad_config, cls).from_dict(config_dict, **kwargs)

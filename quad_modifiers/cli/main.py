@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from quad_modifiers.cli import compress, export, plugins, publish, recipes
+from quad_modifiers.cli import compare, compress, evaluate, export, finetune, inspect, plugins, publish, recipes
 from quad_modifiers.cli.console import show_warning
 from quad_modifiers.cli.errors import INTERRUPTED, describe, exit_code
 
@@ -22,7 +22,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
 )
-for group in (compress, recipes, plugins, export, publish):
+for group in (compress, finetune, evaluate, inspect, compare, recipes, plugins, export, publish):
     group.register(app)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import torch
@@ -23,12 +23,14 @@ class Perplexity:
         nll_per_token: mean negative log-likelihood of a predicted token, in nats.
         tokens: predicted tokens, that is (length - 1) per window.
         stderr: standard error of `nll_per_token` over windows, in nats; NaN for a single window.
+        window_nll: mean negative log-likelihood of each window, in nats, to compare two models window by window.
     """
 
     value: float
     nll_per_token: float
     tokens: int
     stderr: float
+    window_nll: tuple[float, ...] = field(default=(), repr=False, compare=False)
 
     def __str__(self) -> str:
         """Return the value with the half width of its one-sigma interval, where there is one."""
@@ -76,7 +78,8 @@ def perplexity(
     nll = torch.cat(means)
     mean = nll.mean().item()
     stderr = (nll.std() / math.sqrt(len(nll))).item() if len(nll) > 1 else math.nan
-    return Perplexity(_exp(mean), mean, stacked.shape[0] * (stacked.shape[1] - 1), stderr)
+    tokens = stacked.shape[0] * (stacked.shape[1] - 1)
+    return Perplexity(_exp(mean), mean, tokens, stderr, tuple(nll.tolist()))
 
 
 @torch.inference_mode()

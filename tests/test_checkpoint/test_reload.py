@@ -229,3 +229,10 @@ def test_generation_from_a_checkpoint(compressed) -> None:
     prompt = torch.tensor([[5, 6, 7]])
     arguments = {"max_new_tokens": 5, "do_sample": False, "attention_mask": torch.ones_like(prompt)}
     assert torch.equal(reloaded.generate(prompt, **arguments), compressed.model.generate(prompt, **arguments))
+
+
+def test_no_quantization_config_means_the_checkpoints_own(compress_toy, logits_of) -> None:
+    """Stock transformers loses the config by this argument, and fills the model with random numbers."""
+    made = compress_toy()
+    again = AutoModelForCausalLM.from_pretrained(made.folder, quantization_config=None)
+    assert torch.equal(logits_of(again), made.logits)

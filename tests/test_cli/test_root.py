@@ -19,6 +19,11 @@ from quad_modifiers.recipe.problems import Problem
 
 COMMANDS = [
     ("compress",),
+    ("finetune",),
+    ("merge",),
+    ("eval",),
+    ("inspect",),
+    ("compare",),
     ("recipes",),
     ("recipes", "list"),
     ("recipes", "show"),

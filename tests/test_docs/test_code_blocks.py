@@ -51,6 +51,7 @@ def workplace(make_toy, toy_tokenizer, tmp_path: Path, monkeypatch: pytest.Monke
     search_path = [str(Path(each).absolute()) for each in os.environ.get("PYTHONPATH", "").split(os.pathsep) if each]
     if search_path:  # relative entries would be lost to the processes that a block starts
         monkeypatch.setenv("PYTHONPATH", os.pathsep.join(search_path))
+    monkeypatch.setenv("QUAD_EVALUATION_CACHE", str(tmp_path / "kept"))
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(str(tmp_path))  # as in an interactive Python that was started here
     yield tmp_path

@@ -1,0 +1,176 @@
+"""`quad eval`: lm-eval's tasks and perplexity, beside the original model."""
+
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from quad_modifiers.cli.console import log_on_stderr, print_table
+
+if TYPE_CHECKING:
+    from quad_modifiers.publishing.evaluation import Comparison, Evaluation, PerplexityResult
+
+_NOT_DISTINGUISHABLE = "no difference seen"
+
+
+def register(app: typer.Typer) -> None:
+    """Adds the command to `quad`."""
+    app.command(
+        "eval",
+        epilog="Example: quad eval outputs/SmolLM2-quad --baseline outputs/SmolLM2-135M\n\n"
+        "Python: quad_modifiers.evaluation.evaluate(model, tasks, baseline)",
+    )(evaluate)
+
+
+def evaluate(
+    model: Annotated[str, typer.Argument(metavar="OUT", help="Folder of a checkpoint, or a Hub id.")],
+    baseline: Annotated[
+        str | None, typer.Option(metavar="MODEL", help="Folder or Hub id of the original, to compare with.")
+    ] = None,
+    tasks: Annotated[
+        str | None,
+        typer.Option(
+            metavar="A,B,...",
+            help="Tasks, groups or tags of lm-eval, and the offline tasks. By default the offline tasks.",
+            show_default=False,
+        ),
+    ] = None,
+    offline: Annotated[
+        bool, typer.Option("--offline", help="The offline tasks, besides those of --tasks; they need no network.")
+    ] = False,
+    limit: Annotated[
+        int | None, typer.Option(min=1, help="Items of each task and windows of the text, for a quick look.")
+    ] = None,
+    output: Annotated[
+        Path | None,
+        typer.Option(
+            "--output",
+            "-o",
+            metavar="FILE",
+            help="JSON file for the results; by default evaluation.json in the checkpoint's folder.",
+            show_default=False,
+        ),
+    ] = None,
+    perplexity: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            help="Text or jsonl file to measure perplexity on; by default 40 windows of held-out Wikipedia articles.",
+            show_default=False,
+        ),
+    ] = None,
+    no_perplexity: Annotated[bool, typer.Option("--no-perplexity", help="Run the tasks only.")] = False,
+    window_length: Annotated[int, typer.Option(min=2, help="Tokens of a window of the text.")] = 512,
+    windows: Annotated[
+        int | None, typer.Option(min=1, help="Windows drawn from the text; by default all of a file.")
+    ] = None,
+    batch_size: Annotated[int, typer.Option(min=1, help="Requests in one forward pass.")] = 16,
+    device: Annotated[
+        str | None, typer.Option(help="cpu, cuda, ...; the GPU if there is one by default.", show_default=False)
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Of few-shot examples, windows and intervals.")] = 0,
+    fresh: Annotated[bool, typer.Option("--fresh", help="Measure again what an earlier run measured.")] = False,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace a file that holds results which this run does not measure.")
+    ] = False,
+) -> None:
+    """Measure a model and, with --baseline, what is left of the original's scores.
+
+    The two run one after the other. Finished parts are kept: after an interruption the same command goes on where it
+    stopped, and a baseline is measured once. Progress goes to stderr, the table to stdout.
+    """
+    from quad_modifiers.evaluation.evaluator import evaluate as measure
+    from quad_modifiers.evaluation.harness import OFFLINE_TASKS
+    from quad_modifiers.evaluation.perplexity_text import WIKIPEDIA
+    from quad_modifiers.publishing.evaluation import EVALUATION_NAME, check_replaceable, write_evaluation
+
+    named = [name.strip() for name in (tasks or "").split(",") if name.strip()]
+    if offline or tasks is None:
+        named += [name for name in OFFLINE_TASKS if name not in named]
+    text: str | Path | None = None if no_perplexity else perplexity or WIKIPEDIA
+    folder = Path(model).expanduser()
+    target = output or (folder / EVALUATION_NAME if folder.is_dir() else None)
+    if target is not None and not overwrite:
+        check_replaceable(target, named, limit, with_perplexity=text is not None)
+    with log_on_stderr():
+        found = measure(
+            model,
+            named,
+            baseline,
+            limit=limit,
+            seed=seed,
+            batch_size=batch_size,
+            device=device,
+            text=text,
+            window_length=window_length,
+            windows=windows,
+            fresh=fresh,
+        )
+    if target is not None:
+        write_evaluation(found, target)
+    _print(found)
+    if target is not None:
+        typer.echo(f"written to {target}")
+
+
+def _print(found: "Evaluation") -> None:
+    title = None if found.baseline is None else f"baseline: {found.baseline}"
+    compared = [*found.comparisons, *([] if found.average is None else [found.average])]
+    if compared:
+        header = ("task", "metric", "items", "guessing", "score")
+        against = ("baseline", "kept", "above guessing", "difference, 95 % interval", "")
+        _print_columns(header, against, map(_score_row, compared), title)
+    if found.perplexity:
+        of_text = ("text", "window", "tokens", "perplexity")
+        _print_columns(of_text, ("baseline", "ratio, 95 % interval", ""), map(_perplexity_row, found.perplexity), title)
+
+
+def _print_columns(
+    header: Sequence[str], against: Sequence[str], rows: Iterable[Sequence[str]], title: str | None
+) -> None:
+    """Prints a table; without a baseline, only the columns of `header`."""
+    columns = [*header, *against] if title else header
+    print_table(columns, [row[: len(columns)] for row in rows], title=title)
+
+
+def _score_row(each: "Comparison") -> tuple[str, ...]:
+    return (
+        each.task,
+        each.metric,
+        str(each.items),
+        "" if each.chance is None else f"{each.chance:.2f}",
+        _with_error(each.value, each.stderr),
+        _with_error(each.baseline, each.baseline_stderr),
+        _percent(each.percent),
+        _percent(each.percent_above_chance),
+        "" if each.difference is None else f"{each.difference:+.3f}{_between(each.interval, '+.3f')}",
+        "" if each.interval is None or each.distinguishable else _NOT_DISTINGUISHABLE,
+    )
+
+
+def _perplexity_row(each: "PerplexityResult") -> tuple[str, ...]:
+    within = each.ratio_interval is not None and each.ratio_interval[0] <= 1 <= each.ratio_interval[1]
+    return (
+        each.text,
+        str(each.window_length),
+        str(each.tokens),
+        _with_error(each.value, each.stderr),
+        _with_error(each.baseline, None),
+        "" if each.baseline is None else f"{each.value / each.baseline:.4f}{_between(each.ratio_interval, '.4f')}",
+        _NOT_DISTINGUISHABLE if within else "",
+    )
+
+
+def _between(interval: tuple[float, float] | None, form: str) -> str:
+    return "" if interval is None else f" [{interval[0]:{form}}, {interval[1]:{form}}]"
+
+
+def _with_error(value: float | None, stderr: float | None) -> str:
+    if value is None:
+        return ""
+    return f"{value:.3f}" + ("" if stderr is None else f" ± {stderr:.3f}")
+
+
+def _percent(value: float | None) -> str:
+    return "" if value is None else f"{value:.1f} %"

@@ -1,0 +1,21 @@
+"""`python -m quad_modifiers.evaluation`: lm-eval's command line with the model type `quad` and the offline tasks."""
+
+from __future__ import annotations
+
+import sys
+
+from quad_modifiers.evaluation.harness import TASKS_FOLDER, register
+
+
+def main() -> None:
+    """Run lm-eval's command line on the arguments of this process."""
+    from lm_eval.__main__ import cli_evaluate
+
+    register()
+    if sys.argv[1:] and "--include_path" not in sys.argv and not {"-h", "--help"} & set(sys.argv):
+        sys.argv += ["--include_path", str(TASKS_FOLDER)]
+    cli_evaluate()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,62 @@
+"""lm-eval's model type `quad`: that it loads what it should, and scores as the model does."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+pytest.importorskip("lm_eval")
+
+from lm_eval.api.instance import Instance
+
+from quad_modifiers.evaluation.lm import QuadLM
+from quad_modifiers.nn.quad_linear import QuadLinear
+
+REQUESTS = [
+    ("Seven wizards mixed", " a jug"),
+    ("Seven wizards mixed", " a jug of potent black liquid"),
+    ("The engineer measured the bridge twice and", " went home."),
+    ("In 1867", " nothing was quantized"),
+    ("weight @ basis", " in float64, cast back once"),
+]
+
+
+def likelihoods(lm: QuadLM) -> list[float]:
+    requests = [Instance("loglikelihood", {}, pair, index) for index, pair in enumerate(REQUESTS)]
+    return [likelihood for likelihood, _ in lm.loglikelihood(requests, disable_tqdm=True)]
+
+
+def by_hand(model: Any, tokenizer: Any) -> list[float]:
+    found = []
+    for context, continuation in REQUESTS:
+        given = len(tokenizer(context).input_ids)
+        ids = torch.tensor([tokenizer(context + continuation).input_ids])
+        with torch.no_grad():
+            scores = model(input_ids=ids).logits[0, :-1].float().log_softmax(-1)
+        found.append(scores.gather(1, ids[0, 1:, None])[given - 1 :].sum().item())
+    return found
+
+
+def test_a_quad_checkpoint_is_loaded_as_one(quad_toy: Path) -> None:
+    lm = QuadLM(str(quad_toy))
+    containers = [module for module in lm.model.modules() if isinstance(module, QuadLinear)]
+    assert len(containers) == 14
+    assert all(container.quantize_input for container in containers)
+    assert likelihoods(lm) == pytest.approx(by_hand(lm.model, lm.tokenizer), rel=1e-4)
+
+
+def test_batches_do_not_change_the_scores(quad_toy: Path, toy_checkpoint: Any) -> None:
+    for folder in (quad_toy, toy_checkpoint("qwen2")):
+        one, many = (likelihoods(QuadLM(str(folder), batch_size=size)) for size in (1, 5))
+        assert many == pytest.approx(one, rel=1e-5)
+
+
+def test_log_likelihoods_of_a_bf16_model_are_float32(make_toy: Any, toy_tokenizer: Any) -> None:
+    model = make_toy("llama", dtype=torch.bfloat16)
+    found = likelihoods(QuadLM(model, tokenizer=toy_tokenizer))
+    assert found == pytest.approx(by_hand(model, toy_tokenizer), rel=1e-3)
+    rounded = likelihoods(QuadLM(model, tokenizer=toy_tokenizer, softmax_dtype=None))
+    assert max(abs(a - b) for a, b in zip(found, rounded, strict=True)) > 0.01
