@@ -2,7 +2,7 @@
 
 Importing this package teaches transformers to load QUAD checkpoints, PEFT to adapt them and lm-eval to evaluate them,
 registers the kernel backends of plugins, and registers the modifiers with llm-compressor, as soon as those libraries
-themselves are imported. So the import alone costs next to nothing, and loading a checkpoint does not need llm-compressor.
+themselves are imported. So the import alone costs next to nothing, and loading a checkpoint needs no llm-compressor.
 """
 
 import sys
