@@ -4,12 +4,18 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from quad_peft.config import OutlierLoraConfig as OutlierLoraConfig
+    from quad_peft.equalize import equalize_outliers as equalize_outliers
     from quad_peft.layer import QuadLoraLayer as QuadLoraLayer
     from quad_peft.model import get_outlier_model as get_outlier_model
 
-__all__ = ["OutlierLoraConfig", "QuadLoraLayer", "get_outlier_model"]
+__all__ = ["OutlierLoraConfig", "QuadLoraLayer", "equalize_outliers", "get_outlier_model"]
 
-_MODULES = {"OutlierLoraConfig": "config", "QuadLoraLayer": "layer", "get_outlier_model": "model"}
+_MODULES = {
+    "OutlierLoraConfig": "config",
+    "QuadLoraLayer": "layer",
+    "equalize_outliers": "equalize",
+    "get_outlier_model": "model",
+}
 
 
 def __getattr__(name: str) -> Any:

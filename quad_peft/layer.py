@@ -172,7 +172,7 @@ class QuadLoraLayer(nn.Module, LoraLayer):
     def _outlier_change(self, name: str) -> torch.Tensor:
         change = self.lora_B[name].weight.float() * self.scaling[name]
         if self._is_outlier(name):
-            return change
+            return change * self.lora_A[name].scale.to(change.device)
         first, columns = self.lora_A[name].weight.float(), self.get_base_layer().split.outlier_index()
         rest = torch.ones(self.in_features, dtype=torch.bool)
         rest[columns] = False

@@ -8,38 +8,42 @@ from torch import nn
 
 
 class OutlierSelector(nn.Module):
-    """Stands in for `lora_A`, an `nn.Linear` of weight `[rank, in]` with a single one in each row.
+    """Stands in for `lora_A`, an `nn.Linear` of weight `[rank, in]` with a single number in each row.
 
     The dense weight exists only where others ask for it: in the state dict, and so in the saved adapter.
 
     Args:
         split: of the layer's input; `split.rank` must not be 0.
         lora_b: the adapter's B, whose dtype and device A shares.
+
+    Attributes:
+        scale: the numbers, `[rank]`, float32 on the CPU: ones, or the powers of two of `equalize_outliers`.
     """
 
     def __init__(self, split: InputSplit, lora_b: nn.Linear) -> None:
         super().__init__()
         self.split = split
         self._lora_b = (lora_b,)  # in a tuple: no submodule of this one
+        self.scale = torch.ones(split.rank, device="cpu")
 
     @property
     def weight(self) -> torch.Tensor:
         """The dense matrix, `[rank, in]`."""
         like = self._lora_b[0].weight
-        return selector_matrix(self.split, like.dtype, like.device)
+        return selector_matrix(self.split, like.dtype, like.device) * self.scale.to(like).unsqueeze(1)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Returns the outlier coordinates of `x` `[..., in]`, `[..., rank]`."""
+        """Returns the outlier coordinates of `x` `[..., in]`, scaled, `[..., rank]`."""
         outlier, _ = self.split.divide(x)
         assert outlier is not None
-        return outlier
+        return outlier * self.scale.to(outlier)
 
     def extra_repr(self) -> str:
         """Shape, as `nn.Linear` gives it."""
         return f"in_features={self.split.width}, out_features={self.split.rank}"
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
-        # Zeros and ones are exact in half the bytes of float32, and a LoRA's A and B may differ in dtype.
+        # Powers of two are exact in half the bytes of float32, and a LoRA's A and B may differ in dtype.
         destination[f"{prefix}weight"] = self.weight.to(torch.bfloat16)
 
     def _load_from_state_dict(
@@ -60,6 +64,8 @@ class OutlierSelector(nn.Module):
                 f"{prefix}weight, {list(loaded.shape)}, does not select the {self.split.rank} outlier coordinates of "
                 f"an input of {self.split.width}: the adapter belongs to another checkpoint, or was edited"
             )
+        else:
+            self.scale = loaded.sum(1).float().cpu()
 
 
 def selector_matrix(split: InputSplit, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
@@ -71,4 +77,4 @@ def selector_matrix(split: InputSplit, dtype: torch.dtype, device: torch.device)
 
 def is_selector(weight: torch.Tensor, split: InputSplit) -> bool:
     """True if `weight` is the A matrix of an outlier adapter for inputs that are divided like this."""
-    return torch.equal(weight, selector_matrix(split, weight.dtype, weight.device))
+    return torch.equal(weight != 0, selector_matrix(split, torch.bool, weight.device))

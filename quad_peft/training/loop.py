@@ -12,6 +12,7 @@ from typing import Any
 
 from transformers import TrainingArguments
 
+from quad_peft.equalize import equalize_outliers
 from quad_peft.training.data import Collator, TrainingData
 from quad_peft.training.measure import Quality, measure
 from quad_peft.training.teacher import Teacher
@@ -20,6 +21,7 @@ from quad_peft.training.trainer import NonFiniteError, QuadTrainer
 logger = logging.getLogger(__name__)
 
 LAST_GOOD = "last_good"
+_EQUALIZED = 4  # samples that the magnitudes of outlier coordinates are measured on
 _BEFORE = "before.json"
 
 
@@ -151,6 +153,7 @@ def tune(
         NonFiniteError: if the loss becomes NaN; the weights from before that step are saved in `last_good`.
     """
     start, folder = time.perf_counter(), Path(arguments.output_dir)
+    equalize_outliers(model, data.samples[:_EQUALIZED])
     collator = Collator(pad_token)
     trainer = QuadTrainer(
         model=model,

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from quad_modifiers.nn.quad_linear import QuadLinear
-from quad_peft import OutlierLoraConfig, QuadLoraLayer, get_outlier_model
+from quad_peft import OutlierLoraConfig, QuadLoraLayer, equalize_outliers, get_outlier_model
 
 PROBE = torch.randint(3, 320, (2, 16), generator=torch.Generator().manual_seed(99))
 ROLES = {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
@@ -180,6 +180,57 @@ class TestFolder:
         save_file(tensors, file, metadata={"format": "pt"})
         with pytest.raises(RuntimeError, match="does not select the"):
             PeftModel.from_pretrained(load(), tmp_path)
+
+
+class TestEqualizing:
+    def test_coordinates_get_like_magnitude_and_nothing_changes(self, load: Load) -> None:
+        model = get_outlier_model(load())
+        before = logits(model)
+        equalize_outliers(model, PROBE)
+        assert torch.equal(logits(model), before)
+        ratios: list[float] = []
+
+        def measure(layer: QuadLoraLayer, inputs: tuple[torch.Tensor, ...]) -> None:
+            raw, _ = layer.get_base_layer().split.divide(inputs[0])
+            for each in (raw, layer.lora_A["default"](inputs[0])):
+                magnitude = each.flatten(0, -2).pow(2).mean(0).sqrt()
+                ratios.append(float(magnitude.max() / magnitude.min()))
+
+        hooks = [m.register_forward_pre_hook(measure) for m in model.modules() if isinstance(m, QuadLoraLayer)]
+        logits(model)
+        for hook in hooks:
+            hook.remove()
+        raw, scaled = ratios[::2], ratios[1::2]
+        assert max(raw) > 2.1
+        assert max(scaled) <= 2.01  # powers of two leave a factor of sqrt(2) on either side
+
+    def test_the_scales_travel_with_the_adapter(self, load: Load, tmp_path: Path) -> None:
+        model = get_outlier_model(load())
+        equalize_outliers(model, PROBE)
+        shake(model)
+        expected = logits(model)
+        model.save_pretrained(tmp_path)
+        loaded = PeftModel.from_pretrained(load(), tmp_path)
+        assert torch.equal(logits(loaded), expected)
+        layer = next(m for m in loaded.modules() if isinstance(m, QuadLoraLayer))
+        x = torch.randn(3, layer.in_features, generator=torch.Generator().manual_seed(1))
+        torch.testing.assert_close(
+            layer.lora_B["default"](layer.lora_A["default"](x)), x @ layer.get_delta_weight("default").T
+        )
+        loaded.merge_adapter()
+        assert torch.equal(logits(loaded), expected)
+
+    def test_not_after_training(self, load: Load) -> None:
+        model = get_outlier_model(load())
+        shake(model)
+        with pytest.raises(ValueError, match="trained already"):
+            equalize_outliers(model, PROBE)
+
+    def test_a_plain_lora_is_left_alone(self, load: Load) -> None:
+        model = get_peft_model(load(), LoraConfig(r=4, target_modules=["q_proj"]))
+        before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+        equalize_outliers(model, PROBE)
+        assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
 
 
 class TestMerging:
