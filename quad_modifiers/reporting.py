@@ -1,6 +1,8 @@
-"""Progress bars and the closing table."""
+"""Progress bars, the closing table, and which log lines are shown."""
 
+import logging
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import TypeVar
 
 from tqdm import tqdm
@@ -11,6 +13,18 @@ Item = TypeVar("Item")
 def layer_progress(items: Sequence[Item], description: str) -> Iterator[Item]:
     """Iterates with a progress bar that shows the time left."""
     return iter(tqdm(items, desc=description, unit="layer", leave=False))
+
+
+@contextmanager
+def only_errors(logger: str) -> Iterator[None]:
+    """Hides what a logger says below the level of an error."""
+    quieted = logging.getLogger(logger)
+    level = quieted.level
+    quieted.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        quieted.setLevel(level)
 
 
 def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:

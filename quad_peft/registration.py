@@ -4,6 +4,7 @@ PEFT's types of adapters are closed, so two of its methods are wrapped. Models w
 fingerprint pass unchanged.
 """
 
+import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -27,23 +28,18 @@ def _read_config(wrapped: Callable[..., Any], cls: Any, args: Any, kwargs: dict[
 
 def _inject_adapter(wrapped: Callable[..., Any], tuner: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     """Prepares an adapter's config before PEFT puts its layers into a model."""
-
-    def names(model: Any, adapter_name: str, *_: Any, **__: Any) -> tuple[Any, str]:
-        return model, adapter_name
-
     from quad_modifiers.nn.quad_linear import QuadLinear
+    from quad_peft.config import OutlierLoraConfig
 
-    model, adapter_name = names(*args, **kwargs)
+    bound = inspect.signature(wrapped).bind(*args, **kwargs).arguments
+    model, config = bound["model"], tuner.peft_config[bound["adapter_name"]]
     if any(isinstance(module, QuadLinear) for module in model.modules()):
         from quad_peft.model import prepare_config
 
-        prepare_config(tuner.peft_config[adapter_name], model)
-    else:
-        from quad_peft.config import OutlierLoraConfig
-
-        if isinstance(tuner.peft_config[adapter_name], OutlierLoraConfig):
-            raise ValueError(
-                f"an outlier adapter needs a QUAD checkpoint, but {type(model).__name__} has no QUAD layers; load one "
-                "with AutoModelForCausalLM, without dequantize=True"
-            )
+        prepare_config(config, model)
+    elif isinstance(config, OutlierLoraConfig):
+        raise ValueError(
+            f"an outlier adapter needs a QUAD checkpoint, but {type(model).__name__} has no QUAD layers; load one with "
+            "AutoModelForCausalLM, without dequantize=True"
+        )
     return wrapped(*args, **kwargs)

@@ -8,14 +8,14 @@ from __future__ import annotations
 
 import difflib
 import json
-import logging
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from hashlib import sha256
 from itertools import islice
 from pathlib import Path
 from typing import Any
+
+from quad_modifiers.reporting import only_errors
 
 MODEL_TYPE = "quad"
 TASKS_FOLDER = Path(__file__).parent / "tasks"
@@ -73,7 +73,7 @@ def load_tasks(names: Sequence[str]) -> list[LoadedTask]:
     from lm_eval.tasks import TaskManager
 
     own = {*OFFLINE_TASKS, OFFLINE_GROUP}
-    with _warnings_hidden():
+    with only_errors("lm_eval"):  # it warns about each task whose items a function makes, and names in its own index
         # The index of lm-eval's own tasks takes many seconds: it is not made without need.
         manager = TaskManager(include_path=str(TASKS_FOLDER), include_defaults=not own.issuperset(names))
         for name in names:
@@ -113,15 +113,3 @@ def _near(name: str, known: Sequence[str]) -> str:
     if close:
         return f"did you mean {' or '.join(close)}?"
     return f"offline tasks are {', '.join(OFFLINE_TASKS)}; `python -m quad_modifiers.evaluation ls tasks` lists all"
-
-
-@contextmanager
-def _warnings_hidden() -> Iterator[None]:
-    """Keep lm-eval from warning about each task whose items a function makes, and about names in its own index."""
-    logger = logging.getLogger("lm_eval")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        yield
-    finally:
-        logger.setLevel(level)

@@ -1,11 +1,10 @@
 """A recipe's projection alone, applied to a model in memory by the recipe's own modifier."""
 
-import logging
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
+
+from quad_modifiers.reporting import only_errors
 
 if TYPE_CHECKING:
     from quad_modifiers.modifiers.svd_outlier_projection import SVDOutlierProjection
@@ -45,7 +44,7 @@ def project(model: Any, projection: "SVDOutlierProjection", windows: list[torch.
     from quad_modifiers.compression import oneshot
 
     length = max(window.shape[1] for window in windows)
-    with _quiet():  # that nothing is quantized is what is wanted here
+    with only_errors("quad_modifiers.compression"):  # that nothing is quantized is what is wanted here
         oneshot(
             model,
             [projection],
@@ -54,14 +53,3 @@ def project(model: Any, projection: "SVDOutlierProjection", windows: list[torch.
             num_calibration_samples=len(windows),
             max_seq_length=length,
         )
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    logger = logging.getLogger("quad_modifiers.compression")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        yield
-    finally:
-        logger.setLevel(level)

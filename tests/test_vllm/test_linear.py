@@ -74,9 +74,10 @@ def load(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., Any
     destroy_distributed_environment()
 
 
-def compare_layers(served: Any, reference: Any, dtype: torch.dtype, tolerance: dict[str, float]) -> None:
-    """Compare every linear of both models on the same random inputs, of one token and of several."""
+def outputs(served: Any, reference: Any, dtype: torch.dtype) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+    """Return what the linears of both models make of the same random inputs, of one token and of several."""
     generator = torch.Generator().manual_seed(3)
+    found, wanted = [], []
     for ours, theirs in zip(served.model.layers, reference.model.layers, strict=True):
         for layer, members in (
             (ours.self_attn.qkv_proj, [getattr(theirs.self_attn, f"{name}_proj") for name in "qkv"]),
@@ -87,19 +88,25 @@ def compare_layers(served: Any, reference: Any, dtype: torch.dtype, tolerance: d
             for tokens in (1, 7):
                 x = torch.randn(tokens, members[0].in_features, generator=generator).to(dtype)
                 with torch.inference_mode():
-                    found = layer(x)[0]
-                    wanted = torch.cat([member(x) for member in members], dim=-1)
-                assert found.dtype == dtype
-                assert found.is_contiguous()
-                torch.testing.assert_close(found, wanted, **tolerance)
+                    found.append(layer(x)[0])
+                    wanted.append(torch.cat([member(x) for member in members], dim=-1))
+    return found, wanted
+
+
+def assert_alike(found: list[torch.Tensor], wanted: list[torch.Tensor], tolerance: dict[str, float]) -> None:
+    assert len(found) == len(wanted) > 0
+    for ours, theirs in zip(found, wanted, strict=True):
+        assert ours.is_contiguous()
+        torch.testing.assert_close(ours, theirs, **tolerance)  # dtypes as well
 
 
 @pytest.mark.parametrize("name", FORMATS)
 def test_formats(name, load, toy_quad, write_toy, tolerance) -> None:
     folder = write_toy(toy_quad("llama", **FORMATS[name]))
-    served = load(folder, "float32")
     reference = AutoModelForCausalLM.from_pretrained(folder)
-    compare_layers(served, reference, torch.float32, tolerance(torch.float32))
+    found, wanted = outputs(load(folder, "float32"), reference, torch.float32)
+    assert len(found) == 16  # 2 blocks, 4 layers, 2 numbers of tokens
+    assert_alike(found, wanted, tolerance(torch.float32))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bfloat16", "float16"])
@@ -112,13 +119,15 @@ def test_architectures(base, dtype, load, toy_quad, write_toy, tolerance) -> Non
     served = load(folder)
     assert served.model.layers[0].self_attn.head_dim == 32
     reference = AutoModelForCausalLM.from_pretrained(folder)
-    compare_layers(served, reference, dtype, tolerance(dtype))
+    assert_alike(*outputs(served, reference, dtype), tolerance(dtype))
 
 
 def test_another_dtype_than_the_checkpoint_s(load, toy_quad, write_toy, tolerance) -> None:
     folder = write_toy(toy_quad("qwen2"), dtype=torch.bfloat16)
     reference = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float16)
-    compare_layers(load(folder, "float16"), reference, torch.float16, tolerance(torch.float16))
+    found, wanted = outputs(load(folder, "float16"), reference, torch.float16)
+    assert {y.dtype for y in found} == {torch.float16}
+    assert_alike(found, wanted, tolerance(torch.float16))
 
 
 def test_tied_embeddings(load, toy_quad, write_toy) -> None:
