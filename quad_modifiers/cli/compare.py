@@ -6,6 +6,7 @@ from typing import Annotated
 import typer
 
 from quad_modifiers.cli.console import log_on_stderr, print_table
+from quad_modifiers.cli.options import Seed, SeqLength, TextColumn
 
 
 def register(app: typer.Typer) -> None:
@@ -38,9 +39,9 @@ def compare(
         ),
     ] = None,
     eval_windows: Annotated[int, typer.Option(min=1, help="Windows of that text.")] = 4,
-    seq_length: Annotated[int, typer.Option(min=2, help="Tokens in a window.")] = 512,
-    seed: Annotated[int, typer.Option(help="Of the choice of windows.")] = 0,
-    text_column: Annotated[str, typer.Option(help="Column of the text in the data set.")] = "text",
+    seq_length: SeqLength = 512,
+    seed: Seed = 0,
+    text_column: TextColumn = "text",
 ) -> None:
     """Compare checkpoints: recipe, format, size, measured results, and the error of each block against the original.
 

@@ -7,6 +7,7 @@ from typing import Annotated
 import typer
 
 from quad_modifiers.cli.console import file_size, log_on_stderr, print_table
+from quad_modifiers.cli.options import DatasetConfig, Seed, SeqLength, Split, TextColumn
 
 
 def register(app: typer.Typer) -> None:
@@ -33,11 +34,11 @@ def compress(
         ),
     ] = None,
     samples: Annotated[int, typer.Option(min=1, help="Windows of calibration text.")] = 64,
-    seq_length: Annotated[int, typer.Option(min=2, help="Tokens in a window.")] = 512,
-    seed: Annotated[int, typer.Option(help="Of the choice of windows.")] = 0,
-    text_column: Annotated[str, typer.Option(help="Column of the text in the data set.")] = "text",
-    split: Annotated[str | None, typer.Option(help="Split of a data set from `datasets`.")] = None,
-    dataset_config: Annotated[str | None, typer.Option(help="Configuration of a data set from `datasets`.")] = None,
+    seq_length: SeqLength = 512,
+    seed: Seed = 0,
+    text_column: TextColumn = "text",
+    split: Split = None,
+    dataset_config: DatasetConfig = None,
     tokenizer: Annotated[
         str | None, typer.Option(help="Folder or Hub id; the model's own by default.", show_default=False)
     ] = None,

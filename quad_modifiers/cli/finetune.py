@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from quad_modifiers.cli.console import file_size, log_on_stderr, print_table
+from quad_modifiers.cli.options import DatasetConfig, Split, TextColumn
 
 if TYPE_CHECKING:
     from quad_modifiers.publishing.tuning import Tuning
@@ -51,9 +52,9 @@ def finetune(
         Path | None,
         typer.Option(metavar="OUT", help="Also write a checkpoint with the adapter merged, as `quad merge` does."),
     ] = None,
-    text_column: Annotated[str, typer.Option(help="Column of the text in the data set.")] = "text",
-    split: Annotated[str | None, typer.Option(help="Split of a data set from `datasets`.")] = None,
-    dataset_config: Annotated[str | None, typer.Option(help="Configuration of a data set from `datasets`.")] = None,
+    text_column: TextColumn = "text",
+    split: Split = None,
+    dataset_config: DatasetConfig = None,
     seq_length: Annotated[int, typer.Option(min=2, help="Tokens in a sample.")] = 512,
     samples: Annotated[
         int | None, typer.Option(min=2, help="At most so many, drawn at random; all by default.")
@@ -138,15 +139,19 @@ def finetune(
             return
         if merge is not None:
             training.merge(checkpoint, output, merge)
-    print_table(("", "before", "after"), _qualities(result.record), title="on validation samples, never trained on")
-    size = sum(file.stat().st_size for file in output.glob("*.safetensors"))
+    _print(result.record, output, merge)
+
+
+def _print(record: "Tuning", adapter: Path, merged: Path | None) -> None:
+    print_table(("", "before", "after"), _qualities(record), title="on validation samples, never trained on")
+    size = sum(file.stat().st_size for file in adapter.glob("*.safetensors"))
     rows = [
-        ("trained", f"{result.record.trainable_parameters:,} parameters in {result.record.steps} steps"),
-        ("kept", f"the state after step {result.record.best_step}, the best on the validation samples"),
-        ("time", f"{result.record.seconds:.0f} s"),
-        ("adapter", f"{output} ({file_size(size)})"),
+        ("trained", f"{record.trainable_parameters:,} parameters in {record.steps} steps"),
+        ("kept", f"the state after step {record.best_step}, the best on the validation samples"),
+        ("time", f"{record.seconds:.0f} s"),
+        ("adapter", f"{adapter} ({file_size(size)})"),
     ]
-    print_table((), [*rows, ("checkpoint", str(merge))] if merge is not None else rows)
+    print_table((), [*rows, ("checkpoint", str(merged))] if merged is not None else rows)
 
 
 def merge(

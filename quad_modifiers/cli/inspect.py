@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from quad_modifiers.cli.console import log_on_stderr, print_table
+from quad_modifiers.cli.options import Seed, SeqLength, TextColumn
 
 if TYPE_CHECKING:
     from quad_modifiers.inspection.measure.results import Inspection
@@ -54,9 +55,9 @@ def inspect(
     ] = None,
     samples: Annotated[int, typer.Option(min=1, help="Windows of text behind spectrum and projection.")] = 16,
     eval_windows: Annotated[int, typer.Option(min=1, help="Other windows, for everything else.")] = 4,
-    seq_length: Annotated[int, typer.Option(min=2, help="Tokens in a window.")] = 512,
-    seed: Annotated[int, typer.Option(help="Of the choice of windows.")] = 0,
-    text_column: Annotated[str, typer.Option(help="Column of the text in the data set.")] = "text",
+    seq_length: SeqLength = 512,
+    seed: Seed = 0,
+    text_column: TextColumn = "text",
 ) -> None:
     """Show what quantization does to a model: activations, spectrum, errors, and where the perplexity is lost.
 

@@ -1,0 +1,11 @@
+"""Options that several commands have: those of a text and of the windows it is cut into."""
+
+from typing import Annotated, TypeAlias
+
+import typer
+
+TextColumn: TypeAlias = Annotated[str, typer.Option(help="Column of the text in the data set.")]
+Split: TypeAlias = Annotated[str | None, typer.Option(help="Split of a data set from `datasets`.")]
+DatasetConfig: TypeAlias = Annotated[str | None, typer.Option(help="Configuration of a data set from `datasets`.")]
+SeqLength: TypeAlias = Annotated[int, typer.Option(min=2, help="Tokens in a window.")]
+Seed: TypeAlias = Annotated[int, typer.Option(help="Of the choice of windows.")]
