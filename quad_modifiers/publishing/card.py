@@ -5,9 +5,7 @@ runs replace what is between the markers and nothing else. A card that somebody 
 the metadata that it lacks, and a section where its author put the markers of one.
 """
 
-import os
 import re
-import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +14,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from quad_modifiers.publishing.base_license import UNKNOWN, License
 from quad_modifiers.publishing.contents import CARD_NAME
-from quad_modifiers.publishing.evaluation import Evaluation, task_scores
+from quad_modifiers.publishing.evaluation import Evaluation, replace_file, task_scores
 from quad_modifiers.publishing.inventory import Inventory
 from quad_modifiers.publishing.sections import width_tags, write_sections
 
@@ -66,15 +64,7 @@ def write_card(folder: Path, text: str) -> None:
     target = folder / CARD_NAME
     if target.is_file() and target.read_text(encoding="utf-8") == text:
         return
-    handle, temporary = tempfile.mkstemp(prefix=f".{CARD_NAME}.", dir=folder)
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8") as stream:
-            stream.write(text)
-        Path(temporary).chmod(0o644)
-        Path(temporary).replace(target)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
+    replace_file(target, text)
 
 
 def read_card(file: Path) -> tuple[dict[str, Any], str]:

@@ -5,8 +5,9 @@ from pathlib import Path
 from quad_modifiers.checkpoint.format import LinearFormat, QuadFormat, read_format
 from quad_modifiers.publishing.base_license import UNKNOWN, License
 from quad_modifiers.publishing.citation import BIBTEX, PAPER_URL
-from quad_modifiers.publishing.evaluation import Evaluation, task_scores
+from quad_modifiers.publishing.evaluation import Evaluation
 from quad_modifiers.publishing.inventory import KIND_NAMES, Inventory
+from quad_modifiers.publishing.quality_section import quality_section
 from quad_modifiers.publishing.tuning import Tuning, read_tuning
 
 _U_TYPE = ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj")  # read the residual stream
@@ -27,7 +28,7 @@ def write_sections(
     return {
         "summary": _summary(inventory, quad, base_model, license),
         "usage": _usage(quad, repo_id),
-        "evaluation": _evaluation(evaluation),
+        "evaluation": quality_section(evaluation),
         **({} if tuning is None else {"tuning": _tuning(tuning)}),
         "quantization": _quad_widths(quad) if quad else _plain_widths(inventory),
         "size": _size(inventory),
@@ -99,31 +100,6 @@ vLLM:
 {note}"""
 
 
-def _evaluation(evaluation: Evaluation | None) -> str:
-    if evaluation is None:
-        return "## Evaluation\n\nNo measured results came with this checkpoint."
-    original = evaluation.baseline or "original"
-    lines = ["## Evaluation"]
-    if evaluation.perplexity:
-        lines += ["", f"| perplexity on | this | {original} | ratio |", "|---|---|---|---|"]
-        for one in evaluation.perplexity:
-            value = f"{one.value:.3f}" + ("" if one.stderr is None else f" ± {one.stderr:.3f}")
-            ratio = "" if one.baseline is None else f"{one.value / one.baseline:.3f}"
-            text = f"{one.text}, windows of {one.window_length} tokens, {one.tokens} predicted"
-            lines.append(f"| {text} | {value} | {_number(one.baseline)} | {ratio} |")
-    scores = list(task_scores(evaluation))
-    if scores:
-        lines += ["", f"| task (lm-eval) | metric | this | {original} | share |", "|---|---|---|---|---|"]
-        for score in scores:
-            task = score.task if score.shots is None else f"{score.task}, {score.shots}-shot"
-            value = _number(score.value) + ("" if score.stderr is None else f" ± {score.stderr:.3f}")
-            share = f"{100 * score.value / score.baseline:.1f} %" if score.baseline else ""
-            lines.append(f"| {task} | {score.metric} | {value} | {_number(score.baseline)} | {share} |")
-    measured_with = ", ".join(f"{name} {version}" for name, version in evaluation.packages.items())
-    context = "; ".join(part for part in (measured_with, evaluation.machine) if part)
-    return "\n".join([*lines, "", f"Measured with {context}."] if context else lines)
-
-
 def _tuning(tuning: Tuning) -> str:
     trained = "outlier weights and the scales of the quantized weights" if tuning.weight_scales else "outlier weights"
     goal = "on the next token" if tuning.original is None else f"by distillation from {tuning.original}"
@@ -137,7 +113,7 @@ def _tuning(tuning: Tuning) -> str:
         "",
         f"| on {tuning.validation_samples} samples of that text that were not trained on | before | after |",
         "|---|---|---|",
-        f"| perplexity | {_number(tuning.before.perplexity)} | {_number(tuning.after.perplexity)} |",
+        f"| perplexity | {tuning.before.perplexity:.3f} | {tuning.after.perplexity:.3f} |",
     ]
     if tuning.before.divergence is not None and tuning.after.divergence is not None:
         before, after = tuning.before.divergence, tuning.after.divergence
@@ -229,7 +205,3 @@ def _group_bits(inventory: Inventory) -> list[tuple[int, int]]:
         tuple((group.get(part) or {}).get("num_bits", 16) for part in ("weights", "input_activations"))
         for group in groups.values()
     ]
-
-
-def _number(value: float | None) -> str:
-    return "" if value is None else f"{value:.3f}"

@@ -32,8 +32,8 @@ def resolve_recipe(name_or_path: str | Path, manager: QuadPluginManager | None =
     what = "is a folder" if path.is_dir() else "is neither a file nor the name of a recipe"
     hint = f"the recipe {name!r} is found by its name alone" if name in recipes else near_names(name, list(recipes))
     raise FileNotFoundError(
-        f"recipe {str(name_or_path)!r} {what}; {hint}. Give a path of a YAML file, or one of the names: "
-        f"{', '.join(sorted(recipes)) or 'none found'}"
+        f"recipe {str(name_or_path)!r} {what}; {hint}{'' if hint.endswith('?') else '.'} Give a path of a YAML file, "
+        f"or one of the names: {', '.join(sorted(recipes)) or 'none found'}"
     )
 
 

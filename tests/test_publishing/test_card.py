@@ -179,6 +179,40 @@ def test_with_an_evaluation(checkpoint: Path) -> None:
     assert values == {"perplexity": 21.27, "acc": 0.66, "acc_norm": 0.6}
 
 
+def test_a_share_of_a_perplexity_is_not_claimed(checkpoint: Path) -> None:
+    write_evaluation(
+        checkpoint,
+        results={"wikitext": {"word_perplexity,none": 22.0}},
+        baseline_results={"wikitext": {"word_perplexity,none": 20.0}},
+        n_shot={},
+    )
+    assert "| wikitext | word_perplexity | 22.000 | 20.000 |  |" in card(checkpoint)
+
+
+def test_compared_tasks_stand_with_their_intervals(checkpoint: Path) -> None:
+    scores = {"items": 100, "chance": 0.25, "percent": 80.0, "percent_above_chance": 70.0}
+    task = {**scores, "task": "piqa", "metric": "acc_norm", "value": 0.4, "stderr": 0.05, "baseline": 0.5}
+    words = {"task": "words", "metric": "word_perplexity", "items": 9, "value": 30.0, "baseline": 25.0}
+    write_evaluation(
+        checkpoint,
+        comparisons=[
+            {**task, "baseline_stderr": 0.05, "difference": -0.1, "interval": [-0.2, 0.01]},
+            {**words, "difference": 5.0, "interval": [4.0, 6.0]},
+        ],
+        average={**task, "task": "average", "metric": "accuracy"},
+        limit=100,
+    )
+    text = card(checkpoint)
+    assert (
+        "| piqa, 0-shot | acc_norm | 100 | 0.25 | 0.400 ± 0.050 | 0.500 ± 0.050 | 80.0 % | 70.0 % | "
+        "-0.100 (-0.200 to +0.010), no difference seen |"
+    ) in text
+    assert "| words | word_perplexity | 9 |  | 30.000 | 25.000 |  |  | +5.000 (+4.000 to +6.000) |" in text
+    assert "| **average** | accuracy | 100 | 0.25 | 0.400 ± 0.050 | 0.500 | 80.0 % | 70.0 % |  |" in text
+    assert "| piqa, 0-shot | acc |" not in text  # one line a task
+    assert "only the first 100 items were asked" in text
+
+
 @pytest.mark.parametrize(
     ("changes", "where"),
     [

@@ -56,7 +56,7 @@ def test_an_existing_file_wins(manager: QuadPluginManager, folder: Path) -> None
     [
         (
             "fine_w4a5",
-            "is neither a file.*did you mean fine_w4a4 or fine_w4a16.*names: fine_w4a16, fine_w4a4",
+            "is neither a file.*did you mean fine_w4a4 or fine_w4a16\\? Give a path.*names: fine_w4a16, fine_w4a4",
         ),
         ("elsewhere/fine_w4a4.yaml", "is neither a file.*'fine_w4a4' is found by its name alone"),
         (".", "is a folder"),
