@@ -2,15 +2,15 @@
 
 import argparse
 import json
-import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from quad_modifiers.bench.measure import Measurement, environment, measure
-from quad_modifiers.bench.rows import GPTQ_SPEED, QUALITY, ROWS
+from quad_modifiers.bench.measure import environment, measure
+from quad_modifiers.bench.rows import GPTQ_SPEED, HEADLINE, QUALITY, ROWS, SEEDS
 from quad_modifiers.bench.runtime import compare_runtime
+from quad_modifiers.bench.table import read_measurements, render
 from quad_modifiers.bench.tuning import TEXTS, compare_training_cost, measure_tuning
 from quad_modifiers.bench.tuning_peers import compare_tuning
 
@@ -26,7 +26,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--windows", type=int, default=40, help="tuning: of held-out Wikipedia; half as many of others")
     parser.add_argument("--models", nargs="+", default=["smollm2", "qwen"], choices=("smollm2", "qwen"))
     parser.add_argument("--rows", nargs="+", choices=sorted(ROWS), help="default: all of the table")
-    parser.add_argument("--seeds", nargs="+", type=int, default=[0])
+    parser.add_argument("--seeds", nargs="+", type=int, help="default: 0, 1 and 2 for the headline rows, 0 for others")
+    parser.add_argument("--items", type=int, help="quality: of each offline task; 0 leaves them out; default: all")
     parser.add_argument("--samples", type=int, default=64, help="calibration windows of 512 tokens")
     parser.add_argument("--folder", type=Path, default=Path("outputs"), help="where the original models are kept")
     parser.add_argument("--results", type=Path, help="default: docs/benchmarks/, by what is measured")
@@ -45,14 +46,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
         default = GPTQ_SPEED if options.what == "gptq-speed" else QUALITY
         for model in options.models:
             for row in options.rows or list(default):
-                for seed in options.seeds:
-                    found = measure(row, model, options.folder / model, seed, options.samples)
+                for seed in options.seeds or (SEEDS if row in HEADLINE else SEEDS[:1]):
+                    items = 0 if options.what == "gptq-speed" else options.items
+                    found = measure(row, model, options.folder / model, seed, options.samples, items)
                     _append(options.results, asdict(found))
                     print(
                         f"{model} {row} seed {seed}: perplexity {found.perplexity:.3f}, {found.seconds:.0f} s",
                         flush=True,
                     )
-    print(render(_read(options.results)))
+    print(render(read_measurements(options.results)))
     return 0
 
 
@@ -99,42 +101,6 @@ def _append(results: Path, row: dict[str, Any]) -> None:
     results.parent.mkdir(parents=True, exist_ok=True)
     with results.open("a") as file:
         file.write(json.dumps({**row, **environment()}) + "\n")
-
-
-def _read(results: Path) -> list[Measurement]:
-    fields = Measurement.__dataclass_fields__
-    latest: dict[tuple[str, str, int, int], Measurement] = {}
-    for line in results.read_text().splitlines():
-        found = Measurement(**{key: value for key, value in json.loads(line).items() if key in fields})
-        latest[found.model, found.row, found.seed, found.samples] = found
-    return list(latest.values())
-
-
-def render(found: list[Measurement]) -> str:
-    """Returns a Markdown table; several seeds of a row become median and range."""
-    lines = [
-        "| model | recipe | perplexity | / full precision | size | time | peak memory |",
-        "|---|---|---|---|---|---|---|",
-    ]
-    for model in dict.fromkeys(m.model for m in found):
-        reference = next((m.perplexity for m in found if m.model == model and m.row == "full_precision"), None)
-        for key, row in ROWS.items():
-            group = [m for m in found if m.model == model and m.row == key]
-            if group:
-                lines.append(_line(model, row.title, group, reference))
-    return "\n".join(lines)
-
-
-def _line(model: str, title: str, group: list[Measurement], reference: float | None) -> str:
-    values = [m.perplexity for m in group]
-    middle = statistics.median(values)
-    spread = f" ({min(values):.2f} to {max(values):.2f}, {len(values)} seeds)" if len(values) > 1 else ""
-    ratio = "" if reference is None else f"{middle / reference:.3f}"
-    size = f"{group[0].checkpoint_bytes / 1e6:.0f} MB" if group[0].checkpoint_bytes else ""
-    seconds = statistics.median(m.seconds for m in group)
-    peak = statistics.median(m.peak_bytes for m in group)
-    time = f"{seconds:.0f} s" if seconds else ""
-    return f"| {model} | {title} | {middle:.2f}{spread} | {ratio} | {size} | {time} | {peak / 1e9:.1f} GB |"
 
 
 if __name__ == "__main__":

@@ -1,28 +1,29 @@
 """Measures one row in a process of its own, so that peak memory and time are the row's alone."""
 
 import json
-import platform
 import resource
 import subprocess
 import sys
 import tempfile
 import time
-from dataclasses import asdict, dataclass
-from importlib.metadata import version
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from quad_modifiers.bench.rows import ROWS
+from quad_modifiers.bench.rows import ROWS, Row
 from quad_modifiers.calibration import calibration_windows
 from quad_modifiers.demo.models import fetch
 from quad_modifiers.evaluation import perplexity
+from quad_modifiers.evaluation.machine import machine_name, package_versions
 from quad_modifiers.text import token_windows, wikipedia_articles
 
 LENGTH = 512
 WINDOWS = 40  # held-out windows, 20440 predicted tokens
-_PACKAGES = ("torch", "transformers", "llmcompressor", "compressed-tensors")
+TUNING_SAMPLES = 300  # windows of 512 tokens of the calibration half, of which a twentieth chooses the best state
+_PACKAGES = ("torch", "transformers", "llmcompressor", "compressed-tensors", "lm-eval", "peft")
 
 
 @dataclass(frozen=True)
@@ -40,6 +41,9 @@ class Measurement:
         seconds: of the compression, evaluation excluded.
         peak_bytes: peak resident memory of the process until the compression was done.
         checkpoint_bytes: size of the weight files, 0 where none was written.
+        scores: of the offline tasks, by name; empty where they were not run.
+        chances: score of guessing, of those that are accuracies.
+        items: asked of each task, None for all.
     """
 
     row: str
@@ -52,36 +56,80 @@ class Measurement:
     seconds: float
     peak_bytes: int
     checkpoint_bytes: int
+    scores: dict[str, float] = field(default_factory=dict)
+    chances: dict[str, float] = field(default_factory=dict)
+    items: int | None = None
 
 
-def measure_here(row: str, model: str, folder: Path, seed: int, samples: int, windows: int = WINDOWS) -> Measurement:
-    """Compresses and evaluates in this process; own checkpoints are written, reloaded, and measured as reloaded."""
+def measure_here(
+    row: str, model: str, folder: Path, seed: int, samples: int, items: int | None = 0, windows: int = WINDOWS
+) -> Measurement:
+    """Compresses and evaluates in this process; own checkpoints are written, reloaded, and measured as reloaded.
+
+    Args:
+        row: key in `ROWS`.
+        model: "smollm2" or "qwen".
+        folder: where the original is, or is put.
+        seed: of calibration windows and, in tuning, of the order of the samples.
+        samples: calibration windows.
+        items: of each offline task, None for all, 0 to leave the tasks out.
+        windows: of held-out text.
+    """
     original = fetch(model, folder)
     tokenizer = AutoTokenizer.from_pretrained(original)
-    recipe = ROWS[row].recipe
     seconds, size = 0.0, 0
     with tempfile.TemporaryDirectory(dir=folder.parent) as scratch:
-        if recipe is None:
-            evaluated = AutoModelForCausalLM.from_pretrained(original)
-        else:
-            output = Path(scratch) / "out"
+        evaluated: Any = original
+        if ROWS[row].recipe is not None:
             start = time.perf_counter()
-            evaluated = _compress(row, recipe, original, tokenizer, output, seed, samples)
+            evaluated = _make(ROWS[row], original, tokenizer, Path(scratch), seed, samples)
             seconds = time.perf_counter() - start
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-        if recipe is not None and (Path(scratch) / "out").is_dir():
-            evaluated = AutoModelForCausalLM.from_pretrained(Path(scratch) / "out")
-            size = sum(file.stat().st_size for file in (Path(scratch) / "out").glob("*.safetensors"))
+        if isinstance(evaluated, Path):
+            size = 0 if evaluated == original else sum(file.stat().st_size for file in evaluated.glob("*.safetensors"))
+            evaluated = AutoModelForCausalLM.from_pretrained(evaluated)
         held_out = token_windows(tokenizer, wikipedia_articles("held_out"), LENGTH, windows, seed=0)
         result = perplexity(evaluated, held_out, progress=False)
-    return Measurement(row, model, seed, samples, result.value, result.stderr, result.tokens, seconds, peak, size)
+        scores = {} if items == 0 else _task_scores(evaluated, tokenizer, items)
+    return Measurement(
+        row, model, seed, samples, result.value, result.stderr, result.tokens, seconds, peak, size, **scores
+    )
 
 
-def _compress(
-    row: str, recipe: str, original: Path, tokenizer: object, output: Path, seed: int, samples: int
-) -> torch.nn.Module:
+def _make(
+    row: Row, original: Path, tokenizer: object, scratch: Path, seed: int, samples: int
+) -> Path | torch.nn.Module:
+    """Returns the folder of the checkpoint, or the model of a row whose checkpoint would not be our own."""
+    output = scratch / "out"
+    compressed = _compress(row, original, tokenizer, output, seed, samples)
+    if not output.is_dir():
+        return compressed
+    if not row.tuned:
+        return output
+    from quad_peft.training import TuningSettings, finetune, merge
+
+    del compressed
+    finetune(output, scratch / "adapter", original=original, samples=TUNING_SAMPLES, settings=TuningSettings(seed=seed))
+    merge(output, scratch / "adapter", scratch / "tuned")
+    return scratch / "tuned"
+
+
+def _task_scores(model: Any, tokenizer: Any, items: int | None) -> dict[str, Any]:
+    from quad_modifiers.evaluation import evaluate
+
+    found = evaluate(model, tokenizer=tokenizer, text=None, limit=items).comparisons
+    return {
+        "scores": {task.task: task.value for task in found},
+        "chances": {task.task: task.chance for task in found if task.chance is not None},
+        "items": items,
+    }
+
+
+def _compress(row: Row, original: Path, tokenizer: object, output: Path, seed: int, samples: int) -> torch.nn.Module:
     from quad_modifiers import oneshot
 
+    recipe = row.recipe
+    assert recipe is not None
     windows = calibration_windows(None, tokenizer, num_samples=samples, sequence_length=LENGTH, seed=seed)
     stock = "_stage" in recipe and "OutlierSplitGPTQ" not in recipe
     return oneshot(
@@ -95,15 +143,15 @@ def _compress(
     )
 
 
-def measure(row: str, model: str, folder: Path, seed: int, samples: int, windows: int = WINDOWS) -> Measurement:
-    """Measures in a new process.
+def measure(row: str, model: str, folder: Path, seed: int, samples: int, items: int | None = None) -> Measurement:
+    """Measures in a new process; the arguments are those of `measure_here`.
 
     Raises:
         RuntimeError: with the end of its output if the process fails.
     """
-    arguments = [row, model, str(folder), str(seed), str(samples), str(windows)]
+    arguments = json.dumps([row, model, str(folder), seed, samples, items])
     done = subprocess.run(
-        [sys.executable, "-m", "quad_modifiers.bench.measure", *arguments], capture_output=True, text=True, check=False
+        [sys.executable, "-m", "quad_modifiers.bench.measure", arguments], capture_output=True, text=True, check=False
     )
     if done.returncode:
         raise RuntimeError(f"{row} on {model} failed:\n{done.stderr[-2000:]}")
@@ -114,22 +162,13 @@ def environment() -> dict[str, str]:
     """Machine, versions and commit, recorded beside every number."""
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
     dirty = subprocess.run(["git", "status", "--porcelain", "-uno"], capture_output=True, text=True, check=False)
-    cpu = platform.processor() or platform.machine()
-    info = Path("/proc/cpuinfo")
-    if info.is_file():
-        names = [
-            line.split(":", 1)[1].strip() for line in info.read_text().splitlines() if line.startswith("model name")
-        ]
-        cpu = f"{len(names)} cores of {names[0]}" if names else cpu
     return {
-        "cpu": cpu,
-        "python": platform.python_version(),
-        **{package: version(package) for package in _PACKAGES},
+        "cpu": machine_name(),
+        **package_versions(_PACKAGES),
         "commit": commit.stdout.strip() + ("+changes" if dirty.stdout.strip() else ""),
     }
 
 
 if __name__ == "__main__":
-    name, which, where, number, count, evaluated_windows = sys.argv[1:]
-    found = measure_here(name, which, Path(where), int(number), int(count), int(evaluated_windows))
-    print(json.dumps(asdict(found)))
+    row, model, folder, *numbers = json.loads(sys.argv[1])
+    print(json.dumps(asdict(measure_here(row, model, Path(folder), *numbers))))

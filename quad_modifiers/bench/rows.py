@@ -42,11 +42,16 @@ class Row:
     Attributes:
         title: as printed.
         recipe: name or text of a recipe; None measures the model as it is.
+        tuned: the checkpoint is then distilled from the original and merged, as `quad finetune --merge` does.
     """
 
     title: str
     recipe: str | None
+    tuned: bool = False
 
+
+HEADLINE = ("quad_w4a4", "quad_w4a4a8")  # measured with every seed, the other rows with the first
+SEEDS = (0, 1, 2)
 
 QUALITY = {
     "full_precision": Row("full precision (bf16)", None),
@@ -57,7 +62,9 @@ QUALITY = {
     "quad_w4a4_e8": Row("quad_w4a4_e8", "quad_w4a4_e8"),
     "quad_w4a4_square": Row("quad_w4a4_square", "quad_w4a4_square"),
     "smoothquant_quad_w4a4": Row("smoothquant_quad_w4a4", "smoothquant_quad_w4a4"),
+    "quad_w4a4_finetuned": Row("quad_w4a4, then quad finetune", "quad_w4a4", tuned=True),
     "quad_w4a4a8": Row("quad_w4a4a8", "quad_w4a4a8"),
+    "quad_w4a4a8_finetuned": Row("quad_w4a4a8, then quad finetune", "quad_w4a4a8", tuned=True),
     "quad_w4a16": Row("quad_w4a16", "quad_w4a16"),
 }
 

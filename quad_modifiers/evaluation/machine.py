@@ -7,15 +7,15 @@ import platform
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-_PACKAGES = ("quad-modifiers", "lm-eval", "transformers", "torch")
+_PACKAGES = ("lm-eval", "transformers", "torch")
 
 
-def package_versions() -> dict[str, str]:
-    """Return the versions of Python and of the packages that decide on a result."""
+def package_versions(names: tuple[str, ...] = _PACKAGES) -> dict[str, str]:
+    """Return the versions of Python, of this package, and of those of `names` that are installed."""
     import quad_modifiers
 
     found = {"python": platform.python_version(), "quad-modifiers": quad_modifiers.__version__}
-    for name in _PACKAGES[1:]:
+    for name in names:
         try:
             found[name] = version(name)
         except PackageNotFoundError:

@@ -1,0 +1,80 @@
+"""The quality table, from the JSON lines of measured rows."""
+
+import json
+import statistics
+from collections.abc import Sequence
+from pathlib import Path
+
+from quad_modifiers.bench.measure import Measurement
+from quad_modifiers.bench.rows import ROWS
+
+_REFERENCE = "full_precision"
+
+
+def read_measurements(results: Path) -> list[Measurement]:
+    """Returns the latest measurement of each row, model, seed and number of calibration windows."""
+    fields = Measurement.__dataclass_fields__
+    latest: dict[tuple[str, str, int, int], Measurement] = {}
+    for line in results.read_text(encoding="utf-8").splitlines():
+        found = Measurement(**{key: value for key, value in json.loads(line).items() if key in fields})
+        latest[found.model, found.row, found.seed, found.samples] = found
+    return list(latest.values())
+
+
+def render(found: Sequence[Measurement]) -> str:
+    """Returns a Markdown table; several seeds of a row become median and range.
+
+    Of the offline tasks it shows what is left of the original's mean accuracy, and of its part above guessing.
+    """
+    lines = [
+        "| model | recipe | perplexity | / full precision | tasks | above guessing | size | time | peak memory |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    for model in dict.fromkeys(each.model for each in found):
+        of_model = [each for each in found if each.model == model]
+        reference = next((each for each in of_model if each.row == _REFERENCE), None)
+        for key, row in ROWS.items():
+            group = [each for each in of_model if each.row == key]
+            if group:
+                lines.append(f"| {model} | {row.title} | {' | '.join(_cells(group, reference))} |")
+    return "\n".join(lines)
+
+
+def _cells(group: list[Measurement], reference: Measurement | None) -> list[str]:
+    perplexities = [each.perplexity for each in group]
+    shares = [] if reference is None else [kept(each, reference) for each in group]
+    size, seconds = group[0].checkpoint_bytes, statistics.median(each.seconds for each in group)
+    return [
+        _middle(perplexities, "{:.2f}"),
+        "" if reference is None else f"{statistics.median(perplexities) / reference.perplexity:.3f}",
+        _middle([100 * share[0] for share in shares if share is not None], "{:.1f} %"),
+        _middle([100 * share[1] for share in shares if share is not None], "{:.1f} %"),
+        f"{size / 1e6:.0f} MB" if size else "",
+        f"{seconds:.0f} s" if seconds else "",
+        f"{statistics.median(each.peak_bytes for each in group) / 1e9:.1f} GB",
+    ]
+
+
+def kept(found: Measurement, reference: Measurement) -> tuple[float, float] | None:
+    """Returns the mean accuracy over that of the reference, plain and above guessing.
+
+    None if the two were not asked the same items, or none.
+    """
+    names = sorted(found.chances.keys() & reference.chances.keys())
+    if not names or found.items != reference.items:
+        return None
+    ours, theirs, chance = (
+        statistics.fmean(values[name] for name in names)
+        for values in (found.scores, reference.scores, reference.chances)
+    )
+    return ours / theirs, (ours - chance) / (theirs - chance)
+
+
+def _middle(values: Sequence[float], form: str) -> str:
+    """The median, with the range if there are several."""
+    if not values:
+        return ""
+    middle = form.format(statistics.median(values))
+    if len(values) == 1:
+        return middle
+    return f"{middle} ({form.format(min(values))} to {form.format(max(values))}, {len(values)} seeds)"

@@ -1,0 +1,82 @@
+"""The quality table: measured rows on a toy, and what is made of them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("peft")
+pytest.importorskip("llmcompressor")
+pytest.importorskip("gensim")
+
+from quad_modifiers.bench import measure as measuring
+from quad_modifiers.bench.__main__ import main
+from quad_modifiers.bench.measure import Measurement, measure_here
+from quad_modifiers.bench.rows import Row
+from quad_modifiers.bench.table import kept, read_measurements, render
+
+RECIPE = """
+quad_stage:
+  quad_modifiers:
+    SVDOutlierProjection: {rank: 4}
+    DynamicActQuant: {}
+    OutlierSplitGPTQ: {}
+"""
+
+
+def measured(row: str, seed: int = 0, perplexity: float = 20.0, **changes) -> Measurement:
+    scores = {"a": 0.6, "b": 0.65, "words": 30.0}
+    return Measurement(
+        row, "smollm2", seed, 64, perplexity, 0.1, 100, 60.0, 10**9, 2 * 10**8,
+        **{"scores": scores, "chances": {"a": 0.0, "b": 0.25}, **changes},
+    )  # fmt: skip
+
+
+def test_what_is_left_of_the_accuracies() -> None:
+    reference = measured("full_precision", scores={"a": 0.8, "b": 0.85, "words": 25.0})
+    plain, above = kept(measured("quad_w4a4"), reference) or (None, None)
+    assert plain == pytest.approx(0.625 / 0.825)
+    assert above == pytest.approx((0.625 - 0.125) / (0.825 - 0.125))
+    assert kept(measured("quad_w4a4", items=100), reference) is None  # other items
+    assert kept(measured("quad_w4a4", scores={}, chances={}), reference) is None
+
+
+def test_several_seeds_become_median_and_range() -> None:
+    rows = [measured("full_precision", perplexity=16.0)]
+    rows += [measured("quad_w4a4", seed, value) for seed, value in enumerate((20.0, 18.0, 25.0))]
+    (line,) = [line for line in render(rows).splitlines() if "| quad_w4a4 |" in line]
+    assert "| 20.00 (18.00 to 25.00, 3 seeds) | 1.250 | 100.0 % (100.0 % to 100.0 %, 3 seeds) |" in line
+
+
+def test_rows_on_a_toy(toy_checkpoint: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(measuring, "LENGTH", 48)
+    monkeypatch.setattr(measuring, "TUNING_SAMPLES", 8)
+    monkeypatch.setattr(measuring, "_task_scores", lambda model, tokenizer, items: {"scores": {"a": 1.0}})
+    rows = {"whole": Row("", None), "plain": Row("", RECIPE), "tuned": Row("", RECIPE, tuned=True)}
+    monkeypatch.setattr(measuring, "ROWS", rows)
+    items = {"whole": None, "plain": 0, "tuned": 0}  # None: all of them
+    found = {name: measure_here(name, "smollm2", toy_checkpoint(), 0, 8, items[name], windows=2) for name in rows}
+    assert found["whole"].checkpoint_bytes == 0
+    assert found["plain"].checkpoint_bytes == found["tuned"].checkpoint_bytes > 0
+    assert len({each.perplexity for each in found.values()}) == 3
+    assert (found["plain"].scores, found["whole"].scores) == ({}, {"a": 1.0})
+
+
+def test_headline_rows_are_measured_with_every_seed(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    asked = []
+
+    def measure(row: str, model: str, folder: Path, seed: int, samples: int, items: int | None) -> Measurement:
+        asked.append((row, seed))
+        return measured(row, seed, items=items)
+
+    monkeypatch.setattr("quad_modifiers.bench.__main__.measure", measure)
+    results = tmp_path / "new" / "quality.jsonl"
+    arguments = ["--models", "smollm2", "--rows", "full_precision", "quad_w4a4", "--results", str(results)]
+    assert main(["quality", *arguments]) == 0
+    assert asked == [("full_precision", 0), *(("quad_w4a4", seed) for seed in (0, 1, 2))]
+    assert len(read_measurements(results)) == 4
+    assert "3 seeds" in capsys.readouterr().out
