@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -139,3 +140,13 @@ def toy_quad() -> Callable[..., QuadFormat]:
         return toy_format(base, weight, quantized, packed_ends, **changes)
 
     return make
+
+
+@pytest.fixture(scope="session")
+def checkpoint() -> Path:
+    """The checkpoint to serve, $QUAD_VLLM_CHECKPOINT; `make test-vllm` makes one and sets it."""
+    pytest.importorskip("vllm")
+    folder = os.environ.get("QUAD_VLLM_CHECKPOINT")
+    if not folder:
+        pytest.fail("QUAD_VLLM_CHECKPOINT names no checkpoint to serve: run `make test-vllm`, or set it to a folder")
+    return Path(folder).resolve()

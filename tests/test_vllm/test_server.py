@@ -3,16 +3,10 @@
 from __future__ import annotations
 
 import math
-import os
 import re
-import socket
-import subprocess
-import sys
-import time
 import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -21,74 +15,21 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from quad_modifiers.evaluation import perplexity
 from quad_modifiers.text import stdlib_code, token_windows
 
+from .server_process import Server, serve
+
 pytestmark = [pytest.mark.vllm, pytest.mark.filterwarnings("default")]
 
-START_SECONDS = 240
 LENGTH, WINDOWS = 256, 32
 CHUNK = 128  # tokens in a step of the server, so a window takes several
 NAME = "quad"
 
 
-class Server(NamedTuple):
-    """A running server: client, address, and what it printed so far."""
-
-    client: Any
-    address: str
-    log: Path
-
-
-@pytest.fixture(scope="module")
-def checkpoint() -> Path:
-    """The checkpoint to serve, $QUAD_VLLM_CHECKPOINT; `make test-vllm` makes one and sets it."""
-    pytest.importorskip("vllm")
-    folder = os.environ.get("QUAD_VLLM_CHECKPOINT")
-    if not folder:
-        pytest.fail("QUAD_VLLM_CHECKPOINT names no checkpoint to serve: run `make test-vllm`, or set it to a folder")
-    return Path(folder).resolve()
-
-
-def _free_port() -> int:
-    with socket.socket() as listening:
-        listening.bind(("127.0.0.1", 0))
-        return int(listening.getsockname()[1])
-
-
-def _wait(address: str, process: subprocess.Popen[bytes], log: Path) -> None:
-    deadline = time.monotonic() + START_SECONDS
-    while time.monotonic() < deadline:
-        if process.poll() is not None:
-            pytest.fail(f"vllm serve ended with status {process.returncode}:\n{log.read_text()[-4000:]}")
-        try:
-            with urllib.request.urlopen(f"{address}/health", timeout=2):
-                return
-        except OSError:
-            time.sleep(0.5)
-    pytest.fail(f"vllm serve was not ready after {START_SECONDS} s:\n{log.read_text()[-4000:]}")
-
-
 @pytest.fixture(scope="module")
 def server(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     """The checkpoint served without torch.compile, prompts in chunks, prefix caching on (vLLM's default)."""
-    from openai import OpenAI
-
-    port, log = _free_port(), tmp_path_factory.mktemp("server") / "log"
-    command = [sys.executable, "-m", "vllm.entrypoints.cli.main", "serve", str(checkpoint)]
-    command += ["--host", "127.0.0.1", "--port", str(port), "--served-model-name", NAME, "--enforce-eager"]
-    command += ["--max-model-len", "1024", "--max-num-batched-tokens", str(CHUNK), "--max-num-seqs", "8"]
-    environment = {"VLLM_CPU_KVCACHE_SPACE": "1", **os.environ, "HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1"}
-    with log.open("wb") as output:
-        process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, env=environment)
-    try:
-        address = f"http://127.0.0.1:{port}"
-        _wait(address, process, log)
-        yield Server(OpenAI(base_url=f"{address}/v1", api_key="none", max_retries=0, timeout=120), address, log)
-    finally:
-        process.terminate()
-        try:
-            process.wait(30)
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait()
+    options = ["--served-model-name", NAME, "--max-model-len", "1024", "--max-num-batched-tokens", str(CHUNK)]
+    with serve(checkpoint, tmp_path_factory.mktemp("server") / "log", options) as running:
+        yield running
 
 
 def test_the_plugin_is_in_use(server: Server) -> None:
