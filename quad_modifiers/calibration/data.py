@@ -6,13 +6,12 @@ import logging
 from collections.abc import Iterable, Sequence
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, TypeAlias
 
 import torch
 from torch.utils.data import DataLoader
 
-from quad_modifiers.calibration import sources
-from quad_modifiers.text.wikipedia import wikipedia_articles
+from quad_modifiers.calibration.sources import Documents, Purpose, Resolved, Splits, TokenRows, TokenStream, resolve
 from quad_modifiers.text.windows import token_stream
 
 if TYPE_CHECKING:
@@ -25,6 +24,12 @@ CalibrationSource: TypeAlias = (
     "str | Path | Dataset | DatasetDict | Sequence[str] | torch.Tensor | DataLoader[dict[str, torch.Tensor]] | None"
 )
 
+_PURPOSE = Purpose(
+    "calibration",
+    usual_splits=("calibration", "train"),
+    split_option="splits",
+    config_option="dataset_config_name",
+)
 # Fewer windows than asked are used, with a warning, down to these; below them a Gram or Hessian means nothing.
 _MINIMUM_WINDOWS = 4
 _MINIMUM_TOKENS = 1024
@@ -41,7 +46,7 @@ def calibration_windows(
     num_samples: int,
     sequence_length: int,
     text_column: str = "text",
-    splits: sources.Splits | None = None,
+    splits: Splits | None = None,
     dataset_config_name: str | None = None,
     seed: int = 0,
 ) -> list[torch.Tensor]:
@@ -76,18 +81,13 @@ def calibration_windows(
         raise ValueError(
             f"num_samples must be at least 1 and sequence_length at least 2, not {num_samples} and {sequence_length}"
         )
-    dataset = _resolve_names(dataset, text_column, splits, dataset_config_name)
-    generator = torch.Generator().manual_seed(seed)
-    if isinstance(dataset, DataLoader):
-        rows = list(islice(sources.loader_rows(dataset), num_samples))
-    elif (tokenized := _tokenized_rows(dataset, sequence_length)) is not None:
-        rows = _drawn([row[:sequence_length] for row in tokenized], num_samples, generator)
-    else:
-        texts = _texts_of(dataset, text_column)
-        if tokenizer is None:
-            raise ValueError("calibration text needs a tokenizer; give one, or give token ids instead of text")
-        sample = _sampled_documents(texts, num_samples * sequence_length, generator)
-        rows = _drawn(_windows(token_stream(tokenizer, sample), sequence_length), num_samples, generator)
+    if dataset is None:
+        logger.info(
+            "No calibration data set was given: calibrating with the first half of the English Wikipedia articles in "
+            "gensim's package. The second half is held out for evaluation and never calibrates."
+        )
+    found = resolve(dataset, _PURPOSE, text_column=text_column, splits=splits, config_name=dataset_config_name)
+    rows = _rows(found, tokenizer, num_samples, sequence_length, torch.Generator().manual_seed(seed))
     _check_amount(rows, num_samples, sequence_length)
     return [row.unsqueeze(0) for row in rows]
 
@@ -106,52 +106,30 @@ def as_dataloader(batches: Iterable[torch.Tensor]) -> DataLoader[dict[str, torch
     return DataLoader(samples, batch_size=None)  # a list is a map-style data set
 
 
-def _resolve_names(
-    dataset: CalibrationSource, text_column: str, splits: sources.Splits | None, config_name: str | None
-) -> Any:
-    """Return `dataset` with None, file names and hub names replaced by what they stand for."""
-    if dataset is None:
-        logger.info(
-            "No calibration data set was given: calibrating with the first half of the English Wikipedia articles in "
-            "gensim's package. The second half is held out for evaluation and never calibrates."
+def _rows(
+    found: Resolved,
+    tokenizer: PreTrainedTokenizerBase | None,
+    count: int,
+    length: int,
+    generator: torch.Generator,
+) -> list[torch.Tensor]:
+    """Return up to `count` samples of `found`, tokenized where it is text, drawn where there are more."""
+    if isinstance(found, TokenRows):
+        if found.ordered:
+            return list(islice(found.rows, count))
+        return _drawn([row[:length] for row in found.rows], count, generator)
+    if isinstance(found, Documents):
+        if tokenizer is None:
+            raise ValueError("calibration text needs a tokenizer; give one, or give token ids instead of text")
+        sample = _sampled_documents(found.texts, count * length, generator)
+        found = TokenStream(token_stream(tokenizer, sample))
+    windows = found.windows(length)
+    if not windows:
+        raise ValueError(
+            f"the calibration data has {found.ids.numel()} tokens, not enough for one window of {length}; give more "
+            "text, or lower sequence_length"
         )
-        return wikipedia_articles("calibration")
-    if isinstance(dataset, str | Path):
-        if sources.is_local_file(dataset):
-            return sources.read_local(dataset, text_column)
-        dataset = sources.load_named(dataset, config_name, splits)
-    return sources.single_split(dataset, splits) if _is_datasets_object(dataset) else dataset
-
-
-def _is_datasets_object(dataset: object) -> bool:
-    """Return whether `dataset` is a Dataset, or a DatasetDict or plain dict of them, without importing `datasets`."""
-    return isinstance(dataset, dict) or (hasattr(dataset, "column_names") and hasattr(dataset, "features"))
-
-
-def _tokenized_rows(dataset: Any, sequence_length: int) -> list[torch.Tensor] | None:
-    """Return the samples of data that is tokenized already (a stream is cut into windows), None where it is text."""
-    if isinstance(dataset, torch.Tensor) and dataset.dim() == 1:
-        stream = next(sources.unpadded(dataset, None, "the calibration tensor"), torch.empty(0, dtype=torch.int64))
-        return _windows(stream, sequence_length)
-    if isinstance(dataset, torch.Tensor):
-        return list(sources.unpadded(dataset, None, "the calibration tensor"))
-    if _is_datasets_object(dataset):
-        return list(sources.dataset_rows(dataset)) if "input_ids" in (dataset.column_names or ()) else None
-    if isinstance(dataset, Sequence) and dataset and isinstance(dataset[0], torch.Tensor):
-        return [row for sample in dataset for row in sources.unpadded(sample, None, "a calibration sample")]
-    return None
-
-
-def _texts_of(dataset: Any, text_column: str) -> Sequence[str]:
-    """Return the documents of `dataset`, or raise naming what is accepted."""
-    if _is_datasets_object(dataset) and hasattr(dataset, "__getitem__") and hasattr(dataset, "__len__"):
-        return sources.dataset_texts(dataset, text_column)
-    if isinstance(dataset, Sequence) and not isinstance(dataset, bytes):
-        return dataset
-    raise TypeError(
-        f"a calibration data set cannot be a {type(dataset).__name__}; give None, a file or `datasets` name, a Dataset "
-        "(not a streaming one), a list of strings, a tensor of token ids or a DataLoader of dicts with 'input_ids'"
-    )
+    return _drawn(windows, count, generator)
 
 
 def _sampled_documents(texts: Sequence[str], tokens: int, generator: torch.Generator) -> list[str]:
@@ -168,17 +146,6 @@ def _sampled_documents(texts: Sequence[str], tokens: int, generator: torch.Gener
         if characters >= limit:
             break
     return [drawn[index] for index in sorted(drawn)]
-
-
-def _windows(stream: torch.Tensor, length: int) -> list[torch.Tensor]:
-    """Return the complete windows of `stream`, at least one."""
-    count = stream.numel() // length
-    if count == 0:
-        raise ValueError(
-            f"the calibration data has {stream.numel()} tokens, not enough for one window of {length}; give more text, "
-            "or lower sequence_length"
-        )
-    return list(stream[: count * length].view(count, length))
 
 
 def _drawn(rows: list[torch.Tensor], count: int, generator: torch.Generator) -> list[torch.Tensor]:

@@ -12,7 +12,7 @@ from pydantic import Field, PrivateAttr
 from torch import nn
 
 from quad_modifiers.calibration.blockwise import working_device
-from quad_modifiers.calibration.sources import unpadded
+from quad_modifiers.calibration.token_rows import unpadded
 from quad_modifiers.modifiers.preparation import begin_own_pass, calibration_batches, prepare_model
 from quad_modifiers.nn.quad_linear import QuadLinear
 from quad_modifiers.publishing.tuning import TUNING_NAME

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch.utils.data import Dataset
 
-from quad_modifiers.calibration import sources
-from quad_modifiers.text.wikipedia import wikipedia_articles
+from quad_modifiers.calibration.sources import Purpose, Resolved, TokenRows, TokenStream, is_local_file, resolve
 from quad_modifiers.text.windows import token_stream
 from quad_peft.training.losses import IGNORED
 
@@ -20,6 +20,9 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 DEFAULT_TEXT = "the calibration half of the Wikipedia articles in gensim's package"
+_PURPOSE = Purpose(
+    "training", usual_splits=("train", "calibration"), split_option="split", config_option="dataset_config"
+)
 _MINIMUM = 2  # samples: one to train and one to validate on
 
 
@@ -112,36 +115,34 @@ def training_data(
 
     Args:
         source: None for the calibration half of the Wikipedia articles that gensim ships (the other half is for
-            measuring and never comes in); a .txt, .jsonl, .csv or .parquet file; a `datasets` name, folder or object;
-            a list of strings; or token ids, `[samples, tokens]` or a list of `[tokens]`.
+            measuring and never comes in); a .txt, .jsonl, .csv or .parquet file; a `datasets` name or folder; a Dataset
+            or DatasetDict with a text column or `input_ids`; a list of strings; token ids, `[tokens]`, which are cut
+            into windows, `[samples, tokens]` or a list of `[tokens]`; or a DataLoader of dicts with `input_ids`.
         tokenizer: of the model; not needed for token ids.
         length: tokens in a sample, at most.
-        samples: at most so many, drawn at random; all by default.
+        samples: at most so many, drawn at random, of a DataLoader the first ones; all by default.
         packed: one stream of all documents cut into windows of exactly `length`; otherwise one sample for each
             document, cut at `length`.
         validation: share of the samples to validate on: the last ones of the text, at least one.
         text_column: field or column of the text.
-        split: of a `datasets` name.
+        split: of a `datasets` name or a DatasetDict; "train" or "calibration" or the only one by default.
         dataset_config: configuration of a `datasets` name.
         seed: of the draw.
 
     Raises:
         FileNotFoundError: no such file.
         ImportError: the package `datasets` is needed and missing.
-        TypeError: `source` is of no kind listed.
-        ValueError: no text, no such column (the columns are named), or less than two samples.
+        TypeError: `source` is of no kind listed, or holds something else than text or token ids.
+        ValueError: no text, no such column or split (those there are named), or less than two samples.
     """
     if not 0 < validation < 1:
         raise ValueError(f"validation ({validation}) is a share of the samples, above 0 and below 1")
     if length < 2:
         raise ValueError(f"length ({length}) must be at least 2 tokens: one is given, the others are predicted")
-    rows = _token_rows(source)
-    if rows is None:
-        if tokenizer is None:
-            raise ValueError("text needs a tokenizer, and there is none beside the checkpoint; save one there")
-        texts = _documents(source, text_column, split, dataset_config)
-        rows = _windows(token_stream(tokenizer, texts), length) if packed else _encoded(tokenizer, texts, length)
-    rows = [row[:length] for row in rows if len(row) > 1]
+    if samples is not None and samples < _MINIMUM:
+        raise ValueError(f"samples ({samples}) must be at least {_MINIMUM}: one to train and one to validate on")
+    found = resolve(source, _PURPOSE, text_column=text_column, splits=split, config_name=dataset_config)
+    rows = [row[:length] for row in _rows(found, tokenizer, length, samples, packed) if len(row) > 1]
     name = _name(source)
     if len(rows) < _MINIMUM:
         tokens = sum(len(row) for row in rows)
@@ -157,47 +158,36 @@ def _drawn(rows: list[torch.Tensor], samples: int | None, held: int, seed: int) 
     """All rows, or `samples` of them: the last `held` and a random draw of those before, in the order of the text."""
     if samples is None or samples >= len(rows):
         return rows
-    if samples < _MINIMUM:
-        raise ValueError(f"samples ({samples}) must be at least {_MINIMUM}: one to train and one to validate on")
     generator = torch.Generator().manual_seed(seed)
     before = len(rows) - held
     chosen = torch.randperm(before, generator=generator)[: samples - held].sort().values.tolist()
     return [rows[index] for index in chosen] + rows[before:]
 
 
-def _token_rows(source: Any) -> list[torch.Tensor] | None:
-    """The rows of token ids, None for text."""
-    if isinstance(source, torch.Tensor):
-        return list(sources.unpadded(source, None, "the training data"))
-    if isinstance(source, Sequence) and source and isinstance(source[0], torch.Tensor):
-        return [row for each in source for row in sources.unpadded(each, None, "a training sample")]
-    return None
-
-
-def _documents(source: Any, text_column: str, split: str | None, dataset_config: str | None) -> Sequence[str]:
-    if source is None:
-        return wikipedia_articles("calibration")
-    if isinstance(source, (str, Path)):
-        if sources.is_local_file(source):
-            return sources.read_local(source, text_column)
-        source = sources.load_named(source, dataset_config, split)
-    if hasattr(source, "column_names"):
-        return sources.dataset_texts(sources.single_split(source, split), text_column)
-    if isinstance(source, Sequence) and not isinstance(source, bytes):
-        return source
-    raise TypeError(
-        f"training data cannot be a {type(source).__name__}; give a file or `datasets` name, a Dataset (not a "
-        "streaming one), a list of strings, or token ids"
-    )
-
-
-def _windows(stream: torch.Tensor, length: int) -> list[torch.Tensor]:
-    return list(stream[: len(stream) // length * length].view(-1, length))
+def _rows(
+    found: Resolved,
+    tokenizer: PreTrainedTokenizerBase | None,
+    length: int,
+    samples: int | None,
+    packed: bool,
+) -> Iterable[torch.Tensor]:
+    """The samples of `found`, tokenized where it is text; no more than `samples` only where their order was chosen."""
+    if isinstance(found, TokenRows):
+        return islice(found.rows, samples) if found.ordered else found.rows
+    if isinstance(found, TokenStream):
+        return found.windows(length)
+    if tokenizer is None:
+        raise ValueError("text needs a tokenizer, and there is none beside the checkpoint; save one there")
+    if packed:
+        return TokenStream(token_stream(tokenizer, found.texts)).windows(length)
+    return _encoded(tokenizer, found.texts, length)
 
 
 def _encoded(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], length: int) -> list[torch.Tensor]:
     """One row for each document that is not empty, with the special tokens that the tokenizer adds."""
     kept = [text for text in texts if text.strip()]
+    if not kept:
+        return []
     encoding = tokenizer(kept, truncation=True, max_length=length, return_attention_mask=False)
     return [torch.tensor(ids, dtype=torch.int64) for ids in encoding["input_ids"]]
 
@@ -210,5 +200,5 @@ def _name(source: Any) -> str:
     if source is None:
         return DEFAULT_TEXT
     if isinstance(source, (str, Path)):
-        return Path(source).name if sources.is_local_file(source) else str(source)
+        return Path(source).name if is_local_file(source) else str(source)
     return f"a {type(source).__name__}"

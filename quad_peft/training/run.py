@@ -77,7 +77,7 @@ def finetune(
         packed: windows of one stream of text; False makes one padded sample of each document.
         validation: share of the samples that is held back for evaluation during the training.
         text_column: field or column of the text.
-        split: of a `datasets` name.
+        split: of a `datasets` name or a DatasetDict.
         dataset_config: configuration of a `datasets` name.
         train_weight_scales: the scales of the 4-bit weights too. Such an adapter can be merged, but is no LoRA.
         teacher_cache: folder for the original model's hidden states; computed once, then the model is not needed in
@@ -95,9 +95,8 @@ def finetune(
 
     output, settings = Path(output), settings or TuningSettings()
     check_target(output)
-    model = load_checkpoint(checkpoint)
-    tokenizer = load_tokenizer(checkpoint)
-    samples_of = training_data(
+    model, tokenizer = load_checkpoint(checkpoint), load_tokenizer(checkpoint)
+    found = training_data(
         data,
         tokenizer,
         length=length,
@@ -110,35 +109,92 @@ def finetune(
         seed=settings.seed,
     )
     model = get_outlier_model(model, OutlierLoraConfig(train_weight_scales=train_weight_scales))
-    folder = output.with_name(f"{output.name}.training")
-    arguments = settings.arguments(folder)
-    _check_launch(arguments)
-    identity = {
-        "checkpoint": model.peft_config["default"].base_fingerprint,
-        "original": None if original is None else model_name(original),
-        "data": samples_of.fingerprint,
-        "validation": samples_of.validation,
-        "train_weight_scales": train_weight_scales,
-        **asdict(settings),
-    }
-    with arguments.main_process_first(local=False):
-        if arguments.process_index == 0:
-            _open_run(folder, identity, resume)
-    with arguments.main_process_first(local=False):
-        teacher = _teacher(original, model, samples_of, teacher_cache)
-    outcome = tune(model, samples_of, settings, arguments, teacher, _pad_token(tokenizer))
-    record = tuning_record(
-        outcome,
-        samples_of,
-        settings,
-        original=None if original is None else model_name(original),
-        train_weight_scales=train_weight_scales,
-        processes=arguments.world_size,
-    )
-    with arguments.main_process_first(local=False):
-        if arguments.process_index == 0:
-            _write(model, record, outcome, output, folder)
-    return FinetuneResult(output, record, arguments.process_index == 0)
+    run = _Run(model, found, output, settings, train_weight_scales, original, teacher_cache)
+    run.open(resume)
+    outcome = run.train(_pad_token(tokenizer))
+    record = run.record(outcome)
+    run.write(outcome, record)
+    return FinetuneResult(output, record, run.is_main_process)
+
+
+class _Run:
+    """One run and the folder that its states are kept in until it is done.
+
+    Args:
+        model: a `PeftModel` with an outlier adapter.
+        data: its samples.
+        output: folder for the adapter.
+        settings: of the training.
+        train_weight_scales: whether the adapter has the scales too.
+        original: folder or Hub id of the original model, or the model; None trains on the next token.
+        teacher_cache: folder for its hidden states, if they are to be cached.
+
+    Raises:
+        ValueError: the launcher started processes that do not know of each other.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        data: TrainingData,
+        output: Path,
+        settings: TuningSettings,
+        train_weight_scales: bool,
+        original: Any,
+        teacher_cache: str | Path | None,
+    ) -> None:
+        self.model, self.data, self.output, self.settings = model, data, output, settings
+        self.train_weight_scales = train_weight_scales
+        self.original, self.teacher_cache = original, teacher_cache
+        self.original_name = None if original is None else model_name(original)
+        self.folder = output.with_name(f"{output.name}.training")
+        self.arguments = settings.arguments(self.folder)
+        _check_launch(self.arguments)
+
+    @property
+    def is_main_process(self) -> bool:
+        """Whether this is the process that writes."""
+        return bool(self.arguments.process_index == 0)
+
+    def identity(self) -> dict[str, Any]:
+        """What an interrupted run and the one that goes on with it must have in common."""
+        return {
+            "checkpoint": self.model.peft_config["default"].base_fingerprint,
+            "original": self.original_name,
+            "data": self.data.fingerprint,
+            "validation": self.data.validation,
+            "train_weight_scales": self.train_weight_scales,
+            **asdict(self.settings),
+        }
+
+    def open(self, resume: bool) -> None:
+        """Makes the folder, or checks that the unfinished run in it is this one."""
+        with self.arguments.main_process_first(local=False):
+            if self.is_main_process:
+                _open_folder(self.folder, self.identity(), resume)
+
+    def train(self, pad_token: int) -> Outcome:
+        """Trains the model, from the last state in the folder on."""
+        with self.arguments.main_process_first(local=False):
+            teacher = _teacher(self.original, self.model, self.data, self.teacher_cache)
+        return tune(self.model, self.data, self.settings, self.arguments, teacher, pad_token)
+
+    def record(self, outcome: Outcome) -> Tuning:
+        """The `tuning.json` of the run."""
+        return tuning_record(
+            outcome,
+            self.data,
+            self.settings,
+            original=self.original_name,
+            train_weight_scales=self.train_weight_scales,
+            processes=self.arguments.world_size,
+        )
+
+    def write(self, outcome: Outcome, record: Tuning) -> None:
+        """Writes the adapter and removes the folder of the run."""
+        with self.arguments.main_process_first(local=False):
+            if self.is_main_process:
+                _write(self.model, record, outcome, self.output, self.folder)
 
 
 def _check_launch(arguments: Any) -> None:
@@ -151,7 +207,7 @@ def _check_launch(arguments: Any) -> None:
         )
 
 
-def _open_run(folder: Path, identity: dict[str, Any], resume: bool) -> None:
+def _open_folder(folder: Path, identity: dict[str, Any], resume: bool) -> None:
     """Makes the folder of a run, or checks that the one there is the same run."""
     file = folder / _RUN
     wanted = json.loads(json.dumps(identity))

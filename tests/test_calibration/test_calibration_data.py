@@ -145,9 +145,10 @@ def test_too_little(windows_of, data, message):
 @pytest.mark.parametrize(
     ("data", "message"),
     [
-        (7, "cannot be a int"),
+        (7, "a calibration data set cannot be a int"),
         (b"bytes", "cannot be a bytes"),
-        (torch.zeros(4, 64), "integer token ids, not torch.float32"),
+        ({"a": {"text": ["a"]}}, "cannot be a dict"),
+        (torch.zeros(4, 64), "the calibration tensor must hold integer token ids, not torch.float32"),
         ([{"text": "a"}], "text 0 is a dict"),
         (DataLoader([torch.arange(3)], batch_size=None), "yields a Tensor"),
         (DataLoader([{"ids": torch.arange(3)}], batch_size=None), r"a mapping with \['ids'\]"),
@@ -163,11 +164,13 @@ def test_bad_names_splits_and_columns(windows_of, tmp_path):
     table = datasets.Dataset.from_dict({"body": TEXTS})
     with pytest.raises(FileNotFoundError, match="not there"):
         windows_of(str(tmp_path / "nothing.jsonl"))
-    with pytest.raises(ValueError, match="neither a local file nor a data set that can be loaded"):
+    with pytest.raises(ValueError, match=r"neither a local file nor .* the dataset_config_name or the splits, or"):
         windows_of(str(tmp_path / "nothing"))
     with pytest.raises(ValueError, match=r"no column 'text'; the columns are 'body'"):
         windows_of(table)
-    with pytest.raises(ValueError, match=r"the splits \['a', 'b'\], none of them \['calibration', 'train'\]"):
+    with pytest.raises(
+        ValueError, match=r"the splits \['a', 'b'\], none of them \['calibration', 'train'\]; .* with splits$"
+    ):
         windows_of(datasets.DatasetDict(a=table, b=table), text_column="body")
     with pytest.raises(ValueError, match="must name one calibration split"):
         windows_of(datasets.DatasetDict(a=table, b=table), text_column="body", splits=["a", "b"])

@@ -6,7 +6,9 @@ import json
 
 import pytest
 import torch
+from torch.utils.data import DataLoader
 
+from quad_modifiers.calibration import as_dataloader
 from quad_peft.training.data import Collator, training_data
 from quad_peft.training.losses import IGNORED
 
@@ -78,10 +80,65 @@ def test_files_and_columns(toy_tokenizer, tmp_path) -> None:
         training_data(file, toy_tokenizer, length=32)
 
 
+ROWS = [[index + 3] * 10 for index in range(20)]
+
+
+def tokenized(rows: list[list[int]]):
+    """A table as trainers save it: padded on the right."""
+    datasets = pytest.importorskip("datasets")
+    padded = [row + [2] * 4 for row in rows]
+    return datasets.Dataset.from_dict({"input_ids": padded, "attention_mask": [[1] * 10 + [0] * 4] * len(rows)})
+
+
+def test_tokenized_datasets_keep_their_samples_and_lose_their_padding() -> None:
+    data = training_data(tokenized(ROWS), None, length=12, validation=0.1)
+    assert [sample.tolist() for sample in data.samples] == ROWS
+    assert data.validation == 2
+    assert {len(sample) for sample in training_data(tokenized(ROWS), None, length=6).samples} == {6}
+
+
+def test_a_split_of_a_datasetdict_is_named_or_the_usual_one() -> None:
+    datasets = pytest.importorskip("datasets")
+    splits = {"calibration": ROWS[:5], "train": ROWS[5:9], "other": ROWS[9:]}
+    tables = datasets.DatasetDict({name: tokenized(rows) for name, rows in splits.items()})
+    for split, wanted in ((None, "train"), ("other", "other"), ("calibration", "calibration")):
+        data = training_data(tables, None, length=12, split=split)
+        assert [sample.tolist() for sample in data.samples] == splits[wanted], split
+    only = datasets.DatasetDict(test=tables["other"])
+    assert len(training_data(only, None, length=12).samples) == 11
+    with pytest.raises(ValueError, match=r"none of them \['test'\]; name one with split$"):
+        training_data(tables, None, length=12, split="test")
+
+
+def test_text_columns_of_datasets(toy_tokenizer, tmp_path) -> None:
+    datasets = pytest.importorskip("datasets")
+    table = datasets.Dataset.from_dict({"body": SENTENCES})
+    table.to_parquet(tmp_path / "folder" / "train.parquet")
+    wanted = training_data(SENTENCES, toy_tokenizer, length=32).fingerprint
+    for source in (table, datasets.DatasetDict(train=table), str(tmp_path / "folder")):
+        assert training_data(source, toy_tokenizer, length=32, text_column="body").fingerprint == wanted
+    with pytest.raises(ValueError, match=r"no column 'text'; the columns are 'body'"):
+        training_data(table, toy_tokenizer, length=32)
+
+
+def test_a_stream_of_token_ids_is_cut_into_windows() -> None:
+    data = training_data(torch.arange(100), None, length=30)
+    assert torch.equal(torch.cat(data.samples), torch.arange(90))
+    assert len(data.samples) == 3
+
+
+def test_of_a_dataloader_the_first_samples_are_taken() -> None:
+    batches = [torch.tensor([row]) for row in ROWS]
+    data = training_data(as_dataloader(batches), None, length=8, samples=6)
+    assert [sample.tolist() for sample in data.samples] == [row[:8] for row in ROWS[:6]]
+    assert len(training_data(as_dataloader(batches), None, length=8).samples) == 20
+
+
 @pytest.mark.parametrize(
     ("source", "options", "message"),
     [
         (["too short"], {}, "gives 0 samples of up to 32 tokens"),
+        (["", " "], {"packed": False}, "gives 0 samples"),
         (SENTENCES, {"validation": 1.0}, r"validation \(1.0\) is a share"),
         (SENTENCES, {"length": 1}, r"length \(1\) must be at least 2"),
         (SENTENCES, {"samples": 1}, r"samples \(1\) must be at least 2"),
@@ -93,8 +150,30 @@ def test_bad_input(source, options, message, toy_tokenizer) -> None:
         training_data(source, toy_tokenizer, **{"length": 32, **options})
 
 
-def test_other_types_are_refused(toy_tokenizer) -> None:
-    with pytest.raises(TypeError, match="cannot be a int"):
-        training_data(5, toy_tokenizer, length=32)
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [
+        (5, "a training data set cannot be a int"),
+        (b"bytes", "a training data set cannot be a bytes"),
+        (torch.zeros(4, 8), "the training tensor must hold integer token ids, not torch.float32"),
+        ([torch.zeros(8)], "a training sample must hold integer token ids, not torch.float32"),
+        ([{"text": "a"}], "every text must be a str, but text 0 is a dict"),
+        ([[3, 4, 5]], "text 0 is a list; give strings, or tensors of token ids"),
+        (DataLoader([torch.arange(3)], batch_size=None), "the DataLoader must yield dicts with 'input_ids'"),
+    ],
+)
+@pytest.mark.parametrize("packed", [True, False])
+def test_other_types_are_refused(source, message, packed, toy_tokenizer) -> None:
+    with pytest.raises(TypeError, match=message):
+        training_data(source, toy_tokenizer, length=32, packed=packed)
+
+
+def test_names_that_cannot_be_loaded_are_told_with_the_options_of_training(toy_tokenizer, tmp_path) -> None:
+    pytest.importorskip("datasets")
+    with pytest.raises(ValueError, match=r"correct the name, the dataset_config or the split, or give a local"):
+        training_data(str(tmp_path / "nothing"), toy_tokenizer, length=32)
+
+
+def test_text_needs_a_tokenizer() -> None:
     with pytest.raises(ValueError, match="text needs a tokenizer"):
         training_data(SENTENCES, None, length=32)

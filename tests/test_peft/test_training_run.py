@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -209,6 +210,8 @@ def test_another_run_is_not_resumed(checkpoint, tmp_path, monkeypatch) -> None:
         add_callback(patched, KilledAt(3))
         with pytest.raises(KeyboardInterrupt):
             finetune(checkpoint, tmp_path / "a", data=token_ids(), settings=SETTINGS)
+    of_the_run = {"checkpoint", "original", "data", "validation", "train_weight_scales"}
+    assert set(json.loads((tmp_path / "a.training" / "run.json").read_text())) == of_the_run | set(asdict(SETTINGS))
     other = TuningSettings(max_steps=6, batch_size=2, learning_rate=2e-2, evaluations=3)
     with pytest.raises(ValueError, match=r"had another learning_rate \(learning_rate 0.001, now 0.02\)"):
         finetune(checkpoint, tmp_path / "a", data=token_ids(), settings=other, resume=True)
