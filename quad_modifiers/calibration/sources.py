@@ -226,7 +226,7 @@ def _of_sequence(source: Sequence[Any], purpose: Purpose) -> Documents | TokenRo
 
 def _not_accepted(source: object, purpose: Purpose) -> TypeError:
     return TypeError(
-        f"a {purpose.name} data set cannot be a {type(source).__name__}; give None, a file or `datasets` name, a "
+        f"a {purpose.name} data set cannot be of type {type(source).__name__}; give None, a file or `datasets` name, a "
         "Dataset (not a streaming one), a list of strings, a tensor of token ids or a DataLoader of dicts with "
         "'input_ids'"
     )

@@ -145,9 +145,9 @@ def test_too_little(windows_of, data, message):
 @pytest.mark.parametrize(
     ("data", "message"),
     [
-        (7, "a calibration data set cannot be a int"),
-        (b"bytes", "cannot be a bytes"),
-        ({"a": {"text": ["a"]}}, "cannot be a dict"),
+        (7, "a calibration data set cannot be of type int"),
+        (b"bytes", "cannot be of type bytes"),
+        ({"a": {"text": ["a"]}}, "cannot be of type dict"),
         (torch.zeros(4, 64), "the calibration tensor must hold integer token ids, not torch.float32"),
         ([{"text": "a"}], "text 0 is a dict"),
         (DataLoader([torch.arange(3)], batch_size=None), "yields a Tensor"),

@@ -191,7 +191,7 @@ def test_bad_activations_name_the_layer(recipe, make_toy, tmp_path: Path) -> Non
         (["too short"], "not enough|too|at least"),
         (torch.zeros(0, dtype=torch.int64), "enough|empty"),
         ("/nowhere/texts.jsonl", "texts.jsonl"),
-        (12, "cannot be a int"),
+        (12, "cannot be of type int"),
         ([b"bytes"], "must be a str"),
     ],
     ids=["empty", "short", "no ids", "missing file", "number", "bytes"],

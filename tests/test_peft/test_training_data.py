@@ -153,8 +153,8 @@ def test_bad_input(source, options, message, toy_tokenizer) -> None:
 @pytest.mark.parametrize(
     ("source", "message"),
     [
-        (5, "a training data set cannot be a int"),
-        (b"bytes", "a training data set cannot be a bytes"),
+        (5, "a training data set cannot be of type int"),
+        (b"bytes", "a training data set cannot be of type bytes"),
         (torch.zeros(4, 8), "the training tensor must hold integer token ids, not torch.float32"),
         ([torch.zeros(8)], "a training sample must hold integer token ids, not torch.float32"),
         ([{"text": "a"}], "every text must be a str, but text 0 is a dict"),
