@@ -67,7 +67,7 @@ def finetune(
     max_steps: Annotated[int | None, typer.Option(min=1, help="End the run after so many steps.")] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Samples in a forward pass, on each device.")] = 4,
     accumulation: Annotated[int, typer.Option(min=1, help="Forward passes in a step.")] = 1,
-    learning_rate: Annotated[float, typer.Option(help="Largest learning rate; it falls to zero by a cosine.")] = 1e-4,
+    learning_rate: Annotated[float, typer.Option(help="Largest learning rate; it falls to zero by a cosine.")] = 2e-5,
     warmup: Annotated[float, typer.Option(help="Share of the steps in which the learning rate rises.")] = 0.05,
     temperature: Annotated[float, typer.Option(help="Of the distillation.")] = 1.0,
     weight_scales: Annotated[
@@ -145,9 +145,12 @@ def finetune(
 def _print(record: "Tuning", adapter: Path, merged: Path | None) -> None:
     print_table(("", "before", "after"), _qualities(record), title="on validation samples, never trained on")
     size = sum(file.stat().st_size for file in adapter.glob("*.safetensors"))
+    kept = f"the state after step {record.best_step}, the best on the validation samples"
+    if not record.best_step:
+        kept = "the start: no later state was better on the validation samples; lower the learning rate"
     rows = [
         ("trained", f"{record.trainable_parameters:,} parameters in {record.steps} steps"),
-        ("kept", f"the state after step {record.best_step}, the best on the validation samples"),
+        ("kept", kept),
         ("time", f"{record.seconds:.0f} s"),
         ("adapter", f"{adapter} ({file_size(size)})"),
     ]

@@ -59,7 +59,7 @@ class OutlierLoRA(Modifier):
     loss: Literal["distillation", "next_token"] = "distillation"
     epochs: float = Field(default=1.0, gt=0)
     batch_size: int = Field(default=4, ge=1)
-    learning_rate: float = Field(default=1e-4, gt=0)
+    learning_rate: float = Field(default=2e-5, gt=0)
     warmup: float = Field(default=0.05, ge=0, lt=1)
     temperature: float = Field(default=1.0, gt=0)
     validation: float = Field(default=0.05, gt=0, lt=1)

@@ -39,7 +39,7 @@ class Tuning(_Strict):
         samples, tokens: trained on.
         validation_samples: held back.
         steps: of the optimizer.
-        best_step: whose weights these are, the best on the validation samples.
+        best_step: whose weights these are, the best on the validation samples; 0 if none was better than the start.
         batch_size: samples in a step.
         learning_rate: largest.
         seed: of the order of the samples.

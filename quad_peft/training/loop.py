@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from transformers import TrainingArguments
 
 from quad_peft.equalize import equalize_outliers
@@ -47,7 +48,7 @@ class TuningSettings:
     max_steps: int | None = None
     batch_size: int = 4
     accumulation: int = 1
-    learning_rate: float = 1e-4
+    learning_rate: float = 2e-5
     warmup: float = 0.05
     temperature: float = 1.0
     gradient_checkpointing: bool = False
@@ -114,7 +115,7 @@ class Outcome:
     Attributes:
         history: log entries of the Trainer: dicts with "step" and "loss", or "eval_loss".
         steps: of the optimizer.
-        best_step: whose weights the model has now.
+        best_step: whose weights the model has now; 0 if none was better than the start.
         trainable_parameters: numbers that were trained.
         before, after: quality on the validation samples.
         seconds: of this process, the time before an interruption not counted.
@@ -137,7 +138,7 @@ def tune(
     teacher: Teacher | None = None,
     pad_token: int = 0,
 ) -> Outcome:
-    """Trains the adapter of a PEFT model and leaves it at its best state.
+    """Trains the adapter of a PEFT model and leaves it at its best state on the validation samples, or as it was.
 
     Goes on from the last complete state in the folder of `arguments`, to the same result as without an interruption.
 
@@ -165,6 +166,7 @@ def tune(
         temperature=settings.temperature,
     )
     checkpoint = last_complete_state(folder)
+    start_weights = {name: p.detach().to("cpu", copy=True) for name, p in model.named_parameters() if p.requires_grad}
     held = (data.validation_samples, collator, settings.batch_size, teacher)
     before = _quality_before(folder, trainer, held)
     if checkpoint is not None:
@@ -178,10 +180,26 @@ def tune(
     state = trainer.state
     best = int(state.best_global_step or state.global_step)
     after = measure(model, *held)
+    if not after.loss < before.loss:  # nor if it is NaN
+        logger.warning(
+            "no state is better on the validation samples than the start, whose loss is %.4g (the best one's: %.4g); "
+            "the weights are left as they were: lower the learning rate, or train longer",
+            before.loss,
+            after.loss,
+        )
+        _restore(model, start_weights)
+        best, after = 0, before
     _warn_if_worse(before, after)
     trainer.accelerator.wait_for_everyone()  # the main process removes the folder that all read the best state from
     trainable = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     return Outcome(state.log_history, state.global_step, best, trainable, before, after, time.perf_counter() - start)
+
+
+@torch.no_grad()
+def _restore(model: Any, weights: dict[str, torch.Tensor]) -> None:
+    for name, parameter in model.named_parameters():
+        if name in weights:
+            parameter.copy_(weights[name])
 
 
 def _warn_if_worse(before: Quality, after: Quality) -> None:

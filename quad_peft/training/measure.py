@@ -26,6 +26,11 @@ class Quality(NamedTuple):
     divergence: float | None = None
     original_perplexity: float | None = None
 
+    @property
+    def loss(self) -> float:
+        """What is trained: the divergence, without an original the cross-entropy of the next token, in nats."""
+        return math.log(self.perplexity) if self.divergence is None else self.divergence
+
 
 @torch.no_grad()
 def measure(

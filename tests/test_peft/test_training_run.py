@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 from dataclasses import asdict
 from pathlib import Path
@@ -244,17 +245,29 @@ def test_nan_stops_the_run_and_keeps_the_weights_before_it(checkpoint, tmp_path,
     assert loop_module.last_complete_state(tmp_path / "a.training").name == "checkpoint-2"
 
 
-def test_best_state_is_kept(checkpoint, original, tmp_path, caplog) -> None:
-    """A learning rate that ruins the model: the best state is that of the first step, whose rate is zero."""
-    settings = TuningSettings(max_steps=4, batch_size=2, learning_rate=1.0, evaluations=4, warmup=0.5)
+def test_best_state_is_kept(checkpoint, original, tmp_path) -> None:
+    """The learning rate rises until it ruins the model."""
+    settings = TuningSettings(max_steps=8, batch_size=2, learning_rate=0.006, evaluations=8, warmup=0.9)
     record = finetune(
         checkpoint, tmp_path / "a", data=token_ids(), original=original, settings=settings, validation=0.2
     ).record
     curve = dict(json.loads((tmp_path / "a" / CURVE_NUMBERS).read_text())["validation"])
     print(curve)
-    assert record.best_step == 1
-    assert curve[1] == min(curve.values()) < curve[4]
-    assert record.after == record.before
+    assert 1 < record.best_step < 8
+    assert curve[record.best_step] == min(curve.values()) < curve[8]
+    assert record.after.divergence == pytest.approx(curve[record.best_step], rel=1e-3)
+
+
+def test_a_run_that_only_ruins_leaves_the_model_as_it_was(checkpoint, original, tmp_path, caplog) -> None:
+    settings = TuningSettings(max_steps=4, batch_size=2, learning_rate=1.0, evaluations=2, warmup=0)
+    record = finetune(
+        checkpoint, tmp_path / "a", data=token_ids(), original=original, settings=settings, validation=0.2
+    ).record
+    curve = dict(json.loads((tmp_path / "a" / CURVE_NUMBERS).read_text())["validation"])
+    assert min(curve.values()) > record.before.divergence
+    assert (record.best_step, record.after) == (0, record.before)
+    assert "no state is better on the validation samples than the start" in caplog.text
+    assert not any(tensor.any() for name, tensor in weights(tmp_path / "a").items() if ".lora_B." in name)
 
 
 def test_a_model_that_got_worse_is_reported(caplog) -> None:
