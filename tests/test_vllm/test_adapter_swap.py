@@ -9,7 +9,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from openai import NotFoundError
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from .server_process import Server, serve
@@ -88,6 +87,8 @@ def _who_answers(server: Server, name: str, expected: dict[str, tuple[Path | Non
 
 
 def test_adapters_come_and_go(server: Server, expected: dict[str, tuple[Path | None, torch.Tensor]]) -> None:
+    from openai import NotFoundError
+
     assert _who_answers(server, BASE, expected) == BASE
     for name in ("first", "second"):
         with pytest.raises(NotFoundError):
