@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -16,6 +17,8 @@ from quad_modifiers.bench.__main__ import main
 from quad_modifiers.bench.measure import Measurement, measure_here
 from quad_modifiers.bench.rows import Row
 from quad_modifiers.bench.table import kept, read_measurements, render
+from quad_modifiers.publishing.tuning import read_tuning
+from quad_peft.training import checkpoint
 
 RECIPE = """
 quad_stage:
@@ -54,13 +57,22 @@ def test_rows_on_a_toy(toy_checkpoint: Callable[..., Path], monkeypatch: pytest.
     monkeypatch.setattr(measuring, "LENGTH", 48)
     monkeypatch.setattr(measuring, "TUNING_SAMPLES", 8)
     monkeypatch.setattr(measuring, "_task_scores", lambda model, tokenizer, items: {"scores": {"a": 1.0}})
+    merged = []
+
+    def merge(quad: Path, adapter: Path, output: Path) -> None:
+        """Not a merged checkpoint but the original, which is told from the others."""
+        merged.append((read_tuning(adapter).original, (quad / "config.json").is_file()))
+        shutil.copytree(toy_checkpoint(), output)
+
+    monkeypatch.setattr(checkpoint, "merge", merge)
     rows = {"whole": Row("", None), "plain": Row("", RECIPE), "tuned": Row("", RECIPE, tuned=True)}
     monkeypatch.setattr(measuring, "ROWS", rows)
     items = {"whole": None, "plain": 0, "tuned": 0}  # None: all of them
     found = {name: measure_here(name, "smollm2", toy_checkpoint(), 0, 8, items[name], windows=2) for name in rows}
     assert found["whole"].checkpoint_bytes == 0
-    assert found["plain"].checkpoint_bytes == found["tuned"].checkpoint_bytes > 0
-    assert len({each.perplexity for each in found.values()}) == 3
+    assert found["tuned"].checkpoint_bytes > found["plain"].checkpoint_bytes > 0
+    assert merged == [(toy_checkpoint().name, True)]
+    assert found["tuned"].perplexity == found["whole"].perplexity != found["plain"].perplexity
     assert (found["plain"].scores, found["whole"].scores) == ({}, {"a": 1.0})
 
 
