@@ -62,7 +62,7 @@ class Measurement:
 
 
 def measure_here(
-    row: str, model: str, folder: Path, seed: int, samples: int, items: int | None = 0, windows: int = WINDOWS
+    row: str, model: str, folder: Path, seed: int, samples: int, items: int | None = None, windows: int = WINDOWS
 ) -> Measurement:
     """Compresses and evaluates in this process; own checkpoints are written, reloaded, and measured as reloaded.
 
