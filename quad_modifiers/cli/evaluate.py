@@ -9,9 +9,7 @@ import typer
 from quad_modifiers.cli.console import log_on_stderr, print_table
 
 if TYPE_CHECKING:
-    from quad_modifiers.publishing.evaluation import Comparison, Evaluation, PerplexityResult
-
-_NOT_DISTINGUISHABLE = "no difference seen"
+    from quad_modifiers.publishing.evaluation import Evaluation
 
 
 def register(app: typer.Typer) -> None:
@@ -115,15 +113,19 @@ def evaluate(
 
 
 def _print(found: "Evaluation") -> None:
+    from quad_modifiers.publishing.score_cells import perplexity_cells, score_cells
+
     title = None if found.baseline is None else f"baseline: {found.baseline}"
     compared = [*found.comparisons, *([] if found.average is None else [found.average])]
     if compared:
         header = ("task", "metric", "items", "guessing", "score")
         against = ("baseline", "kept", "above guessing", "difference, 95 % interval", "")
-        _print_columns(header, against, map(_score_row, compared), title)
+        _print_columns(header, against, [(each.task, *score_cells(each)) for each in compared], title)
     if found.perplexity:
         of_text = ("text", "window", "tokens", "perplexity")
-        _print_columns(of_text, ("baseline", "ratio, 95 % interval", ""), map(_perplexity_row, found.perplexity), title)
+        _print_columns(
+            of_text, ("baseline", "ratio, 95 % interval", ""), map(perplexity_cells, found.perplexity), title
+        )
 
 
 def _print_columns(
@@ -132,45 +134,3 @@ def _print_columns(
     """Prints a table; without a baseline, only the columns of `header`."""
     columns = [*header, *against] if title else header
     print_table(columns, [row[: len(columns)] for row in rows], title=title)
-
-
-def _score_row(each: "Comparison") -> tuple[str, ...]:
-    return (
-        each.task,
-        each.metric,
-        str(each.items),
-        "" if each.chance is None else f"{each.chance:.2f}",
-        _with_error(each.value, each.stderr),
-        _with_error(each.baseline, each.baseline_stderr),
-        _percent(each.percent),
-        _percent(each.percent_above_chance),
-        "" if each.difference is None else f"{each.difference:+.3f}{_between(each.interval, '+.3f')}",
-        "" if each.interval is None or each.distinguishable else _NOT_DISTINGUISHABLE,
-    )
-
-
-def _perplexity_row(each: "PerplexityResult") -> tuple[str, ...]:
-    within = each.ratio_interval is not None and each.ratio_interval[0] <= 1 <= each.ratio_interval[1]
-    return (
-        each.text,
-        str(each.window_length),
-        str(each.tokens),
-        _with_error(each.value, each.stderr),
-        _with_error(each.baseline, None),
-        "" if each.baseline is None else f"{each.value / each.baseline:.4f}{_between(each.ratio_interval, '.4f')}",
-        _NOT_DISTINGUISHABLE if within else "",
-    )
-
-
-def _between(interval: tuple[float, float] | None, form: str) -> str:
-    return "" if interval is None else f" [{interval[0]:{form}}, {interval[1]:{form}}]"
-
-
-def _with_error(value: float | None, stderr: float | None) -> str:
-    if value is None:
-        return ""
-    return f"{value:.3f}" + ("" if stderr is None else f" ± {stderr:.3f}")
-
-
-def _percent(value: float | None) -> str:
-    return "" if value is None else f"{value:.1f} %"

@@ -2,7 +2,8 @@
 
 from collections.abc import Iterator
 
-from quad_modifiers.publishing.evaluation import Comparison, Evaluation, Interval, task_scores
+from quad_modifiers.publishing.evaluation import Evaluation, task_scores
+from quad_modifiers.publishing.score_cells import percent, perplexity_cells, score_cells, with_error
 
 _NOT_A_SHARE = ("perplexity", "bits_per_byte", "loss")  # metrics of which a share means nothing
 
@@ -22,37 +23,22 @@ def quality_section(evaluation: Evaluation | None) -> str:
 
 
 def _perplexities(evaluation: Evaluation, original: str) -> Iterator[str]:
-    if not evaluation.perplexity:
-        return
-    yield from ("", f"| perplexity on | this | {original} | ratio (95 % interval) |", "|---|---|---|---|")
+    if evaluation.perplexity:
+        header = f"| perplexity on | window | tokens | this | {original} | ratio, 95 % interval | |"
+        yield from ("", header, f"|{'---|' * 7}")
     for one in evaluation.perplexity:
-        ratio = "" if one.baseline is None else f"{one.value / one.baseline:.3f}{_interval(one.ratio_interval, '.3f')}"
-        text = f"{one.text}, windows of {one.window_length} tokens, {one.tokens} predicted"
-        yield f"| {text} | {_with_error(one.value, one.stderr)} | {_number(one.baseline)} | {ratio} |"
+        yield f"| {' | '.join(perplexity_cells(one))} |"
 
 
 def _compared(evaluation: Evaluation, original: str) -> Iterator[str]:
     """One line a task, by its main metric."""
-    yield from (
-        "",
-        f"| task (lm-eval) | metric | items | guessing | this | {original} | kept | kept above guessing | "
-        "difference (95 % interval) |",
-        "|---|---|---|---|---|---|---|---|---|",
-    )
-    average = [] if evaluation.average is None else [evaluation.average]
-    for each in [*evaluation.comparisons, *average]:
-        cells = (
-            f"**{each.task}**" if each is evaluation.average else _task(each.task, evaluation.n_shot.get(each.task)),
-            each.metric,
-            str(each.items),
-            "" if each.chance is None else f"{each.chance:.2f}",
-            _with_error(each.value, each.stderr),
-            _with_error(each.baseline, each.baseline_stderr),
-            _percent(each.percent),
-            _percent(each.percent_above_chance),
-            _difference(each),
-        )
-        yield f"| {' | '.join(cells)} |"
+    header = "| task (lm-eval) | metric | items | guessing | this "
+    yield from ("", f"{header}| {original} | kept | above guessing | difference, 95 % interval | |", f"|{'---|' * 10}")
+    for each in evaluation.comparisons:
+        task = _task(each.task, evaluation.n_shot.get(each.task))
+        yield f"| {task} | {' | '.join(score_cells(each))} |"
+    if evaluation.average is not None:
+        yield f"| **average** | {' | '.join(score_cells(evaluation.average))} |"
 
 
 def _reported(evaluation: Evaluation, original: str) -> Iterator[str]:
@@ -62,33 +48,10 @@ def _reported(evaluation: Evaluation, original: str) -> Iterator[str]:
         yield from ("", f"| task (lm-eval) | metric | this | {original} | kept |", "|---|---|---|---|---|")
     for score in scores:
         is_share = score.baseline and not any(part in score.metric for part in _NOT_A_SHARE)
-        kept = _percent(100 * score.value / score.baseline) if is_share and score.baseline else ""
-        task, value = _task(score.task, score.shots), _with_error(score.value, score.stderr)
-        yield f"| {task} | {score.metric} | {value} | {_number(score.baseline)} | {kept} |"
-
-
-def _difference(each: Comparison) -> str:
-    if each.difference is None:
-        return ""
-    unclear = each.interval is not None and not each.distinguishable
-    return f"{each.difference:+.3f}{_interval(each.interval, '+.3f')}{', no difference seen' if unclear else ''}"
+        kept = percent(100 * score.value / score.baseline) if is_share and score.baseline else ""
+        task, value = _task(score.task, score.shots), with_error(score.value, score.stderr)
+        yield f"| {task} | {score.metric} | {value} | {with_error(score.baseline, None)} | {kept} |"
 
 
 def _task(name: str, shots: int | None) -> str:
     return name if shots is None else f"{name}, {shots}-shot"
-
-
-def _interval(interval: Interval | None, form: str) -> str:
-    return "" if interval is None else f" ({interval[0]:{form}} to {interval[1]:{form}})"
-
-
-def _with_error(value: float | None, stderr: float | None) -> str:
-    return _number(value) + ("" if value is None or stderr is None else f" ± {stderr:.3f}")
-
-
-def _number(value: float | None) -> str:
-    return "" if value is None else f"{value:.3f}"
-
-
-def _percent(value: float | None) -> str:
-    return "" if value is None else f"{value:.1f} %"

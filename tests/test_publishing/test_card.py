@@ -170,7 +170,7 @@ def test_without_an_evaluation_nothing_is_claimed(checkpoint: Path) -> None:
 def test_with_an_evaluation(checkpoint: Path) -> None:
     write_evaluation(checkpoint)
     text = card(checkpoint)
-    assert "| held-out text, windows of 512 tokens, 20440 predicted | 21.270 ± 1.500 | 18.000 | 1.182 |" in text
+    assert "| held-out text | 512 | 20440 | 21.270 ± 1.500 | 18.000 | 1.1817 |  |" in text
     assert "| piqa, 0-shot | acc | 0.660 ± 0.011 | 0.700 | 94.3 % |" in text
     assert "| piqa, 0-shot | acc_norm | 0.600 |  |  |" in text
     assert "Measured with lm-eval 0.4.9; 2 cores." in text
@@ -205,10 +205,10 @@ def test_compared_tasks_stand_with_their_intervals(checkpoint: Path) -> None:
     text = card(checkpoint)
     assert (
         "| piqa, 0-shot | acc_norm | 100 | 0.25 | 0.400 ± 0.050 | 0.500 ± 0.050 | 80.0 % | 70.0 % | "
-        "-0.100 (-0.200 to +0.010), no difference seen |"
+        "-0.100 [-0.200, +0.010] | no difference seen |"
     ) in text
-    assert "| words | word_perplexity | 9 |  | 30.000 | 25.000 |  |  | +5.000 (+4.000 to +6.000) |" in text
-    assert "| **average** | accuracy | 100 | 0.25 | 0.400 ± 0.050 | 0.500 | 80.0 % | 70.0 % |  |" in text
+    assert "| words | word_perplexity | 9 |  | 30.000 | 25.000 |  |  | +5.000 [+4.000, +6.000] |  |" in text
+    assert "| **average** | accuracy | 100 | 0.25 | 0.400 ± 0.050 | 0.500 | 80.0 % | 70.0 % |  |  |" in text
     assert "| piqa, 0-shot | acc |" not in text  # one line a task
     assert "only the first 100 items were asked" in text
 
