@@ -14,6 +14,7 @@ whose scale is max / ((2^b - 1) / 2) where the paper's is max / (2^(b-1) - 1).
 """
 
 import argparse
+import json
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -21,12 +22,13 @@ from pathlib import Path
 from typing import Any
 
 from quad_modifiers.cli.console import log_on_stderr
-from quad_modifiers.publishing.evaluation import EVALUATION_NAME, Evaluation, write_evaluation
+from quad_modifiers.publishing.evaluation import EVALUATION_NAME, Evaluation, replace_file, write_evaluation
 from quad_modifiers.text import local_texts
 
 RANK, CLIP_RATIO = 64, 0.9
 SAMPLES, LENGTH = 128, 2048
 TASKS = ("piqa", "hellaswag", "arc_easy", "arc_challenge", "winogrande", "lambada_openai")
+_MADE_WITH = ("model", "damping", "calibration", "instructions", "samples", "length")
 _C4 = "hf://datasets/allenai/c4/en/c4-train.00000-of-01024.json.gz"
 _TUNING_LENGTH, _BATCH, _ACCUMULATION, _LEARNING_RATE, _WARMUP_STEPS = 1024, 4, 32, 1e-5, 50
 
@@ -88,7 +90,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--length", type=int, default=LENGTH, help="tokens of calibration and perplexity windows")
     parser.add_argument("--limit", type=int, help="items of each task and windows of the text, for a trial")
     options = parser.parse_args(arguments)
-    options.output.mkdir(parents=True, exist_ok=True)
+    _check_same_run(options)
     found = {}
     with log_on_stderr():
         for name in options.settings:
@@ -97,6 +99,25 @@ def main(arguments: Sequence[str] | None = None) -> int:
             write_evaluation(found[name], checkpoint / EVALUATION_NAME)
     print(render(found))
     return 0
+
+
+def _check_same_run(options: argparse.Namespace) -> None:
+    """Records what the checkpoints of a folder are made with; refuses to go on with others.
+
+    Raises:
+        ValueError: naming the options that differ.
+    """
+    made_with = {name: getattr(options, name) for name in _MADE_WITH}
+    file = options.output / "options.json"
+    if file.is_file():
+        found = json.loads(file.read_text(encoding="utf-8"))
+        differing = [name for name in _MADE_WITH if found[name] != made_with[name]]
+        if differing:
+            raise ValueError(
+                f"the checkpoints in {options.output} were made with another {', another '.join(differing)}; give the "
+                "same, or another --output"
+            )
+    replace_file(file, json.dumps(made_with, indent=1) + "\n")
 
 
 def render(found: dict[str, Evaluation]) -> str:
@@ -170,7 +191,7 @@ def _wikitext(folder: Path) -> Path:
     file = folder / "wikitext-2-test.txt"
     if not file.is_file():
         rows = _dataset("Salesforce/wikitext", "wikitext-2-raw-v1", split="test")["text"]
-        file.write_text("\n\n".join(rows), encoding="utf-8")
+        replace_file(file, "\n\n".join(rows))
     return file
 
 

@@ -71,3 +71,5 @@ def test_whole_run_and_once_more(
     assert main(arguments) == 0  # finds everything there
     assert capsys.readouterr().out == table
     assert (tmp_path / "out" / "plain" / "model.safetensors").read_bytes() == first
+    with pytest.raises(ValueError, match="were made with another damping; give the same"):
+        main([*arguments, "--damping", "0.1"])
