@@ -42,7 +42,8 @@ class Measurement:
         peak_bytes: peak resident memory of the process until the compression was done.
         checkpoint_bytes: size of the weight files, 0 where none was written.
         scores: of the offline tasks, by name; empty where they were not run.
-        chances: score of guessing, of those that are accuracies.
+        percent: mean accuracy of the tasks in percent of the original's.
+        percent_above_chance: the same of what is above guessing.
         items: asked of each task, None for all.
     """
 
@@ -57,7 +58,8 @@ class Measurement:
     peak_bytes: int
     checkpoint_bytes: int
     scores: dict[str, float] = field(default_factory=dict)
-    chances: dict[str, float] = field(default_factory=dict)
+    percent: float | None = None
+    percent_above_chance: float | None = None
     items: int | None = None
 
 
@@ -90,9 +92,9 @@ def measure_here(
             evaluated = AutoModelForCausalLM.from_pretrained(evaluated)
         held_out = token_windows(tokenizer, wikipedia_articles("held_out"), LENGTH, windows, seed=0)
         result = perplexity(evaluated, held_out, progress=False)
-        scores = {} if items == 0 else _task_scores(evaluated, tokenizer, items)
+        tasks = {} if items == 0 else _tasks(evaluated, original, tokenizer, items)
     return Measurement(
-        row, model, seed, samples, result.value, result.stderr, result.tokens, seconds, peak, size, **scores
+        row, model, seed, samples, result.value, result.stderr, result.tokens, seconds, peak, size, **tasks
     )
 
 
@@ -114,13 +116,16 @@ def _make(
     return scratch / "tuned"
 
 
-def _task_scores(model: Any, tokenizer: Any, items: int | None) -> dict[str, Any]:
+def _tasks(model: Any, original: Path, tokenizer: Any, items: int | None) -> dict[str, Any]:
     from quad_modifiers.evaluation import evaluate
 
-    found = evaluate(model, tokenizer=tokenizer, text=None, limit=items).comparisons
+    found = evaluate(model, baseline=original, tokenizer=tokenizer, text=None, limit=items)
+    average = found.average
+    assert average is not None
     return {
-        "scores": {task.task: task.value for task in found},
-        "chances": {task.task: task.chance for task in found if task.chance is not None},
+        "scores": {task.task: task.value for task in found.comparisons},
+        "percent": average.percent,
+        "percent_above_chance": average.percent_above_chance,
         "items": items,
     }
 

@@ -16,10 +16,9 @@ whose scale is max / ((2^b - 1) / 2) where the paper's is max / (2^(b-1) - 1).
 import argparse
 import json
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from quad_modifiers.cli.console import log_on_stderr
 from quad_modifiers.publishing.evaluation import EVALUATION_NAME, Evaluation, replace_file, write_evaluation
@@ -40,12 +39,10 @@ class Setting:
     Attributes:
         rank: outlier dimensions; 0 is QuaRot.
         d_type_bits: of the inputs of o_proj and down_proj.
-        tuned_from: the setting whose outlier weights are then trained on instructions; it is compressed once.
     """
 
     rank: int
     d_type_bits: int
-    tuned_from: str | None = None
 
     def recipe(self, damping: float) -> str:
         """The text of the recipe."""
@@ -67,8 +64,9 @@ SETTINGS = {
     "quarot_w4a4": Setting(0, 4),
     "quad_w4a4": Setting(RANK, 4),
     "quad_w4a4a8": Setting(RANK, 8),
-    "quad_w4a4a8_tuned": Setting(RANK, 8, tuned_from="quad_w4a4a8"),
 }
+# The setting whose outlier weights are then trained on instructions; it is compressed once.
+TUNED = {"quad_w4a4a8_tuned": "quad_w4a4a8"}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -80,7 +78,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("model", help="folder or Hub id of the original")
     parser.add_argument("-o", "--output", type=Path, required=True, help="folder for checkpoints and results")
-    parser.add_argument("--settings", nargs="+", choices=SETTINGS, default=list(SETTINGS))
+    parser.add_argument("--settings", nargs="+", choices=[*SETTINGS, *TUNED], default=[*SETTINGS, *TUNED])
     parser.add_argument("--damping", type=float, default=0.01, help="published: 0.01 for Qwen2.5, 0.05 for Llama-3")
     parser.add_argument("--calibration", help="text file or `datasets` name; default: a part of C4")
     parser.add_argument("--instructions", help="text file to tune on; default: alpaca-cleaned")
@@ -142,24 +140,32 @@ def render(found: dict[str, Evaluation]) -> str:
 
 def _checkpoint(name: str, options: argparse.Namespace) -> Path:
     """Returns the folder of a setting's checkpoint, made unless it is there."""
-    setting, folder = SETTINGS[name], Path(options.output, name)
-    if folder.is_dir():
-        return folder
-    if setting.tuned_from is None:
-        from quad_modifiers import oneshot
+    folder = Path(options.output, name)
+    if not folder.is_dir():
+        make = _tune if name in TUNED else _compress
+        make(name, folder, options)
+    return folder
 
-        oneshot(
-            options.model,
-            setting.recipe(options.damping),
-            dataset=options.calibration or _dataset("json", data_files=_C4, split="train"),
-            num_calibration_samples=options.samples,
-            max_seq_length=options.length,
-            output_dir=folder,
-        )
-        return folder
+
+def _compress(name: str, folder: Path, options: argparse.Namespace) -> None:
+    from datasets import load_dataset
+
+    from quad_modifiers import oneshot
+
+    oneshot(
+        options.model,
+        SETTINGS[name].recipe(options.damping),
+        dataset=options.calibration or load_dataset("json", data_files=_C4, split="train"),
+        num_calibration_samples=options.samples,
+        max_seq_length=options.length,
+        output_dir=folder,
+    )
+
+
+def _tune(name: str, folder: Path, options: argparse.Namespace) -> None:
     from quad_peft.training import TuningSettings, finetune, merge
 
-    untuned, adapter = _checkpoint(setting.tuned_from, options), Path(options.output, f"{name}.adapter")
+    untuned, adapter = _checkpoint(TUNED[name], options), Path(options.output, f"{name}.adapter")
     if not adapter.is_dir():
         texts = local_texts(options.instructions) if options.instructions else _instructions()
         steps = math.ceil(len(texts) / (_BATCH * _ACCUMULATION))
@@ -171,7 +177,6 @@ def _checkpoint(name: str, options: argparse.Namespace) -> Path:
         )
         finetune(untuned, adapter, data=texts, settings=settings, length=_TUNING_LENGTH, packed=False, resume=True)
     merge(untuned, adapter, folder)
-    return folder
 
 
 def _evaluate(checkpoint: Path, options: argparse.Namespace) -> Evaluation:
@@ -190,24 +195,21 @@ def _evaluate(checkpoint: Path, options: argparse.Namespace) -> Evaluation:
 def _wikitext(folder: Path) -> Path:
     file = folder / "wikitext-2-test.txt"
     if not file.is_file():
-        rows = _dataset("Salesforce/wikitext", "wikitext-2-raw-v1", split="test")["text"]
-        replace_file(file, "\n\n".join(rows))
+        from datasets import load_dataset
+
+        rows = load_dataset("Salesforce/wikitext", "wikitext-2-raw-v1", split="test")
+        replace_file(file, "\n\n".join(rows["text"]))
     return file
 
 
 def _instructions() -> list[str]:
     """The instructions of alpaca-cleaned with their answers."""
-    rows = _dataset("yahma/alpaca-cleaned", split="train")
+    from datasets import load_dataset
+
+    rows = load_dataset("yahma/alpaca-cleaned", split="train")
     return [
         "\n\n".join(part for part in (row["instruction"], row["input"], row["output"]) if part.strip()) for row in rows
     ]
-
-
-def _dataset(*arguments: str, **options: str) -> Any:
-    from datasets import load_dataset
-
-    load: Callable[..., Any] = load_dataset
-    return load(*arguments, **options)
 
 
 if __name__ == "__main__":

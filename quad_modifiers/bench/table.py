@@ -42,32 +42,16 @@ def render(found: Sequence[Measurement]) -> str:
 
 def _cells(group: list[Measurement], reference: Measurement | None) -> list[str]:
     perplexities = [each.perplexity for each in group]
-    shares = [] if reference is None else [kept(each, reference) for each in group]
     size, seconds = group[0].checkpoint_bytes, statistics.median(each.seconds for each in group)
     return [
         _middle(perplexities, "{:.2f}"),
         "" if reference is None else f"{statistics.median(perplexities) / reference.perplexity:.3f}",
-        _middle([100 * share[0] for share in shares if share is not None], "{:.1f} %"),
-        _middle([100 * share[1] for share in shares if share is not None], "{:.1f} %"),
+        _middle([each.percent for each in group if each.percent is not None], "{:.1f} %"),
+        _middle([each.percent_above_chance for each in group if each.percent_above_chance is not None], "{:.1f} %"),
         f"{size / 1e6:.0f} MB" if size else "",
         f"{seconds:.0f} s" if seconds else "",
         f"{statistics.median(each.peak_bytes for each in group) / 1e9:.1f} GB",
     ]
-
-
-def kept(found: Measurement, reference: Measurement) -> tuple[float, float] | None:
-    """Returns the mean accuracy over that of the reference, plain and above guessing.
-
-    None if the two were not asked the same items, or none.
-    """
-    names = sorted(found.chances.keys() & reference.chances.keys())
-    if not names or found.items != reference.items:
-        return None
-    ours, theirs, chance = (
-        statistics.fmean(values[name] for name in names)
-        for values in (found.scores, reference.scores, reference.chances)
-    )
-    return ours / theirs, (ours - chance) / (theirs - chance)
 
 
 def _middle(values: Sequence[float], form: str) -> str:

@@ -40,7 +40,8 @@ def test_whole_run_and_once_more(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    monkeypatch.setattr(published, "SETTINGS", {"plain": Setting(4, 8), "tuned": Setting(4, 8, tuned_from="plain")})
+    monkeypatch.setattr(published, "SETTINGS", {"plain": Setting(4, 8)})
+    monkeypatch.setattr(published, "TUNED", {"tuned": "plain"})
     monkeypatch.setattr(published, "_ACCUMULATION", 1)  # a few steps for few samples, and large enough to be seen
     monkeypatch.setattr(published, "_LEARNING_RATE", 1e-2)
     text = tmp_path / "text.txt"

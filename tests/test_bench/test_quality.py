@@ -16,7 +16,8 @@ from quad_modifiers.bench import measure as measuring
 from quad_modifiers.bench.__main__ import main
 from quad_modifiers.bench.measure import Measurement, measure_here
 from quad_modifiers.bench.rows import Row
-from quad_modifiers.bench.table import kept, read_measurements, render
+from quad_modifiers.bench.table import read_measurements, render
+from quad_modifiers.publishing.evaluation import Comparison, Evaluation
 from quad_modifiers.publishing.tuning import read_tuning
 from quad_peft.training import checkpoint
 
@@ -30,33 +31,32 @@ quad_stage:
 
 
 def measured(row: str, seed: int = 0, perplexity: float = 20.0, **changes) -> Measurement:
-    scores = {"a": 0.6, "b": 0.65, "words": 30.0}
-    return Measurement(
-        row, "smollm2", seed, 64, perplexity, 0.1, 100, 60.0, 10**9, 2 * 10**8,
-        **{"scores": scores, "chances": {"a": 0.0, "b": 0.25}, **changes},
-    )  # fmt: skip
-
-
-def test_what_is_left_of_the_accuracies() -> None:
-    reference = measured("full_precision", scores={"a": 0.8, "b": 0.85, "words": 25.0})
-    plain, above = kept(measured("quad_w4a4"), reference) or (None, None)
-    assert plain == pytest.approx(0.625 / 0.825)
-    assert above == pytest.approx((0.625 - 0.125) / (0.825 - 0.125))
-    assert kept(measured("quad_w4a4", items=100), reference) is None  # other items
-    assert kept(measured("quad_w4a4", scores={}, chances={}), reference) is None
+    return Measurement(row, "smollm2", seed, 64, perplexity, 0.1, 100, 60.0, 10**9, 2 * 10**8, **changes)
 
 
 def test_several_seeds_become_median_and_range() -> None:
     rows = [measured("full_precision", perplexity=16.0)]
-    rows += [measured("quad_w4a4", seed, value) for seed, value in enumerate((20.0, 18.0, 25.0))]
+    rows += [
+        measured("quad_w4a4", seed, value, percent=97.0 + seed, percent_above_chance=96.0)
+        for seed, value in enumerate((20.0, 18.0, 25.0))
+    ]
     (line,) = [line for line in render(rows).splitlines() if "| quad_w4a4 |" in line]
-    assert "| 20.00 (18.00 to 25.00, 3 seeds) | 1.250 | 100.0 % (100.0 % to 100.0 %, 3 seeds) |" in line
+    perplexities, tasks = "20.00 (18.00 to 25.00, 3 seeds)", "98.0 % (97.0 % to 99.0 %, 3 seeds)"
+    assert f"| {perplexities} | 1.250 | {tasks} | 96.0 % (96.0 % to 96.0 %, 3 seeds) |" in line
 
 
 def test_rows_on_a_toy(toy_checkpoint: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(measuring, "LENGTH", 48)
     monkeypatch.setattr(measuring, "TUNING_SAMPLES", 8)
-    monkeypatch.setattr(measuring, "_task_scores", lambda model, tokenizer, items: {"scores": {"a": 1.0}})
+    asked = []
+
+    def evaluate(model: object, *, baseline: Path, limit: int | None, **_: object) -> Evaluation:
+        asked.append((baseline, limit))
+        mean = {"metric": "acc", "items": 4, "value": 0.5, "stderr": 0.1, "chance": 0.0}
+        average = Comparison(task="average", **mean, percent=90.0, percent_above_chance=80.0)
+        return Evaluation(format_version=1, comparisons=[Comparison(task="a", **mean)], average=average)
+
+    monkeypatch.setattr("quad_modifiers.evaluation.evaluate", evaluate)
     merged = []
 
     def merge(quad: Path, adapter: Path, output: Path) -> None:
@@ -67,13 +67,16 @@ def test_rows_on_a_toy(toy_checkpoint: Callable[..., Path], monkeypatch: pytest.
     monkeypatch.setattr(checkpoint, "merge", merge)
     rows = {"whole": Row("", None), "plain": Row("", RECIPE), "tuned": Row("", RECIPE, tuned=True)}
     monkeypatch.setattr(measuring, "ROWS", rows)
-    items = {"whole": None, "plain": 0, "tuned": 0}  # None: all of them
+    items = {"whole": 7, "plain": 0, "tuned": 0}
     found = {name: measure_here(name, "smollm2", toy_checkpoint(), 0, 8, items[name], windows=2) for name in rows}
     assert found["whole"].checkpoint_bytes == 0
     assert found["tuned"].checkpoint_bytes > found["plain"].checkpoint_bytes > 0
     assert merged == [(toy_checkpoint().name, True)]
     assert found["tuned"].perplexity == found["whole"].perplexity != found["plain"].perplexity
-    assert (found["plain"].scores, found["whole"].scores) == ({}, {"a": 1.0})
+    assert asked == [(toy_checkpoint(), 7)]
+    assert (found["plain"].scores, found["plain"].percent) == ({}, None)
+    whole = found["whole"]
+    assert (whole.scores, whole.percent, whole.percent_above_chance, whole.items) == ({"a": 0.5}, 90.0, 80.0, 7)
 
 
 def test_headline_rows_are_measured_with_every_seed(
