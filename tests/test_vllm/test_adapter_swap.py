@@ -11,6 +11,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from .random_adapters import random_adapters
 from .server_process import Server, serve
 
 pytestmark = [pytest.mark.vllm, pytest.mark.filterwarnings("default")]
@@ -22,24 +23,11 @@ BASE = "base"
 @pytest.fixture(scope="module")
 def expected(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Path | None, torch.Tensor]]:
     """The base and two adapters of random values, with the log-probabilities of the prompt in transformers."""
-    from quad_peft import OutlierLoraConfig, get_outlier_model
-
-    folder = tmp_path_factory.mktemp("adapters")
     ids = torch.tensor([AutoTokenizer.from_pretrained(checkpoint)(PROMPT)["input_ids"]])
     model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32)
-    found: dict[str, tuple[Path | None, torch.Tensor]] = {BASE: (None, _log_probabilities(model, ids))}
-    adapted = get_outlier_model(model, adapter_name="first")
-    adapted.add_adapter("second", OutlierLoraConfig())
-    generator = torch.Generator().manual_seed(5)
-    with torch.no_grad():
-        for name, parameter in adapted.named_parameters():
-            if ".lora_B." in name:
-                parameter.copy_(0.02 * torch.randn(parameter.shape, generator=generator))
-    adapted.save_pretrained(folder)
-    for name in ("first", "second"):
-        adapted.set_adapter(name)
-        found[name] = (folder / name, _log_probabilities(adapted, ids))
-    return found
+    plain = _log_probabilities(model, ids)
+    folder = tmp_path_factory.mktemp("adapters")
+    return {BASE: (None, plain), **random_adapters(model, folder, 0.02, lambda each: _log_probabilities(each, ids))}
 
 
 @torch.no_grad()

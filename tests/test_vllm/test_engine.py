@@ -20,6 +20,8 @@ from transformers import AutoModelForCausalLM
 
 from quad_modifiers.checkpoint.format import InputFormat, QuadFormat, WeightFormat
 
+from .random_adapters import random_adapters
+
 pytestmark = [pytest.mark.vllm, pytest.mark.filterwarnings("default")]
 
 PROMPTS = torch.randint(3, 320, (6, 40), generator=torch.Generator().manual_seed(7))
@@ -149,32 +151,13 @@ def test_lora_on_the_full_input_width(engine: Engine, toy8, tmp_path: Path) -> N
     assert_close(found[half:], adapted[half:])
 
 
-def _outlier_adapters(model: Any, folder: Path) -> tuple[list[str], list[torch.Tensor]]:
-    """Save two outlier adapters of random values; return their folders and what each makes of the prompts."""
-    from quad_peft import OutlierLoraConfig, get_outlier_model
-
-    adapted = get_outlier_model(model, adapter_name="first")
-    adapted.add_adapter("second", OutlierLoraConfig())
-    generator = torch.Generator().manual_seed(13)
-    with torch.no_grad():
-        for name, parameter in adapted.named_parameters():
-            if ".lora_B." in name:
-                parameter.copy_(0.2 * torch.randn(parameter.shape, generator=generator))
-    adapted.save_pretrained(folder)  # a folder for each, by its name
-    expected = []
-    for name in ("first", "second"):
-        adapted.set_adapter(name)
-        expected.append(reference_after(adapted))
-    adapted.unload()
-    return [str(folder / "first"), str(folder / "second")], expected
-
-
 def test_outlier_adapters_side_by_side(engine: Engine, toy8, tmp_path: Path) -> None:
     """Two adapters of `quad_peft` and the bare base in one batch; ranks differ from role to role."""
     folder = toy8("llama")
     model = AutoModelForCausalLM.from_pretrained(folder)
     plain = reference_after(model)
-    (first, second), (with_first, with_second) = _outlier_adapters(model, tmp_path / "adapters")
+    adapters = random_adapters(model, tmp_path / "adapters", 0.2, reference_after)
+    (first, with_first), (second, with_second) = ((str(where), said) for where, said in adapters.values())
     # The slot after the last adapter serves prompts without one, see above.
     lora = {"enable_lora": True, "max_lora_rank": 16, "max_loras": 3, "max_logprobs": 320}
     order = [None, first, second, second, first, None]
