@@ -47,8 +47,9 @@ def oneshot(
     Args:
         model: folder, hub id, or loaded transformers model (which is changed in place).
         recipe: path or name of a recipe YAML, its text, or llm-compressor modifiers.
-        dataset: calibration text; None takes the first half of the Wikipedia articles that gensim ships. Otherwise a
-            `datasets` name, Dataset, DataLoader, local text / jsonl file, list of strings, or token ids.
+        dataset: calibration text; None takes `quad_modifiers.text.calibration_texts()`: Wikipedia articles that gensim
+            ships and sources of Python's standard library. Otherwise a `datasets` name, Dataset, DataLoader, local
+            text / jsonl file, list of strings, or token ids.
         output_dir: where the checkpoint goes; must not exist or be empty. None writes nothing.
         tokenizer: folder, hub id or tokenizer; the model's own by default.
         num_calibration_samples: windows of calibration text.

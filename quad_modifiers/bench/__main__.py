@@ -11,7 +11,8 @@ from quad_modifiers.bench.measure import environment, measure
 from quad_modifiers.bench.rows import GPTQ_SPEED, HEADLINE, QUALITY, ROWS, SEEDS
 from quad_modifiers.bench.runtime import compare_runtime
 from quad_modifiers.bench.table import read_measurements, render
-from quad_modifiers.bench.tuning import TEXTS, compare_training_cost, measure_tuning
+from quad_modifiers.bench.texts import TEXTS
+from quad_modifiers.bench.tuning import compare_training_cost, measure_tuning
 from quad_modifiers.bench.tuning_peers import compare_tuning
 
 

@@ -14,15 +14,16 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from quad_modifiers.bench.rows import ROWS, Row
+from quad_modifiers.bench.texts import CODE, NEWS, TEXTS, WIKIPEDIA
 from quad_modifiers.calibration import calibration_windows
 from quad_modifiers.demo.models import fetch
-from quad_modifiers.evaluation import perplexity
+from quad_modifiers.evaluation import Perplexity, perplexity
 from quad_modifiers.evaluation.machine import machine_name, package_versions
-from quad_modifiers.text import token_windows, wikipedia_articles
+from quad_modifiers.text import token_windows
 
 LENGTH = 512
 WINDOWS = 40  # held-out windows, 20440 predicted tokens
-TUNING_SAMPLES = 300  # windows of 512 tokens of the calibration half, of which a twentieth chooses the best state
+TUNING_SAMPLES = 300  # windows of 512 tokens of the default text, of which a twentieth chooses the best state
 _PACKAGES = ("torch", "transformers", "llmcompressor", "compressed-tensors", "lm-eval", "peft")
 
 
@@ -35,12 +36,13 @@ class Measurement:
         model: "smollm2" or "qwen".
         seed: of calibration windows and rotation.
         samples: calibration windows of 512 tokens.
-        perplexity: on held-out text.
+        perplexity: on held-out Wikipedia articles.
         stderr: standard error of the mean negative log-likelihood, nats.
         tokens: predicted tokens.
         seconds: of the compression, evaluation excluded.
         peak_bytes: peak resident memory of the process until the compression was done.
         checkpoint_bytes: size of the weight files, 0 where none was written.
+        other_perplexities: on half as many windows of news and of Python code, by name.
         scores: of the offline tasks, by name; empty where they were not run.
         percent: mean accuracy of the tasks in percent of the original's.
         percent_above_chance: the same of what is above guessing.
@@ -57,6 +59,7 @@ class Measurement:
     seconds: float
     peak_bytes: int
     checkpoint_bytes: int
+    other_perplexities: dict[str, float] = field(default_factory=dict)
     scores: dict[str, float] = field(default_factory=dict)
     percent: float | None = None
     percent_above_chance: float | None = None
@@ -75,7 +78,7 @@ def measure_here(
         seed: of calibration windows and, in tuning, of the order of the samples.
         samples: calibration windows.
         items: of each offline task, None for all, 0 to leave the tasks out.
-        windows: of held-out text.
+        windows: of held-out articles.
     """
     original = fetch(model, folder)
     tokenizer = AutoTokenizer.from_pretrained(original)
@@ -90,11 +93,11 @@ def measure_here(
         if isinstance(evaluated, Path):
             size = 0 if evaluated == original else sum(file.stat().st_size for file in evaluated.glob("*.safetensors"))
             evaluated = AutoModelForCausalLM.from_pretrained(evaluated)
-        held_out = token_windows(tokenizer, wikipedia_articles("held_out"), LENGTH, windows, seed=0)
-        result = perplexity(evaluated, held_out, progress=False)
+        result = _perplexity(evaluated, tokenizer, WIKIPEDIA, windows)
+        others = {text: _perplexity(evaluated, tokenizer, text, windows // 2).value for text in (NEWS, CODE)}
         tasks = {} if items == 0 else _tasks(evaluated, original, tokenizer, items)
     return Measurement(
-        row, model, seed, samples, result.value, result.stderr, result.tokens, seconds, peak, size, **tasks
+        row, model, seed, samples, result.value, result.stderr, result.tokens, seconds, peak, size, others, **tasks
     )
 
 
@@ -114,6 +117,10 @@ def _make(
     finetune(output, scratch / "adapter", original=original, samples=TUNING_SAMPLES, settings=TuningSettings(seed=seed))
     merge(output, scratch / "adapter", scratch / "tuned")
     return scratch / "tuned"
+
+
+def _perplexity(model: Any, tokenizer: Any, text: str, windows: int) -> Perplexity:
+    return perplexity(model, token_windows(tokenizer, TEXTS[text](), LENGTH, windows, seed=0), progress=False)
 
 
 def _tasks(model: Any, original: Path, tokenizer: Any, items: int | None) -> dict[str, Any]:

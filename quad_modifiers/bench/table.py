@@ -7,6 +7,7 @@ from pathlib import Path
 
 from quad_modifiers.bench.measure import Measurement
 from quad_modifiers.bench.rows import ROWS
+from quad_modifiers.bench.texts import CODE, NEWS
 
 _REFERENCE = "full_precision"
 
@@ -24,11 +25,12 @@ def read_measurements(results: Path) -> list[Measurement]:
 def render(found: Sequence[Measurement]) -> str:
     """Returns a Markdown table; several seeds of a row become median and range.
 
-    Of the offline tasks it shows what is left of the original's mean accuracy, and of its part above guessing.
+    Perplexity is on Wikipedia; of news and code it shows the ratio to full precision, of the offline tasks what is left
+    of the original's mean accuracy, and of its part above guessing.
     """
     lines = [
-        "| model | recipe | perplexity | / full precision | tasks | above guessing | size | time | peak memory |",
-        "|---|---|---|---|---|---|---|---|---|",
+        "| model | recipe | perplexity | / original | news | code | tasks | above chance | size | time | memory |",
+        "|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     for model in dict.fromkeys(each.model for each in found):
         of_model = [each for each in found if each.model == model]
@@ -46,12 +48,21 @@ def _cells(group: list[Measurement], reference: Measurement | None) -> list[str]
     return [
         _middle(perplexities, "{:.2f}"),
         "" if reference is None else f"{statistics.median(perplexities) / reference.perplexity:.3f}",
+        *(_other_ratio(group, reference, text) for text in (NEWS, CODE)),
         _middle([each.percent for each in group if each.percent is not None], "{:.1f} %"),
         _middle([each.percent_above_chance for each in group if each.percent_above_chance is not None], "{:.1f} %"),
         f"{size / 1e6:.0f} MB" if size else "",
         f"{seconds:.0f} s" if seconds else "",
         f"{statistics.median(each.peak_bytes for each in group) / 1e9:.1f} GB",
     ]
+
+
+def _other_ratio(group: list[Measurement], reference: Measurement | None, text: str) -> str:
+    if reference is None or text not in reference.other_perplexities:
+        return ""
+    original = reference.other_perplexities[text]
+    found = [each.other_perplexities[text] / original for each in group if text in each.other_perplexities]
+    return f"{statistics.median(found):.3f}" if found else ""
 
 
 def _middle(values: Sequence[float], form: str) -> str:

@@ -6,21 +6,17 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
-from quad_modifiers.text import news_articles, stdlib_code, token_windows, wikipedia_articles
+from quad_modifiers.bench.texts import TEXTS
+from quad_modifiers.text import token_windows
 
 LENGTH = 512
-TEXTS: dict[str, Callable[[], list[str]]] = {
-    "Wikipedia, held out": lambda: wikipedia_articles("held_out"),
-    "news (Lee corpus)": news_articles,
-    "Python code, held out": lambda: stdlib_code("held_out"),
-}
 LORA_RANK, BATCH, STEPS, ROUNDS = 64, 4, 4, 3
 
 

@@ -41,7 +41,7 @@ PEERS = (
 
 
 def compare_tuning(original: str, checkpoint: str, steps: int) -> Iterator[dict[str, Any]]:
-    """Trains each of `PEERS` on windows of 256 tokens of the calibration half and yields its validation results.
+    """Trains each of `PEERS` on windows of 256 tokens of the default text and yields its validation results.
 
     Args:
         original: folder of the original model.

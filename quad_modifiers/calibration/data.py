@@ -12,6 +12,7 @@ import torch
 from torch.utils.data import DataLoader
 
 from quad_modifiers.calibration.sources import Documents, Purpose, Resolved, Splits, TokenRows, TokenStream, resolve
+from quad_modifiers.text.calibration_texts import DESCRIPTION
 from quad_modifiers.text.windows import token_stream
 
 if TYPE_CHECKING:
@@ -57,9 +58,10 @@ def calibration_windows(
     there are more than asked. A DataLoader's samples are taken as they come, uncut.
 
     Args:
-        dataset: None for the first half of the Wikipedia articles in gensim's package; a local .txt, .jsonl, .csv or
-            .parquet file; a `datasets` name or folder; a Dataset or DatasetDict with a text column or `input_ids`;
-            a list of strings; token ids, [tokens] or [samples, tokens]; or a DataLoader of dicts with `input_ids`.
+        dataset: None for the calibration halves of gensim's Wikipedia articles and of Python's standard library; a
+            local .txt, .jsonl, .csv or .parquet file; a `datasets` name or folder; a Dataset or DatasetDict with a text
+            column or `input_ids`; a list of strings; token ids, [tokens] or [samples, tokens]; or a DataLoader of
+            dicts with `input_ids`.
         tokenizer: the model's tokenizer; None is enough for token ids.
         num_samples: windows wanted.
         sequence_length: tokens per window.
@@ -83,8 +85,9 @@ def calibration_windows(
         )
     if dataset is None:
         logger.info(
-            "No calibration data set was given: calibrating with the first half of the English Wikipedia articles in "
-            "gensim's package. The second half is held out for evaluation and never calibrates."
+            "No calibration data set was given: calibrating with %s. The other halves are held out for evaluation and "
+            "never calibrate.",
+            DESCRIPTION,
         )
     found = resolve(dataset, _PURPOSE, text_column=text_column, splits=splits, config_name=dataset_config_name)
     rows = _rows(found, tokenizer, num_samples, sequence_length, torch.Generator().manual_seed(seed))
@@ -149,10 +152,19 @@ def _sampled_documents(texts: Sequence[str], tokens: int, generator: torch.Gener
 
 
 def _drawn(rows: list[torch.Tensor], count: int, generator: torch.Generator) -> list[torch.Tensor]:
-    """Return `count` of `rows` drawn at random without replacement, all of them where there are no more."""
+    """Return one of each of `count` equal stretches of `rows`, in random order; all rows where there are no more.
+
+    That way every kind of text is drawn as often as there is of it, whatever the seed.
+    """
     if len(rows) <= count:
         return rows
-    return [rows[index] for index in torch.randperm(len(rows), generator=generator)[:count].tolist()]
+    borders = [len(rows) * index // count for index in range(count + 1)]
+    random = torch.rand(count, generator=generator, dtype=torch.float64).tolist()
+    drawn = [
+        rows[start + int(share * (end - start))]
+        for start, end, share in zip(borders[:-1], borders[1:], random, strict=True)
+    ]
+    return [drawn[index] for index in torch.randperm(count, generator=generator).tolist()]
 
 
 def _check_amount(rows: list[torch.Tensor], num_samples: int, sequence_length: int) -> None:

@@ -11,8 +11,8 @@ import torch
 from torch.utils.data import DataLoader
 
 from quad_modifiers.calibration.token_rows import dataset_rows, loader_rows, unpadded
+from quad_modifiers.text.calibration_texts import calibration_texts
 from quad_modifiers.text.local_files import LOCAL_SUFFIXES, check_column, local_texts
-from quad_modifiers.text.wikipedia import wikipedia_articles
 
 if TYPE_CHECKING:
     from datasets import Dataset, DatasetDict
@@ -86,9 +86,9 @@ def resolve(
     """Return what `source` stands for.
 
     Args:
-        source: None for the calibration half of the Wikipedia articles in gensim's package; a local file; a `datasets`
-            name or folder; a Dataset or DatasetDict with a text column or `input_ids`; a list of strings; token ids,
-            [tokens], [samples, tokens] or a list of them; or a DataLoader of dicts with `input_ids`.
+        source: None for `calibration_texts()`; a local file; a `datasets` name or folder; a Dataset or DatasetDict with
+            a text column or `input_ids`; a list of strings; token ids, [tokens], [samples, tokens] or a list of them;
+            or a DataLoader of dicts with `input_ids`.
         purpose: what it is for.
         text_column: field or column of the text.
         splits: the split of a `datasets` name or DatasetDict; also a list of one, or a mapping whose key is the first
@@ -102,7 +102,7 @@ def resolve(
         ImportError: a package that the data set needs is not installed.
     """
     if source is None:
-        return Documents(wikipedia_articles("calibration"))
+        return Documents(calibration_texts())
     if isinstance(source, str | Path):
         if is_local_file(source):
             return Documents(local_texts(source, text_column))

@@ -28,8 +28,8 @@ def compress(
     dataset: Annotated[
         str | None,
         typer.Option(
-            help="Calibration text: a text or jsonl file, or a name in `datasets`. By default the first half of the "
-            "Wikipedia articles that gensim ships.",
+            help="Calibration text: a text or jsonl file, or a name in `datasets`. By default Wikipedia articles "
+            "that gensim ships and modules of Python's standard library, a half of each.",
             show_default=False,
         ),
     ] = None,

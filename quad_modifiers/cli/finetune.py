@@ -35,8 +35,8 @@ def finetune(
     data: Annotated[
         str | None,
         typer.Option(
-            help="Text to train on: a text or jsonl file, or a name in `datasets`. By default the first half of the "
-            "Wikipedia articles that gensim ships.",
+            help="Text to train on: a text or jsonl file, or a name in `datasets`. By default Wikipedia articles "
+            "that gensim ships and modules of Python's standard library, a half of each.",
             show_default=False,
         ),
     ] = None,

@@ -49,7 +49,7 @@ def inspect(
         str | None,
         typer.Option(
             help="Text to run on: a text or jsonl file, or a name in `datasets`. By default Wikipedia articles that "
-            "gensim ships.",
+            "gensim ships and Python code.",
             show_default=False,
         ),
     ] = None,

@@ -44,8 +44,8 @@ def inspect_model(
         recipe: name or path of the recipe whose projection is applied to an unquantized model.
         rank: instead of the recipe's.
         layers: blocks whose activations are drawn; by default one at a quarter of the depth and one in the middle.
-        dataset: text, as `calibration_windows` takes it; by default the calibration half of gensim's Wikipedia
-            articles. The held-out half is never used.
+        dataset: text, as `calibration_windows` takes it; by default
+            `quad_modifiers.text.calibration_texts()`, and held-out Wikipedia articles to measure a checkpoint on.
         text_column: column of the text in `dataset`.
         samples: windows behind the spectrum and the projection.
         eval_windows: other windows, which everything else is measured on.

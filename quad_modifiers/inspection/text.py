@@ -10,6 +10,7 @@ from quad_modifiers.calibration import CalibrationSource, calibration_windows
 from quad_modifiers.evaluation.machine import machine_name, package_versions
 from quad_modifiers.inspection.measure.results import Settings
 from quad_modifiers.text import token_windows, wikipedia_articles
+from quad_modifiers.text.calibration_texts import DESCRIPTION
 
 
 @dataclass(frozen=True)
@@ -44,8 +45,8 @@ class TextOptions:
 
         Args:
             tokenizer: of the model.
-            held_out: measure on the held-out half of the default text, because the other half calibrated what is
-                measured. Of a data set of the user's, other windows are drawn than those that calibrate here.
+            held_out: of the default text, measure on the held-out Wikipedia articles, because the others calibrated
+                what is measured. Of a data set of the user's, other windows are drawn than those that calibrate here.
 
         Raises:
             ValueError: if there is not enough text.
@@ -54,14 +55,14 @@ class TextOptions:
             calibration = [] if self.samples == 0 else self._drawn(tokenizer, self.samples)
             articles = wikipedia_articles("held_out")
             measured = token_windows(tokenizer, articles, self.seq_length, self.eval_windows, seed=self.seed)
-            return self._text(calibration, list(measured.split(1)), "held-out half")
+            return self._text(calibration, list(measured.split(1)), "held-out articles")
         drawn = self._drawn(tokenizer, self.samples + self.eval_windows)
         if len(drawn) < self.eval_windows + min(self.samples, 1):
             raise ValueError(
                 f"the text has {len(drawn)} windows of {self.seq_length} tokens, all needed to measure on; give more "
                 "text, or lower seq_length or eval_windows"
             )
-        return self._text(drawn[: -self.eval_windows], drawn[-self.eval_windows :], "calibration half")
+        return self._text(drawn[: -self.eval_windows], drawn[-self.eval_windows :], "other windows of these")
 
     def _drawn(self, tokenizer: Any, count: int) -> list[torch.Tensor]:
         return calibration_windows(
@@ -73,9 +74,9 @@ class TextOptions:
             seed=self.seed,
         )
 
-    def _text(self, calibration: list[torch.Tensor], measured: list[torch.Tensor], half: str) -> Text:
+    def _text(self, calibration: list[torch.Tensor], measured: list[torch.Tensor], measured_on: str) -> Text:
         if self.dataset is None:
-            name = f"Wikipedia articles in gensim's package, measured on the {half}"
+            name = f"{DESCRIPTION}; measured on {measured_on}"
         else:
             name = str(self.dataset) if isinstance(self.dataset, (str, Path)) else type(self.dataset).__name__
         settings = Settings(

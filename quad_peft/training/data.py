@@ -13,13 +13,13 @@ import torch
 from torch.utils.data import Dataset
 
 from quad_modifiers.calibration.sources import Purpose, Resolved, TokenRows, TokenStream, is_local_file, resolve
+from quad_modifiers.text.calibration_texts import DESCRIPTION
 from quad_modifiers.text.windows import token_stream
 from quad_peft.training.losses import IGNORED
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-DEFAULT_TEXT = "the calibration half of the Wikipedia articles in gensim's package"
 _PURPOSE = Purpose(
     "training", usual_splits=("train", "calibration"), split_option="split", config_option="dataset_config"
 )
@@ -114,10 +114,11 @@ def training_data(
     """Cuts text into samples.
 
     Args:
-        source: None for the calibration half of the Wikipedia articles that gensim ships (the other half is for
-            measuring and never comes in); a .txt, .jsonl, .csv or .parquet file; a `datasets` name or folder; a Dataset
-            or DatasetDict with a text column or `input_ids`; a list of strings; token ids, `[tokens]`, which are cut
-            into windows, `[samples, tokens]` or a list of `[tokens]`; or a DataLoader of dicts with `input_ids`.
+        source: None for the calibration halves of gensim's Wikipedia articles and of Python's standard library (the
+            other halves are for measuring and never come in); a .txt, .jsonl, .csv or .parquet file; a `datasets` name
+            or folder; a Dataset or DatasetDict with a text column or `input_ids`; a list of strings; token ids,
+            `[tokens]`, which are cut into windows, `[samples, tokens]` or a list of `[tokens]`; or a DataLoader of
+            dicts with `input_ids`.
         tokenizer: of the model; not needed for token ids.
         length: tokens in a sample, at most.
         samples: at most so many, drawn at random, of a DataLoader the first ones; all by default.
@@ -198,7 +199,7 @@ def _padded(rows: Sequence[torch.Tensor], value: int) -> torch.Tensor:
 
 def _name(source: Any) -> str:
     if source is None:
-        return DEFAULT_TEXT
+        return DESCRIPTION
     if isinstance(source, (str, Path)):
         return Path(source).name if is_local_file(source) else str(source)
     return f"a {type(source).__name__}"

@@ -69,7 +69,7 @@ def finetune(
     Args:
         checkpoint: folder or Hub id of a QUAD checkpoint.
         output: folder for the adapter; must not exist or be empty.
-        data: see `training_data`; the calibration half of gensim's Wikipedia articles by default.
+        data: see `training_data`; Wikipedia articles and Python code by default.
         original: folder or Hub id of the original model, or the model.
         settings: of the training.
         length: tokens in a sample.

@@ -17,6 +17,7 @@ from quad_modifiers.bench.__main__ import main
 from quad_modifiers.bench.measure import Measurement, measure_here
 from quad_modifiers.bench.rows import Row
 from quad_modifiers.bench.table import read_measurements, render
+from quad_modifiers.bench.texts import CODE, NEWS
 from quad_modifiers.publishing.evaluation import Comparison, Evaluation
 from quad_modifiers.publishing.tuning import read_tuning
 from quad_peft.training import checkpoint
@@ -30,19 +31,21 @@ quad_stage:
 """
 
 
-def measured(row: str, seed: int = 0, perplexity: float = 20.0, **changes) -> Measurement:
-    return Measurement(row, "smollm2", seed, 64, perplexity, 0.1, 100, 60.0, 10**9, 2 * 10**8, **changes)
+def measured(
+    row: str, seed: int = 0, perplexity: float = 20.0, others: dict[str, float] | None = None, **changes
+) -> Measurement:
+    return Measurement(row, "smollm2", seed, 64, perplexity, 0.1, 100, 60.0, 10**9, 2 * 10**8, others or {}, **changes)
 
 
 def test_several_seeds_become_median_and_range() -> None:
-    rows = [measured("full_precision", perplexity=16.0)]
+    rows = [measured("full_precision", perplexity=16.0, others={CODE: 8.0})]
     rows += [
-        measured("quad_w4a4", seed, value, percent=97.0 + seed, percent_above_chance=96.0)
+        measured("quad_w4a4", seed, value, {CODE: 9.0 + seed}, percent=97.0 + seed, percent_above_chance=96.0)
         for seed, value in enumerate((20.0, 18.0, 25.0))
     ]
     (line,) = [line for line in render(rows).splitlines() if "| quad_w4a4 |" in line]
     perplexities, tasks = "20.00 (18.00 to 25.00, 3 seeds)", "98.0 % (97.0 % to 99.0 %, 3 seeds)"
-    assert f"| {perplexities} | 1.250 | {tasks} | 96.0 % (96.0 % to 96.0 %, 3 seeds) |" in line
+    assert f"| {perplexities} | 1.250 |  | 1.250 | {tasks} | 96.0 % (96.0 % to 96.0 %, 3 seeds) |" in line
 
 
 def test_rows_on_a_toy(toy_checkpoint: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -68,10 +71,11 @@ def test_rows_on_a_toy(toy_checkpoint: Callable[..., Path], monkeypatch: pytest.
     rows = {"whole": Row("", None), "plain": Row("", RECIPE), "tuned": Row("", RECIPE, tuned=True)}
     monkeypatch.setattr(measuring, "ROWS", rows)
     items = {"whole": 7, "plain": 0, "tuned": 0}
-    found = {name: measure_here(name, "smollm2", toy_checkpoint(), 0, 8, items[name], windows=2) for name in rows}
+    found = {name: measure_here(name, "smollm2", toy_checkpoint(), 0, 8, items[name], windows=4) for name in rows}
     assert found["whole"].checkpoint_bytes == 0
     assert found["tuned"].checkpoint_bytes > found["plain"].checkpoint_bytes > 0
     assert merged == [(toy_checkpoint().name, True)]
+    assert set(found["plain"].other_perplexities) == {NEWS, CODE}
     assert found["tuned"].perplexity == found["whole"].perplexity != found["plain"].perplexity
     assert asked == [(toy_checkpoint(), 7)]
     assert (found["plain"].scores, found["plain"].percent) == ({}, None)

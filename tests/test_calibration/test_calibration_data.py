@@ -35,11 +35,11 @@ def same(left, right):
     return len(left) == len(right) and all(torch.equal(a, b) for a, b in zip(left, right, strict=True))
 
 
-def test_default_is_wikipedia_and_says_so(windows_of, caplog):
+def test_default_is_named(windows_of, caplog):
     with caplog.at_level(logging.INFO):
         windows = windows_of(None)
     assert layout(windows) == int64_windows()
-    assert "Wikipedia" in caplog.text
+    assert "Wikipedia articles and of Python's standard library" in caplog.text
     assert "held out" in caplog.text
 
 
@@ -59,6 +59,13 @@ def test_every_text_source_gives_the_same_windows(windows_of, tmp_path):
 def test_seed_repeats_and_matters(windows_of):
     assert same(windows_of(TEXTS, seed=3), windows_of(TEXTS, seed=3))
     assert not same(windows_of(TEXTS, seed=3), windows_of(TEXTS, seed=4))
+
+
+def test_one_window_of_each_stretch_is_drawn(windows_of):
+    stream = torch.arange(100 * 32)
+    places = [window[0, 0].item() // 32 for window in windows_of(stream, num_samples=8, seed=5)]
+    assert [place * 8 // 100 for place in sorted(places)] == list(range(8))
+    assert places != sorted(places)
 
 
 def test_large_data_is_sampled_by_document(windows_of, monkeypatch):
