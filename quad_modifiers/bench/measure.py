@@ -18,7 +18,9 @@ from quad_modifiers.bench.texts import CODE, NEWS, TEXTS, WIKIPEDIA
 from quad_modifiers.calibration import calibration_windows
 from quad_modifiers.demo.models import fetch
 from quad_modifiers.evaluation import Perplexity, perplexity
+from quad_modifiers.evaluation.comparison import AVERAGE
 from quad_modifiers.evaluation.machine import machine_name, package_versions
+from quad_modifiers.publishing.evaluation import Comparison
 from quad_modifiers.text import token_windows
 
 LENGTH = 512
@@ -43,10 +45,8 @@ class Measurement:
         peak_bytes: peak resident memory of the process until the compression was done.
         checkpoint_bytes: size of the weight files, 0 where none was written.
         other_perplexities: on half as many windows of news and of Python code, by name.
-        scores: of the offline tasks, by name; empty where they were not run.
-        percent: mean accuracy of the tasks in percent of the original's.
-        percent_above_chance: the same of what is above guessing.
-        items: asked of each task, None for all.
+        tasks: the offline tasks beside the original, and their average, in the form of evaluation.json (`Comparison`);
+            empty where they were not run.
     """
 
     row: str
@@ -60,10 +60,12 @@ class Measurement:
     peak_bytes: int
     checkpoint_bytes: int
     other_perplexities: dict[str, float] = field(default_factory=dict)
-    scores: dict[str, float] = field(default_factory=dict)
-    percent: float | None = None
-    percent_above_chance: float | None = None
-    items: int | None = None
+    tasks: list[dict[str, Any]] = field(default_factory=list)
+
+    @property
+    def average(self) -> Comparison | None:
+        """The average over the tasks, None where they were not run."""
+        return next((Comparison(**task) for task in self.tasks if task["task"] == AVERAGE), None)
 
 
 def measure_here(
@@ -84,20 +86,20 @@ def measure_here(
     tokenizer = AutoTokenizer.from_pretrained(original)
     seconds, size = 0.0, 0
     with tempfile.TemporaryDirectory(dir=folder.parent) as scratch:
-        evaluated: Any = original
+        made: Any = original
         if ROWS[row].recipe is not None:
             start = time.perf_counter()
-            evaluated = _make(ROWS[row], original, tokenizer, Path(scratch), seed, samples)
+            made = _make(ROWS[row], original, tokenizer, Path(scratch), seed, samples)
             seconds = time.perf_counter() - start
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-        if isinstance(evaluated, Path):
-            size = 0 if evaluated == original else sum(file.stat().st_size for file in evaluated.glob("*.safetensors"))
-            evaluated = AutoModelForCausalLM.from_pretrained(evaluated)
-        result = _perplexity(evaluated, tokenizer, WIKIPEDIA, windows)
-        others = {text: _perplexity(evaluated, tokenizer, text, windows // 2).value for text in (NEWS, CODE)}
-        tasks = {} if items == 0 else _tasks(evaluated, original, tokenizer, items)
+        if isinstance(made, Path) and made != original:
+            size = sum(file.stat().st_size for file in made.glob("*.safetensors"))
+        tasks = [] if items == 0 else _tasks(made, original, tokenizer, items)
+        loaded = AutoModelForCausalLM.from_pretrained(made) if isinstance(made, Path) else made
+        result = _perplexity(loaded, tokenizer, WIKIPEDIA, windows)
+        others = {text: _perplexity(loaded, tokenizer, text, windows // 2).value for text in (NEWS, CODE)}
     return Measurement(
-        row, model, seed, samples, result.value, result.stderr, result.tokens, seconds, peak, size, others, **tasks
+        row, model, seed, samples, result.value, result.stderr, result.tokens, seconds, peak, size, others, tasks
     )
 
 
@@ -123,18 +125,12 @@ def _perplexity(model: Any, tokenizer: Any, text: str, windows: int) -> Perplexi
     return perplexity(model, token_windows(tokenizer, TEXTS[text](), LENGTH, windows, seed=0), progress=False)
 
 
-def _tasks(model: Any, original: Path, tokenizer: Any, items: int | None) -> dict[str, Any]:
+def _tasks(model: Any, original: Path, tokenizer: Any, items: int | None) -> list[dict[str, Any]]:
     from quad_modifiers.evaluation import evaluate
 
     found = evaluate(model, baseline=original, tokenizer=tokenizer, text=None, limit=items)
-    average = found.average
-    assert average is not None
-    return {
-        "scores": {task.task: task.value for task in found.comparisons},
-        "percent": average.percent,
-        "percent_above_chance": average.percent_above_chance,
-        "items": items,
-    }
+    assert found.average is not None
+    return [task.model_dump() for task in (*found.comparisons, found.average)]
 
 
 def _compress(row: Row, original: Path, tokenizer: object, output: Path, seed: int, samples: int) -> torch.nn.Module:

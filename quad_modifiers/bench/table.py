@@ -44,13 +44,14 @@ def render(found: Sequence[Measurement]) -> str:
 
 def _cells(group: list[Measurement], reference: Measurement | None) -> list[str]:
     perplexities = [each.perplexity for each in group]
+    averages = [each.average for each in group if each.average is not None]
     size, seconds = group[0].checkpoint_bytes, statistics.median(each.seconds for each in group)
     return [
         _middle(perplexities, "{:.2f}"),
         "" if reference is None else f"{statistics.median(perplexities) / reference.perplexity:.3f}",
         *(_other_ratio(group, reference, text) for text in (NEWS, CODE)),
-        _middle([each.percent for each in group if each.percent is not None], "{:.1f} %"),
-        _middle([each.percent_above_chance for each in group if each.percent_above_chance is not None], "{:.1f} %"),
+        _middle([each.percent for each in averages if each.percent is not None], "{:.1f} %"),
+        _middle([each.percent_above_chance for each in averages if each.percent_above_chance is not None], "{:.1f} %"),
         f"{size / 1e6:.0f} MB" if size else "",
         f"{seconds:.0f} s" if seconds else "",
         f"{statistics.median(each.peak_bytes for each in group) / 1e9:.1f} GB",

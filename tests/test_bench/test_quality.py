@@ -31,16 +31,19 @@ quad_stage:
 """
 
 
-def measured(
-    row: str, seed: int = 0, perplexity: float = 20.0, others: dict[str, float] | None = None, **changes
-) -> Measurement:
-    return Measurement(row, "smollm2", seed, 64, perplexity, 0.1, 100, 60.0, 10**9, 2 * 10**8, others or {}, **changes)
+def measured(row: str, seed: int = 0, perplexity: float = 20.0, *others_and_tasks) -> Measurement:
+    return Measurement(row, "smollm2", seed, 64, perplexity, 0.1, 100, 60.0, 10**9, 2 * 10**8, *others_and_tasks)
+
+
+def average(percent: float, above: float) -> Comparison:
+    mean = {"metric": "acc", "items": 4, "value": 0.5}
+    return Comparison(task="average", **mean, percent=percent, percent_above_chance=above)
 
 
 def test_several_seeds_become_median_and_range() -> None:
-    rows = [measured("full_precision", perplexity=16.0, others={CODE: 8.0})]
+    rows = [measured("full_precision", 0, 16.0, {CODE: 8.0})]
     rows += [
-        measured("quad_w4a4", seed, value, {CODE: 9.0 + seed}, percent=97.0 + seed, percent_above_chance=96.0)
+        measured("quad_w4a4", seed, value, {CODE: 9.0 + seed}, [average(97.0 + seed, 96.0).model_dump()])
         for seed, value in enumerate((20.0, 18.0, 25.0))
     ]
     (line,) = [line for line in render(rows).splitlines() if "| quad_w4a4 |" in line]
@@ -55,9 +58,8 @@ def test_rows_on_a_toy(toy_checkpoint: Callable[..., Path], monkeypatch: pytest.
 
     def evaluate(model: object, *, baseline: Path, limit: int | None, **_: object) -> Evaluation:
         asked.append((baseline, limit))
-        mean = {"metric": "acc", "items": 4, "value": 0.5, "stderr": 0.1, "chance": 0.0}
-        average = Comparison(task="average", **mean, percent=90.0, percent_above_chance=80.0)
-        return Evaluation(format_version=1, comparisons=[Comparison(task="a", **mean)], average=average)
+        task = average(91.0, 81.0).model_copy(update={"task": "a"})
+        return Evaluation(format_version=1, comparisons=[task], average=average(90.0, 80.0))
 
     monkeypatch.setattr("quad_modifiers.evaluation.evaluate", evaluate)
     merged = []
@@ -78,9 +80,9 @@ def test_rows_on_a_toy(toy_checkpoint: Callable[..., Path], monkeypatch: pytest.
     assert set(found["plain"].other_perplexities) == {NEWS, CODE}
     assert found["tuned"].perplexity == found["whole"].perplexity != found["plain"].perplexity
     assert asked == [(toy_checkpoint(), 7)]
-    assert (found["plain"].scores, found["plain"].percent) == ({}, None)
-    whole = found["whole"]
-    assert (whole.scores, whole.percent, whole.percent_above_chance, whole.items) == ({"a": 0.5}, 90.0, 80.0, 7)
+    assert (found["plain"].tasks, found["plain"].average) == ([], None)
+    assert [task["task"] for task in found["whole"].tasks] == ["a", "average"]
+    assert found["whole"].average == average(90.0, 80.0)
 
 
 def test_headline_rows_are_measured_with_every_seed(
@@ -90,7 +92,7 @@ def test_headline_rows_are_measured_with_every_seed(
 
     def measure(row: str, model: str, folder: Path, seed: int, samples: int, items: int | None) -> Measurement:
         asked.append((row, seed))
-        return measured(row, seed, items=items)
+        return measured(row, seed)
 
     monkeypatch.setattr("quad_modifiers.bench.__main__.measure", measure)
     results = tmp_path / "new" / "quality.jsonl"
