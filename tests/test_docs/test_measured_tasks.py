@@ -1,54 +1,47 @@
-"""The table of docs/guide/evaluation.md holds the numbers of docs/benchmarks/tasks/."""
+"""The table of docs/guide/evaluation.md holds the numbers of docs/benchmarks/quality.jsonl."""
 
 from __future__ import annotations
 
-import re
+from quad_modifiers.bench.measure import Measurement
+from quad_modifiers.bench.rows import QUALITY
+from quad_modifiers.publishing.evaluation import Comparison
 
-from quad_modifiers.publishing.evaluation import Comparison, read_evaluation_file
-
+from .measurements import MODELS, REFERENCE, filled_in, measurements
 from .pages import ROOT
 
 PAGE = ROOT / "docs" / "guide" / "evaluation.md"
-RESULTS = ROOT / "docs" / "benchmarks" / "tasks"
-MODELS = {"smollm2": "SmolLM2-135M", "qwen": "Qwen2.5-Coder-0.5B"}
 TASKS = ("quad_lastword", "quad_continuation", "quad_code")
 
 
-def cell(each: Comparison) -> str:
-    return f"{each.value:.3f} / {each.baseline:.3f}"
+def line(measured: Measurement) -> str:
+    """Each task's score / the original's, and what is left of the average."""
+    of_task = {task["task"]: Comparison(**task) for task in measured.tasks}
+    average = measured.average
+    assert average is not None
+    assert average.percent is not None
+    assert average.percent_interval is not None
+    low, high = average.percent_interval
+    cells = [
+        f"{MODELS[measured.model]}, `{measured.row}`, seed {measured.seed}",
+        str(of_task[TASKS[0]].items),
+        *(f"{of_task[task].value:.3f} / {of_task[task].baseline:.3f}" for task in TASKS),
+        f"{average.percent:.1f} % ({low:.1f} to {high:.1f})",
+        f"{average.percent_above_chance:.1f} %",
+        f"{average.difference:+.3f}" + ("" if average.distinguishable else ", not seen"),
+    ]
+    return f"| {' | '.join(cells)} |"
 
 
 def table() -> str:
-    lines = [
-        f"| | items | {' | '.join(f'`{task}`' for task in TASKS)} | average kept | above guessing | difference |",
-        f"|{'---|' * 8}",
-    ]
-    for file in sorted(RESULTS.glob("*.json"), key=lambda file: (list(MODELS).index(file.stem.split("-")[0]), file)):
-        model, _, recipe = file.stem.partition("-")
-        found = read_evaluation_file(file)
-        assert found is not None
-        assert found.average is not None
-        of_task = {each.task: each for each in found.comparisons}
-        average = found.average
-        assert average.percent is not None
-        assert average.percent_interval is not None
-        assert average.interval is not None
-        low, high = average.percent_interval
-        cells = [
-            f"{MODELS[model]}, `{recipe}`",
-            str(of_task[TASKS[0]].items),
-            *(cell(of_task[task]) for task in TASKS),
-            f"{average.percent:.1f} % ({low:.1f} to {high:.1f})",
-            f"{average.percent_above_chance:.1f} %",
-            f"{average.difference:+.3f}" + ("" if average.distinguishable else ", not seen"),
-        ]
-        lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines)
+    """One line for each checkpoint."""
+    head = f"| | items | {' | '.join(f'`{task}`' for task in TASKS)} | average kept | above guessing | difference |"
+    rows = [row for row in QUALITY if row != REFERENCE]
+    found = [each for model in MODELS for row in rows for each in measurements(model, row) if each.tasks]
+    return "\n".join([head, f"|{'---|' * 8}", *map(line, found)])
 
 
 def test_table_of_the_page_is_that_of_the_results() -> None:
-    page = PAGE.read_text(encoding="utf-8")
-    (written,) = re.findall(r"<!-- measured: tasks -->\n(.*)\n<!-- /measured -->", page, re.S)
     wanted = table()
     assert wanted.count("\n") > 2
-    assert written == wanted, f"write this into {PAGE.name}:\n{wanted}"
+    written, advice = filled_in(PAGE, "tasks", wanted)
+    assert written == wanted, advice
