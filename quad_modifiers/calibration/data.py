@@ -58,7 +58,7 @@ def calibration_windows(
     there are more than asked. A DataLoader's samples are taken as they come, uncut.
 
     Args:
-        dataset: None for the calibration halves of gensim's Wikipedia articles and of Python's standard library; a
+        dataset: None for `calibration_texts()`, Wikipedia articles and modules of Python's standard library; a
             local .txt, .jsonl, .csv or .parquet file; a `datasets` name or folder; a Dataset or DatasetDict with a text
             column or `input_ids`; a list of strings; token ids, [tokens] or [samples, tokens]; or a DataLoader of
             dicts with `input_ids`.

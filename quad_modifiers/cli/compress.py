@@ -29,7 +29,7 @@ def compress(
         str | None,
         typer.Option(
             help="Calibration text: a text or jsonl file, or a name in `datasets`. By default Wikipedia articles "
-            "that gensim ships and modules of Python's standard library, a half of each.",
+            "that gensim ships and modules of Python's standard library, of the halves that calibrate.",
             show_default=False,
         ),
     ] = None,

@@ -36,7 +36,7 @@ def finetune(
         str | None,
         typer.Option(
             help="Text to train on: a text or jsonl file, or a name in `datasets`. By default Wikipedia articles "
-            "that gensim ships and modules of Python's standard library, a half of each.",
+            "that gensim ships and modules of Python's standard library, of the halves that calibrate.",
             show_default=False,
         ),
     ] = None,

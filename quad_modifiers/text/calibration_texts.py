@@ -5,7 +5,7 @@ from __future__ import annotations
 from quad_modifiers.text.stdlib_code import stdlib_code
 from quad_modifiers.text.wikipedia import wikipedia_articles
 
-DESCRIPTION = "the calibration halves of gensim's Wikipedia articles and of Python's standard library"
+DESCRIPTION = "gensim's Wikipedia articles and modules of Python's standard library, of the halves that calibrate"
 
 _MODULE_STEP = 2  # every second module: about a third of the tokens are code
 
@@ -13,8 +13,8 @@ _MODULE_STEP = 2  # every second module: about a third of the tokens are code
 def calibration_texts() -> list[str]:
     """Return articles and, spread evenly among them, sources of Python modules, all of the calibration halves.
 
-    A model calibrated on prose alone loses much more on code than on prose; with a third of code it loses less on code
-    and hardly more on prose (docs/concepts/quality.md). The held-out halves are left for measuring.
+    A model calibrated on prose alone loses much more on code than on prose; with a third of code it loses far less on
+    code, and some more on prose (docs/concepts/quality.md). The held-out halves are left for measuring.
 
     Raises:
         ImportError: gensim, which has the articles, is not installed.

@@ -114,7 +114,7 @@ def training_data(
     """Cuts text into samples.
 
     Args:
-        source: None for the calibration halves of gensim's Wikipedia articles and of Python's standard library (the
+        source: None for `calibration_texts()`, Wikipedia articles and modules of Python's standard library (the
             other halves are for measuring and never come in); a .txt, .jsonl, .csv or .parquet file; a `datasets` name
             or folder; a Dataset or DatasetDict with a text column or `input_ids`; a list of strings; token ids,
             `[tokens]`, which are cut into windows, `[samples, tokens]` or a list of `[tokens]`; or a DataLoader of

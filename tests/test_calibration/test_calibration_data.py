@@ -39,7 +39,7 @@ def test_default_is_named(windows_of, caplog):
     with caplog.at_level(logging.INFO):
         windows = windows_of(None)
     assert layout(windows) == int64_windows()
-    assert "Wikipedia articles and of Python's standard library" in caplog.text
+    assert "Wikipedia articles and modules of Python's standard library" in caplog.text
     assert "held out" in caplog.text
 
 
@@ -63,8 +63,8 @@ def test_seed_repeats_and_matters(windows_of):
 
 def test_one_window_of_each_stretch_is_drawn(windows_of):
     stream = torch.arange(100 * 32)
-    places = [window[0, 0].item() // 32 for window in windows_of(stream, num_samples=8, seed=5)]
-    assert [place * 8 // 100 for place in sorted(places)] == list(range(8))
+    places = [window[0, 0].item() // 32 for window in windows_of(stream, num_samples=10, seed=5)]
+    assert [place // 10 for place in sorted(places)] == list(range(10))
     assert places != sorted(places)
 
 

@@ -67,7 +67,7 @@ def test_default_is_the_calibration_half(toy_tokenizer) -> None:
     held_out = "\n\n".join(wikipedia_articles("held_out"))
     for sample in data.samples:
         assert toy_tokenizer.decode(sample[:100]).strip() not in held_out
-    assert "calibration halves" in data.source
+    assert "halves that calibrate" in data.source
 
 
 def test_files_and_columns(toy_tokenizer, tmp_path) -> None:

@@ -85,6 +85,7 @@ def test_several_prompts_at_once(server: Server) -> None:
     answer = server.client.completions.create(
         model=NAME, prompt=[f"The capital of {country} is" for country in cities], max_tokens=1, logprobs=20
     )
+    assert sorted(choice.index for choice in answer.choices) == [0, 1, 2]
     for choice in answer.choices:
         (likeliest,) = choice.logprobs.top_logprobs
         wanted = list(cities.values())[choice.index]
