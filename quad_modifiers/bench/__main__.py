@@ -32,6 +32,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--samples", type=int, default=64, help="calibration windows of 512 tokens")
     parser.add_argument("--folder", type=Path, default=Path("outputs"), help="where the original models are kept")
     parser.add_argument("--results", type=Path, help="default: docs/benchmarks/, by what is measured")
+    parser.add_argument("--missing", action="store_true", help="quality: only what the results do not hold yet")
     parser.add_argument("--steps", type=int, default=40, help="tuning-peers: of 4 windows of 256 tokens")
     options = parser.parse_args(arguments)
     if options.results is None:
@@ -44,19 +45,29 @@ def main(arguments: Sequence[str] | None = None) -> int:
         _PAIRS[options.what](original, checkpoint, options)
         return 0
     if options.what != "table":
-        default = GPTQ_SPEED if options.what == "gptq-speed" else QUALITY
-        for model in options.models:
-            for row in options.rows or list(default):
-                for seed in options.seeds or (SEEDS if row in HEADLINE else SEEDS[:1]):
-                    items = 0 if options.what == "gptq-speed" else options.items
-                    found = measure(row, model, options.folder / model, seed, options.samples, items)
-                    _append(options.results, asdict(found))
-                    print(
-                        f"{model} {row} seed {seed}: perplexity {found.perplexity:.3f}, {found.seconds:.0f} s",
-                        flush=True,
-                    )
+        _measure_rows(options)
     print(render(read_measurements(options.results)))
     return 0
+
+
+def _measure_rows(options: argparse.Namespace) -> None:
+    """Appends each measured row to the results; interrupted, `--missing` goes on with the next."""
+    speed = options.what == "gptq-speed"
+    items = 0 if speed else options.items
+    wanted = [
+        (model, row, seed)
+        for model in options.models
+        for row in options.rows or (GPTQ_SPEED if speed else QUALITY)
+        for seed in options.seeds or (SEEDS if row in HEADLINE else SEEDS[:1])
+    ]
+    if options.missing and options.results.exists():
+        held = {(each.model, each.row, each.seed, each.samples) for each in read_measurements(options.results)}
+        wanted = [each for each in wanted if (*each, options.samples) not in held]
+    for number, (model, row, seed) in enumerate(wanted, start=1):
+        print(f"{number} of {len(wanted)}: {model} {row}, seed {seed}", flush=True)
+        found = measure(row, model, options.folder / model, seed, options.samples, items)
+        _append(options.results, asdict(found))
+        print(f"perplexity {found.perplexity:.3f}, {found.seconds:.0f} s", flush=True)
 
 
 def _tuning(original: str, checkpoint: str, options: argparse.Namespace) -> None:

@@ -82,14 +82,15 @@ def measure_here(
         items: of each offline task, None for all, 0 to leave the tasks out.
         windows: of held-out articles.
     """
+    chosen = ROWS[row]
     original = fetch(model, folder)
     tokenizer = AutoTokenizer.from_pretrained(original)
     seconds, size = 0.0, 0
     with tempfile.TemporaryDirectory(dir=folder.parent) as scratch:
         made: Any = original
-        if ROWS[row].recipe is not None:
+        if chosen.recipe is not None:
             start = time.perf_counter()
-            made = _make(ROWS[row], original, tokenizer, Path(scratch), seed, samples)
+            made = _make(chosen, original, tokenizer, Path(scratch), seed, samples)
             seconds = time.perf_counter() - start
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
         if isinstance(made, Path) and made != original:
@@ -152,17 +153,20 @@ def _compress(row: Row, original: Path, tokenizer: object, output: Path, seed: i
 
 
 def measure(row: str, model: str, folder: Path, seed: int, samples: int, items: int | None = None) -> Measurement:
-    """Measures in a new process; the arguments are those of `measure_here`.
+    """Measures in a new process, whose progress goes to stderr; the arguments are those of `measure_here`.
 
     Raises:
-        RuntimeError: with the end of its output if the process fails.
+        RuntimeError: if the process fails; its messages are on stderr.
     """
     arguments = json.dumps([row, model, str(folder), seed, samples, items])
     done = subprocess.run(
-        [sys.executable, "-m", "quad_modifiers.bench.measure", arguments], capture_output=True, text=True, check=False
+        [sys.executable, "-m", "quad_modifiers.bench.measure", arguments],
+        stdout=subprocess.PIPE,
+        text=True,
+        check=False,
     )
     if done.returncode:
-        raise RuntimeError(f"{row} on {model} failed:\n{done.stderr[-2000:]}")
+        raise RuntimeError(f"{row} on {model} failed with exit status {done.returncode}")
     return Measurement(**json.loads(done.stdout.strip().splitlines()[-1]))
 
 

@@ -22,6 +22,13 @@ def read_measurements(results: Path) -> list[Measurement]:
     return list(latest.values())
 
 
+def of_row(found: Sequence[Measurement], model: str, row: str) -> list[Measurement]:
+    """Returns a row's measurements by seed, of several numbers of calibration windows those with most."""
+    group = [each for each in found if (each.model, each.row) == (model, row)]
+    most = max((each.samples for each in group), default=0)
+    return sorted((each for each in group if each.samples == most), key=lambda each: each.seed)
+
+
 def render(found: Sequence[Measurement]) -> str:
     """Returns a Markdown table; several seeds of a row become median and range.
 
@@ -33,10 +40,9 @@ def render(found: Sequence[Measurement]) -> str:
         "|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     for model in dict.fromkeys(each.model for each in found):
-        of_model = [each for each in found if each.model == model]
-        reference = next((each for each in of_model if each.row == _REFERENCE), None)
+        reference = next(iter(of_row(found, model, _REFERENCE)), None)
         for key, row in ROWS.items():
-            group = [each for each in of_model if each.row == key]
+            group = of_row(found, model, key)
             if group:
                 lines.append(f"| {model} | {row.title} | {' | '.join(_cells(group, reference))} |")
     return "\n".join(lines)

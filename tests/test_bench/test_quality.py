@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -49,6 +50,12 @@ def test_several_seeds_become_median_and_range() -> None:
     (line,) = [line for line in render(rows).splitlines() if "| quad_w4a4 |" in line]
     perplexities, tasks = "20.00 (18.00 to 25.00, 3 seeds)", "98.0 % (97.0 % to 99.0 %, 3 seeds)"
     assert f"| {perplexities} | 1.250 |  | 1.250 | {tasks} | 96.0 % (96.0 % to 96.0 %, 3 seeds) |" in line
+
+
+def test_a_row_is_shown_with_its_largest_calibration() -> None:
+    few, many = measured("quad_w4a4", 0, 30.0), measured("quad_w4a4", 1, 20.0)
+    line = render([replace(few, samples=32), many]).splitlines()[-1]
+    assert "| quad_w4a4 | 20.00 |" in line
 
 
 def test_rows_on_a_toy(toy_checkpoint: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -100,4 +107,37 @@ def test_headline_rows_are_measured_with_every_seed(
     assert main(["quality", *arguments]) == 0
     assert asked == [("full_precision", 0), *(("quad_w4a4", seed) for seed in (0, 1, 2))]
     assert len(read_measurements(results)) == 4
-    assert "3 seeds" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "2 of 4: smollm2 quad_w4a4, seed 0" in printed
+    assert "3 seeds" in printed
+
+
+def test_an_interrupted_table_goes_on_where_it_was(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    asked = []
+
+    def measure(row: str, model: str, folder: Path, seed: int, samples: int, items: int | None) -> Measurement:
+        if seed == 1 and not asked:
+            raise KeyboardInterrupt
+        asked.append(seed)
+        return measured(row, seed)
+
+    monkeypatch.setattr("quad_modifiers.bench.__main__.measure", measure)
+    results = tmp_path / "quality.jsonl"
+    arguments = ["quality", "--models", "smollm2", "--rows", "quad_w4a4", "--results", str(results), "--missing"]
+    assert main([*arguments, "--seeds", "0"]) == 0
+    asked.clear()
+    with pytest.raises(KeyboardInterrupt):
+        main(arguments)
+    asked.append(-1)
+    assert main(arguments) == 0
+    assert asked == [-1, 1, 2]
+    assert main([*arguments, "--samples", "32", "--seeds", "0"]) == 0
+    assert asked[-1] == 0, "another number of windows is another measurement"
+
+
+def test_a_failed_row_says_so_and_leaves_its_messages(capfd: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    with pytest.raises(RuntimeError, match="no_such_row on smollm2 failed with exit status 1"):
+        measuring.measure("no_such_row", "smollm2", tmp_path / "smollm2", 0, 8)
+    assert "KeyError: 'no_such_row'" in capfd.readouterr().err

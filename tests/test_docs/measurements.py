@@ -7,7 +7,7 @@ from pathlib import Path
 from statistics import median
 
 from quad_modifiers.bench.measure import Measurement
-from quad_modifiers.bench.table import read_measurements
+from quad_modifiers.bench.table import of_row, read_measurements
 
 from .pages import ROOT
 
@@ -18,9 +18,7 @@ REFERENCE = "full_precision"
 
 def measurements(model: str, row: str) -> list[Measurement]:
     """The latest line of each seed, of the largest calibration that this row was measured with."""
-    found = [each for each in read_measurements(RESULTS) if (each.model, each.row) == (model, row)]
-    largest = max((each.samples for each in found), default=0)
-    return sorted((each for each in found if each.samples == largest), key=lambda each: each.seed)
+    return of_row(read_measurements(RESULTS), model, row)
 
 
 def perplexity(model: str, row: str) -> float:
