@@ -32,7 +32,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--samples", type=int, default=64, help="calibration windows of 512 tokens")
     parser.add_argument("--folder", type=Path, default=Path("outputs"), help="where the original models are kept")
     parser.add_argument("--results", type=Path, help="default: docs/benchmarks/, by what is measured")
-    parser.add_argument("--missing", action="store_true", help="quality: only what the results do not hold yet")
+    parser.add_argument(
+        "--missing",
+        action="store_true",
+        help="only rows and seeds that the results do not hold yet, with or without tasks",
+    )
     parser.add_argument("--steps", type=int, default=40, help="tuning-peers: of 4 windows of 256 tokens")
     options = parser.parse_args(arguments)
     if options.results is None:

@@ -150,7 +150,7 @@ def save_checkpoint(
         if tokenizer is not None:
             tokenizer.save_pretrained(temporary)
     kind = "compressed-tensors" if plain else "QUAD"
-    logger.info("wrote a %s checkpoint of %.1f MB", kind, size / 1e6)  # where: its caller may rename the folder
+    logger.info("wrote a %s checkpoint of %.1f MB", kind, size / 1e6)
 
 
 def _tensors(model: nn.Module, plain: bool) -> Iterator[tuple[str, torch.Tensor]]:

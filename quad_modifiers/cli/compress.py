@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from quad_modifiers.cli.console import file_size, log_on_stderr, print_table
-from quad_modifiers.cli.options import DatasetConfig, Seed, SeqLength, Split, TextColumn
+from quad_modifiers.cli.options import TEXT_FORMS, DatasetConfig, Seed, SeqLength, Split, TextColumn
 
 
 def register(app: typer.Typer) -> None:
@@ -28,8 +28,7 @@ def compress(
     dataset: Annotated[
         str | None,
         typer.Option(
-            help="Calibration text: a text or jsonl file, or a name in `datasets`. By default Wikipedia articles "
-            "that gensim ships and modules of Python's standard library, of the halves that calibrate.",
+            help=f"Calibration text: {TEXT_FORMS}",
             show_default=False,
         ),
     ] = None,

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from quad_modifiers.cli.console import file_size, log_on_stderr, print_table
-from quad_modifiers.cli.options import DatasetConfig, Split, TextColumn
+from quad_modifiers.cli.options import TEXT_FORMS, DatasetConfig, Split, TextColumn
 
 if TYPE_CHECKING:
     from quad_modifiers.publishing.tuning import Tuning
@@ -35,8 +35,7 @@ def finetune(
     data: Annotated[
         str | None,
         typer.Option(
-            help="Text to train on: a text or jsonl file, or a name in `datasets`. By default Wikipedia articles "
-            "that gensim ships and modules of Python's standard library, of the halves that calibrate.",
+            help=f"Text to train on: {TEXT_FORMS}",
             show_default=False,
         ),
     ] = None,
