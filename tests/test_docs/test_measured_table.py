@@ -20,9 +20,10 @@ README = ROOT / "README.md"
 
 
 def cells(model: str, row: str) -> list[str]:
-    """Perplexity, ratios on Wikipedia, news and code, and size of a row; several seeds become their median."""
+    """Perplexity, ratios on Wikipedia, news and code, and size of a row; several seeds become median and range."""
     found = measurements(model, row)
-    seeds = f" ({len(found)} seeds)" if len(found) > 1 else ""
+    values = [each.perplexity for each in found]
+    seeds = f" ({number(min(values))} to {number(max(values))}, {len(found)} seeds)" if len(found) > 1 else ""
     size = found[-1].checkpoint_bytes
     ratios = ["", "", ""]
     if row != REFERENCE:
