@@ -10,15 +10,24 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 from quad_modifiers.architectures import find_architecture
 from quad_modifiers.calibration.data import CalibrationSource, as_dataloader, calibration_windows
+from quad_modifiers.checkpoint.locate import check_weights, model_folder
 from quad_modifiers.checkpoint.save import check_space, check_target, complete_or_absent
 from quad_modifiers.nn.quad_linear import QuadLinear
 from quad_modifiers.plugins import architectures, modifier_paths
-from quad_modifiers.recipe import check_recipe, resolve_recipe
+from quad_modifiers.recipe import check_recipe, is_recipe_text, resolve_recipe
 from quad_modifiers.reporting import gigabytes, table
+from quad_modifiers.text.windows import warn_of_length
 
 logger = logging.getLogger(__name__)
 
@@ -70,19 +79,21 @@ def oneshot(
     from llmcompressor import oneshot as llmcompressor_oneshot
 
     with _visible_log():
-        source = str(recipe) if isinstance(recipe, (str, Path)) and "\n" not in str(recipe) else "recipe"
+        named = isinstance(recipe, (str, Path)) and not is_recipe_text(recipe)
         for warning in check_recipe(recipe):
-            logger.warning("%s", warning.describe(source))
-        if isinstance(recipe, (str, Path)) and "\n" not in str(recipe):
+            logger.warning("%s", warning.describe(str(recipe) if named else "recipe"))
+        if named:
             recipe = str(resolve_recipe(recipe))
         if output_dir is not None:
             check_target(Path(output_dir))
-        _check_model(model, _needs_known_architecture(recipe))
+        if isinstance(model, (str, Path)):
+            model = str(model_folder(model) or model)
+        config = _checked_config(model, _needs_known_architecture(recipe))
+        if isinstance(model, str):
+            check_weights(model)
+        warn_of_length(config, max_seq_length)
         start = time.perf_counter()
-        loaded, processor = _load(model, tokenizer)
-        before = _parameter_bytes(loaded)
-        if output_dir is not None:
-            check_space(Path(output_dir), before)  # 4-bit recipes need less than the original
+        processor = _tokenizer(model, tokenizer)
         windows = calibration_windows(
             dataset,
             processor,
@@ -93,6 +104,10 @@ def oneshot(
             dataset_config_name=dataset_config_name,
             seed=seed,
         )
+        loaded = _load(model)
+        before = _parameter_bytes(loaded)
+        if output_dir is not None:
+            check_space(Path(output_dir), before)  # 4-bit recipes need less than the original
         with _config_on_disk(loaded):
             llmcompressor_oneshot(
                 model=loaded,
@@ -152,10 +167,8 @@ def _needs_known_architecture(recipe: Any) -> bool:
     return any(type(modifier).__name__ in own for modifier in parsed.modifiers)
 
 
-def _check_model(model: str | Path | PreTrainedModel, known_only: bool) -> None:
-    if isinstance(model, (str, Path)):
-        if _looks_local(model) and not Path(model).is_dir():
-            raise FileNotFoundError(f"there is no model folder {model}")
+def _checked_config(model: str | PreTrainedModel, known_only: bool) -> PreTrainedConfig:
+    if isinstance(model, str):
         config = AutoConfig.from_pretrained(model)
     elif isinstance(model, PreTrainedModel):
         config = model.config
@@ -163,41 +176,33 @@ def _check_model(model: str | Path | PreTrainedModel, known_only: bool) -> None:
         raise TypeError(f"model must be a folder, a hub id or a transformers model, not {type(model).__name__}")
     if getattr(config, "quantization_config", None) is not None:
         raise ValueError(
-            f"{model if isinstance(model, (str, Path)) else 'the model'} is already quantized; start from the original"
+            f"{model if isinstance(model, str) else 'the model'} is already quantized; start from the original"
         )
     if isinstance(model, PreTrainedModel) and _quantized_linears(model):
         raise ValueError("the model was quantized in memory already; load the original again")
     if known_only:
         find_architecture(config, architectures())
+    return config
 
 
-def _looks_local(model: str | Path) -> bool:
-    text = str(model)
-    return (
-        isinstance(model, Path)
-        or text.startswith((".", "/", "~"))
-        or text.count("/") != 1
-        or Path(text).parent.is_dir()
-    )
+def _load(model: str | PreTrainedModel) -> PreTrainedModel:
+    loaded = AutoModelForCausalLM.from_pretrained(model, dtype="auto") if isinstance(model, str) else model
+    return loaded.eval()
 
 
-def _load(
-    model: str | Path | PreTrainedModel, tokenizer: str | Path | PreTrainedTokenizerBase | None
-) -> tuple[PreTrainedModel, PreTrainedTokenizerBase | None]:
-    if isinstance(model, PreTrainedModel):
-        loaded, source = model, model.config._name_or_path
-    else:
-        loaded, source = AutoModelForCausalLM.from_pretrained(str(model), dtype="auto"), str(model)
-    loaded.eval()
+def _tokenizer(
+    model: str | PreTrainedModel, tokenizer: str | Path | PreTrainedTokenizerBase | None
+) -> PreTrainedTokenizerBase | None:
     if isinstance(tokenizer, PreTrainedTokenizerBase):
-        return loaded, tokenizer
+        return tokenizer
+    source = model if isinstance(model, str) else model.config._name_or_path
     try:
-        return loaded, AutoTokenizer.from_pretrained(str(tokenizer or source))
+        return AutoTokenizer.from_pretrained(str(tokenizer or source))
     except (OSError, ValueError) as error:
         if tokenizer is not None:
             raise
         logger.warning("no tokenizer found beside the model (%s); the data set must be token ids", type(error).__name__)
-        return loaded, None
+        return None
 
 
 def _save(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, folder: Path) -> None:

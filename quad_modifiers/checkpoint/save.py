@@ -63,16 +63,39 @@ def _save_pretrained(
 
 
 def check_target(folder: Path) -> None:
-    """Checks that a checkpoint can be written to `folder`.
+    """Checks that a folder can be written as `folder`.
 
     Raises:
         FileExistsError: if it exists and is not empty.
-        NotADirectoryError: if it is a file.
+        NotADirectoryError: if it, or what should hold it, is a file.
+        PermissionError: if what should hold it cannot be written to.
     """
     if folder.is_file():
         raise NotADirectoryError(f"{folder} is a file; choose a folder")
     if folder.is_dir() and any(folder.iterdir()):
         raise FileExistsError(f"{folder} exists and is not empty; remove it or choose another output folder")
+    check_parent(folder)
+
+
+def check_parent(path: Path) -> None:
+    """Checks that something can be written as `path`, whose parents need not exist yet.
+
+    Raises:
+        NotADirectoryError: if one of the parents is a file.
+        PermissionError: if the nearest parent that exists cannot be written to.
+    """
+    parent = _existing_parent(path)
+    if not parent.is_dir():
+        raise NotADirectoryError(f"{path} cannot be written: {parent} is a file; choose another output")
+    try:
+        tempfile.TemporaryFile(dir=parent).close()
+    except OSError as error:
+        reason = error.strerror or str(error)
+        raise PermissionError(f"{path} cannot be written: {parent}: {reason}; choose another output") from error
+
+
+def _existing_parent(path: Path) -> Path:
+    return next(parent for parent in path.absolute().parents if parent.exists())
 
 
 def check_space(folder: Path, size: int) -> None:
@@ -81,7 +104,7 @@ def check_space(folder: Path, size: int) -> None:
     Raises:
         OSError: with the space that is free and the space needed.
     """
-    existing = next(parent for parent in folder.absolute().parents if parent.exists())
+    existing = _existing_parent(folder)
     free = shutil.disk_usage(existing).free
     if free < size * 1.01 + 2**20:
         raise OSError(f"{existing} has {free / 1e9:.2f} GB free, the checkpoint needs up to {size / 1e9:.2f} GB")

@@ -87,8 +87,14 @@ def _sizes(model: str, output: Path) -> list[tuple[str, str]]:
         ("size after", f"{file_size(after.total)}, of which embedding and head {file_size(after.embeddings)}"),
     ]
     folder = original_folder(model)
-    if folder is not None:
-        before = read_inventory(folder)
+    try:
+        before = None if folder is None else read_inventory(folder)
+    except (
+        OSError,
+        ValueError,
+    ):  # weights stored twice or otherwise unlike ours: the checkpoint is written all the same
+        before = None
+    if before is not None:
         shrunk = (before.total - before.embeddings) / max(after.total - after.embeddings, 1)
         rows[1:1] = [
             ("size before", f"{file_size(before.total)}, of which embedding and head {file_size(before.embeddings)}")

@@ -26,11 +26,17 @@ def print_table(header: Sequence[str], rows: Iterable[Sequence[str]], title: str
     from rich.table import Table
     from rich.text import Text
 
-    table = Table(title=title, box=box.SIMPLE, show_header=bool(header), title_justify="left", pad_edge=False)
+    table = Table(
+        title=None if title is None else Text(title, style="table.title"),
+        box=box.SIMPLE,
+        show_header=bool(header),
+        title_justify="left",
+        pad_edge=False,
+    )
     for name in header:
-        table.add_column(name, overflow="fold")
+        table.add_column(Text(name), overflow="fold")
     for row in rows:
-        table.add_row(*(Text(cell) for cell in row))  # Text: brackets in a cell are no markup
+        table.add_row(*(Text(cell) for cell in row))  # Text: brackets are no markup
     console().print(table)
 
 

@@ -91,7 +91,7 @@ def finetune(
     resume: Annotated[
         bool, typer.Option("--resume", help="Go on with an interrupted run of the same settings.")
     ] = False,
-    seed: Annotated[int, typer.Option(help="Of the choice and the order of the samples.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, help="Of the choice and the order of the samples.")] = 0,
 ) -> None:
     """Fine-tune a QUAD checkpoint through its full-precision outlier weights.
 

@@ -30,8 +30,12 @@ def inspect(
         str | None, typer.Option(metavar="MODEL", help="Original of a checkpoint, to measure it against.")
     ] = None,
     recipe: Annotated[
-        str, typer.Option(help="Recipe whose projection an unquantized model is shown with; name or path.")
-    ] = "quad_w4a4",
+        str | None,
+        typer.Option(
+            help="Recipe whose projection an unquantized model is shown with; name or path. By default quad_w4a4.",
+            show_default=False,
+        ),
+    ] = None,
     rank: Annotated[
         int | None, typer.Option(min=0, help="Rank of that projection; the recipe's by default.", show_default=False)
     ] = None,

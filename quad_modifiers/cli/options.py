@@ -13,4 +13,4 @@ TextColumn: TypeAlias = Annotated[str, typer.Option(help="Column of the text in 
 Split: TypeAlias = Annotated[str | None, typer.Option(help="Split of a data set from `datasets`.")]
 DatasetConfig: TypeAlias = Annotated[str | None, typer.Option(help="Configuration of a data set from `datasets`.")]
 SeqLength: TypeAlias = Annotated[int, typer.Option(min=2, help="Tokens in a window.")]
-Seed: TypeAlias = Annotated[int, typer.Option(help="Of the choice of windows.")]
+Seed: TypeAlias = Annotated[int, typer.Option(min=0, help="Of the choice of windows.")]

@@ -38,9 +38,9 @@ def show_list() -> None:
 @recipes.command(epilog="Python: quad_modifiers.recipe.resolve_recipe(name).read_text()")
 def show(name: Annotated[str, typer.Argument(help="Name of a recipe, or path of a file.")]) -> None:
     """Print a recipe; its header says what it does, what it costs and when to use it."""
-    from quad_modifiers.recipe import resolve_recipe
+    from quad_modifiers.recipe.resolve import read_recipe, resolve_recipe
 
-    text = resolve_recipe(name).read_text(encoding="utf-8")
+    text = read_recipe(resolve_recipe(name))
     if sys.stdout.isatty():
         from rich.syntax import Syntax
 

@@ -12,7 +12,8 @@ def main() -> None:
     from lm_eval.__main__ import cli_evaluate
 
     register()
-    if sys.argv[1:] and "--include_path" not in sys.argv and not {"-h", "--help"} & set(sys.argv):
+    includes = any(argument.partition("=")[0] == "--include_path" for argument in sys.argv)
+    if sys.argv[1:] and not includes and not {"-h", "--help"} & set(sys.argv):
         sys.argv += ["--include_path", str(TASKS_FOLDER)]
     cli_evaluate()
 

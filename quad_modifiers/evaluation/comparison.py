@@ -6,6 +6,7 @@ models' values of each, and are narrower than the standard errors of the two sco
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
@@ -14,6 +15,8 @@ from numpy.typing import NDArray
 
 from quad_modifiers.evaluation.task_run import WORD_PERPLEXITY, TaskRun
 from quad_modifiers.publishing.evaluation import Comparison, Interval
+
+logger = logging.getLogger(__name__)
 
 Floats = NDArray[np.float64]
 
@@ -24,7 +27,7 @@ _BLOCK = 2**22  # numbers in memory at a time
 
 
 class _Score(NamedTuple):
-    """A score, its standard error, and the scores of the resamples; None for a single item."""
+    """A score, its standard error, and the scores of the resamples; None for a single item, or if some are infinite."""
 
     value: float
     stderr: float | None
@@ -41,7 +44,7 @@ def compare(task: str, run: TaskRun, baseline: TaskRun | None, seed: int = 0) ->
         seed: of the bootstrap.
 
     Returns:
-        None if the task has no metric that can be compared.
+        None if the task has no metric that can be compared, or its value is infinite.
 
     Raises:
         ValueError: the two runs are not over the same items.
@@ -54,8 +57,14 @@ def compare(task: str, run: TaskRun, baseline: TaskRun | None, seed: int = 0) ->
             f"{baseline.metric}; they cannot be compared"
         )
     chance = None if run.metric == WORD_PERPLEXITY else run.chance
-    theirs = None if baseline is None else _score(baseline, seed)
-    return _comparison(task, run.metric, len(run.values), chance, _score(run, seed), theirs)
+    ours, theirs = _score(run, seed), None if baseline is None else _score(baseline, seed)
+    if not np.isfinite(ours.value):
+        logger.warning("%s: the %s is not finite; it is left out", task, run.metric)
+        return None
+    if theirs is not None and not np.isfinite(theirs.value):
+        logger.warning("%s: the baseline's %s is not finite; it is left out", task, run.metric)
+        theirs = None
+    return _comparison(task, run.metric, len(run.values), chance, ours, theirs)
 
 
 def average(runs: Sequence[TaskRun], baselines: Sequence[TaskRun] | None, seed: int = 0) -> Comparison | None:
@@ -118,6 +127,7 @@ def _comparison(
     return found.model_copy(update=update)
 
 
+@np.errstate(over="ignore")
 def _score(run: TaskRun, seed: int) -> _Score:
     values, weights = np.asarray(run.values), np.asarray(run.weights)
     value = float(np.exp(-values.sum() / weights.sum()) if run.weights else values.mean())
@@ -129,6 +139,8 @@ def _score(run: TaskRun, seed: int) -> _Score:
             for shares in _resamples(len(values), seed)
         ]
     )
+    if not np.isfinite(replicates).all():
+        return _Score(value, None, None)
     stderr = replicates.std() if run.weights else values.std(ddof=1) / len(values) ** 0.5
     return _Score(value, float(stderr), replicates)
 

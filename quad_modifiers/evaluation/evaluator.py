@@ -21,6 +21,7 @@ from quad_modifiers.evaluation.perplexity_text import WIKIPEDIA, WINDOW_LENGTH, 
 from quad_modifiers.evaluation.subject import Subject
 from quad_modifiers.evaluation.task_run import TaskRun, run_task
 from quad_modifiers.publishing.evaluation import Evaluation, PerplexityResult
+from quad_modifiers.text.windows import warn_of_length
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -40,6 +41,7 @@ def evaluate(
     text: str | Path | None = WIKIPEDIA,
     window_length: int = WINDOW_LENGTH,
     windows: int | None = None,
+    text_column: str = "text",
     tokenizer: PreTrainedTokenizerBase | None = None,
     fresh: bool = False,
 ) -> Evaluation:
@@ -59,6 +61,7 @@ def evaluate(
         text: what perplexity is measured on: a text or jsonl file, "wikipedia" for held-out articles; None for none.
         window_length: tokens of a window.
         windows: how many; by default all of a file, 40 of the articles.
+        text_column: column of the text in a jsonl, csv or parquet file.
         tokenizer: for models in memory, if it is not where their weights come from.
         fresh: measure again what was kept.
 
@@ -67,19 +70,23 @@ def evaluate(
 
     Raises:
         FileNotFoundError: no such model or text file.
-        ValueError: an unknown task (with close names), no task and no text, a limit or batch size below 1, a text that
-            is too short.
+        ValueError: an unknown task (with close names), no task and no text, a limit or batch size below 1, a negative
+            seed, a text that is too short, a device that this machine does not have.
         RuntimeError: the data of a task cannot be loaded.
     """
     for name, number in (("limit", limit), ("batch_size", batch_size), ("windows", windows)):
         if number is not None and number < 1:
             raise ValueError(f"{name} must be at least 1, not {number}")
+    if seed < 0:
+        raise ValueError(f"seed must not be negative, not {seed}")
     if isinstance(tasks, str):
         raise TypeError(f"tasks must be a sequence of names, not one string; write [{tasks!r}]")
     if not tasks and text is None:
         raise ValueError("there is nothing to measure: name a task, or a text for the perplexity")
     subjects = [Subject(each, tokenizer, batch_size, device) for each in (model, baseline) if each is not None]
-    measured = None if text is None else perplexity_text(text, window_length, windows, limit, seed)
+    measured = None if text is None else perplexity_text(text, window_length, windows, limit, seed, text_column)
+    if measured is not None:
+        warn_of_length(subjects[0].config, window_length)
     token_windows = [None if measured is None else measured.windows(subject.tokenizer) for subject in subjects]
     if measured is not None and baseline is not None and not torch.equal(token_windows[0], token_windows[1]):
         logger.warning("the tokenizers differ: the baseline's perplexity of a token means something else, left out")

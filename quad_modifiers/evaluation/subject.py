@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from quad_modifiers.checkpoint.locate import check_weights, model_folder, tokenizer_of
 from quad_modifiers.evaluation.cache import fingerprint
 
 if TYPE_CHECKING:
@@ -25,6 +26,7 @@ class Subject:
 
     Raises:
         FileNotFoundError: there is no such folder, or it holds no model.
+        ValueError: there is no such device, or the model's config.json is damaged.
     """
 
     def __init__(
@@ -34,10 +36,12 @@ class Subject:
         batch_size: int = 16,
         device: str | None = None,
     ) -> None:
-        self.model = str(Path(model).expanduser()) if isinstance(model, Path) else model
-        self.folder = _folder(self.model) if isinstance(self.model, str) else None
+        self.folder = model_folder(model) if isinstance(model, (str, Path)) else None
+        self.model = str(self.folder or model) if isinstance(model, (str, Path)) else model
+        if self.folder is not None:
+            check_weights(self.folder)
         self._tokenizer = None if isinstance(self.model, str) else tokenizer
-        self.device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+        self.device = _usable(device) if device else "cuda" if torch.cuda.is_available() else "cpu"
         self._batch_size = batch_size
         self._lm: Any = None
 
@@ -64,12 +68,19 @@ class Subject:
         return f"{self.model}@{Path(config).parent.name}"
 
     @property
+    def config(self) -> Any:
+        """The config of the model; loading it does not load the model."""
+        if not isinstance(self.model, str):
+            return self.model.config
+        from transformers import AutoConfig
+
+        return AutoConfig.from_pretrained(self.model)
+
+    @property
     def tokenizer(self) -> Any:
         """The tokenizer; loading it does not load the model."""
         if self._tokenizer is None:
-            from transformers import AutoTokenizer
-
-            self._tokenizer = AutoTokenizer.from_pretrained(self.source)
+            self._tokenizer = tokenizer_of(self.source)
         return self._tokenizer
 
     @property
@@ -87,13 +98,11 @@ class Subject:
         gc.collect()
 
 
-def _folder(model: str) -> Path | None:
-    """Return the folder of a local model, None for a Hub id."""
-    folder = Path(model).expanduser()
-    if folder.is_dir():
-        if not (folder / "config.json").is_file():
-            raise FileNotFoundError(f"{folder} holds no config.json; give the folder of a model or a Hub id")
-        return folder
-    if folder.is_absolute() or model.startswith((".", "~")) or model.count("/") > 1:
-        raise FileNotFoundError(f"there is no folder {model}; give the folder of a model or a Hub id")
-    return None
+def _usable(device: str) -> str:
+    """Return the device, or raise a ValueError if it is none of this machine's; lm-eval would take the CPU."""
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        reason = str(error).partition("\n")[0]
+        raise ValueError(f"the device {device!r} cannot be used ({reason}); give cpu, or leave it away") from error
+    return device

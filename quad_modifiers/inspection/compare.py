@@ -8,16 +8,19 @@ from pathlib import Path
 import torch
 
 from quad_modifiers.calibration import CalibrationSource
+from quad_modifiers.checkpoint.locate import tokenizer_of
 from quad_modifiers.checkpoint.save import check_target
 from quad_modifiers.inspection.measure.loss import LossMeter, Reference
 from quad_modifiers.inspection.measure.results import BlockRow, LossRow, Settings
 from quad_modifiers.inspection.measure.stream import measure_blocks
-from quad_modifiers.inspection.subject import Candidate, Opened, look_at, need_unquantized, tokenizer_of
+from quad_modifiers.inspection.subject import Candidate, Opened, look_at, need_same_type, need_unquantized
 from quad_modifiers.inspection.text import TextOptions
 from quad_modifiers.publishing.evaluation import Evaluation, read_evaluation, task_scores
 from quad_modifiers.publishing.inventory import read_inventory
+from quad_modifiers.publishing.score_cells import perplexity_cells, score_cells
 from quad_modifiers.publishing.sections import width_tags
 from quad_modifiers.recipe.document import parse_recipe
+from quad_modifiers.text.windows import warn_of_length
 
 logger = logging.getLogger(__name__)
 
@@ -29,11 +32,12 @@ class Score:
     """A result that stands in the checkpoint's evaluation.json.
 
     Attributes:
-        what: the text and its window length of a perplexity, or task and metric.
+        what: text, window length and tokens of a perplexity, or task, metric and items: only like is beside like.
         is_perplexity: lower is better.
         value: the result.
         stderr: its standard error, if known.
         baseline: the original's, if measured.
+        remark: "no difference seen" if the difference from the original is within its interval.
     """
 
     what: str
@@ -41,6 +45,7 @@ class Score:
     value: float
     stderr: float | None
     baseline: float | None
+    remark: str = ""
 
 
 @dataclass(frozen=True)
@@ -141,7 +146,9 @@ def compare_checkpoints(
 def _against(original: Candidate, folders: list[Path], entries: list[Entry], text: TextOptions) -> Comparison:
     """Runs every checkpoint beside the original."""
     need_unquantized(original, "the baseline")
-    _check_common(original.architecture.model_type, folders)
+    warn_of_length(original.config, text.seq_length)
+    for folder in folders:
+        need_same_type(look_at(folder), original)
     windows = text.windows(tokenizer_of(original.name), held_out=True)
     opened = original.load()
     reference = Reference.of(opened.model, opened.architecture, windows.measured)
@@ -166,20 +173,15 @@ def _folders(checkpoints: Sequence[str | Path]) -> list[Path]:
     return folders
 
 
-def _check_common(model_type: str, folders: list[Path]) -> None:
-    for folder in folders:
-        other = look_at(folder).architecture.model_type
-        if other != model_type:
-            raise ValueError(f"{folder} is made of a {other} model, but the baseline is a {model_type} model")
-
-
 def _names(folders: list[Path]) -> list[str]:
-    """Returns the names of the folders, with those of their parents where two are alike."""
-    names = [folder.resolve().name for folder in folders]
-    return [
-        name if names.count(name) == 1 else f"{folder.resolve().parent.name}/{name}"
-        for folder, name in zip(folders, names, strict=True)
-    ]
+    """Returns the ends of the paths, each as long as it takes to tell them apart."""
+    parts = [folder.resolve().parts for folder in folders]
+
+    def name(own: tuple[str, ...]) -> str:
+        length = next(n for n in range(1, len(own) + 1) if sum(each[-n:] == own[-n:] for each in parts) == 1)
+        return "/".join(own[-length:])
+
+    return [name(own) for own in parts]
 
 
 def _measure(
@@ -219,14 +221,16 @@ def _entry(folder: Path, name: str) -> Entry:
 
 def _scores(evaluation: Evaluation) -> Iterator[Score]:
     for one in evaluation.perplexity:
-        yield Score(f"{one.text}, windows of {one.window_length}", True, one.value, one.stderr, one.baseline)
+        what = f"{one.text}, windows of {one.window_length}, {one.tokens} tokens"
+        yield Score(what, True, one.value, one.stderr, one.baseline, perplexity_cells(one)[-1])
     if evaluation.average is not None:
         mean = evaluation.average
-        yield Score(f"average {mean.metric} over tasks", False, mean.value, mean.stderr, mean.baseline)
+        what = f"average {mean.metric} over tasks, {mean.items} items"
+        yield Score(what, False, mean.value, mean.stderr, mean.baseline, score_cells(mean)[-1])
     if evaluation.comparisons:
         for each in evaluation.comparisons:
-            perplexity = "perplexity" in each.metric
-            yield Score(f"{each.task}, {each.metric}", perplexity, each.value, each.stderr, each.baseline)
+            what, perplexity = f"{each.task}, {each.metric}, {each.items} items", "perplexity" in each.metric
+            yield Score(what, perplexity, each.value, each.stderr, each.baseline, score_cells(each)[-1])
         return
     for score in task_scores(evaluation):
         perplexity = "perplexity" in score.metric

@@ -43,4 +43,7 @@ def _score(score: Score | None) -> str:
     text = f"{score.value:.{digits}f}"
     if score.stderr is not None:
         text += f" ± {score.stderr:.{digits}f}"
-    return text if score.baseline is None else f"{text} (original {score.baseline:.{digits}f})"
+    if score.baseline is None:
+        return text
+    remark = f", {score.remark}" if score.remark else ""
+    return f"{text} (original {score.baseline:.{digits}f}{remark})"

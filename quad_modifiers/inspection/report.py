@@ -22,7 +22,7 @@ def inspect_model(
     output_dir: str | Path,
     *,
     baseline: str | Path | None = None,
-    recipe: str = "quad_w4a4",
+    recipe: str | None = None,
     rank: int | None = None,
     layers: Sequence[int] | None = None,
     dataset: CalibrationSource = None,
@@ -41,7 +41,7 @@ def inspect_model(
         model: folder or Hub id of an unquantized causal language model or of a QUAD checkpoint.
         output_dir: folder for the report; new or empty.
         baseline: original of a checkpoint.
-        recipe: name or path of the recipe whose projection is applied to an unquantized model.
+        recipe: name or path of the recipe whose projection is applied to an unquantized model; quad_w4a4 by default.
         rank: instead of the recipe's.
         layers: blocks whose activations are drawn; by default one at a quarter of the depth and one in the middle.
         dataset: text, as `calibration_windows` takes it; by default
@@ -116,7 +116,13 @@ def inspection_page(found: Inspection, charts: Sequence[Section]) -> str:
     )
     if found.recommendation is not None:
         sections.append(_recommendation(found.recommendation))
-    return page(f"Inspection of {Path(subject.name).name}", " · ".join(facts), _cards(found), sections)
+    return page(f"Inspection of {_title(subject.name)}", " · ".join(facts), _cards(found), sections)
+
+
+def _title(name: str) -> str:
+    """The last part of a Hub id, or of the real path of a folder: `.` has a name too."""
+    path = Path(name)
+    return path.resolve().name if path.is_dir() else path.name
 
 
 def _cards(found: Inspection) -> list[tuple[str, str]]:

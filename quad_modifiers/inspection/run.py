@@ -8,6 +8,7 @@ from typing import Any
 
 from tqdm import tqdm
 
+from quad_modifiers.checkpoint.locate import tokenizer_of
 from quad_modifiers.inspection.measure.groups import all_linears, groups_of
 from quad_modifiers.inspection.measure.inputs import measure_inputs, measure_surfaces
 from quad_modifiers.inspection.measure.loss import LossMeter, Reference, unquantized_inputs
@@ -32,33 +33,42 @@ from quad_modifiers.inspection.measure.trials import (
 from quad_modifiers.inspection.measure.weights import RoundedWeights, measure_weights
 from quad_modifiers.inspection.projected import project, projection_of
 from quad_modifiers.inspection.recommendation import recommend
-from quad_modifiers.inspection.subject import Candidate, Opened, look_at, need_unquantized, tokenizer_of
+from quad_modifiers.inspection.subject import Candidate, Opened, look_at, need_same_type, need_unquantized
 from quad_modifiers.inspection.text import TextOptions
 from quad_modifiers.projection.geometry import ModelGeometry
+from quad_modifiers.text.windows import warn_of_length
 
 logger = logging.getLogger(__name__)
+
+DEFAULT_RECIPE = "quad_w4a4"
 
 
 def measure(
     model: str | Path,
     baseline: str | Path | None,
-    recipe: str,
+    recipe: str | None,
     rank: int | None,
     layers: Sequence[int] | None,
     text: TextOptions,
 ) -> Inspection:
     """Returns the numbers of `inspect_model`, which documents arguments and errors."""
     candidate = look_at(model)
+    warn_of_length(candidate.config, text.seq_length)
     if candidate.quad is not None:
+        if recipe is not None or rank is not None:
+            raise ValueError(
+                f"{candidate.name} is a QUAD checkpoint, which has its projection; leave --recipe and --rank away"
+            )
         original = None if baseline is None else look_at(baseline)
         if original is not None:
             need_unquantized(original, "the baseline")
+            need_same_type(candidate, original)
         found = _Checkpoint(candidate, original, layers, text).measure()
     else:
         need_unquantized(candidate, "what is inspected must be a QUAD checkpoint, or else it")
         if baseline is not None:
             raise ValueError(f"{candidate.name} is an unquantized model, its own baseline; leave --baseline away")
-        found = _Model(candidate, recipe, rank, layers, text).measure()
+        found = _Model(candidate, recipe or DEFAULT_RECIPE, rank, layers, text).measure()
     return replace(found, recommendation=recommend(found))
 
 
@@ -69,10 +79,10 @@ class _Model:
         self, candidate: Candidate, recipe: str, rank: int | None, layers: Sequence[int] | None, text: TextOptions
     ) -> None:
         self.recipe, self.projection = recipe, projection_of(recipe, rank)
-        self.opened = candidate.load()
-        self.layers = _chosen(layers, self.opened)
+        self.layers = _chosen(layers, candidate)
         self.tokenizer = tokenizer_of(candidate.name)
         self.text = text.windows(self.tokenizer, held_out=False)
+        self.opened = candidate.load()
 
     def measure(self) -> Inspection:
         """Returns all numbers."""
@@ -135,9 +145,9 @@ class _Checkpoint:
     def __init__(
         self, candidate: Candidate, original: Candidate | None, layers: Sequence[int] | None, text: TextOptions
     ) -> None:
-        self.opened, self.original = candidate.load(), None if original is None else original.load()
-        self.layers = _chosen(layers, self.opened)
+        self.layers = _chosen(layers, candidate)
         self.text = text.windows(tokenizer_of(candidate.name), held_out=True)
+        self.opened, self.original = candidate.load(), None if original is None else original.load()
 
     def measure(self) -> Inspection:
         """Returns all numbers."""
@@ -210,18 +220,18 @@ def _progress(items: list[Any], description: str) -> Iterator[Any]:
     return iter(tqdm(items, desc=description, unit="part", leave=False))
 
 
-def _chosen(layers: Sequence[int] | None, opened: Opened) -> list[int]:
+def _chosen(layers: Sequence[int] | None, candidate: Candidate) -> list[int]:
     """Returns the blocks whose surfaces are drawn.
 
     Raises:
         ValueError: if the model has no such block.
     """
-    count = opened.model.config.num_hidden_layers
+    count = candidate.config.num_hidden_layers
     if layers is None:
         return sorted({count // 4, count // 2})
     for layer in layers:
         if not 0 <= layer < count:
-            raise ValueError(f"{opened.name} has no block {layer}; choose 0 to {count - 1}")
+            raise ValueError(f"{candidate.name} has no block {layer}; choose 0 to {count - 1}")
     return sorted(set(layers))
 
 

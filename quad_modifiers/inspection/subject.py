@@ -6,6 +6,7 @@ from typing import Any
 
 from quad_modifiers.architectures import Architecture, find_architecture
 from quad_modifiers.checkpoint.format import QUANT_METHOD, QuadFormat, read_format
+from quad_modifiers.checkpoint.locate import check_weights, model_folder
 from quad_modifiers.plugins import architectures
 
 
@@ -31,6 +32,7 @@ class Candidate:
     """A model whose config was read and found fit; `quantized` by whatever method."""
 
     name: str
+    config: Any
     architecture: Architecture
     quad: QuadFormat | None
     quantized: str | None
@@ -39,6 +41,7 @@ class Candidate:
         """Loads the weights in the dtype of the checkpoint."""
         from transformers import AutoModelForCausalLM
 
+        check_weights(self.name)
         model = AutoModelForCausalLM.from_pretrained(self.name, dtype="auto")
         return Opened(self.name, model.eval(), self.architecture, self.quad)
 
@@ -47,26 +50,19 @@ def look_at(name: str | Path) -> Candidate:
     """Reads the config of a folder or Hub id.
 
     Raises:
-        FileNotFoundError: if there is no such folder.
+        FileNotFoundError: if there is no such folder, or it lacks a part of a model.
         ValueError: if it holds no causal language model of a supported architecture, or a damaged checkpoint.
     """
     from transformers import AutoConfig
 
-    text = str(name)
-    if _looks_local(name):
-        folder = Path(text).expanduser()
-        if not folder.is_dir():
-            raise FileNotFoundError(f"there is no model folder {text}")
-        text = str(folder)
-        if not (folder / "config.json").is_file():
-            raise FileNotFoundError(f"{folder} has no config.json; it holds no model")
+    text = str(model_folder(name) or name)
     config = AutoConfig.from_pretrained(text)
     section = getattr(config, "quantization_config", None)
     section = section if section is None or isinstance(section, dict) else section.to_dict()
     method = None if section is None else str(section.get("quant_method"))
     known = architectures()
     if method != QUANT_METHOD:
-        return Candidate(text, find_architecture(config, known), None, method)
+        return Candidate(text, config, find_architecture(config, known), None, method)
     assert section is not None
     quad = read_format(section.get("quad"))
     if quad.base_model_type not in known:
@@ -74,14 +70,18 @@ def look_at(name: str | Path) -> Candidate:
             f"{text}: the checkpoint's base model type {quad.base_model_type!r} is not supported here; supported are "
             f"{', '.join(sorted(known))}"
         )
-    return Candidate(text, known[quad.base_model_type], quad, method)
+    return Candidate(text, config, known[quad.base_model_type], quad, method)
 
 
-def _looks_local(name: str | Path) -> bool:
-    text = str(name)
-    return (
-        isinstance(name, Path) or text.startswith((".", "/", "~")) or text.count("/") != 1 or Path(text).parent.is_dir()
-    )
+def need_same_type(candidate: Candidate, original: Candidate) -> None:
+    """Checks, as far as the configs tell, that one was made of the other.
+
+    Raises:
+        ValueError: if the model types differ.
+    """
+    mine, theirs = candidate.architecture.model_type, original.architecture.model_type
+    if mine != theirs:
+        raise ValueError(f"{candidate.name} is made of a {mine} model, but the baseline is a {theirs} model")
 
 
 def need_unquantized(candidate: Candidate, what: str) -> None:
@@ -94,20 +94,3 @@ def need_unquantized(candidate: Candidate, what: str) -> None:
         raise ValueError(
             f"{candidate.name} is quantized ({candidate.quantized}), but {what} must be the unquantized original"
         )
-
-
-def tokenizer_of(name: str) -> Any:
-    """Loads the tokenizer of a model.
-
-    Raises:
-        ValueError: if it has none.
-    """
-    from transformers import AutoTokenizer
-
-    try:
-        return AutoTokenizer.from_pretrained(name)
-    except (OSError, ValueError) as error:
-        raise ValueError(
-            f"{name} has no tokenizer, so no text can be read; save the original's into it: "
-            f"AutoTokenizer.from_pretrained(ORIGINAL).save_pretrained({name!r})"
-        ) from error

@@ -6,7 +6,7 @@ what they were measured on. Task results keep lm-eval's own form, so that its ou
 
 import os
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -179,14 +179,17 @@ def replace_file(file: Path, text: str) -> None:
         raise
 
 
-def check_replaceable(file: Path, tasks: Sequence[str], limit: int | None, with_perplexity: bool) -> None:
+def check_replaceable(
+    file: Path, tasks: Collection[str], limit: int | None, text: tuple[str, int] | None, baseline: str | None
+) -> None:
     """Refuses to replace results by others that would not cover them, before these are measured.
 
     Args:
         file: where the new results will be written.
         tasks: that will be measured.
         limit: items of each task, None for all.
-        with_perplexity: a perplexity will be measured.
+        text: name of the text and tokens of a window that a perplexity will be measured on, if any.
+        baseline: name of the model that will be measured beside, if any.
 
     Raises:
         FileExistsError: naming what would be lost.
@@ -195,8 +198,11 @@ def check_replaceable(file: Path, tasks: Sequence[str], limit: int | None, with_
     if old is None:
         return
     lost = [task for task in old.tasks or old.results if task not in tasks]
-    if old.perplexity and not with_perplexity:
-        lost.append("the perplexity")
+    for each in old.perplexity:
+        if (each.text, each.window_length) != text:
+            lost.append(f"the perplexity on {each.text} in windows of {each.window_length}")
+    if old.baseline is not None and old.baseline != baseline:
+        lost.append(f"the baseline {old.baseline}")
     if limit is not None and (old.limit is None or old.limit > limit):
         lost.append(f"{'all' if old.limit is None else old.limit} items of each task instead of {limit}")
     if lost:

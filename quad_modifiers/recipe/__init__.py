@@ -2,13 +2,14 @@
 
 from quad_modifiers.recipe.problems import Problem, RecipeError
 from quad_modifiers.recipe.resolve import builtin_recipe_folder, list_recipes, resolve_recipe
-from quad_modifiers.recipe.validate import check_recipe, validate_modifiers, validate_recipe
+from quad_modifiers.recipe.validate import check_recipe, is_recipe_text, validate_modifiers, validate_recipe
 
 __all__ = [
     "Problem",
     "RecipeError",
     "builtin_recipe_folder",
     "check_recipe",
+    "is_recipe_text",
     "list_recipes",
     "resolve_recipe",
     "validate_modifiers",

@@ -30,11 +30,27 @@ def resolve_recipe(name_or_path: str | Path, manager: QuadPluginManager | None =
     if path.parent in (Path("."), Path("recipes")) and name in recipes:
         return recipes[name]
     what = "is a folder" if path.is_dir() else "is neither a file nor the name of a recipe"
-    hint = f"the recipe {name!r} is found by its name alone" if name in recipes else near_names(name, list(recipes))
+    near = near_names(name, list(recipes))
+    if name in recipes:
+        hint = f"; the recipe {name!r} is found by its name alone."
+    else:
+        hint = f"; {near}" if near.endswith("?") else "."
     raise FileNotFoundError(
-        f"recipe {str(name_or_path)!r} {what}; {hint}{'' if hint.endswith('?') else '.'} Give a path of a YAML file, "
+        f"recipe {str(name_or_path)!r} {what}{hint} Give a path of a YAML file, "
         f"or one of the names: {', '.join(sorted(recipes)) or 'none found'}"
     )
+
+
+def read_recipe(path: Path) -> str:
+    """Return the text of a recipe file.
+
+    Raises:
+        ValueError: If it is no UTF-8 text.
+    """
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not UTF-8 text (byte {error.start}); convert it to UTF-8") from error
 
 
 def list_recipes(manager: QuadPluginManager | None = None) -> dict[str, Path]:

@@ -18,7 +18,7 @@ from quad_modifiers.plugins.registration import (
 from quad_modifiers.recipe.document import ModifierEntry, parse_recipe
 from quad_modifiers.recipe.order import PlacedModifier, nothing_quantized, order_problems
 from quad_modifiers.recipe.problems import Problem, RecipeError
-from quad_modifiers.recipe.resolve import resolve_recipe
+from quad_modifiers.recipe.resolve import read_recipe, resolve_recipe
 
 if TYPE_CHECKING:
     from llmcompressor.modifiers import Modifier
@@ -38,7 +38,7 @@ def validate_recipe(text_or_path: str | Path, manager: QuadPluginManager | None 
 
     Raises:
         FileNotFoundError: If there is no such file and no recipe of that name.
-        UnicodeDecodeError: If the file is no UTF-8 text.
+        ValueError: If the file is no UTF-8 text.
         PluginError: If an installed plugin is not valid.
     """
     manager = manager or get_plugin_manager()
@@ -104,12 +104,17 @@ def check_recipe(
     return problems
 
 
+def is_recipe_text(recipe: object) -> bool:
+    """Return whether a recipe is given as YAML text: a string with a line break or ": " is, other strings name one."""
+    return isinstance(recipe, str) and ("\n" in recipe or ": " in recipe or not recipe.strip())
+
+
 def _read(text_or_path: str | Path, manager: QuadPluginManager) -> tuple[str, str]:
-    """Return (text, name for messages); a string with a line break or ": " is text."""
-    if isinstance(text_or_path, str) and ("\n" in text_or_path or ": " in text_or_path or not text_or_path.strip()):
-        return text_or_path, TEXT_SOURCE
+    """Return (text, name for messages)."""
+    if is_recipe_text(text_or_path):
+        return str(text_or_path), TEXT_SOURCE
     path = resolve_recipe(text_or_path, manager)
-    return path.read_text(encoding="utf-8"), str(path)
+    return read_recipe(path), str(path)
 
 
 def _modifiers_of(recipe: object) -> list[Any]:

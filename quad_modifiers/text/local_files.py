@@ -93,9 +93,16 @@ def _table_texts(path: Path, loader: str, text_column: str) -> list[str]:
             f"reading {path} needs the package datasets; install it with `pip install quad-modifiers[compress]`, or "
             "convert the file to .jsonl"
         ) from error
-    table = load_dataset(loader, data_files=str(path), split="train")
+    try:
+        table = load_dataset(loader, data_files=str(path), split="train")
+    except Exception as error:  # pandas and pyarrow have many ways to fail; `datasets` hides them behind its own
+        reason = str(error.__cause__ or error).partition("\n")[0]
+        raise ValueError(f"{path} cannot be read as {loader} ({reason}); correct the file") from error
     check_column(text_column, table.column_names, str(path))
-    return [text for text in table[text_column] if text is not None]
+    texts = [text for text in table[text_column] if text is not None]
+    if not all(isinstance(text, str) for text in texts):
+        raise ValueError(f"{path}: the column {text_column!r} does not hold text; name the right one with text_column")
+    return texts
 
 
 def check_column(text_column: str, present: list[str], where: str) -> None:

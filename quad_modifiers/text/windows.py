@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+logger = logging.getLogger(__name__)
 
 _SEPARATOR = "\n\n"
 
@@ -20,6 +23,7 @@ def token_windows(
     count: int | None = None,
     *,
     seed: int | None = None,
+    fewer: bool = False,
 ) -> torch.Tensor:
     """Return non-overlapping windows of one token stream.
 
@@ -33,17 +37,26 @@ def token_windows(
         count: windows to return, all of them by default.
         seed: when given, the `count` windows are drawn at random without replacement (and come in the order drawn);
             otherwise they are the first ones.
+        fewer: return all windows of a text that has less than `count`.
 
     Returns:
         [count, length], int64.
 
     Raises:
-        ValueError: `length` or `count` is not positive, there is no text, or it has fewer windows than asked.
+        ValueError: `length` or `count` is not positive, there is no text, or it has fewer windows than asked, with
+            `fewer` none at all.
     """
     if length < 1 or (count is not None and count < 1):
         raise ValueError(f"length and count must be positive, not length={length}, count={count}")
     stream = token_stream(tokenizer, texts)
     available = stream.numel() // length
+    if not available:
+        raise ValueError(
+            f"the text has {stream.numel()} tokens, less than one window of {length} tokens; lower the length to at "
+            f"most {stream.numel()}, or give more text"
+        )
+    if fewer and count is not None:
+        count = min(count, available)
     if available < (count or 1):
         raise ValueError(
             f"the text has {stream.numel()} tokens, enough for {available} windows of {length} tokens, but "
@@ -57,6 +70,13 @@ def token_windows(
         return windows[:count].clone()
     generator = torch.Generator().manual_seed(seed)
     return windows[torch.randperm(available, generator=generator)[:count]]
+
+
+def warn_of_length(config: Any, length: int) -> None:
+    """Warns if windows of `length` tokens are longer than what the model of a config was trained on."""
+    positions = getattr(config, "max_position_embeddings", None)
+    if isinstance(positions, int) and length > positions:
+        logger.warning("windows of %d tokens are longer than the %d positions that the model knows", length, positions)
 
 
 def token_stream(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> torch.Tensor:

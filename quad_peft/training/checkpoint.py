@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from quad_modifiers.checkpoint.format import QUANT_METHOD
+from quad_modifiers.checkpoint.locate import check_weights, model_folder
 from quad_modifiers.checkpoint.save import check_target, complete_or_absent
 from quad_modifiers.publishing.tuning import TUNING_NAME, read_tuning
 
@@ -23,21 +24,28 @@ def check_quad_checkpoint(checkpoint: str | Path) -> None:
         FileNotFoundError: if there is no such folder.
         ValueError: if it holds another model.
     """
-    from transformers import AutoConfig
-
-    import quad_modifiers  # noqa: F401  (teaches transformers the format)
-
-    text = str(checkpoint)
-    if not Path(text).is_dir() and (text.count("/") != 1 or text.startswith((".", "/", "~"))):
-        raise FileNotFoundError(f"there is no checkpoint folder {checkpoint}")
-    if Path(text).is_dir() and not (Path(text) / "config.json").is_file():
-        raise FileNotFoundError(f"{checkpoint} has no config.json; it is no checkpoint")
-    section = getattr(AutoConfig.from_pretrained(text), "quantization_config", None)
+    section = getattr(read_config(checkpoint), "quantization_config", None)
     method = section.get("quant_method") if isinstance(section, dict) else getattr(section, "quant_method", None)
     if method != QUANT_METHOD:
         raise ValueError(
             f"{checkpoint} is no QUAD checkpoint (its quant_method is {method!r}); make one with `quad compress`"
         )
+
+
+def read_config(model: str | Path) -> Any:
+    """Returns the config of a folder or Hub id.
+
+    Raises:
+        FileNotFoundError: if there is no such folder, or it has no config.json or no weights.
+        ValueError: if its config.json is damaged.
+    """
+    from transformers import AutoConfig
+
+    import quad_modifiers  # noqa: F401  (teaches transformers the format)
+
+    config = AutoConfig.from_pretrained(str(model_folder(model) or model))
+    check_weights(Path(model).expanduser())
+    return config
 
 
 def load_checkpoint(checkpoint: str | Path) -> Any:
@@ -82,6 +90,7 @@ def merge(checkpoint: str | Path, adapter: str | Path, output: str | Path) -> No
 
     adapter, output = Path(adapter), Path(output)
     check_target(output)
+    checkpoint = str(model_folder(checkpoint) or checkpoint)
     check_quad_checkpoint(checkpoint)
     if not (adapter / _ADAPTER_CONFIG).is_file():
         raise FileNotFoundError(f"{adapter} has no {_ADAPTER_CONFIG}; it is no adapter")

@@ -10,9 +10,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from quad_modifiers.checkpoint.locate import model_folder
 from quad_modifiers.checkpoint.save import check_target, complete_or_absent
 from quad_modifiers.publishing.tuning import TUNING_NAME, Tuning
-from quad_peft.training.checkpoint import load_checkpoint, load_tokenizer
+from quad_peft.training.checkpoint import check_quad_checkpoint, load_checkpoint, load_tokenizer, read_config
 from quad_peft.training.curve import write_curve
 from quad_peft.training.data import TrainingData, training_data
 from quad_peft.training.loop import Outcome, TuningSettings, tune
@@ -95,6 +96,10 @@ def finetune(
 
     output, settings = Path(output), settings or TuningSettings()
     check_target(output)
+    checkpoint = str(model_folder(checkpoint) or checkpoint)
+    check_quad_checkpoint(checkpoint)
+    if original is not None:
+        _check_original(original, read_config(checkpoint))
     model, tokenizer = load_checkpoint(checkpoint), load_tokenizer(checkpoint)
     found = training_data(
         data,
@@ -176,7 +181,7 @@ class _Run:
     def train(self, pad_token: int) -> Outcome:
         """Trains the model, from the last state in the folder on."""
         with self.arguments.main_process_first(local=False):
-            teacher = _teacher(self.original, self.model, self.data, self.teacher_cache)
+            teacher = _teacher(self.original, self.data, self.teacher_cache)
         return tune(self.model, self.data, self.settings, self.arguments, teacher, pad_token)
 
     def record(self, outcome: Outcome) -> Tuning:
@@ -211,8 +216,9 @@ def _open_folder(folder: Path, identity: dict[str, Any], resume: bool) -> None:
     """Makes the folder of a run, or checks that the one there is the same run."""
     file = folder / _RUN
     wanted = json.loads(json.dumps(identity))
-    if not file.is_file():
-        if folder.exists() and any(folder.iterdir()):
+    fresh = file.is_file() and len(list(folder.iterdir())) == 1  # it ended before it had anything to go on with
+    if not file.is_file() or fresh:
+        if not fresh and folder.exists() and any(folder.iterdir()):
             raise FileExistsError(f"{folder} exists and is no training run; move it away, or choose another output")
         folder.mkdir(parents=True, exist_ok=True)
         file.write_text(json.dumps(identity, indent=1) + "\n")
@@ -229,20 +235,25 @@ def _open_folder(folder: Path, identity: dict[str, Any], resume: bool) -> None:
         )
 
 
-def _teacher(original: Any, model: Any, data: TrainingData, cache: str | Path | None) -> Teacher | None:
-    if original is None:
-        return None
-    if isinstance(original, (str, Path)):
-        from transformers import AutoModelForCausalLM
-
-        original = AutoModelForCausalLM.from_pretrained(str(original), dtype="auto")
+def _check_original(original: Any, checkpoint: Any) -> None:
+    """Checks by their configs that an original can be the checkpoint's own, before weights are loaded."""
+    config = read_config(original) if isinstance(original, (str, Path)) else original.config
     for name in ("vocab_size", "num_hidden_layers"):
-        mine, theirs = getattr(model.config, name), getattr(original.config, name)
+        mine, theirs = getattr(checkpoint, name), getattr(config, name, None)
         if mine != theirs:
             raise ValueError(
                 f"the original model has {name} {theirs}, the checkpoint {mine}; distill from the model that the "
                 "checkpoint was made from"
             )
+
+
+def _teacher(original: Any, data: TrainingData, cache: str | Path | None) -> Teacher | None:
+    if original is None:
+        return None
+    if isinstance(original, (str, Path)):
+        from transformers import AutoModelForCausalLM
+
+        original = AutoModelForCausalLM.from_pretrained(str(model_folder(original) or original), dtype="auto")
     original.eval()
     return LiveTeacher(original) if cache is None else cache_teacher(original, data.samples, Path(cache))
 

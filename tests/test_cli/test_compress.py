@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 import signal
 import subprocess
 from collections.abc import Callable
@@ -74,19 +76,76 @@ def test_size_of_a_model_from_the_cache(toy_checkpoint, tmp_path: Path, monkeypa
     ("change", "message"),
     [
         ({"model": "./nothing"}, "there is no model folder ./nothing"),
+        ({"-o": "{text}/out"}, "text.txt is a file; choose another output"),
         ({"recipe": "quad_w4"}, "recipe 'quad_w4' is neither a file nor the name of a recipe"),
         ({"--dataset": "./nothing.txt"}, "nothing.txt"),
+        ({"--seed": "-1"}, "--seed"),
     ],
-    ids=["model", "recipe", "dataset"],
+    ids=["model", "output", "recipe", "dataset", "seed"],
 )
-def test_bad_input(quad, toy_checkpoint, recipe: Path, tmp_path: Path, change: dict[str, str], message: str) -> None:
-    given = {"model": toy_checkpoint("llama"), "recipe": recipe, **change}
-    more = [item for name, value in given.items() if name.startswith("--") for item in (name, value)]
-    done = quad("compress", given["model"], given["recipe"], "-o", tmp_path / "out", *more, *SHORT)
+def test_bad_input(
+    quad,
+    toy_checkpoint,
+    recipe: Path,
+    text: Path,
+    tmp_path: Path,
+    change: dict[str, str],
+    message: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("quad_modifiers.compression._load", None)  # none of these takes loading the weights
+    given = {"model": toy_checkpoint("llama"), "recipe": recipe, "-o": tmp_path / "out", **change}
+    more = [
+        item for name, value in given.items() if name.startswith("-") for item in (name, str(value).format(text=text))
+    ]
+    done = quad("compress", given["model"], given["recipe"], *more, *SHORT)
     assert done.code == 2
     assert message in done.err.splitlines()[-1]
     assert done.err.splitlines()[-1].startswith("error: ")
     assert not (tmp_path / "out").exists()
+
+
+def test_weights_that_are_stored_twice_do_not_matter(
+    quad, toy_checkpoint, recipe: Path, text: Path, tmp_path: Path
+) -> None:
+    model = tmp_path / "model"
+    shutil.copytree(toy_checkpoint("llama"), model)
+    shutil.copyfile(model / "model.safetensors", model / "consolidated.safetensors")  # as Mistral's folders have it
+    done = quad("compress", model, recipe, "-o", tmp_path / "out", "--dataset", text, *SHORT)
+    assert done.code == 0, done.err
+    assert "size after" in done.out
+    assert "size before" not in done.out
+
+
+def test_windows_beyond_the_positions_are_mentioned(
+    quad, toy_checkpoint, recipe: Path, text: Path, tmp_path: Path
+) -> None:
+    model = tmp_path / "model"
+    shutil.copytree(toy_checkpoint("llama"), model)
+    config = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps({**config, "max_position_embeddings": 40}))
+    done = quad("compress", model, recipe, "-o", tmp_path / "out", "--dataset", text, *SHORT)
+    assert done.code == 0, done.err
+    assert "windows of 48 tokens are longer than the 40 positions" in done.err
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "message"),
+    [("config.json", "{", "config.json is damaged"), ("model.safetensors", None, "has a config.json but no weights")],
+)
+def test_damaged_folders(
+    quad, toy_checkpoint, recipe: Path, tmp_path: Path, file: str, content: str | None, message: str
+) -> None:
+    model = tmp_path / "model"
+    shutil.copytree(toy_checkpoint("llama"), model)
+    (model / file).unlink()
+    if content is not None:
+        (model / file).write_text(content)
+    for command in (("compress", model, recipe), ("inspect", model), ("eval", model), ("finetune", model)):
+        output = ("--no-perplexity",) if command[0] == "eval" else ("-o", tmp_path / "out")
+        done = quad(*command, *output)
+        assert done.code == 2, command
+        assert message in done.err, command
 
 
 def test_an_output_that_exists_is_left_alone(quad, toy_checkpoint, recipe: Path, tmp_path: Path) -> None:

@@ -109,3 +109,13 @@ def test_ratio_of_perplexities() -> None:
     low, high = ratio_interval([each + 0.1 for each in theirs], theirs)
     assert low == pytest.approx(math.exp(0.1)) == high
     assert ratio_interval([3.0], [3.0]) is None
+
+
+def test_infinite_word_perplexity_is_left_out(caplog: pytest.LogCaptureFixture) -> None:
+    lost, kept = documents([-1e6, -10.0], [1.0, 10.0]), documents([-20.0, -10.0], [10.0, 10.0])
+    assert compare("a", lost, kept) is None
+    assert compare("a", kept, lost).baseline is None
+    assert "a: the word_perplexity is not finite" in caplog.text
+    rare = compare("a", documents([-1e5, -1.0], [1.0, 1e4]), kept)  # finite, but not where it drew the first one twice
+    assert rare.interval is None
+    assert rare.stderr is None

@@ -123,9 +123,10 @@ def test_other_tokenizers_have_no_perplexity_in_common(
     [
         ({"limit": 0}, ValueError, "limit must be at least 1, not 0"),
         ({"batch_size": 0}, ValueError, "batch_size must be at least 1"),
+        ({"seed": -1}, ValueError, "seed must not be negative, not -1"),
         ({"tasks": "quad_code"}, TypeError, r"write \['quad_code'\]"),
         ({"tasks": [], "text": None}, ValueError, "nothing to measure"),
-        ({"model": "./nowhere"}, FileNotFoundError, r"there is no folder \./nowhere"),
+        ({"model": "./nowhere"}, FileNotFoundError, r"there is no model folder \./nowhere"),
         ({"text": "nowhere.txt"}, FileNotFoundError, "nowhere.txt"),
         ({"window_length": 1}, ValueError, "at least 2 tokens, not 1"),
         ({"windows": 10**6}, ValueError, "lower the number of windows"),
@@ -138,7 +139,7 @@ def test_bad_input(toy_checkpoint: Any, text: Path, arguments: dict, error: type
 
 
 def test_a_folder_without_a_model(tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError, match=r"holds no config\.json"):
+    with pytest.raises(FileNotFoundError, match=r"has no config\.json"):
         evaluate(tmp_path)
 
 

@@ -19,6 +19,7 @@ pytest.importorskip("gensim")
 from lm_eval import tasks as lm_eval_tasks
 from lm_eval.api.registry import get_model
 
+from quad_modifiers.evaluation import __main__ as command_line
 from quad_modifiers.evaluation import harness
 
 ROOT = Path(quad_modifiers.__file__).parents[1]
@@ -130,3 +131,13 @@ def test_lm_evals_command_line(toy_checkpoint, tmp_path: Path) -> None:
     assert "|quad_continuation|" in done.stdout
     assert list((tmp_path / "results").rglob("*.json"))
     assert "usage: lm-eval" in run([sys.executable, "-m", "quad_modifiers.evaluation", "--help"]).stdout
+
+
+def test_the_users_tasks_stay(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[list[str]] = []
+    monkeypatch.setattr("lm_eval.__main__.cli_evaluate", lambda: seen.append(sys.argv[1:]))
+    for argument in (["--include_path=/mine"], ["--include_path", "/mine"], ["--tasks", "a"]):
+        monkeypatch.setattr(sys, "argv", ["lm_eval", *argument])
+        command_line.main()
+    own = str(harness.TASKS_FOLDER)
+    assert seen == [["--include_path=/mine"], ["--include_path", "/mine"], ["--tasks", "a", "--include_path", own]]

@@ -42,7 +42,7 @@ def test_from_files(pair: list[Path]) -> None:
     tensors = load_file(pair[0] / "model.safetensors")
     assert four.total == sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
     assert [(score.what, score.value) for score in four.scores] == [
-        ("held-out, windows of 512", 21.5),
+        ("held-out, windows of 512, 100 tokens", 21.5),
         ("piqa, acc", 0.5),
     ]
     assert eight.scores == []
@@ -54,7 +54,7 @@ def test_rows(pair: list[Path]) -> None:
     assert header == ("", "evaluated", "llama-w4a4a8")
     cells = {row[0]: row[1:] for row in rows}
     assert cells["bits"] == ("w4a4", "w4a4a8")
-    assert cells["held-out, windows of 512"] == ("21.50 ± 0.25 (original 18.00)", "-")
+    assert cells["held-out, windows of 512, 100 tokens"] == ("21.50 ± 0.25 (original 18.00)", "-")
     assert cells["piqa, acc"] == ("0.5000 ± 0.0200", "-")
     assert not any("divergence" in name for name in cells)
 
@@ -87,6 +87,22 @@ def test_folders_of_one_name(pair: list[Path], tmp_path: Path) -> None:
         shutil.copytree(pair[0], tmp_path / parent / "out")
     found = compare_checkpoints([tmp_path / "a" / "out", tmp_path / "b" / "out"])
     assert [entry.name for entry in found.entries] == ["a/out", "b/out"]
+    for parent in ("c", "d"):
+        shutil.copytree(pair[0], tmp_path / parent / "same" / "out")
+    found = compare_checkpoints([tmp_path / "c" / "same" / "out", tmp_path / "d" / "same" / "out", pair[1]])
+    assert [entry.name for entry in found.entries] == ["c/same/out", "d/same/out", "llama-w4a4a8"]
+
+
+def test_results_on_other_items_are_not_beside_each_other(pair: list[Path], tmp_path: Path) -> None:
+    for name, items, interval in (("all", 450, [-0.1, -0.01]), ("few", 10, [-0.1, 0.1])):
+        shutil.copytree(pair[0], tmp_path / name)
+        task = {"task": "quad_code", "metric": "acc", "items": items, "value": 0.5, "baseline": 0.55}
+        (tmp_path / name / "evaluation.json").write_text(
+            json.dumps({"format_version": 1, "baseline": "x", "comparisons": [{**task, "interval": interval}]})
+        )
+    rows = {row[0]: row[1:] for row in comparison_rows(compare_checkpoints([tmp_path / "all", tmp_path / "few"]))[1]}
+    assert rows["quad_code, acc, 450 items"] == ("0.5000 (original 0.5500)", "-")
+    assert rows["quad_code, acc, 10 items"] == ("-", "0.5000 (original 0.5500, no difference seen)")
 
 
 def test_bad_input(pair: list[Path], make_checkpoint, toy_checkpoint, text_file: Path, tmp_path: Path) -> None:

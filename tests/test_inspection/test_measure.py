@@ -119,6 +119,15 @@ def test_weight_rows(make_toy, windows) -> None:
         assert len(row.unique()) <= 16
 
 
+def test_weights_of_zeros_have_no_error(make_toy, windows) -> None:
+    model = wrapped(make_toy("llama"))
+    with torch.no_grad():
+        model.model.layers[1].self_attn.o_proj.residual.weight.zero_()
+    rows = measure_weights(model, LLAMA, windows[0], RoundedWeights(), "before")
+    (row,) = [row for row in rows if (row.layer, row.role) == (1, "o_proj")]
+    assert (row.weight_error, row.output_error) == (0, 0)
+
+
 class TestLoss:
     def test_reference_is_the_perplexity(self, make_toy, windows) -> None:
         model = make_toy("llama")

@@ -191,6 +191,23 @@ class TestBadInput:
             inspect_model(toy_checkpoint("llama"), tmp_path / "out", **given)
         assert list(tmp_path.iterdir()) == []
 
+    @pytest.mark.parametrize("option", [{"recipe": "quad_w4a4"}, {"rank": 4}])
+    def test_options_of_models_with_a_checkpoint(self, option, make_checkpoint, tmp_path: Path) -> None:
+        with pytest.raises(ValueError, match="has its projection; leave --recipe and --rank away"):
+            inspect_model(make_checkpoint(8), tmp_path / "out", **option)
+
+    def test_nothing_is_loaded_before(self, make_checkpoint, toy_checkpoint, tmp_path: Path, monkeypatch) -> None:
+        monkeypatch.setattr("quad_modifiers.inspection.subject.Candidate.load", None)
+        for model in (make_checkpoint(8), toy_checkpoint("llama")):
+            with pytest.raises(FileNotFoundError, match=r"nothing\.txt"):
+                inspect_model(model, tmp_path / "out", dataset="./nothing.txt")
+            with pytest.raises(ValueError, match="has no block 7"):
+                inspect_model(model, tmp_path / "out", layers=[7])
+        with pytest.raises(ValueError, match="made of a llama model, but the baseline is a qwen2 model"):
+            inspect_model(make_checkpoint(8), tmp_path / "out", baseline=toy_checkpoint("qwen2"))
+        with pytest.raises(NotADirectoryError, match="is a file; choose another output"):
+            inspect_model(model, toy_checkpoint("llama") / "config.json" / "out")
+
     def test_no_such_model(self, tmp_path: Path) -> None:
         with pytest.raises(FileNotFoundError, match="there is no model folder"):
             inspect_model(tmp_path / "nothing", tmp_path / "out")

@@ -282,7 +282,7 @@ def test_bad_input_is_refused_before_anything_is_written(checkpoint, original, m
     other = make_toy(vocab_size=400)
     for arguments, error, message in [
         ({"checkpoint": original}, ValueError, "is no QUAD checkpoint"),
-        ({"checkpoint": tmp_path / "nowhere"}, FileNotFoundError, "there is no checkpoint folder"),
+        ({"checkpoint": tmp_path / "nowhere"}, FileNotFoundError, "there is no model folder"),
         ({"output": tmp_path / "full"}, FileExistsError, "exists and is not empty"),
         ({"data": "nowhere.txt"}, FileNotFoundError, "nowhere.txt"),
     ]:
@@ -340,3 +340,16 @@ def test_an_adapter_of_another_base_is_not_merged(adapter, checkpoint, make_toy,
 def test_settings_name_what_is_wrong(field, value) -> None:
     with pytest.raises(ValueError, match=rf"{field} \({value}\)"):
         TuningSettings(**{field: value})
+
+
+def test_a_corrected_original_needs_no_cleaning_up(checkpoint, original, make_toy, tmp_path, monkeypatch) -> None:
+    arguments = {"data": token_ids(), "settings": SETTINGS, "validation": 0.2}
+    with pytest.raises(FileNotFoundError, match="there is no model folder"):
+        finetune(checkpoint, tmp_path / "a", original=tmp_path / "typo", **arguments)
+    assert list(tmp_path.iterdir()) == []
+    with monkeypatch.context() as patch:  # as when the original does not fit into memory
+        patch.setattr("quad_peft.training.run._teacher", None)
+        with pytest.raises(TypeError):
+            finetune(checkpoint, tmp_path / "a", **arguments)
+    finetune(checkpoint, tmp_path / "a", original=original, **arguments)
+    assert [each.name for each in tmp_path.iterdir()] == ["a"]

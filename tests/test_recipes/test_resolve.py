@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from quad_modifiers.plugins import Distribution, QuadPluginManager, hookimpl
-from quad_modifiers.recipe import builtin_recipe_folder, list_recipes, resolve_recipe
+from quad_modifiers.recipe import builtin_recipe_folder, list_recipes, resolve_recipe, validate_recipe
 
 
 @pytest.fixture
@@ -73,3 +73,9 @@ def test_list(manager: QuadPluginManager, folder: Path) -> None:
 
 def test_builtin_folder_holds_the_published_recipes() -> None:
     assert (builtin_recipe_folder() / "quad_w4a4.yaml").is_file()
+
+
+def test_bytes_that_are_no_utf8(tmp_path: Path) -> None:
+    (tmp_path / "a.yaml").write_bytes(b"caf\xe9: 1")
+    with pytest.raises(ValueError, match=r"a\.yaml is not UTF-8 text \(byte 3\)"):
+        validate_recipe(tmp_path / "a.yaml")

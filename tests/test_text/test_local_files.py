@@ -51,6 +51,8 @@ def test_missing_file_and_folder(tmp_path):
         ("a.json", '[{"text": "a"}, {}]', r"record 2: there is no column 'text'; the columns are none"),
         ("a.txt", " \n", "holds no text"),
         ("a.jsonl", "", "holds no text"),
+        ("a.csv", "text\n1\n2\n", "the column 'text' does not hold text"),
+        ("a.csv", "", r"a\.csv cannot be read as csv"),
         ("a.pdf", "x", r"'\.pdf', which is not a text format"),
     ],
 )

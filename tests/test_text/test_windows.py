@@ -34,7 +34,7 @@ def test_too_few_windows_says_how_many_tokens_and_what_to_lower(toy_tokenizer):
     tokens = len(toy_tokenizer("abc " * 50, add_special_tokens=False)["input_ids"])
     with pytest.raises(ValueError, match=rf"{tokens} tokens, enough for {tokens // 32} windows of 32.* 100 are needed"):
         token_windows(toy_tokenizer, ["abc " * 50], 32, 100)
-    with pytest.raises(ValueError, match="enough for 0 windows"):
+    with pytest.raises(ValueError, match="less than one window of 32"):
         token_windows(toy_tokenizer, ["abc"], 32)
 
 
@@ -55,3 +55,11 @@ def test_one_string_or_no_string_is_refused(toy_tokenizer):
 def test_sizes_must_be_positive(toy_tokenizer, length, count):
     with pytest.raises(ValueError, match="must be positive"):
         token_windows(toy_tokenizer, TEXTS, length, count)
+
+
+def test_fewer_where_there_are_fewer(toy_tokenizer):
+    every = token_windows(toy_tokenizer, TEXTS, 4)
+    assert len(token_windows(toy_tokenizer, TEXTS, 4, 10_000, seed=0, fewer=True)) == len(every)
+    assert torch.equal(
+        token_windows(toy_tokenizer, TEXTS, 4, 2, seed=0, fewer=True), token_windows(toy_tokenizer, TEXTS, 4, 2, seed=0)
+    )

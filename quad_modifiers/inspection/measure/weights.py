@@ -13,6 +13,7 @@ from quad_modifiers.nn.quad_linear import QuadLinear
 from quad_modifiers.quantization.grid import IntegerGrid, WeightScales, dequantize, round_to_grid, search_clip
 
 GRID = IntegerGrid(4)
+_TINY = torch.finfo(torch.float32).tiny
 _CANDIDATES = 12  # clip ratios tried: the inspection compares parts, the modifier tries more
 
 
@@ -57,8 +58,10 @@ def measure_weights(
             output += (outlier @ linear.outlier.weight.T).float()
             energy += linear.outlier.weight.float().square().sum()
         moved = (residual @ change.to(x.dtype).T).float()
-        output_error = moved.square().sum() / output.square().sum()
-        rows.append(WeightRow(stage, layer, role, float(change.square().sum() / energy), float(output_error)))
+        # A linear of zeros, as blocks have that were put in or pruned, has no error.
+        output_error = moved.square().sum() / output.square().sum().clamp(min=_TINY)
+        error = change.square().sum() / energy.clamp(min=_TINY)
+        rows.append(WeightRow(stage, layer, role, float(error), float(output_error)))
 
     watched = [
         (linear, partial(see, layer, role, linear)) for layer, _, role, linear in all_linears(model, architecture)
