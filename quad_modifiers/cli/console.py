@@ -65,25 +65,27 @@ def show_warning(
 
 @contextmanager
 def log_on_stderr(leave_out: str | None = None) -> Iterator[None]:
-    """Shows the INFO lines of this package on stderr, but not those of the function named `leave_out`.
+    """Shows the INFO lines of this project on stderr, but not those of the function named `leave_out`.
 
     What libraries print goes to stderr too: stdout is for the result. llm-compressor logs to stdout, and to what is
     stdout when it is imported, so that has to happen inside; of its log only warnings are shown.
     """
     os.environ.setdefault("LLM_COMPRESSOR_LOG_LEVEL", "WARNING")
-    package = logging.getLogger("quad_modifiers")
+    packages = [logging.getLogger(name) for name in ("quad_modifiers", "quad_peft")]
     handler = logging.StreamHandler()
     handler.setFormatter(logging.Formatter("%(message)s"))
     handler.addFilter(lambda record: record.funcName != leave_out)
-    level = package.level
-    package.addHandler(handler)
-    package.setLevel(logging.INFO)
+    levels = [package.level for package in packages]
+    for package in packages:
+        package.addHandler(handler)
+        package.setLevel(logging.INFO)
     try:
         with redirect_stdout(sys.stderr):
             yield
     finally:
-        package.removeHandler(handler)
-        package.setLevel(level)
+        for package, level in zip(packages, levels, strict=True):
+            package.removeHandler(handler)
+            package.setLevel(level)
 
 
 __all__ = ["console", "file_size", "log_on_stderr", "print_table", "show_warning"]

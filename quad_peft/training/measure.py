@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch.utils.data import DataLoader
+from tqdm import tqdm
 
 from quad_peft.training.data import Collator, Samples
 from quad_peft.training.losses import IGNORED, distillation_loss, next_token_loss, shifted, without_head
@@ -41,7 +42,8 @@ def measure(
     model.eval()
     sums = torch.zeros(3, dtype=torch.float64)
     counts = torch.zeros(2, dtype=torch.float64)
-    for batch in DataLoader(samples, batch_size=batch_size, collate_fn=collator):
+    batches = DataLoader(samples, batch_size=batch_size, collate_fn=collator)
+    for batch in tqdm(batches, desc="validation samples", unit="batch", leave=False):
         batch = {name: tensor.to(device) for name, tensor in batch.items()}
         inputs = {name: batch[name] for name in ("input_ids", "attention_mask") if name in batch}
         with without_head(model) as head:

@@ -41,6 +41,8 @@ def test_finetune_and_merge(quad, quad_checkpoint, toy_checkpoint, records, tmp_
     assert done.code == 0, done.err
     for line in ("KL to the original", "perplexity of the original", str(adapter), str(merged)):
         assert line in done.out
+    for line in (f"wrote {adapter}", "validation samples:"):
+        assert line in done.err
     record = json.loads((merged / "tuning.json").read_text())
     assert (record["data"], record["steps"], record["samples"]) == ("text.jsonl", 2, 11)
     done = quad("merge", quad_checkpoint, adapter, "-o", again)
