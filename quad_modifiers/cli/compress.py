@@ -89,11 +89,8 @@ def _sizes(model: str, output: Path) -> list[tuple[str, str]]:
     folder = original_folder(model)
     try:
         before = None if folder is None else read_inventory(folder)
-    except (
-        OSError,
-        ValueError,
-    ):  # weights stored twice or otherwise unlike ours: the checkpoint is written all the same
-        before = None
+    except (OSError, ValueError):
+        before = None  # weights that are stored twice, or unlike ours; the checkpoint is written all the same
     if before is not None:
         shrunk = (before.total - before.embeddings) / max(after.total - after.embeddings, 1)
         rows[1:1] = [
