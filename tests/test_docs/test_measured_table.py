@@ -17,13 +17,16 @@ from .pages import ROOT
 
 RECIPES = ROOT / "docs" / "guide" / "recipes.md"
 README = ROOT / "README.md"
+SAMPLES = 64  # windows of calibration text, as the pages say above the tables
 
 
 def cells(model: str, row: str) -> list[str]:
     """Perplexity, ratios on Wikipedia, news and code, and size of a row; several seeds become median and range."""
     found = measurements(model, row)
     values = [each.perplexity for each in found]
-    seeds = f" ({number(min(values))} to {number(max(values))}, {len(found)} seeds)" if len(found) > 1 else ""
+    note = f" ({number(min(values))} to {number(max(values))}, {len(found)} seeds)" if len(found) > 1 else ""
+    if row != REFERENCE and found[0].samples != SAMPLES:
+        note += f" ({found[0].samples} windows)"
     size = found[-1].checkpoint_bytes
     ratios = ["", "", ""]
     if row != REFERENCE:
@@ -33,7 +36,7 @@ def cells(model: str, row: str) -> list[str]:
             ratio = median(each.other_perplexities[text] for each in found) / original.other_perplexities[text]
             ratios.append(f"{ratio:.3f}")
         ratios = [ratio if float(ratio) < 100 else f"{float(ratio):.0f}" for ratio in ratios]
-    return [number(perplexity(model, row)) + seeds, *ratios, f"{size / 1e6:.0f} MB" if size else ""]
+    return [number(perplexity(model, row)) + note, *ratios, f"{size / 1e6:.0f} MB" if size else ""]
 
 
 def table(rows: Sequence[str]) -> str:
