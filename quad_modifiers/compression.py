@@ -10,14 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    PreTrainedConfig,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-)
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from quad_modifiers.architectures import find_architecture
 from quad_modifiers.calibration.data import CalibrationSource, as_dataloader, calibration_windows
@@ -88,10 +81,7 @@ def oneshot(
             check_target(Path(output_dir))
         if isinstance(model, (str, Path)):
             model = str(model_folder(model) or model)
-        config = _checked_config(model, _needs_known_architecture(recipe))
-        if isinstance(model, str):
-            check_weights(model)
-        warn_of_length(config, max_seq_length)
+        _check_model(model, _needs_known_architecture(recipe), max_seq_length)
         start = time.perf_counter()
         processor = _tokenizer(model, tokenizer)
         windows = calibration_windows(
@@ -167,7 +157,7 @@ def _needs_known_architecture(recipe: Any) -> bool:
     return any(type(modifier).__name__ in own for modifier in parsed.modifiers)
 
 
-def _checked_config(model: str | PreTrainedModel, known_only: bool) -> PreTrainedConfig:
+def _check_model(model: str | PreTrainedModel, known_only: bool, length: int) -> None:
     if isinstance(model, str):
         config = AutoConfig.from_pretrained(model)
     elif isinstance(model, PreTrainedModel):
@@ -182,7 +172,9 @@ def _checked_config(model: str | PreTrainedModel, known_only: bool) -> PreTraine
         raise ValueError("the model was quantized in memory already; load the original again")
     if known_only:
         find_architecture(config, architectures())
-    return config
+    if isinstance(model, str):
+        check_weights(model)
+    warn_of_length(config, length)
 
 
 def _load(model: str | PreTrainedModel) -> PreTrainedModel:

@@ -105,6 +105,17 @@ def test_bad_input(
     assert not (tmp_path / "out").exists()
 
 
+def test_a_recipe_of_one_line(toy_checkpoint, text: Path) -> None:
+    model = quad_modifiers.oneshot(
+        str(toy_checkpoint("llama")),
+        "test_stage: {quad_modifiers: {SVDOutlierProjection: {rank: 8}, OutlierSplitGPTQ: {bits: 4}}}",
+        dataset=str(text),
+        num_calibration_samples=6,
+        max_seq_length=48,
+    )
+    assert model.model.layers[0].mlp.up_proj.weight_bits() == 4
+
+
 def test_weights_that_are_stored_twice_do_not_matter(
     quad, toy_checkpoint, recipe: Path, text: Path, tmp_path: Path
 ) -> None:

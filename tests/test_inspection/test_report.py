@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from quad_modifiers.inspection import inspect_model
+from quad_modifiers.inspection.report import _title
 
 pytest.importorskip("llmcompressor")
 pytest.importorskip("matplotlib")
@@ -168,6 +169,16 @@ def test_nothing_is_left_of_a_failure(
             toy_checkpoint("llama"), tmp_path / "out", recipe=str(recipe_file), dataset=str(text_file), **SHORT
         )
     assert list(tmp_path.iterdir()) == []
+
+
+def test_the_title_of_the_folder_one_stands_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "my-model").mkdir()
+    monkeypatch.chdir(tmp_path / "my-model")
+    assert [_title(name) for name in (".", "org/model", str(tmp_path / "my-model"))] == [
+        "my-model",
+        "model",
+        "my-model",
+    ]
 
 
 class TestBadInput:
