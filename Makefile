@@ -34,7 +34,7 @@ $(STAMP):
 	@touch $@
 
 demo: $(STAMP) ## compress SmolLM2-135M, reload it, compare with the original
-	$(BIN) -m quad_modifiers.demo run --recipe $(RECIPE) --output $(OUTPUT)
+	$(BIN) -m quad_modifiers.tools.demo run --recipe $(RECIPE) --output $(OUTPUT)
 
 test: $(STAMP) ## the tests that need neither GPU, network nor minutes
 	$(BIN) -m pytest $(PYTEST_ARGS)

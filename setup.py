@@ -13,7 +13,7 @@ setup(
     package_dir={"quad_kernels": "kernels/quad_kernels", "quad_modifiers._recipes": "recipes"},
     package_data={
         "quad_modifiers._recipes": ["*.yaml"],
-        "quad_modifiers": ["py.typed", "evaluation/tasks/*.yaml"],
+        "quad_modifiers": ["py.typed", "tools/evaluation/tasks/*.yaml"],
         "quad_kernels": ["py.typed"],
     },
 )

@@ -10,10 +10,12 @@ from typing import TYPE_CHECKING, Any
 
 import wrapt
 
+from quad_modifiers._moved import keep_old_paths
+from quad_modifiers.version import __version__
+
 if TYPE_CHECKING:
     from quad_modifiers.compression import oneshot as oneshot
 
-__version__ = "0.1.0"
 __all__ = ["__version__", "oneshot"]
 
 
@@ -35,7 +37,7 @@ def _after_peft(_: object) -> None:
 
 
 def _after_lm_eval(_: object) -> None:
-    from quad_modifiers.evaluation.harness import register
+    from quad_modifiers.tools.evaluation.harness import register
 
     register()
 
@@ -72,6 +74,7 @@ def __getattr__(name: str) -> Any:
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
+keep_old_paths()
 wrapt.register_post_import_hook(_after_transformers, "transformers")
 wrapt.register_post_import_hook(_after_llmcompressor, "llmcompressor")
 wrapt.register_post_import_hook(_after_peft, "peft")

@@ -1,6 +1,6 @@
 """`python -m quad_modifiers` is the command `quad`."""
 
-from quad_modifiers.cli import main
+from quad_modifiers.tools.cli import main
 
 if __name__ == "__main__":
     raise SystemExit(main())

@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from quad_modifiers.architectures import BUILTIN_ARCHITECTURES, Architecture
+from quad_modifiers.model.architecture import BUILTIN_ARCHITECTURES, Architecture
 from quad_modifiers.plugins.hookspecs import hookimpl
 from quad_modifiers.recipe.resolve import builtin_recipe_folder
 
@@ -15,7 +15,7 @@ def quad_modifiers_modifiers() -> Mapping[str, str]:
         "SVDOutlierProjection": "quad_modifiers.modifiers.svd_outlier_projection:SVDOutlierProjection",
         "OutlierSplitGPTQ": "quad_modifiers.modifiers.outlier_split_gptq:OutlierSplitGPTQ",
         "EmbeddingHeadQuant": "quad_modifiers.modifiers.embedding_head_quant:EmbeddingHeadQuant",
-        "OutlierLoRA": "quad_modifiers.modifiers.outlier_lora:OutlierLoRA",
+        "OutlierLoRA": "quad_peft.modifier:OutlierLoRA",
         "DynamicActQuant": "quad_modifiers.modifiers.dynamic_act_quant:DynamicActQuant",
     }
 

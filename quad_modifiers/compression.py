@@ -12,15 +12,16 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from quad_modifiers.architectures import find_architecture
-from quad_modifiers.calibration.data import CalibrationSource, as_dataloader, calibration_windows
 from quad_modifiers.checkpoint.locate import check_weights, model_folder
 from quad_modifiers.checkpoint.save import check_space, check_target, complete_or_absent
+from quad_modifiers.data.calibration import CalibrationSource, as_dataloader, calibration_windows
+from quad_modifiers.data.windows import warn_of_length
+from quad_modifiers.model.architecture import find_architecture
 from quad_modifiers.nn.quad_linear import QuadLinear
 from quad_modifiers.plugins import architectures, modifier_paths
+from quad_modifiers.plugins.manager import OWN_DISTRIBUTION
 from quad_modifiers.recipe import check_recipe, is_recipe_text, resolve_recipe
-from quad_modifiers.reporting import gigabytes, table
-from quad_modifiers.text.windows import warn_of_length
+from quad_modifiers.reporting import file_size, table
 
 logger = logging.getLogger(__name__)
 
@@ -49,7 +50,7 @@ def oneshot(
     Args:
         model: folder, hub id, or loaded transformers model (which is changed in place).
         recipe: path or name of a recipe YAML, its text, or llm-compressor modifiers.
-        dataset: calibration text; None takes `quad_modifiers.text.calibration_texts()`: Wikipedia articles that gensim
+        dataset: calibration text; None takes `quad_modifiers.data.calibration_texts()`: Wikipedia articles that gensim
             ships and sources of Python's standard library. Otherwise a `datasets` name, Dataset, DataLoader, local
             text / jsonl file, list of strings, or token ids.
         output_dir: where the checkpoint goes; must not exist or be empty. None writes nothing.
@@ -153,7 +154,7 @@ def _needs_known_architecture(recipe: Any) -> bool:
     from llmcompressor.recipe import Recipe
 
     parsed = Recipe.create_instance(recipe)
-    own = {name for name, item in modifier_paths().items() if item.path.startswith("quad_modifiers.")}
+    own = {name for name, item in modifier_paths().items() if item.distribution.name == OWN_DISTRIBUTION}
     return any(type(modifier).__name__ in own for modifier in parsed.modifiers)
 
 
@@ -220,10 +221,10 @@ def _quantized_linears(model: torch.nn.Module) -> int:
 def _log_summary(model: PreTrainedModel, before: int, folder: Path | None, seconds: float) -> None:
     rows = [
         ("quantized linears", str(_quantized_linears(model))),
-        ("size before", gigabytes(before)),
+        ("size before", file_size(before)),
         ("time", f"{seconds:.0f} s"),
     ]
     if folder is not None:
         size = sum(os.path.getsize(file) for file in folder.glob("*.safetensors"))
-        rows.insert(2, ("size on disk", f"{gigabytes(size)} ({100 * size / before:.0f} %)"))
+        rows.insert(2, ("size on disk", f"{file_size(size)} ({100 * size / before:.0f} %)"))
     logger.info("done\n%s", table(("", ""), rows))

@@ -15,7 +15,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-from quad_modifiers.architectures import Architecture
+from quad_modifiers.model.architecture import Architecture
 from quad_modifiers.nn.packed_table import PackedTable, TiedHead
 from quad_modifiers.nn.quad_linear import QuadLinear, expand_scales
 

@@ -5,7 +5,6 @@ from typing import Any
 import torch
 from torch import nn
 
-from quad_modifiers.architectures import Architecture
 from quad_modifiers.checkpoint.format import (
     QUANT_METHOD,
     BasisFormat,
@@ -16,6 +15,7 @@ from quad_modifiers.checkpoint.format import (
     WeightFormat,
 )
 from quad_modifiers.checkpoint.tables import is_packed
+from quad_modifiers.model.architecture import Architecture
 from quad_modifiers.nn.quad_linear import QuadLinear
 
 RoleFormats = dict[str, LinearFormat]

@@ -14,11 +14,11 @@ from transformers.quantizers.auto import (
 )
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from quad_modifiers.architectures import Architecture
 from quad_modifiers.checkpoint.dequantize import dequantize_model
 from quad_modifiers.checkpoint.format import QUANT_METHOD, LinearFormat, QuadFormat, read_format
 from quad_modifiers.checkpoint.models import quad_model_type, register_models
 from quad_modifiers.checkpoint.tables import install_tables
+from quad_modifiers.model.architecture import Architecture
 from quad_modifiers.nn.packed_linear import PackedLinear
 from quad_modifiers.nn.packed_table import PackedTable
 from quad_modifiers.nn.quad_linear import QuadLinear

@@ -41,8 +41,8 @@ def set_tripwire(config: dict[str, Any]) -> None:
 
 
 def push_to_hub(model: Any, repo_id: str, **arguments: Any) -> Any:
-    """Stands in for `PreTrainedModel.push_to_hub`; see `quad_modifiers.publishing.push_to_hub`."""
-    from quad_modifiers.publishing import push_to_hub as publish_model
+    """Stands in for `PreTrainedModel.push_to_hub`; see `quad_modifiers.tools.publishing.push_to_hub`."""
+    from quad_modifiers.tools.publishing import push_to_hub as publish_model
 
     return publish_model(model, repo_id, **arguments)
 

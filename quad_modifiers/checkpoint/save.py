@@ -19,9 +19,9 @@ from quad_kernels.packing import pack_int32
 from safetensors.torch import save_file
 from torch import nn
 
-from quad_modifiers.architectures import Architecture
 from quad_modifiers.checkpoint.describe import describe_linears, quantization_config
 from quad_modifiers.checkpoint.models import push_to_hub, quad_model_type, register_models, set_tripwire
+from quad_modifiers.model.architecture import Architecture
 from quad_modifiers.nn.quad_linear import IntegerWeight, QuadLinear
 
 logger = logging.getLogger(__name__)

@@ -5,8 +5,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from quad_modifiers.architectures import Architecture
 from quad_modifiers.checkpoint.format import QuadFormat
+from quad_modifiers.model.architecture import Architecture
 from quad_modifiers.nn.packed_table import PackedEmbedding, PackedHead, PackedTable, TiedHead
 
 

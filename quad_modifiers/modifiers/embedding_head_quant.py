@@ -9,8 +9,8 @@ from llmcompressor.modifiers import Modifier
 from pydantic import Field
 from torch import nn
 
-from quad_modifiers.architectures import Architecture
 from quad_modifiers.checkpoint.tables import tie_head
+from quad_modifiers.model.architecture import Architecture
 from quad_modifiers.modifiers.preparation import begin_own_pass, prepare_model
 from quad_modifiers.nn.packed_table import BITS, PackedEmbedding, PackedHead, PackedTable
 from quad_modifiers.quantization.grid import IntegerGrid, full_range_scales, round_to_grid

@@ -18,9 +18,9 @@ from llmcompressor.modifiers import Modifier
 from pydantic import Field, PrivateAttr, model_validator
 from torch import nn
 
-from quad_modifiers.calibration.weight_pass import WeightPass
 from quad_modifiers.modifiers.preparation import begin_own_pass, calibration_batches, prepare_model
 from quad_modifiers.nn.quad_linear import QuadLinear
+from quad_modifiers.passes.weight_pass import WeightPass
 from quad_modifiers.quantization.grid import IntegerGrid, WeightScales
 from quad_modifiers.quantization.layerwise import LinearReport, WeightQuantization
 from quad_modifiers.reporting import layer_progress, table

@@ -7,9 +7,9 @@ from compressed_tensors.offload import remove_dispatch
 from llmcompressor.core import State, active_session
 from torch import nn
 
-from quad_modifiers.architectures import Architecture, check_structure, find_architecture
-from quad_modifiers.calibration.data import calibration_windows
 from quad_modifiers.checkpoint.save import attach_saver
+from quad_modifiers.data.calibration import calibration_windows
+from quad_modifiers.model.architecture import Architecture, check_structure, find_architecture
 from quad_modifiers.nn.quad_linear import QuadLinear
 from quad_modifiers.plugins import architectures
 

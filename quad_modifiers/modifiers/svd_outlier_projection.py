@@ -10,13 +10,13 @@ from pydantic import Field
 from quad_kernels.hadamard import is_hadamard_order, plan_hadamard
 from torch import nn
 
-from quad_modifiers.architectures import Architecture
 from quad_modifiers.linalg import extended_basis, outlier_basis, random_rotation, square_basis
+from quad_modifiers.model.architecture import Architecture
+from quad_modifiers.model.geometry import ModelGeometry
 from quad_modifiers.modifiers.preparation import begin_own_pass, calibration_batches, prepare_model
 from quad_modifiers.nn.input_split import InputSplit
+from quad_modifiers.passes.statistics import ActivationStatistics, collect_statistics
 from quad_modifiers.projection.apply import ResidualBasis, project_ends, project_layer, untie_head
-from quad_modifiers.projection.geometry import ModelGeometry
-from quad_modifiers.projection.statistics import ActivationStatistics, collect_statistics
 from quad_modifiers.reporting import layer_progress
 
 logger = logging.getLogger(__name__)

@@ -17,7 +17,7 @@ from quad_modifiers.plugins.manager import (
 )
 
 if TYPE_CHECKING:
-    from quad_modifiers.architectures import Architecture
+    from quad_modifiers.model.architecture import Architecture
 
 _IMPORT_PATH = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*")
 
@@ -169,7 +169,7 @@ def _architectures(manager: QuadPluginManager | None) -> dict[str, ContributedAr
                 raise PluginError(
                     f"{distribution}: quad_modifiers_architectures returned {item!r}, which has no "
                     "model_type; "
-                    "return quad_modifiers.architectures.Architecture objects"
+                    "return quad_modifiers.model.architecture.Architecture objects"
                 )
             _claim(table, model_type, ContributedArchitecture(item, distribution), "architecture")
     return table

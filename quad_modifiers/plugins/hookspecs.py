@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import pluggy
 
 if TYPE_CHECKING:
-    from quad_modifiers.architectures import Architecture
+    from quad_modifiers.model.architecture import Architecture
 
 PROJECT_NAME = "quad_modifiers"
 """Project name of pluggy and name of the entry-point group."""

@@ -8,7 +8,7 @@ c x Q / rms(x): writers are multiplied by c, readers divided by it. docs/concept
 import torch
 from torch import nn
 
-from quad_modifiers.architectures import Architecture
+from quad_modifiers.model.architecture import Architecture
 from quad_modifiers.nn.input_split import InputSplit
 from quad_modifiers.nn.quad_linear import QuadLinear
 

@@ -10,10 +10,10 @@ from typing import Any, NamedTuple
 import torch
 from transformers import AutoModelForCausalLM
 
-from quad_modifiers.architectures import Architecture
 from quad_modifiers.checkpoint.format import LinearFormat, QuadFormat
 from quad_modifiers.checkpoint.models import quad_model_type
 from quad_modifiers.checkpoint.tables import install_tables
+from quad_modifiers.model.architecture import Architecture
 from quad_modifiers.nn.packed_table import PackedTable
 
 _LISTED = 5  # tensors named in one error message

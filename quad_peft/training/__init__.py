@@ -7,18 +7,18 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from quad_peft.training.checkpoint import merge as merge
-    from quad_peft.training.loop import TuningSettings as TuningSettings
-    from quad_peft.training.run import FinetuneResult as FinetuneResult
-    from quad_peft.training.run import finetune as finetune
+    from quad_peft.training.finetuning import FinetuneResult as FinetuneResult
+    from quad_peft.training.finetuning import finetune as finetune
     from quad_peft.training.trainer import QuadTrainer as QuadTrainer
     from quad_peft.training.trainer import StopOnNonFinite as StopOnNonFinite
+    from quad_peft.training.tuning_loop import TuningSettings as TuningSettings
 
 _MODULES = {
-    "FinetuneResult": "run",
+    "FinetuneResult": "finetuning",
     "QuadTrainer": "trainer",
     "StopOnNonFinite": "trainer",
-    "TuningSettings": "loop",
-    "finetune": "run",
+    "TuningSettings": "tuning_loop",
+    "finetune": "finetuning",
     "merge": "checkpoint",
 }
 __all__ = ["FinetuneResult", "QuadTrainer", "StopOnNonFinite", "TuningSettings", "finetune", "merge"]

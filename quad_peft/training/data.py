@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.utils.data import Dataset
 
-from quad_modifiers.calibration.sources import Purpose, Resolved, TokenRows, TokenStream, is_local_file, resolve
-from quad_modifiers.text.calibration_texts import DESCRIPTION
-from quad_modifiers.text.windows import token_stream
+from quad_modifiers.data.calibration_texts import DESCRIPTION
+from quad_modifiers.data.sources import Purpose, Resolved, TokenRows, TokenStream, is_local_file, resolve
+from quad_modifiers.data.windows import token_stream
 from quad_peft.training.losses import IGNORED
 
 if TYPE_CHECKING:

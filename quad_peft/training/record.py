@@ -3,10 +3,10 @@
 from pathlib import Path
 from typing import Any
 
-from quad_modifiers.publishing.tuning import TunedQuality, Tuning
+from quad_modifiers.records.tuning_record import TunedQuality, Tuning
 from quad_peft.training.data import TrainingData
-from quad_peft.training.loop import Outcome, TuningSettings
 from quad_peft.training.measure import Quality
+from quad_peft.training.tuning_loop import Outcome, TuningSettings
 
 
 def tuning_record(
@@ -65,6 +65,6 @@ def _quality(quality: Quality) -> TunedQuality:
 def _versions() -> dict[str, str]:
     from importlib.metadata import version
 
-    from quad_modifiers.evaluation.machine import package_versions
+    from quad_modifiers.records.machine import package_versions
 
     return {**package_versions(), "peft": version("peft")}

@@ -12,12 +12,12 @@ pytest.importorskip("peft")
 pytest.importorskip("llmcompressor")
 pytest.importorskip("lm_eval")
 
-from quad_modifiers.bench import published
-from quad_modifiers.bench.published import SETTINGS, Setting, main
 from quad_modifiers.checkpoint.format import read_format
-from quad_modifiers.publishing.evaluation import read_evaluation
-from quad_modifiers.publishing.inventory import read_inventory
 from quad_modifiers.recipe import check_recipe
+from quad_modifiers.records.evaluation_record import read_evaluation
+from quad_modifiers.records.inventory import read_inventory
+from quad_modifiers.tools.bench import published
+from quad_modifiers.tools.bench.published import SETTINGS, Setting, main
 
 
 @pytest.mark.parametrize("name", SETTINGS)

@@ -13,14 +13,14 @@ pytest.importorskip("peft")
 pytest.importorskip("llmcompressor")
 pytest.importorskip("gensim")
 
-from quad_modifiers.bench import measure as measuring
-from quad_modifiers.bench.__main__ import main
-from quad_modifiers.bench.measure import Measurement, measure_here
-from quad_modifiers.bench.rows import Row
-from quad_modifiers.bench.table import read_measurements, render
-from quad_modifiers.bench.texts import CODE, NEWS
-from quad_modifiers.publishing.evaluation import Comparison, Evaluation
-from quad_modifiers.publishing.tuning import read_tuning
+from quad_modifiers.records.evaluation_record import Comparison, Evaluation
+from quad_modifiers.records.tuning_record import read_tuning
+from quad_modifiers.tools.bench import quality as measuring
+from quad_modifiers.tools.bench.__main__ import main
+from quad_modifiers.tools.bench.quality import Measurement, measure_here
+from quad_modifiers.tools.bench.quality_table import read_measurements, render
+from quad_modifiers.tools.bench.rows import Row
+from quad_modifiers.tools.bench.texts import CODE, NEWS
 from quad_peft.training import checkpoint
 
 RECIPE = """
@@ -68,7 +68,7 @@ def test_rows_on_a_toy(toy_checkpoint: Callable[..., Path], monkeypatch: pytest.
         task = average(91.0, 81.0).model_copy(update={"task": "a"})
         return Evaluation(format_version=1, comparisons=[task], average=average(90.0, 80.0))
 
-    monkeypatch.setattr("quad_modifiers.evaluation.evaluate", evaluate)
+    monkeypatch.setattr("quad_modifiers.tools.evaluation.evaluator", evaluate)
     merged = []
 
     def merge(quad: Path, adapter: Path, output: Path) -> None:
@@ -101,7 +101,7 @@ def test_headline_rows_are_measured_with_every_seed(
         asked.append((row, seed))
         return measured(row, seed)
 
-    monkeypatch.setattr("quad_modifiers.bench.__main__.measure", measure)
+    monkeypatch.setattr("quad_modifiers.tools.bench.__main__.measure", measure)
     results = tmp_path / "new" / "quality.jsonl"
     arguments = ["--models", "smollm2", "--rows", "full_precision", "quad_w4a4", "--results", str(results)]
     assert main(["quality", *arguments]) == 0
@@ -123,7 +123,7 @@ def test_an_interrupted_table_goes_on_where_it_was(
         asked.append(seed)
         return measured(row, seed)
 
-    monkeypatch.setattr("quad_modifiers.bench.__main__.measure", measure)
+    monkeypatch.setattr("quad_modifiers.tools.bench.__main__.measure", measure)
     results = tmp_path / "quality.jsonl"
     arguments = ["quality", "--models", "smollm2", "--rows", "quad_w4a4", "--results", str(results), "--missing"]
     assert main([*arguments, "--seeds", "0"]) == 0

@@ -14,9 +14,10 @@ pytest.importorskip("peft")
 pytest.importorskip("llmcompressor")
 pytest.importorskip("gensim")
 
-from quad_modifiers.bench import tuning, tuning_peers
-from quad_modifiers.bench.__main__ import main
-from quad_modifiers.text import news_articles
+from quad_modifiers.data import news_articles
+from quad_modifiers.tools.bench import tuning_benchmark as tuning
+from quad_modifiers.tools.bench import tuning_peers
+from quad_modifiers.tools.bench.__main__ import main
 from quad_peft import get_outlier_model
 
 RECIPE = """
@@ -69,7 +70,7 @@ def test_results_are_kept_with_the_machine(
 ) -> None:
     texts = {"some": lambda: ["one word after another "] * 300, "other": lambda: ["def nothing(): pass\n"] * 300}
     monkeypatch.setattr(tuning, "TEXTS", texts)
-    monkeypatch.setattr("quad_modifiers.bench.__main__.TEXTS", texts)
+    monkeypatch.setattr("quad_modifiers.tools.bench.__main__.TEXTS", texts)
     results = tmp_path / "tuning.jsonl"
     assert main(["tuning", *folders[:2], "--windows", "2", "--results", str(results)]) == 0
     rows = [json.loads(line) for line in results.read_text().splitlines()]

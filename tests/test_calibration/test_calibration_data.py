@@ -5,7 +5,7 @@ import pytest
 import torch
 from torch.utils.data import DataLoader
 
-from quad_modifiers.calibration import as_dataloader, calibration_windows
+from quad_modifiers.data import as_dataloader, calibration_windows
 
 TEXTS = [
     f"Document {index}: the bridge was measured {index * 7} times by engineer {index}. " * 6 for index in range(40)
@@ -69,7 +69,7 @@ def test_one_window_of_each_stretch_is_drawn(windows_of):
 
 
 def test_large_data_is_sampled_by_document(windows_of, monkeypatch):
-    monkeypatch.setattr("quad_modifiers.calibration.data._CHARACTER_LIMIT", 100)
+    monkeypatch.setattr("quad_modifiers.data.calibration._CHARACTER_LIMIT", 100)
     seen = set()
 
     class Counting(list):

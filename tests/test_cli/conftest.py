@@ -15,7 +15,7 @@ import pytest
 import torch
 
 import quad_modifiers
-from quad_modifiers.cli import main
+from quad_modifiers.tools.cli import main
 
 ROOT = Path(quad_modifiers.__file__).parents[1]
 RECIPE = """

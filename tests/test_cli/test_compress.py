@@ -13,7 +13,7 @@ import pytest
 from safetensors.torch import load_file
 
 import quad_modifiers
-from quad_modifiers.cli import footprint
+from quad_modifiers.tools.cli import footprint
 
 pytest.importorskip("llmcompressor")
 

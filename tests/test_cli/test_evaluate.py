@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 
-from quad_modifiers.cli.console import print_table
-from quad_modifiers.evaluation.cache import CACHE_VARIABLE
-from quad_modifiers.publishing.evaluation import Evaluation
+from quad_modifiers.records.evaluation_record import Evaluation
+from quad_modifiers.tools.console import print_table
+from quad_modifiers.tools.evaluation.cache import CACHE_VARIABLE
 
 pytest.importorskip("lm_eval")
 pytest.importorskip("gensim")
@@ -90,7 +90,7 @@ def test_results_are_not_replaced_by_less(quad, model: Path, text: Path) -> None
 def test_bad_input(
     quad, model: Path, arguments: tuple[str, ...], code: int, message: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("quad_modifiers.evaluation.evaluator._measure", None)  # nothing is measured before
+    monkeypatch.setattr("quad_modifiers.tools.evaluation.evaluator._measure", None)  # nothing is measured before
     done = quad("eval", *(each.format(model=model) for each in arguments))
     assert (done.code, done.out) == (code, "")
     assert message in done.err
@@ -104,7 +104,7 @@ def test_offline_adds_the_offline_tasks(quad, model: Path, monkeypatch: pytest.M
         asked.append(tasks)
         raise RuntimeError("enough")
 
-    monkeypatch.setattr("quad_modifiers.evaluation.evaluator.evaluate", stop)
+    monkeypatch.setattr("quad_modifiers.tools.evaluation.evaluator.evaluate", stop)
     for options in (
         (),
         ("--offline",),
@@ -136,7 +136,7 @@ def test_what_a_run_must_cover(quad, model: Path, toy_checkpoint: Any, text: Pat
 
 
 def test_the_group_covers_its_tasks(quad, model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("quad_modifiers.evaluation.evaluator.evaluate", _enough)
+    monkeypatch.setattr("quad_modifiers.tools.evaluation.evaluator.evaluate", _enough)
     everything = ["quad_lastword", "quad_continuation", "quad_code", "quad_wordppl"]
     for old, new in (("quad_code", "quad_offline"), ("quad_offline", ",".join(everything))):
         (model / "evaluation.json").write_text(json.dumps({"format_version": 1, "tasks": [old]}))
@@ -146,7 +146,7 @@ def test_the_group_covers_its_tasks(quad, model: Path, monkeypatch: pytest.Monke
 def test_a_failed_write_does_not_take_the_table_along(
     quad, model: Path, monkeypatch: pytest.MonkeyPatch, text: Path
 ) -> None:
-    monkeypatch.setattr("quad_modifiers.publishing.evaluation.replace_file", _enough)
+    monkeypatch.setattr("quad_modifiers.records.evaluation_record.replace_file", _enough)
     done = quad("eval", model, "--tasks", "", "--perplexity", text, "--window-length", 32, "--limit", 2)
     assert done.code == 1
     assert "text.txt" in done.out
@@ -171,7 +171,7 @@ def test_tasks_of_other_metrics_are_shown(quad, model: Path, monkeypatch: pytest
     found = Evaluation(
         format_version=1, results=results, baseline="org/x", baseline_results={"squad": {"f1,none": 0.25}}
     )
-    monkeypatch.setattr("quad_modifiers.evaluation.evaluator.evaluate", lambda *_, **__: found)
+    monkeypatch.setattr("quad_modifiers.tools.evaluation.evaluator.evaluate", lambda *_, **__: found)
     done = quad("eval", model, "--no-perplexity")
     (row,) = [line.split() for line in done.out.splitlines() if "f1" in line]
     assert row == ["squad", "f1", "0.123", "0.250"]

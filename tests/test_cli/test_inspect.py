@@ -14,7 +14,7 @@ pytest.importorskip("matplotlib")
 @pytest.fixture(autouse=True)
 def _undrawn(monkeypatch: pytest.MonkeyPatch) -> None:
     """Leave the charts blank: tests/test_inspection draws them."""
-    from quad_modifiers.inspection import figures
+    from quad_modifiers.tools.inspection import figures
 
     monkeypatch.setattr(figures, "draw", lambda chart: figures.Drawn(chart, "<svg></svg>", b"\x89PNG"))
 

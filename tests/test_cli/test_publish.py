@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from quad_modifiers import publishing
-from quad_modifiers.publishing import HubError
+from quad_modifiers.tools import publishing
+from quad_modifiers.tools.publishing import HubError
 
 
 @pytest.fixture

@@ -10,12 +10,12 @@ from pathlib import Path
 import pytest
 
 import quad_modifiers
-from quad_modifiers.cli import main as entry
-from quad_modifiers.cli import recipes
-from quad_modifiers.cli.errors import describe, exit_code
 from quad_modifiers.plugins import PluginWarning
 from quad_modifiers.recipe import RecipeError
 from quad_modifiers.recipe.problems import Problem
+from quad_modifiers.tools.cli import main as entry
+from quad_modifiers.tools.cli import recipes
+from quad_modifiers.tools.cli.errors import describe, exit_code
 
 COMMANDS = [
     ("compress",),

@@ -27,7 +27,7 @@ def run(code: str) -> str:
 
 @pytest.mark.parametrize("arguments", [["--help"], ["--version"], ["compress", "--help"], ["publish", "--help"]])
 def test_help_imports_nothing_heavy(arguments: list[str]) -> None:
-    output = run(f"import sys; from quad_modifiers.cli import main; main({arguments}); print(*sys.modules)")
+    output = run(f"import sys; from quad_modifiers.tools.cli import main; main({arguments}); print(*sys.modules)")
     assert HEAVY & set(output.splitlines()[-1].split()) == set()
 
 

@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from quad_modifiers.demo import models
-from quad_modifiers.demo.__main__ import main
+from quad_modifiers.tools.demo import models
+from quad_modifiers.tools.demo.__main__ import main
 
 
 @pytest.fixture

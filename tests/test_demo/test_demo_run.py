@@ -3,7 +3,7 @@ import shutil
 import pytest
 
 import quad_modifiers
-from quad_modifiers.demo import run as demo
+from quad_modifiers.tools.demo import demonstrate as demo
 
 
 @pytest.fixture

@@ -6,8 +6,8 @@ import re
 from pathlib import Path
 from statistics import median
 
-from quad_modifiers.bench.measure import Measurement
-from quad_modifiers.bench.table import of_row, read_measurements
+from quad_modifiers.tools.bench.quality import Measurement
+from quad_modifiers.tools.bench.quality_table import of_row, read_measurements
 
 from .pages import ROOT
 

@@ -8,7 +8,7 @@ from importlib.util import find_spec
 from .pages import ROOT
 
 API = ROOT / "docs" / "reference" / "api"
-COMMAND_LINE = "quad_modifiers.cli"  # docs/reference/cli.md
+COMMAND_LINE = "quad_modifiers.tools.cli"  # docs/reference/cli.md
 
 
 def shown_modules() -> list[str]:

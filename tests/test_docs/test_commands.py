@@ -9,7 +9,7 @@ from collections.abc import Iterator
 import pytest
 from typer.main import get_command
 
-from quad_modifiers.cli.main import app
+from quad_modifiers.tools.cli.main import app
 
 from .pages import PAGES, ROOT, blocks, shown
 

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from quad_modifiers.bench.measure import Measurement
-from quad_modifiers.bench.rows import QUALITY
-from quad_modifiers.publishing.evaluation import Comparison
+from quad_modifiers.records.evaluation_record import Comparison
+from quad_modifiers.tools.bench.quality import Measurement
+from quad_modifiers.tools.bench.rows import QUALITY
 
 from .measurements import MODELS, REFERENCE, filled_in, measurements
 from .pages import ROOT

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import quad_modifiers
-from quad_modifiers.evaluation.cache import CACHE_VARIABLE
+from quad_modifiers.tools.evaluation.cache import CACHE_VARIABLE
 
 RECIPE = """
 quad_stage:

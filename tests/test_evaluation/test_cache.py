@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from quad_modifiers.evaluation import cache
+from quad_modifiers.tools.evaluation import cache
 
 KEY = {"model": "abc", "task": "a", "limit": None}
 

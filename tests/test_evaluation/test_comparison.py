@@ -6,8 +6,8 @@ import math
 
 import pytest
 
-from quad_modifiers.evaluation.comparison import average, compare, ratio_interval
-from quad_modifiers.evaluation.task_run import TaskRun
+from quad_modifiers.tools.evaluation.comparison import average, compare, ratio_interval
+from quad_modifiers.tools.evaluation.task_run import TaskRun
 
 
 def accuracy(right: int, of: int, chance: float = 0.25, metric: str = "acc") -> TaskRun:

@@ -10,9 +10,9 @@ import pytest
 pytest.importorskip("lm_eval")
 pytest.importorskip("gensim")
 
-from quad_modifiers.evaluation import evaluate, evaluator
-from quad_modifiers.publishing import read_evaluation
-from quad_modifiers.publishing.evaluation import EVALUATION_NAME, Evaluation, task_scores, write_evaluation
+from quad_modifiers.records.evaluation_record import EVALUATION_NAME, Evaluation, task_scores, write_evaluation
+from quad_modifiers.tools.evaluation import evaluate, evaluator
+from quad_modifiers.tools.publishing import read_evaluation
 
 TASKS = ["quad_continuation", "quad_wordppl"]
 

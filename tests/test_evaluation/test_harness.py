@@ -19,8 +19,8 @@ pytest.importorskip("gensim")
 from lm_eval import tasks as lm_eval_tasks
 from lm_eval.api.registry import get_model
 
-from quad_modifiers.evaluation import __main__ as command_line
-from quad_modifiers.evaluation import harness
+from quad_modifiers.tools.evaluation import __main__ as command_line
+from quad_modifiers.tools.evaluation import harness
 
 ROOT = Path(quad_modifiers.__file__).parents[1]
 HUB_TASK = "task: a_hub_task\ndataset_path: nobody/nothing\noutput_type: loglikelihood\ntest_split: test\n"
@@ -43,12 +43,12 @@ def test_the_model_type_is_registered_beside_those_of_lm_eval() -> None:
 
 
 def test_registering_imports_no_model_code() -> None:
-    code = "import sys; from quad_modifiers.evaluation.harness import register; register(); print(*sys.modules)"
+    code = "import sys; from quad_modifiers.tools.evaluation.harness import register; register(); print(*sys.modules)"
     environment = {**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'kernels'}"}
     done = subprocess.run(
         [sys.executable, "-W", "ignore", "-c", code], env=environment, capture_output=True, text=True, check=True
     )
-    assert "quad_modifiers.evaluation.lm" not in done.stdout.split()
+    assert "quad_modifiers.tools.evaluation.lm" not in done.stdout.split()
 
 
 def test_every_task_file_is_listed() -> None:
@@ -126,11 +126,11 @@ def test_lm_evals_command_line(toy_checkpoint, tmp_path: Path) -> None:
     arguments += ["--tasks", "quad_continuation", "--limit", "2", "--output_path", str(tmp_path / "results")]
     environment = {**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'kernels'}"}
     run = partial(subprocess.run, env=environment, capture_output=True, text=True, check=False, cwd=tmp_path)
-    done = run([sys.executable, "-m", "quad_modifiers.evaluation", *arguments])
+    done = run([sys.executable, "-m", "quad_modifiers.tools.evaluation", *arguments])
     assert done.returncode == 0, done.stderr
     assert "|quad_continuation|" in done.stdout
     assert list((tmp_path / "results").rglob("*.json"))
-    assert "usage: lm-eval" in run([sys.executable, "-m", "quad_modifiers.evaluation", "--help"]).stdout
+    assert "usage: lm-eval" in run([sys.executable, "-m", "quad_modifiers.tools.evaluation", "--help"]).stdout
 
 
 def test_the_users_tasks_stay(monkeypatch: pytest.MonkeyPatch) -> None:

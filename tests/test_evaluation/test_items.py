@@ -8,9 +8,9 @@ from hashlib import sha256
 
 import pytest
 
-from quad_modifiers.evaluation import items
-from quad_modifiers.evaluation.prose import paragraphs, word_count
-from quad_modifiers.text import stdlib_code, wikipedia_articles
+from quad_modifiers.data import stdlib_code, wikipedia_articles
+from quad_modifiers.tools.evaluation import items
+from quad_modifiers.tools.evaluation.prose import paragraphs, word_count
 
 pytest.importorskip("gensim")
 

@@ -12,8 +12,8 @@ pytest.importorskip("lm_eval")
 
 from lm_eval.api.instance import Instance
 
-from quad_modifiers.evaluation.lm import QuadLM
 from quad_modifiers.nn.quad_linear import QuadLinear
+from quad_modifiers.tools.evaluation.lm import QuadLM
 
 REQUESTS = [
     ("Seven wizards mixed", " a jug"),

@@ -3,7 +3,7 @@ import math
 import pytest
 import torch
 
-from quad_modifiers.evaluation import perplexity
+from quad_modifiers.tools.evaluation import perplexity
 
 
 @pytest.fixture
@@ -80,7 +80,7 @@ def test_bad_batch_size(make_toy, windows):
 def test_smollm2_on_held_out_wikipedia(smollm2):
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    from quad_modifiers.text import token_windows, wikipedia_articles
+    from quad_modifiers.data import token_windows, wikipedia_articles
 
     tokenizer = AutoTokenizer.from_pretrained(smollm2)
     windows = token_windows(tokenizer, wikipedia_articles("held_out"), 512, 8, seed=0)

@@ -68,6 +68,6 @@ def make_checkpoint(tmp_path_factory: pytest.TempPathFactory, make_toy, toy_toke
 @pytest.fixture
 def undrawn(monkeypatch: pytest.MonkeyPatch) -> None:
     """Leave the charts blank, which takes most of the time of a toy's report."""
-    from quad_modifiers.inspection import figures
+    from quad_modifiers.tools.inspection import figures
 
     monkeypatch.setattr(figures, "draw", lambda chart: figures.Drawn(chart, "<svg></svg>", b"\x89PNG"))

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file
 
-from quad_modifiers.inspection import compare_checkpoints
-from quad_modifiers.inspection.compare_table import comparison_rows
+from quad_modifiers.tools.inspection import compare_checkpoints
+from quad_modifiers.tools.inspection.compare_table import comparison_rows
 
 pytest.importorskip("llmcompressor")
 

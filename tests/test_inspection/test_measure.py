@@ -8,17 +8,17 @@ import pytest
 import torch
 from quad_kernels import InputQuantization, RMSNorm
 
-from quad_modifiers.architectures import Architecture
-from quad_modifiers.evaluation import perplexity
-from quad_modifiers.inspection.measure import trials
-from quad_modifiers.inspection.measure.groups import INPUT_GRIDS
-from quad_modifiers.inspection.measure.inputs import measure_inputs, measure_surfaces
-from quad_modifiers.inspection.measure.loss import LossMeter, Reference
-from quad_modifiers.inspection.measure.spectrum import candidate_ranks, errors_by_rank, measure_spectrum
-from quad_modifiers.inspection.measure.weights import RoundedWeights, measure_weights
+from quad_modifiers.model.architecture import Architecture
+from quad_modifiers.model.geometry import ModelGeometry
 from quad_modifiers.nn.quad_linear import QuadLinear
-from quad_modifiers.projection.geometry import ModelGeometry
-from quad_modifiers.projection.statistics import collect_statistics
+from quad_modifiers.passes.statistics import collect_statistics
+from quad_modifiers.tools.evaluation import perplexity
+from quad_modifiers.tools.inspection.measure import trials
+from quad_modifiers.tools.inspection.measure.groups import INPUT_GRIDS
+from quad_modifiers.tools.inspection.measure.inputs import measure_inputs, measure_surfaces
+from quad_modifiers.tools.inspection.measure.loss import LossMeter, Reference
+from quad_modifiers.tools.inspection.measure.spectrum import candidate_ranks, errors_by_rank, measure_spectrum
+from quad_modifiers.tools.inspection.measure.weights import RoundedWeights, measure_weights
 
 LLAMA = Architecture("llama")
 
@@ -34,7 +34,7 @@ def wrapped(model):
 
 class TestSpectrum:
     def test_is_that_of_the_projection(self, make_toy, windows, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr("quad_modifiers.calibration.blockwise._fast_bfloat16", lambda _: False)
+        monkeypatch.setattr("quad_modifiers.passes.blockwise._fast_bfloat16", lambda _: False)
         model = make_toy("llama")
         statistics = collect_statistics(model, LLAMA, [{"input_ids": w} for w in windows], ModelGeometry.of(model))
         expected = torch.linalg.eigvalsh(statistics.residual).flip(0)

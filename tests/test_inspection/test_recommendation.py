@@ -6,9 +6,9 @@ from dataclasses import replace
 
 import pytest
 
-from quad_modifiers.inspection.measure.results import Inspection, LossRow, Settings, Spectrum, Subject
-from quad_modifiers.inspection.recommendation import recommend
 from quad_modifiers.recipe import list_recipes
+from quad_modifiers.tools.inspection.measure.results import Inspection, LossRow, Settings, Spectrum, Subject
+from quad_modifiers.tools.inspection.recommendation import recommend
 
 SUBJECT = Subject("toy", "model", "llama", 30, 576, 100_000_000, 1_000_000, 64, "extended", "quad_w4a4")
 SETTINGS = Settings("text", 16, 4, 512, 0, {}, "machine")

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from quad_modifiers.inspection import inspect_model
-from quad_modifiers.inspection.report import _title
+from quad_modifiers.tools.inspection import inspect_model
+from quad_modifiers.tools.inspection.model_report import _title
 
 pytest.importorskip("llmcompressor")
 pytest.importorskip("matplotlib")
@@ -146,7 +146,7 @@ def test_files(kind: str, request: pytest.FixtureRequest) -> None:
 def test_a_name_with_markup_is_text(of_a_model) -> None:
     from dataclasses import replace
 
-    from quad_modifiers.inspection.report import inspection_page
+    from quad_modifiers.tools.inspection.model_report import inspection_page
 
     found = of_a_model[0]
     renamed = replace(found, subject=replace(found.subject, name="a/<b>&model", recipe="<i>mine</i>"))
@@ -163,7 +163,7 @@ def test_nothing_is_left_of_a_failure(
     def broken(*_: object) -> str:
         raise RuntimeError("no page")
 
-    monkeypatch.setattr("quad_modifiers.inspection.report.inspection_page", broken)
+    monkeypatch.setattr("quad_modifiers.tools.inspection.model_report.inspection_page", broken)
     with pytest.raises(RuntimeError, match="no page"):
         inspect_model(
             toy_checkpoint("llama"), tmp_path / "out", recipe=str(recipe_file), dataset=str(text_file), **SHORT
@@ -208,7 +208,7 @@ class TestBadInput:
             inspect_model(make_checkpoint(8), tmp_path / "out", **option)
 
     def test_nothing_is_loaded_before(self, make_checkpoint, toy_checkpoint, tmp_path: Path, monkeypatch) -> None:
-        monkeypatch.setattr("quad_modifiers.inspection.subject.Candidate.load", None)
+        monkeypatch.setattr("quad_modifiers.tools.inspection.opening.Candidate.load", None)
         for model in (make_checkpoint(8), toy_checkpoint("llama")):
             with pytest.raises(FileNotFoundError, match=r"nothing\.txt"):
                 inspect_model(model, tmp_path / "out", dataset="./nothing.txt")

@@ -6,9 +6,9 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from quad_modifiers.architectures import Architecture
-from quad_modifiers.inspection.measure.stream import StreamMap, measure_blocks
-from quad_modifiers.inspection.projected import project, projection_of
+from quad_modifiers.model.architecture import Architecture
+from quad_modifiers.tools.inspection.measure.stream import StreamMap, measure_blocks
+from quad_modifiers.tools.inspection.projected import project, projection_of
 
 LLAMA = Architecture("llama")
 

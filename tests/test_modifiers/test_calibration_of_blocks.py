@@ -5,11 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 
-from quad_modifiers.architectures import Architecture
-from quad_modifiers.calibration import blockwise
-from quad_modifiers.calibration.blockwise import BlockSegments, first_block_inputs
-from quad_modifiers.projection.geometry import ModelGeometry
-from quad_modifiers.projection.statistics import collect_statistics
+from quad_modifiers.model.architecture import Architecture
+from quad_modifiers.model.geometry import ModelGeometry
+from quad_modifiers.passes import blockwise
+from quad_modifiers.passes.blockwise import BlockSegments, first_block_inputs
+from quad_modifiers.passes.statistics import collect_statistics
 
 
 @pytest.fixture(autouse=True)

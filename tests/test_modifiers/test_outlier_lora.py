@@ -13,11 +13,11 @@ pytest.importorskip("peft")
 
 from quad_modifiers.modifiers.dynamic_act_quant import DynamicActQuant
 from quad_modifiers.modifiers.embedding_head_quant import EmbeddingHeadQuant
-from quad_modifiers.modifiers.outlier_lora import OutlierLoRA
 from quad_modifiers.modifiers.outlier_split_gptq import OutlierSplitGPTQ
 from quad_modifiers.modifiers.svd_outlier_projection import SVDOutlierProjection
 from quad_modifiers.nn.quad_linear import QuadLinear
 from quad_modifiers.recipe import validate_modifiers
+from quad_peft.modifier import OutlierLoRA
 
 
 def before_tuning() -> list:

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch.utils.data import DataLoader
 
-from quad_modifiers.calibration import as_dataloader
+from quad_modifiers.data import as_dataloader
 from quad_peft.training.data import Collator, training_data
 from quad_peft.training.losses import IGNORED
 
@@ -61,7 +61,7 @@ def test_a_draw_leaves_the_validation_samples_alone() -> None:
 
 def test_default_is_the_calibration_half(toy_tokenizer) -> None:
     pytest.importorskip("gensim")
-    from quad_modifiers.text import wikipedia_articles
+    from quad_modifiers.data import wikipedia_articles
 
     data = training_data(None, toy_tokenizer, length=512, samples=4, validation=0.25)
     held_out = "\n\n".join(wikipedia_articles("held_out"))

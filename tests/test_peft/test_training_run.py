@@ -16,9 +16,9 @@ pytest.importorskip("llmcompressor")
 pytest.importorskip("peft")
 
 from quad_modifiers import oneshot
-from quad_modifiers.publishing.tuning import read_tuning
+from quad_modifiers.records.tuning_record import read_tuning
 from quad_peft.training import TuningSettings, finetune, merge
-from quad_peft.training import loop as loop_module
+from quad_peft.training import tuning_loop as loop_module
 from quad_peft.training.curve import CURVE_NUMBERS, CURVE_PICTURE
 from quad_peft.training.measure import Quality
 from quad_peft.training.trainer import NonFiniteError, QuadTrainer
@@ -348,7 +348,7 @@ def test_a_corrected_original_needs_no_cleaning_up(checkpoint, original, make_to
         finetune(checkpoint, tmp_path / "a", original=tmp_path / "typo", **arguments)
     assert list(tmp_path.iterdir()) == []
     with monkeypatch.context() as patch:  # as when the original does not fit into memory
-        patch.setattr("quad_peft.training.run._teacher", None)
+        patch.setattr("quad_peft.training.finetuning._teacher", None)
         with pytest.raises(TypeError):
             finetune(checkpoint, tmp_path / "a", **arguments)
     finetune(checkpoint, tmp_path / "a", original=original, **arguments)

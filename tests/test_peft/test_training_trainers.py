@@ -17,7 +17,7 @@ pytest.importorskip("peft")
 
 import quad_modifiers
 from quad_modifiers import oneshot
-from quad_modifiers.publishing.tuning import read_tuning
+from quad_modifiers.records.tuning_record import read_tuning
 from quad_peft import get_outlier_model
 from quad_peft.training.data import Collator, Samples
 from quad_peft.training.losses import IGNORED

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from quad_modifiers.publishing import plan
-from quad_modifiers.publishing.card import read_card, write_card
+from quad_modifiers.tools.publishing import plan
+from quad_modifiers.tools.publishing.card import read_card, write_card
 
 REPO = "me/toy-quad"
 

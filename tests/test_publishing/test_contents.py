@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file
 
-from quad_modifiers.publishing.contents import check_contents
-from quad_modifiers.publishing.inventory import read_inventory
+from quad_modifiers.records.inventory import read_inventory
+from quad_modifiers.tools.publishing.contents import check_contents
 
 
 def test_inventory_adds_up(checkpoint: Path) -> None:

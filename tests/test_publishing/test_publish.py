@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from quad_modifiers.publishing import HubError, plan, publish
+from quad_modifiers.tools.publishing import HubError, plan, publish
 
 # huggingface_hub hands httpx a file in a way that httpx deprecates.
 pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=<...>' to upload raw bytes:DeprecationWarning")

@@ -8,7 +8,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from quad_modifiers.publishing import push_to_hub
+from quad_modifiers.tools.publishing import push_to_hub
 
 # huggingface_hub hands httpx a file in a way that httpx deprecates.
 pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=<...>' to upload raw bytes:DeprecationWarning")

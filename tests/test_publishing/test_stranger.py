@@ -9,8 +9,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from quad_modifiers.publishing import check_as_stranger
-from quad_modifiers.publishing.stranger import look
+from quad_modifiers.tools.publishing import check_as_stranger
+from quad_modifiers.tools.publishing.stranger import look
 
 OUTLIER = "model.layers.1.self_attn.q_proj.outlier.weight"
 

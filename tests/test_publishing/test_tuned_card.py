@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from quad_modifiers.publishing import plan
-from quad_modifiers.publishing.tuning import TUNING_NAME, TunedQuality, Tuning, read_tuning
+from quad_modifiers.records.tuning_record import TUNING_NAME, TunedQuality, Tuning, read_tuning
+from quad_modifiers.tools.publishing import plan
 
 RECORD = Tuning(
     loss="distillation",

@@ -9,8 +9,8 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from quad_modifiers import oneshot
-from quad_modifiers.evaluation import perplexity
-from quad_modifiers.text import token_windows, wikipedia_articles
+from quad_modifiers.data import token_windows, wikipedia_articles
+from quad_modifiers.tools.evaluation import perplexity
 
 pytestmark = pytest.mark.slow
 

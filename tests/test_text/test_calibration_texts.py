@@ -6,7 +6,7 @@ import pytest
 
 pytest.importorskip("gensim")
 
-from quad_modifiers.text import calibration_texts, stdlib_code, wikipedia_articles
+from quad_modifiers.data import calibration_texts, stdlib_code, wikipedia_articles
 
 
 def test_articles_and_modules_of_the_calibration_halves() -> None:

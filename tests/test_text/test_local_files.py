@@ -2,7 +2,7 @@ import json
 
 import pytest
 
-from quad_modifiers.text import local_texts
+from quad_modifiers.data import local_texts
 
 
 def write(path, content):

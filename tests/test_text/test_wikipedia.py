@@ -4,8 +4,8 @@ import sys
 
 import pytest
 
-from quad_modifiers.text import stdlib_code, wikipedia, wikipedia_articles
-from quad_modifiers.text.wikipedia import clean_article
+from quad_modifiers.data import stdlib_code, wikipedia, wikipedia_articles
+from quad_modifiers.data.wikipedia import clean_article
 
 
 def test_halves_are_disjoint_and_in_file_order():
@@ -63,7 +63,7 @@ def test_stdlib_code_is_code_in_two_halves():
 
 def test_importing_text_and_calibration_stays_light():
     code = (
-        "import sys, quad_modifiers.text.wikipedia, quad_modifiers.calibration.data, quad_modifiers.evaluation;"
+        "import sys, quad_modifiers.data.wikipedia, quad_modifiers.data.calibration, quad_modifiers.tools.evaluation;"
         "print([name for name in ('llmcompressor', 'gensim', 'datasets') if name in sys.modules])"
     )
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from quad_modifiers.text import token_windows
+from quad_modifiers.data import token_windows
 
 TEXTS = ["The quick brown fox jumps over the lazy dog. " * 20, "", "Seven wizards mix a jug of liquid. " * 20]
 

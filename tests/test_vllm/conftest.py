@@ -13,9 +13,9 @@ import torch
 from safetensors.torch import save_file
 
 import quad_modifiers  # noqa: F401  (teaches transformers the format)
-from quad_modifiers.architectures import BUILTIN_ARCHITECTURES
 from quad_modifiers.checkpoint.format import InputFormat, LinearFormat, QuadFormat, TableFormat, WeightFormat
 from quad_modifiers.checkpoint.models import quad_config_class, set_tripwire
+from quad_modifiers.model.architecture import BUILTIN_ARCHITECTURES
 from quad_modifiers.vllm_plugin.tensors import TensorSpec, expected_tensors
 
 KNOWN = {architecture.model_type: architecture for architecture in BUILTIN_ARCHITECTURES}

@@ -12,8 +12,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from quad_modifiers.evaluation import perplexity
-from quad_modifiers.text import stdlib_code, token_windows
+from quad_modifiers.data import stdlib_code, token_windows
+from quad_modifiers.tools.evaluation import perplexity
 
 from .server_process import Server, serve
 

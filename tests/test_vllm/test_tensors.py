@@ -11,8 +11,8 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from transformers import AutoConfig
 
-from quad_modifiers.architectures import BUILTIN_ARCHITECTURES
 from quad_modifiers.checkpoint.format import read_format
+from quad_modifiers.model.architecture import BUILTIN_ARCHITECTURES
 from quad_modifiers.vllm_plugin.tensors import TensorSpec, checked_tensors, expected_tensors
 
 KNOWN = {architecture.model_type: architecture for architecture in BUILTIN_ARCHITECTURES}

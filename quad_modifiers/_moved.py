@@ -1,0 +1,73 @@
+"""Import paths of version 0.1.0, which keep working for one release with a DeprecationWarning."""
+
+import importlib
+import importlib.abc
+import importlib.machinery
+import importlib.util
+import sys
+import warnings
+from collections.abc import Sequence
+from types import ModuleType
+
+MOVED = {
+    "quad_modifiers.bench": "quad_modifiers.tools.bench",
+    "quad_modifiers.architectures": "quad_modifiers.model.architecture",
+    "quad_modifiers.calibration": "quad_modifiers.data.calibration",
+    "quad_modifiers.cli": "quad_modifiers.tools.cli",
+    "quad_modifiers.demo": "quad_modifiers.tools.demo",
+    "quad_modifiers.evaluation": "quad_modifiers.tools.evaluation",
+    "quad_modifiers.inspection": "quad_modifiers.tools.inspection",
+    "quad_modifiers.publishing": "quad_modifiers.tools.publishing",
+    "quad_modifiers.publishing.evaluation": "quad_modifiers.records.evaluation_record",
+    "quad_modifiers.text": "quad_modifiers.data",
+}
+STAY = ("quad_modifiers.bench",)  # names of commands, which are promised to stay: no warning
+
+
+class _MovedFinder(importlib.abc.MetaPathFinder, importlib.abc.Loader):
+    """Answers an import of an old path with the module at its new one."""
+
+    def __init__(self) -> None:
+        self._specs: dict[str, importlib.machinery.ModuleSpec | None] = {}
+
+    def find_spec(
+        self, name: str, path: Sequence[str] | None = None, target: ModuleType | None = None
+    ) -> importlib.machinery.ModuleSpec | None:
+        """Returns a spec for an old path, None for any other."""
+        new = new_path(name)
+        if new is None:
+            return None
+        found = importlib.util.find_spec(new)
+        if found is None:
+            return None
+        if not name.startswith(STAY):
+            text = f"{name} has moved to {new}; the old path goes with the next release"
+            warnings.warn(text, DeprecationWarning, stacklevel=2)
+        if name.endswith(".__main__"):  # `python -m` asks its loader for the code
+            return importlib.util.spec_from_file_location(name, found.origin)
+        return importlib.machinery.ModuleSpec(name, self, is_package=found.submodule_search_locations is not None)
+
+    def create_module(self, spec: importlib.machinery.ModuleSpec) -> ModuleType:
+        """Returns the module itself, not a copy: classes must stay the same."""
+        module = importlib.import_module(str(new_path(spec.name)))
+        self._specs[spec.name] = module.__spec__
+        return module
+
+    def exec_module(self, module: ModuleType) -> None:
+        """Gives the module its own spec back; it was executed under its new path."""
+        assert module.__spec__ is not None
+        module.__spec__ = self._specs.pop(module.__spec__.name)
+
+
+def new_path(name: str) -> str | None:
+    """Returns where an old import path leads today, None for one that did not move."""
+    for old in (name, name.rpartition(".")[0], name.rpartition(".")[0].rpartition(".")[0]):
+        if old in MOVED:
+            return MOVED[old] + name.removeprefix(old)
+    return None
+
+
+def keep_old_paths() -> None:
+    """Installs the finder; calling it again changes nothing."""
+    if not any(isinstance(finder, _MovedFinder) for finder in sys.meta_path):
+        sys.meta_path.insert(0, _MovedFinder())  # before the finder of files, which would load a module twice

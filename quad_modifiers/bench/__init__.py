@@ -1,1 +1,0 @@
-"""Measurements behind the numbers in README.md; `python -m quad_modifiers.bench --help`."""

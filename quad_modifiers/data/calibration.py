@@ -1,0 +1,185 @@
+"""The windows of token ids that calibrate a model, from whatever the user has."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable, Sequence
+from itertools import islice
+from pathlib import Path
+from typing import TYPE_CHECKING, TypeAlias
+
+import torch
+from torch.utils.data import DataLoader
+
+from quad_modifiers.data.calibration_texts import DESCRIPTION
+from quad_modifiers.data.sources import Documents, Purpose, Resolved, Splits, TokenRows, TokenStream, resolve
+from quad_modifiers.data.windows import token_stream
+
+if TYPE_CHECKING:
+    from datasets import Dataset, DatasetDict
+    from transformers import PreTrainedTokenizerBase
+
+logger = logging.getLogger(__name__)
+
+CalibrationSource: TypeAlias = (
+    "str | Path | Dataset | DatasetDict | Sequence[str] | torch.Tensor | DataLoader[dict[str, torch.Tensor]] | None"
+)
+
+_PURPOSE = Purpose(
+    "calibration",
+    usual_splits=("calibration", "train"),
+    split_option="splits",
+    config_option="dataset_config_name",
+)
+# Fewer windows than asked are used, with a warning, down to these; below them a Gram or Hessian means nothing.
+_MINIMUM_WINDOWS = 4
+_MINIMUM_TOKENS = 1024
+# Larger data sets are sampled by document before anything is tokenized: this many characters at least, or this many
+# per token asked for.
+_CHARACTER_LIMIT = 8_000_000
+_CHARACTERS_PER_TOKEN = 32
+
+
+def calibration_windows(
+    dataset: CalibrationSource,
+    tokenizer: PreTrainedTokenizerBase | None,
+    *,
+    num_samples: int,
+    sequence_length: int,
+    text_column: str = "text",
+    splits: Splits | None = None,
+    dataset_config_name: str | None = None,
+    seed: int = 0,
+) -> list[torch.Tensor]:
+    """Return up to `num_samples` windows of token ids.
+
+    Text is tokenized as one stream and cut into windows of exactly `sequence_length`, drawn at random with `seed`.
+    Samples that are tokenized already stay samples: cut to `sequence_length`, padding removed, drawn at random where
+    there are more than asked. A DataLoader's samples are taken as they come, uncut.
+
+    Args:
+        dataset: None for `calibration_texts()`, Wikipedia articles and modules of Python's standard library; a
+            local .txt, .jsonl, .csv or .parquet file; a `datasets` name or folder; a Dataset or DatasetDict with a text
+            column or `input_ids`; a list of strings; token ids, [tokens] or [samples, tokens]; or a DataLoader of
+            dicts with `input_ids`.
+        tokenizer: the model's tokenizer; None is enough for token ids.
+        num_samples: windows wanted.
+        sequence_length: tokens per window.
+        text_column: the column that holds the text.
+        splits: the split of a `datasets` name or DatasetDict ("train[:5%]", or {"calibration": ...}).
+        dataset_config_name: the configuration of a `datasets` name.
+        seed: which documents and windows are drawn.
+
+    Returns:
+        One int64 tensor [1, length] per window, on the CPU.
+
+    Raises:
+        TypeError: `dataset` is of no kind listed, or holds something else than text or token ids.
+        ValueError: no data; fewer than four windows or 1024 tokens where more were asked; a missing column or split.
+        FileNotFoundError: no such local file.
+        ImportError: a package that the data set needs is not installed.
+    """
+    if num_samples < 1 or sequence_length < 2:
+        raise ValueError(
+            f"num_samples must be at least 1 and sequence_length at least 2, not {num_samples} and {sequence_length}"
+        )
+    if dataset is None:
+        logger.info(
+            "No calibration data set was given: calibrating with %s. The other halves are held out for evaluation and "
+            "never calibrate.",
+            DESCRIPTION,
+        )
+    found = resolve(dataset, _PURPOSE, text_column=text_column, splits=splits, config_name=dataset_config_name)
+    rows = _rows(found, tokenizer, num_samples, sequence_length, torch.Generator().manual_seed(seed))
+    _check_amount(rows, num_samples, sequence_length)
+    return [row.unsqueeze(0) for row in rows]
+
+
+def as_dataloader(batches: Iterable[torch.Tensor]) -> DataLoader[dict[str, torch.Tensor]]:
+    """Return a DataLoader that yields each of `batches` as llm-compressor expects it.
+
+    Args:
+        batches: token ids, [1, length] each; the lengths may differ.
+
+    Returns:
+        A loader of dicts with `input_ids` and an `attention_mask` of ones, both [1, length], one window a batch.
+    """
+    samples = [{"input_ids": batch, "attention_mask": torch.ones_like(batch)} for batch in batches]
+    # batch_size None: the windows are batches already, no collation.
+    return DataLoader(samples, batch_size=None)  # a list is a map-style data set
+
+
+def _rows(
+    found: Resolved,
+    tokenizer: PreTrainedTokenizerBase | None,
+    count: int,
+    length: int,
+    generator: torch.Generator,
+) -> list[torch.Tensor]:
+    """Return up to `count` samples of `found`, tokenized where it is text, drawn where there are more."""
+    if isinstance(found, TokenRows):
+        if found.ordered:
+            return list(islice(found.rows, count))
+        return _drawn([row[:length] for row in found.rows], count, generator)
+    if isinstance(found, Documents):
+        if tokenizer is None:
+            raise ValueError("calibration text needs a tokenizer; give one, or give token ids instead of text")
+        sample = _sampled_documents(found.texts, count * length, generator)
+        found = TokenStream(token_stream(tokenizer, sample))
+    windows = found.windows(length)
+    if not windows:
+        raise ValueError(
+            f"the calibration data has {found.ids.numel()} tokens, not enough for one window of {length}; give more "
+            "text, or lower sequence_length"
+        )
+    return _drawn(windows, count, generator)
+
+
+def _sampled_documents(texts: Sequence[str], tokens: int, generator: torch.Generator) -> list[str]:
+    """Return all documents, or as many drawn at random as give `tokens` tokens several times over."""
+    limit = max(_CHARACTER_LIMIT, _CHARACTERS_PER_TOKEN * tokens)
+    order = torch.randperm(len(texts), generator=generator).tolist()
+    drawn: dict[int, str] = {}
+    characters = 0
+    for index in order:
+        drawn[index] = texts[index]
+        if not isinstance(drawn[index], str):
+            raise TypeError(f"every text must be a str, but text {index} is a {type(drawn[index]).__name__}")
+        characters += len(drawn[index])
+        if characters >= limit:
+            break
+    return [drawn[index] for index in sorted(drawn)]
+
+
+def _drawn(rows: list[torch.Tensor], count: int, generator: torch.Generator) -> list[torch.Tensor]:
+    """Return one of each of `count` equal stretches of `rows`, in random order; all rows where there are no more.
+
+    That way every kind of text is drawn as often as there is of it, whatever the seed.
+    """
+    if len(rows) <= count:
+        return rows
+    borders = [len(rows) * index // count for index in range(count + 1)]
+    random = torch.rand(count, generator=generator, dtype=torch.float64).tolist()
+    drawn = [
+        rows[start + int(share * (end - start))]
+        for start, end, share in zip(borders[:-1], borders[1:], random, strict=True)
+    ]
+    return [drawn[index] for index in torch.randperm(count, generator=generator).tolist()]
+
+
+def _check_amount(rows: list[torch.Tensor], num_samples: int, sequence_length: int) -> None:
+    """Warn where there are fewer windows than asked, raise where too few to calibrate with."""
+    if not rows:
+        raise ValueError("the calibration data set is empty: not one token; give a data set with text in it")
+    tokens = sum(row.numel() for row in rows)
+    if len(rows) >= num_samples:
+        return
+    found = (
+        f"the calibration data has {len(rows)} windows ({tokens} tokens) of the {num_samples} x {sequence_length} asked"
+    )
+    if len(rows) < _MINIMUM_WINDOWS or tokens < _MINIMUM_TOKENS:
+        raise ValueError(
+            f"{found}; at least {_MINIMUM_WINDOWS} windows and {_MINIMUM_TOKENS} tokens are needed. Give more text, or "
+            "lower num_samples or sequence_length"
+        )
+    logger.warning("%s; all of them are used. More data may give a better result.", found)

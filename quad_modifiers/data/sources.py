@@ -1,0 +1,232 @@
+"""Turn what a user calls a data set into documents, a stream of tokens, or rows of token ids."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+import torch
+from torch.utils.data import DataLoader
+
+from quad_modifiers.data.calibration_texts import calibration_texts
+from quad_modifiers.data.local_files import LOCAL_SUFFIXES, check_column, local_texts
+from quad_modifiers.data.token_rows import dataset_rows, loader_rows, unpadded
+
+if TYPE_CHECKING:
+    from datasets import Dataset, DatasetDict
+
+Splits: TypeAlias = str | Sequence[str] | Mapping[str, str]
+
+
+@dataclass(frozen=True)
+class Documents:
+    """Text that is still to be tokenized.
+
+    Attributes:
+        texts: one string a document; may be read from disk as it is indexed.
+    """
+
+    texts: Sequence[str]
+
+
+@dataclass(frozen=True)
+class TokenStream:
+    """Token ids without a border between samples.
+
+    Attributes:
+        ids: [tokens], int64, on the CPU.
+    """
+
+    ids: torch.Tensor
+
+    def windows(self, length: int) -> list[torch.Tensor]:
+        """Return the complete windows of `length` tokens; an incomplete one at the end is dropped."""
+        count = self.ids.numel() // length
+        return list(self.ids[: count * length].view(count, length))
+
+
+@dataclass(frozen=True)
+class TokenRows:
+    """Samples that are tokenized already.
+
+    Attributes:
+        rows: [tokens] each, int64, on the CPU, without padding; can be iterated once.
+        ordered: a DataLoader yields them: which ones and in which order was chosen there, and they may never end.
+    """
+
+    rows: Iterable[torch.Tensor]
+    ordered: bool = False
+
+
+Resolved: TypeAlias = Documents | TokenStream | TokenRows
+
+
+@dataclass(frozen=True)
+class Purpose:
+    """What the data is for: how errors call it and its options, and which split is taken unasked.
+
+    Attributes:
+        name: such as "calibration".
+        usual_splits: those looked for where none is named, the first found is taken.
+        split_option: the caller's name for the choice of a split.
+        config_option: the caller's name for the configuration of a named data set.
+    """
+
+    name: str
+    usual_splits: tuple[str, ...]
+    split_option: str
+    config_option: str
+
+
+def resolve(
+    source: Any, purpose: Purpose, *, text_column: str, splits: Splits | None, config_name: str | None
+) -> Resolved:
+    """Return what `source` stands for.
+
+    Args:
+        source: None for `calibration_texts()`; a local file; a `datasets` name or folder; a Dataset or DatasetDict with
+            a text column or `input_ids`; a list of strings; token ids, [tokens], [samples, tokens] or a list of them;
+            or a DataLoader of dicts with `input_ids`.
+        purpose: what it is for.
+        text_column: field or column of the text.
+        splits: the split of a `datasets` name or DatasetDict; also a list of one, or a mapping whose key is the first
+            of the purpose's usual splits.
+        config_name: the configuration of a `datasets` name.
+
+    Raises:
+        TypeError: `source` is of no kind listed, or holds something else than text or token ids.
+        ValueError: no text in a file, a missing column or split, a name that cannot be loaded.
+        FileNotFoundError: no such local file.
+        ImportError: a package that the data set needs is not installed.
+    """
+    if source is None:
+        return Documents(calibration_texts())
+    if isinstance(source, str | Path):
+        if is_local_file(source):
+            return Documents(local_texts(source, text_column))
+        source = load_named(source, config_name, splits, purpose)
+    if isinstance(source, DataLoader):
+        return TokenRows(loader_rows(source), ordered=True)
+    if isinstance(source, torch.Tensor):
+        return _of_tensor(source, purpose)
+    if isinstance(source, dict):  # a DatasetDict is one
+        source = single_split(source, splits, purpose)
+    if hasattr(source, "column_names") and hasattr(source, "features"):  # a Dataset, without importing the package
+        return _of_dataset(source, text_column, purpose)
+    if isinstance(source, Sequence) and not isinstance(source, bytes):
+        return _of_sequence(source, purpose)
+    raise _not_accepted(source, purpose)
+
+
+def is_local_file(name: str | Path) -> bool:
+    """Return whether `name` means a text file here, rather than a data set of the hub or a folder of one."""
+    path = Path(name)
+    return path.is_file() or (path.suffix.lower() in LOCAL_SUFFIXES and not path.is_dir())
+
+
+def load_named(name: str | Path, config_name: str | None, splits: Splits | None, purpose: Purpose) -> Dataset:
+    """Return the named data set, from the hub, its local cache or a local folder.
+
+    Raises:
+        ImportError: the package `datasets` is not installed.
+        ValueError: it cannot be loaded, or `splits` does not choose one split.
+    """
+    try:
+        from datasets import load_dataset
+    except ImportError as error:
+        raise ImportError(
+            f"loading the data set {str(name)!r} needs the package datasets; install it with "
+            "`pip install quad-modifiers[compress]`"
+        ) from error
+    split = chosen_split(splits, purpose)
+    try:
+        loaded = load_dataset(str(name), config_name, split=split)
+    except Exception as error:
+        # Whatever the loader raises (network, authentication, unknown name), the user needs the same three remedies.
+        raise ValueError(
+            f"{str(name)!r} is neither a local file nor a data set that can be loaded "
+            f"({type(error).__name__}: {error}); correct the name, the {purpose.config_option} or "
+            f"the {purpose.split_option}, or give a local .txt or .jsonl file"
+        ) from error
+    return single_split(loaded, None, purpose)
+
+
+def chosen_split(splits: Splits | None, purpose: Purpose) -> str | None:
+    """Return the one split that `splits` names: a string, a list of one, or the purpose's entry of a mapping.
+
+    Raises:
+        ValueError: it names none or several.
+    """
+    if splits is None or isinstance(splits, str):
+        return splits
+    if isinstance(splits, Mapping):
+        if purpose.usual_splits[0] in splits:
+            return splits[purpose.usual_splits[0]]
+        splits = list(splits.values())
+    if len(splits) != 1:
+        raise ValueError(
+            f"{purpose.split_option} must name one {purpose.name} split, not {list(splits)}; for example "
+            f"{purpose.split_option}='train[:5%]'"
+        )
+    return splits[0]
+
+
+def single_split(dataset: Dataset | DatasetDict, splits: Splits | None, purpose: Purpose) -> Dataset:
+    """Return the split that `splits` names; without it, the first of the usual ones, or the only one.
+
+    Raises:
+        ValueError: no such split, or several and none of the usual names.
+    """
+    if not isinstance(dataset, Mapping):
+        return dataset
+    wanted = chosen_split(splits, purpose)
+    only = list(dataset) if len(dataset) == 1 else []
+    candidates = [wanted] if wanted is not None else [*purpose.usual_splits, *only]
+    for name in candidates:
+        if name in dataset:
+            return dataset[name]
+    raise ValueError(
+        f"the data set has the splits {sorted(dataset)}, none of them {candidates}; name one with "
+        f"{purpose.split_option}"
+    )
+
+
+def _of_tensor(ids: torch.Tensor, purpose: Purpose) -> TokenStream | TokenRows:
+    rows = unpadded(ids, None, f"the {purpose.name} tensor")
+    if ids.dim() == 1:
+        return TokenStream(next(rows, torch.empty(0, dtype=torch.int64)))
+    return TokenRows(rows)
+
+
+def _of_dataset(dataset: Dataset, text_column: str, purpose: Purpose) -> Documents | TokenRows:
+    if "input_ids" in (dataset.column_names or ()):
+        return TokenRows(dataset_rows(dataset))
+    if not hasattr(dataset, "__len__"):
+        raise _not_accepted(dataset, purpose)
+    check_column(text_column, dataset.column_names, "the data set")
+    column: Sequence[str] = dataset[text_column]
+    if len(column) and not isinstance(column[0], str):
+        raise ValueError(
+            f"the column {text_column!r} must hold strings, but its first row is a {type(column[0]).__name__}"
+        )
+    return Documents(column)
+
+
+def _of_sequence(source: Sequence[Any], purpose: Purpose) -> Documents | TokenRows:
+    if source and isinstance(source[0], torch.Tensor):
+        where = f"a {purpose.name} sample"
+        return TokenRows(row for sample in source for row in unpadded(sample, None, where))
+    if source and not isinstance(source[0], str):
+        found = type(source[0]).__name__
+        raise TypeError(f"every text must be a str, but text 0 is a {found}; give strings, or tensors of token ids")
+    return Documents(source)
+
+
+def _not_accepted(source: object, purpose: Purpose) -> TypeError:
+    return TypeError(
+        f"a {purpose.name} data set cannot be of type {type(source).__name__}; give None, a file or `datasets` name, a "
+        "Dataset (not a streaming one), a list of strings, a tensor of token ids or a DataLoader of dicts with "
+        "'input_ids'"
+    )

@@ -1,0 +1,1 @@
+"""Models as data: which linears a decoder block has, and the sizes of a model."""

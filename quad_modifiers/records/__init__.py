@@ -1,0 +1,1 @@
+"""What is remembered of a checkpoint beside its weights: measurements, training, sizes."""

@@ -1,0 +1,35 @@
+"""What measured: processor, graphics processor, versions of packages."""
+
+from __future__ import annotations
+
+import os
+import platform
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+from quad_modifiers.version import __version__
+
+_PACKAGES = ("lm-eval", "transformers", "torch")
+
+
+def package_versions(names: tuple[str, ...] = _PACKAGES) -> dict[str, str]:
+    """Return the versions of Python, of this package, and of those of `names` that are installed."""
+    found = {"python": platform.python_version(), "quad-modifiers": __version__}
+    for name in names:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def machine_name() -> str:
+    """Return the name of the GPU, or number and name of the processors."""
+    import torch
+
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_name()
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text(encoding="utf-8").splitlines() if info.is_file() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return f"{os.cpu_count()} cores of {names[0] if names else platform.processor() or platform.machine()}"

@@ -1,0 +1,185 @@
+"""Measures one row in a process of its own, so that peak memory and time are the row's alone."""
+
+import json
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from quad_modifiers.data import calibration_windows, token_windows
+from quad_modifiers.records.evaluation_record import Comparison
+from quad_modifiers.records.machine import machine_name, package_versions
+from quad_modifiers.tools.bench.rows import ROWS, Row
+from quad_modifiers.tools.bench.texts import CODE, NEWS, TEXTS, WIKIPEDIA
+from quad_modifiers.tools.demo.models import fetch
+from quad_modifiers.tools.evaluation import Perplexity, perplexity
+from quad_modifiers.tools.evaluation.comparison import AVERAGE
+
+LENGTH = 512
+WINDOWS = 40  # held-out windows, 20440 predicted tokens
+TUNING_SAMPLES = 300  # windows of 512 tokens of the default text, of which a twentieth chooses the best state
+_PACKAGES = ("torch", "transformers", "llmcompressor", "compressed-tensors", "lm-eval", "peft")
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """One measured row.
+
+    Attributes:
+        row: key in `ROWS`.
+        model: "smollm2" or "qwen".
+        seed: of calibration windows and rotation.
+        samples: calibration windows of 512 tokens.
+        perplexity: on held-out Wikipedia articles.
+        stderr: standard error of the mean negative log-likelihood, nats.
+        tokens: predicted tokens.
+        seconds: of the compression, evaluation excluded.
+        peak_bytes: peak resident memory of the process until the compression was done.
+        checkpoint_bytes: size of the weight files, 0 where none was written.
+        other_perplexities: on half as many windows of news and of Python code, by name.
+        tasks: the offline tasks beside the original, and their average, in the form of evaluation.json (`Comparison`);
+            empty where they were not run.
+    """
+
+    row: str
+    model: str
+    seed: int
+    samples: int
+    perplexity: float
+    stderr: float
+    tokens: int
+    seconds: float
+    peak_bytes: int
+    checkpoint_bytes: int
+    other_perplexities: dict[str, float] = field(default_factory=dict)
+    tasks: list[dict[str, Any]] = field(default_factory=list)
+
+    @property
+    def average(self) -> Comparison | None:
+        """The average over the tasks, None where they were not run."""
+        return next((Comparison(**task) for task in self.tasks if task["task"] == AVERAGE), None)
+
+
+def measure_here(
+    row: str, model: str, folder: Path, seed: int, samples: int, items: int | None = None, windows: int = WINDOWS
+) -> Measurement:
+    """Compresses and evaluates in this process; own checkpoints are written, reloaded, and measured as reloaded.
+
+    Args:
+        row: key in `ROWS`.
+        model: "smollm2" or "qwen".
+        folder: where the original is, or is put.
+        seed: of calibration windows and, in tuning, of the order of the samples.
+        samples: calibration windows.
+        items: of each offline task, None for all, 0 to leave the tasks out.
+        windows: of held-out articles.
+    """
+    chosen = ROWS[row]
+    original = fetch(model, folder)
+    tokenizer = AutoTokenizer.from_pretrained(original)
+    seconds, size = 0.0, 0
+    with tempfile.TemporaryDirectory(dir=folder.parent) as scratch:
+        made: Any = original
+        if chosen.recipe is not None:
+            start = time.perf_counter()
+            made = _make(chosen, original, tokenizer, Path(scratch), seed, samples)
+            seconds = time.perf_counter() - start
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        if isinstance(made, Path) and made != original:
+            size = sum(file.stat().st_size for file in made.glob("*.safetensors"))
+        tasks = [] if items == 0 else _tasks(made, original, tokenizer, items)
+        loaded = AutoModelForCausalLM.from_pretrained(made) if isinstance(made, Path) else made
+        result = _perplexity(loaded, tokenizer, WIKIPEDIA, windows)
+        others = {text: _perplexity(loaded, tokenizer, text, windows // 2).value for text in (NEWS, CODE)}
+    return Measurement(
+        row, model, seed, samples, result.value, result.stderr, result.tokens, seconds, peak, size, others, tasks
+    )
+
+
+def _make(
+    row: Row, original: Path, tokenizer: object, scratch: Path, seed: int, samples: int
+) -> Path | torch.nn.Module:
+    """Returns the folder of the checkpoint, or the model of a row whose checkpoint would not be our own."""
+    output = scratch / "out"
+    compressed = _compress(row, original, tokenizer, output, seed, samples)
+    if not output.is_dir():
+        return compressed
+    if not row.tuned:
+        return output
+    from quad_peft.training import TuningSettings, finetune, merge
+
+    del compressed
+    finetune(output, scratch / "adapter", original=original, samples=TUNING_SAMPLES, settings=TuningSettings(seed=seed))
+    merge(output, scratch / "adapter", scratch / "tuned")
+    return scratch / "tuned"
+
+
+def _perplexity(model: Any, tokenizer: Any, text: str, windows: int) -> Perplexity:
+    return perplexity(model, token_windows(tokenizer, TEXTS[text](), LENGTH, windows, seed=0), progress=False)
+
+
+def _tasks(model: Any, original: Path, tokenizer: Any, items: int | None) -> list[dict[str, Any]]:
+    from quad_modifiers.tools.evaluation import evaluate
+
+    found = evaluate(model, baseline=original, tokenizer=tokenizer, text=None, limit=items)
+    assert found.average is not None
+    return [task.model_dump() for task in (*found.comparisons, found.average)]
+
+
+def _compress(row: Row, original: Path, tokenizer: object, output: Path, seed: int, samples: int) -> torch.nn.Module:
+    from quad_modifiers import oneshot
+
+    recipe = row.recipe
+    assert recipe is not None
+    windows = calibration_windows(None, tokenizer, num_samples=samples, sequence_length=LENGTH, seed=seed)
+    stock = "_stage" in recipe and "OutlierSplitGPTQ" not in recipe
+    return oneshot(
+        str(original),
+        recipe=recipe,
+        dataset=torch.cat(windows),
+        num_calibration_samples=samples,
+        max_seq_length=LENGTH,
+        seed=seed,
+        output_dir=None if stock else output,
+    )
+
+
+def measure(row: str, model: str, folder: Path, seed: int, samples: int, items: int | None = None) -> Measurement:
+    """Measures in a new process, whose progress goes to stderr; the arguments are those of `measure_here`.
+
+    Raises:
+        RuntimeError: if the process fails; its messages are on stderr.
+    """
+    arguments = json.dumps([row, model, str(folder), seed, samples, items])
+    done = subprocess.run(
+        [sys.executable, "-m", "quad_modifiers.tools.bench.quality", arguments],
+        stdout=subprocess.PIPE,
+        text=True,
+        check=False,
+    )
+    if done.returncode:
+        raise RuntimeError(f"{row} on {model} failed with exit status {done.returncode}")
+    return Measurement(**json.loads(done.stdout.strip().splitlines()[-1]))
+
+
+def environment() -> dict[str, str]:
+    """Machine, versions and commit, recorded beside every number."""
+    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
+    dirty = subprocess.run(["git", "status", "--porcelain", "-uno"], capture_output=True, text=True, check=False)
+    return {
+        "cpu": machine_name(),
+        **package_versions(_PACKAGES),
+        "commit": commit.stdout.strip() + ("+changes" if dirty.stdout.strip() else ""),
+    }
+
+
+if __name__ == "__main__":
+    row, model, folder, *numbers = json.loads(sys.argv[1])
+    print(json.dumps(asdict(measure_here(row, model, Path(folder), *numbers))))

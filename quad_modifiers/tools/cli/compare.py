@@ -1,0 +1,68 @@
+"""`quad compare`: checkpoints side by side."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from quad_modifiers.tools.cli.options import Seed, SeqLength, TextColumn
+from quad_modifiers.tools.console import log_on_stderr, print_table
+
+
+def register(app: typer.Typer) -> None:
+    """Adds the command to `quad`."""
+    app.command(
+        "compare",
+        epilog="Example: quad compare outputs/quad-w4a4 outputs/quad-w4a4a8 -o outputs/comparison\n\n"
+        "Python: quad_modifiers.tools.inspection.checkpoint_comparison(checkpoints, output_dir, ...)",
+    )(compare)
+
+
+def compare(
+    checkpoints: Annotated[list[Path], typer.Argument(metavar="OUT...", help="Folders with checkpoints, two or more.")],
+    output: Annotated[
+        Path | None,
+        typer.Option(
+            "--output", "-o", metavar="DIR", help="Folder for the report; new or empty. Without it, the table alone."
+        ),
+    ] = None,
+    baseline: Annotated[
+        str | None,
+        typer.Option(metavar="MODEL", help="The original that all were made of; each is run beside it."),
+    ] = None,
+    dataset: Annotated[
+        str | None,
+        typer.Option(
+            help="With --baseline, text to run on: a text or jsonl file, or a name in `datasets`. By default the "
+            "Wikipedia articles in gensim that never calibrate.",
+            show_default=False,
+        ),
+    ] = None,
+    eval_windows: Annotated[int, typer.Option(min=1, help="Windows of that text.")] = 4,
+    seq_length: SeqLength = 512,
+    seed: Seed = 0,
+    text_column: TextColumn = "text",
+) -> None:
+    """Compare checkpoints: recipe, format, size, measured results, and the error of each block against the original.
+
+    Without --baseline only files are read. Results come from the evaluation.json that `quad eval` leaves in a folder.
+    """
+    from quad_modifiers.tools.inspection import compare_checkpoints
+    from quad_modifiers.tools.inspection.compare_table import comparison_rows
+
+    with log_on_stderr():
+        found = compare_checkpoints(
+            checkpoints,
+            output,
+            baseline=baseline,
+            dataset=dataset,
+            text_column=text_column,
+            eval_windows=eval_windows,
+            seq_length=seq_length,
+            seed=seed,
+        )
+    print_table(*comparison_rows(found))
+    if output is not None:
+        from quad_modifiers.tools.inspection.model_report import REPORT_NAME
+
+        typer.echo(str(output / REPORT_NAME))

@@ -1,0 +1,199 @@
+"""`quad eval`: lm-eval's tasks and perplexity, beside the original model."""
+
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from quad_modifiers.tools.cli.options import TextColumn
+from quad_modifiers.tools.console import log_on_stderr, print_table
+
+if TYPE_CHECKING:
+    from quad_modifiers.records.evaluation_record import Evaluation
+
+
+def register(app: typer.Typer) -> None:
+    """Adds the command to `quad`."""
+    app.command(
+        "eval",
+        epilog="Example: quad eval outputs/SmolLM2-quad --baseline outputs/SmolLM2-135M\n\n"
+        "Python: quad_modifiers.tools.evaluation.evaluator(model, tasks, baseline)",
+    )(evaluate)
+
+
+def evaluate(
+    model: Annotated[str, typer.Argument(metavar="OUT", help="Folder of a checkpoint, or a Hub id.")],
+    baseline: Annotated[
+        str | None, typer.Option(metavar="MODEL", help="Folder or Hub id of the original, to compare with.")
+    ] = None,
+    tasks: Annotated[
+        str | None,
+        typer.Option(
+            metavar="A,B,...",
+            help="Tasks, groups or tags of lm-eval, and the offline tasks. By default the offline tasks.",
+            show_default=False,
+        ),
+    ] = None,
+    offline: Annotated[
+        bool, typer.Option("--offline", help="The offline tasks, besides those of --tasks; they need no network.")
+    ] = False,
+    limit: Annotated[
+        int | None,
+        typer.Option(min=1, help="At most so many items of each task and windows of the text, for a quick look."),
+    ] = None,
+    output: Annotated[
+        Path | None,
+        typer.Option(
+            "--output",
+            "-o",
+            metavar="FILE",
+            help="JSON file for the results; by default evaluation.json in the checkpoint's folder.",
+            show_default=False,
+        ),
+    ] = None,
+    perplexity: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            help="Text or jsonl file to measure perplexity on; by default 40 windows of held-out Wikipedia articles.",
+            show_default=False,
+        ),
+    ] = None,
+    text_column: TextColumn = "text",
+    no_perplexity: Annotated[bool, typer.Option("--no-perplexity", help="Run the tasks only.")] = False,
+    window_length: Annotated[int, typer.Option(min=2, help="Tokens of a window of the text.")] = 512,
+    windows: Annotated[
+        int | None, typer.Option(min=1, help="Windows drawn from the text; by default all of a file.")
+    ] = None,
+    batch_size: Annotated[int, typer.Option(min=1, help="Requests in one forward pass.")] = 16,
+    device: Annotated[
+        str | None, typer.Option(help="cpu, cuda, ...; the GPU if there is one by default.", show_default=False)
+    ] = None,
+    seed: Annotated[int, typer.Option(min=0, help="Of few-shot examples, windows and intervals.")] = 0,
+    fresh: Annotated[bool, typer.Option("--fresh", help="Measure again what an earlier run measured.")] = False,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace a file that holds results which this run does not measure.")
+    ] = False,
+) -> None:
+    """Measure a model and, with --baseline, what is left of the original's scores.
+
+    The two run one after the other. Finished parts are kept: after an interruption the same command goes on where it
+    stopped, and a baseline is measured once. Progress goes to stderr, the table to stdout.
+    """
+    from quad_modifiers.records.evaluation_record import write_evaluation
+    from quad_modifiers.tools.evaluation.evaluator import evaluate as measure
+    from quad_modifiers.tools.evaluation.perplexity_text import WIKIPEDIA
+
+    if perplexity is not None and no_perplexity:
+        raise ValueError("--perplexity names a text and --no-perplexity leaves it out; give one of the two")
+    named = _tasks(tasks, offline)
+    text: str | Path | None = None if no_perplexity else perplexity or WIKIPEDIA
+    target = _target(model, output)
+    if target is not None and not overwrite:
+        _check_covered(target, named, limit, None if text is None else (text, window_length), baseline)
+    with log_on_stderr():
+        found = measure(
+            model,
+            named,
+            baseline,
+            limit=limit,
+            seed=seed,
+            batch_size=batch_size,
+            device=device,
+            text=text,
+            window_length=window_length,
+            windows=windows,
+            text_column=text_column,
+            fresh=fresh,
+        )
+    _print(found)  # first: if writing fails, the numbers are not lost
+    if target is not None:
+        write_evaluation(found, target)
+        typer.echo(f"written to {target}")
+
+
+def _tasks(tasks: str | None, offline: bool) -> list[str]:
+    """Returns what is to be measured: the named tasks, and the offline ones that are not among them."""
+    from quad_modifiers.tools.evaluation.harness import OFFLINE_GROUP, OFFLINE_TASKS
+
+    named = [name.strip() for name in (tasks or "").split(",") if name.strip()]
+    if (offline or tasks is None) and OFFLINE_GROUP not in named:
+        named += [name for name in OFFLINE_TASKS if name not in named]
+    return named
+
+
+def _target(model: str, output: Path | None) -> Path | None:
+    """Returns the file for the results, after a look whether it can be written; None for a Hub id without one."""
+    from quad_modifiers.checkpoint.save import check_parent
+    from quad_modifiers.records.evaluation_record import EVALUATION_NAME
+
+    folder = Path(model).expanduser()
+    target = output or (folder / EVALUATION_NAME if folder.is_dir() else None)
+    if target is not None:
+        if target.is_dir():
+            raise IsADirectoryError(
+                f"{target} is a folder; --output is the JSON file, such as {target / EVALUATION_NAME}"
+            )
+        check_parent(target)
+    return target
+
+
+def _check_covered(
+    target: Path, tasks: Sequence[str], limit: int | None, text: tuple[str | Path, int] | None, baseline: str | None
+) -> None:
+    """Refuses a run that would replace results which it does not measure."""
+    from quad_modifiers.records.evaluation_record import check_replaceable
+    from quad_modifiers.tools.evaluation.harness import OFFLINE_GROUP, OFFLINE_TASKS
+    from quad_modifiers.tools.evaluation.perplexity_text import text_name
+    from quad_modifiers.tools.evaluation.subject import Subject
+
+    covered = set(tasks)
+    if OFFLINE_GROUP in covered:
+        covered |= set(OFFLINE_TASKS)
+    if covered.issuperset(OFFLINE_TASKS):
+        covered.add(OFFLINE_GROUP)
+    check_replaceable(
+        target,
+        covered,
+        limit,
+        None if text is None else (text_name(text[0]), text[1]),
+        None if baseline is None else Subject(baseline).name,
+    )
+
+
+def _print(found: "Evaluation") -> None:
+    from quad_modifiers.records.evaluation_record import task_scores
+    from quad_modifiers.records.score_cells import perplexity_cells, score_cells, with_error
+
+    title = None if found.baseline is None else f"baseline: {found.baseline}"
+    compared = [*found.comparisons, *([] if found.average is None else [found.average])]
+    if compared:
+        header = ("task", "metric", "items", "guessing", "score")
+        against = ("baseline", "kept", "above guessing", "difference, 95 % interval", "")
+        _print_columns(header, against, [(each.task, *score_cells(each)) for each in compared], title)
+    others = [score for score in task_scores(found) if _is_of_other_metrics(found, score.task)]
+    if others:
+        rows = [(s.task, s.metric, with_error(s.value, s.stderr), with_error(s.baseline, None)) for s in others]
+        _print_columns(("task", "metric", "score"), ("baseline",), rows, title)
+    if found.perplexity:
+        of_text = ("text", "window", "tokens", "perplexity")
+        _print_columns(
+            of_text, ("baseline", "ratio, 95 % interval", ""), map(perplexity_cells, found.perplexity), title
+        )
+
+
+def _is_of_other_metrics(found: "Evaluation", task: str) -> bool:
+    """True for a task with none of the metrics by which tasks are compared."""
+    from quad_modifiers.tools.evaluation.task_run import ACCURACIES, WORD_PERPLEXITY
+
+    metrics = {key.partition(",")[0] for key in found.results[task]}
+    return not metrics & {*ACCURACIES, WORD_PERPLEXITY}
+
+
+def _print_columns(
+    header: Sequence[str], against: Sequence[str], rows: Iterable[Sequence[str]], title: str | None
+) -> None:
+    """Prints a table; without a baseline, only the columns of `header`."""
+    columns = [*header, *against] if title else header
+    print_table(columns, [row[: len(columns)] for row in rows], title=title)

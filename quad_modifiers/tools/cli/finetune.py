@@ -1,0 +1,185 @@
+"""`quad finetune` and `quad merge`: train the outlier weights of a checkpoint, and write them into one."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from quad_modifiers.reporting import file_size
+from quad_modifiers.tools.cli.options import TEXT_FORMS, DatasetConfig, Split, TextColumn
+from quad_modifiers.tools.console import log_on_stderr, print_table
+
+if TYPE_CHECKING:
+    from quad_modifiers.records.tuning_record import Tuning
+
+
+def register(app: typer.Typer) -> None:
+    """Adds the commands to `quad`."""
+    app.command(
+        "finetune",
+        epilog="Example: quad finetune outputs/my-quad --distill-from outputs/SmolLM2-135M -o outputs/adapter --merge "
+        "outputs/my-quad-tuned\n\nOn several devices: accelerate launch -m quad_modifiers finetune ...\n\n"
+        "Python: quad_peft.training.finetuning(checkpoint, output, ...)",
+    )(finetune)
+    app.command(
+        "merge",
+        epilog="Example: quad merge outputs/my-quad outputs/adapter -o outputs/my-quad-tuned\n\n"
+        "Python: quad_peft.training.merge(checkpoint, adapter, output)",
+    )(merge)
+
+
+def finetune(
+    checkpoint: Annotated[str, typer.Argument(help="Folder or Hub id of a QUAD checkpoint.")],
+    output: Annotated[
+        Path, typer.Option("--output", "-o", metavar="DIR", help="Folder for the adapter; new or empty.")
+    ],
+    data: Annotated[
+        str | None,
+        typer.Option(
+            help=f"Text to train on: {TEXT_FORMS}",
+            show_default=False,
+        ),
+    ] = None,
+    distill_from: Annotated[
+        str | None,
+        typer.Option(
+            metavar="MODEL",
+            help="Folder or Hub id of the original model: train towards its predictions. Without it, on the next "
+            "token.",
+        ),
+    ] = None,
+    merge: Annotated[
+        Path | None,
+        typer.Option(metavar="OUT", help="Also write a checkpoint with the adapter merged, as `quad merge` does."),
+    ] = None,
+    text_column: TextColumn = "text",
+    split: Split = None,
+    dataset_config: DatasetConfig = None,
+    seq_length: Annotated[int, typer.Option(min=2, help="Tokens in a sample.")] = 512,
+    samples: Annotated[
+        int | None, typer.Option(min=2, help="At most so many, drawn at random; all by default.")
+    ] = None,
+    packed: Annotated[
+        bool, typer.Option("--pack/--no-pack", help="Windows of one stream of text, or one padded sample per document.")
+    ] = True,
+    validation: Annotated[float, typer.Option(help="Share of the samples to evaluate on during the training.")] = 0.05,
+    epochs: Annotated[float, typer.Option(help="Passes over the samples.")] = 1.0,
+    max_steps: Annotated[int | None, typer.Option(min=1, help="End the run after so many steps.")] = None,
+    batch_size: Annotated[int, typer.Option(min=1, help="Samples in a forward pass, on each device.")] = 4,
+    accumulation: Annotated[int, typer.Option(min=1, help="Forward passes in a step.")] = 1,
+    learning_rate: Annotated[float, typer.Option(help="Largest learning rate; it falls to zero by a cosine.")] = 2e-5,
+    warmup: Annotated[float, typer.Option(help="Share of the steps in which the learning rate rises.")] = 0.05,
+    temperature: Annotated[float, typer.Option(help="Of the distillation.")] = 1.0,
+    weight_scales: Annotated[
+        bool,
+        typer.Option("--weight-scales", help="Train the scales of the 4-bit weights too; merge such an adapter."),
+    ] = False,
+    gradient_checkpointing: Annotated[
+        bool, typer.Option("--gradient-checkpointing", help="Less memory, more time.")
+    ] = False,
+    evaluations: Annotated[int, typer.Option(min=2, help="Evaluations during the run, each followed by a save.")] = 10,
+    teacher_cache: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="DIR",
+            help="Compute the original model's hidden states once and keep them here; it is then not in memory while "
+            "training.",
+        ),
+    ] = None,
+    report_to: Annotated[
+        list[str] | None, typer.Option(help="Integrations of transformers, such as tensorboard; may stand repeatedly.")
+    ] = None,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on with an interrupted run of the same settings.")
+    ] = False,
+    seed: Annotated[int, typer.Option(min=0, help="Of the choice and the order of the samples.")] = 0,
+) -> None:
+    """Fine-tune a QUAD checkpoint through its full-precision outlier weights.
+
+    Writes a PEFT LoRA folder, with a record of the training (tuning.json) and its loss curve. The 4-bit weights stay as
+    they are. States of the run are kept in a folder DIR.training until it is done.
+    """
+    from quad_modifiers.checkpoint.save import check_target
+    from quad_peft import training
+
+    if merge is not None:
+        check_target(merge)
+    with log_on_stderr():
+        settings = training.TuningSettings(
+            epochs=epochs,
+            max_steps=max_steps,
+            batch_size=batch_size,
+            accumulation=accumulation,
+            learning_rate=learning_rate,
+            warmup=warmup,
+            temperature=temperature,
+            gradient_checkpointing=gradient_checkpointing,
+            evaluations=evaluations,
+            seed=seed,
+            report_to=tuple(report_to or ()),
+        )
+        result = training.finetune(
+            checkpoint,
+            output,
+            data=data,
+            original=distill_from,
+            settings=settings,
+            length=seq_length,
+            samples=samples,
+            packed=packed,
+            validation=validation,
+            text_column=text_column,
+            split=split,
+            dataset_config=dataset_config,
+            train_weight_scales=weight_scales,
+            teacher_cache=teacher_cache,
+            resume=resume,
+        )
+        if not result.is_main_process:
+            return
+        if merge is not None:
+            training.merge(checkpoint, output, merge)
+    _print(result.record, output, merge)
+
+
+def _print(record: "Tuning", adapter: Path, merged: Path | None) -> None:
+    print_table(("", "before", "after"), _qualities(record), title="on validation samples, never trained on")
+    size = sum(file.stat().st_size for file in adapter.glob("*.safetensors"))
+    kept = f"the state after step {record.best_step}, the best on the validation samples"
+    if not record.best_step:
+        kept = "the start: no later state was better on the validation samples; lower the learning rate"
+    rows = [
+        ("trained", f"{record.trainable_parameters:,} parameters in {record.steps} steps"),
+        ("kept", kept),
+        ("time", f"{record.seconds:.0f} s"),
+        ("adapter", f"{adapter} ({file_size(size)})"),
+    ]
+    print_table((), [*rows, ("checkpoint", str(merged))] if merged is not None else rows)
+
+
+def merge(
+    checkpoint: Annotated[str, typer.Argument(help="Folder or Hub id of the QUAD checkpoint it was trained on.")],
+    adapter: Annotated[Path, typer.Argument(help="Folder of the adapter.")],
+    output: Annotated[
+        Path, typer.Option("--output", "-o", metavar="OUT", help="Folder for the checkpoint; new or empty.")
+    ],
+) -> None:
+    """Write a checkpoint with an adapter merged into its outlier weights.
+
+    The result is an ordinary QUAD checkpoint: it loads, serves and publishes as any other, and costs nothing more.
+    """
+    from quad_modifiers.records.inventory import read_inventory
+    from quad_peft import training
+
+    with log_on_stderr():
+        training.merge(checkpoint, adapter, output)
+    print_table((), [("checkpoint", f"{output} ({file_size(read_inventory(output).total)})")])
+
+
+def _qualities(record: "Tuning") -> list[tuple[str, str, str]]:
+    rows = [("perplexity", f"{record.before.perplexity:.3f}", f"{record.after.perplexity:.3f}")]
+    if record.before.divergence is not None and record.after.divergence is not None:
+        rows.append(("KL to the original", f"{record.before.divergence:.4f}", f"{record.after.divergence:.4f}"))
+    if record.original_perplexity is not None:
+        rows.append(("perplexity of the original", f"{record.original_perplexity:.3f}", ""))
+    return rows

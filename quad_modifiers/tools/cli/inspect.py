@@ -1,0 +1,99 @@
+"""`quad inspect`: a report by which people choose rank and bits."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from quad_modifiers.tools.cli.options import Seed, SeqLength, TextColumn
+from quad_modifiers.tools.console import log_on_stderr, print_table
+
+if TYPE_CHECKING:
+    from quad_modifiers.tools.inspection.measure.results import Inspection
+
+
+def register(app: typer.Typer) -> None:
+    """Adds the command to `quad`."""
+    app.command(
+        "inspect",
+        epilog="Example: quad inspect outputs/SmolLM2-135M -o outputs/report\n\n"
+        "Python: quad_modifiers.tools.inspection.model_report(model, output_dir, ...)",
+    )(inspect)
+
+
+def inspect(
+    model: Annotated[
+        str, typer.Argument(metavar="MODEL|OUT", help="Folder or Hub id of an unquantized model or a QUAD checkpoint.")
+    ],
+    output: Annotated[Path, typer.Option("--output", "-o", metavar="DIR", help="Folder for the report; new or empty.")],
+    baseline: Annotated[
+        str | None, typer.Option(metavar="MODEL", help="Original of a checkpoint, to measure it against.")
+    ] = None,
+    recipe: Annotated[
+        str | None,
+        typer.Option(
+            help="Recipe whose projection an unquantized model is shown with; name or path. By default quad_w4a4.",
+            show_default=False,
+        ),
+    ] = None,
+    rank: Annotated[
+        int | None, typer.Option(min=0, help="Rank of that projection; the recipe's by default.", show_default=False)
+    ] = None,
+    layer: Annotated[
+        list[int] | None,
+        typer.Option(
+            min=0,
+            metavar="N",
+            help="Block whose activations are drawn; may be given several times. By default one at a quarter of the "
+            "depth and one in the middle.",
+            show_default=False,
+        ),
+    ] = None,
+    dataset: Annotated[
+        str | None,
+        typer.Option(
+            help="Text to run on: a text or jsonl file, or a name in `datasets`. By default Wikipedia articles that "
+            "gensim ships and Python code.",
+            show_default=False,
+        ),
+    ] = None,
+    samples: Annotated[int, typer.Option(min=1, help="Windows of text behind spectrum and projection.")] = 16,
+    eval_windows: Annotated[int, typer.Option(min=1, help="Other windows, for everything else.")] = 4,
+    seq_length: SeqLength = 512,
+    seed: Seed = 0,
+    text_column: TextColumn = "text",
+) -> None:
+    """Show what quantization does to a model: activations, spectrum, errors, and where the perplexity is lost.
+
+    An unquantized model is measured as it is and as the projection of a recipe would make it; nothing is written but
+    the report. A QUAD checkpoint is measured as stored. The report is one HTML file, with its charts as PNGs and its
+    numbers as JSON beside it, and ends with a recommendation, which is also printed.
+    """
+    from quad_modifiers.tools.inspection import inspect_model
+
+    with log_on_stderr():
+        found = inspect_model(
+            model,
+            output,
+            baseline=baseline,
+            recipe=recipe,
+            rank=rank,
+            layers=layer,
+            dataset=dataset,
+            text_column=text_column,
+            samples=samples,
+            eval_windows=eval_windows,
+            seq_length=seq_length,
+            seed=seed,
+        )
+    _print(found, output)
+
+
+def _print(found: "Inspection", output: Path) -> None:
+    from quad_modifiers.tools.inspection.model_report import REPORT_NAME
+
+    rules = found.recommendation.rules if found.recommendation is not None else []
+    print_table(
+        ("rule", "question", "measured", "answer"), [(r.number, r.question, r.measured, r.answer) for r in rules]
+    )
+    typer.echo(str(output / REPORT_NAME))

@@ -1,0 +1,24 @@
+"""`quad plugins`: what is installed and what it contributes."""
+
+import typer
+
+from quad_modifiers.tools.console import print_table
+
+
+def register(app: typer.Typer) -> None:
+    """Adds the command to `quad`."""
+    app.command("plugins", epilog="Python: quad_modifiers.plugins.plugin_table()")(plugins)
+
+
+def plugins() -> None:
+    """List the installed distributions that contribute modifiers, architectures, recipes or kernels.
+
+    A plugin that cannot be imported is listed with the reason; the rest works without it.
+    """
+    from quad_modifiers.plugins import plugin_table
+
+    rows = [
+        (row.distribution, row.version, f"FAILED: {row.failure}" if row.failure else "\n".join(row.contributes))
+        for row in plugin_table()
+    ]
+    print_table(("distribution", "version", "contributes"), rows)

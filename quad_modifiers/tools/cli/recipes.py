@@ -1,0 +1,81 @@
+"""`quad recipes`: the recipes that are installed, their text, and checking one."""
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from quad_modifiers.tools.cli.errors import BAD_INPUT
+from quad_modifiers.tools.console import console, log_on_stderr, print_table
+
+recipes = typer.Typer(
+    help="List, show and check recipes.",
+    epilog="Python: list_recipes, resolve_recipe and validate_recipe of quad_modifiers.recipe.",
+)
+
+
+def register(app: typer.Typer) -> None:
+    """Adds the group to `quad`."""
+    app.add_typer(recipes, name="recipes")
+
+
+@recipes.callback(invoke_without_command=True)
+def _default(context: typer.Context) -> None:
+    if context.invoked_subcommand is None:
+        show_list()
+
+
+@recipes.command("list", epilog="Python: quad_modifiers.recipe.list_recipes()")
+def show_list() -> None:
+    """List the recipes of this package and of the installed plugins. What `quad recipes` does alone."""
+    from quad_modifiers.plugins import recipe_files
+
+    rows = [(name, _summary(each.path), str(each.distribution)) for name, each in sorted(recipe_files().items())]
+    print_table(("recipe", "what it is", "from"), rows)
+
+
+@recipes.command(epilog="Python: quad_modifiers.recipe.resolve_recipe(name).read_text()")
+def show(name: Annotated[str, typer.Argument(help="Name of a recipe, or path of a file.")]) -> None:
+    """Print a recipe; its header says what it does, what it costs and when to use it."""
+    from quad_modifiers.recipe.resolve import read_recipe, resolve_recipe
+
+    text = read_recipe(resolve_recipe(name))
+    if sys.stdout.isatty():
+        from rich.syntax import Syntax
+
+        console().print(Syntax(text, "yaml", background_color="default"))
+    else:
+        typer.echo(text, nl=False)
+
+
+@recipes.command(epilog="Python: quad_modifiers.recipe.validate_recipe(text_or_path)")
+def validate(
+    files: Annotated[list[str], typer.Argument(help="Paths or names of recipes.", metavar="FILE...")],
+) -> None:
+    """Check recipes without loading a model: structure, fields, order of the modifiers.
+
+    Prints every problem with its line and remedy. The exit code is 2 if a recipe has an error.
+    """
+    from quad_modifiers.recipe import resolve_recipe, validate_recipe
+
+    refused = False
+    for name in files:
+        path = resolve_recipe(name)
+        with log_on_stderr():
+            problems = validate_recipe(path)
+        for problem in problems:
+            typer.echo(problem.describe(str(path)))
+        failed = any(problem.severity == "error" for problem in problems)
+        refused |= failed
+        if not failed:
+            typer.echo(f"{path}: sound")
+    if refused:
+        raise typer.Exit(BAD_INPUT)
+
+
+def _summary(path: Path) -> str:
+    """Returns the first sentence of a recipe's header, or nothing if it has none."""
+    with path.open(encoding="utf-8") as lines:
+        first = lines.readline()
+    return first.removeprefix("#").strip().rstrip(".") if first.startswith("#") else ""

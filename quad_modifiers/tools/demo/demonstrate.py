@@ -1,0 +1,165 @@
+"""Compress a real model and print what that cost and gained: perplexity, size, time, memory, a sentence."""
+
+from __future__ import annotations
+
+import json
+import logging
+import resource
+import shutil
+import struct
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
+
+import quad_modifiers
+from quad_modifiers.data import token_windows, wikipedia_articles
+from quad_modifiers.tools.demo.models import fetch
+from quad_modifiers.tools.evaluation import Perplexity, perplexity
+
+logger = logging.getLogger(__name__)
+
+_DEFAULT_FOLDERS = {"smollm2": "outputs/SmolLM2-135M", "qwen": "outputs/Qwen2.5-Coder-0.5B"}
+_WINDOW_LENGTH = 512
+_WINDOW_COUNT = 32
+_PROMPT = "Why is the sky blue? Answer in one sentence."
+_NEW_TOKENS = 40
+
+
+@dataclass(frozen=True)
+class Compression:
+    """What the compression step took: wall-clock seconds and the process's peak memory in bytes."""
+
+    seconds: float
+    peak_bytes: int
+
+
+@dataclass(frozen=True)
+class Measured:
+    """One checkpoint's numbers: perplexity, bytes of its tensors, bytes of embedding and lm_head among them, a text."""
+
+    perplexity: Perplexity
+    tensor_bytes: int
+    embedding_bytes: int
+    generated: str
+
+
+def run(name: str, model_folder: Path | None, recipe: str, output: Path, *, force: bool = False) -> None:
+    """Compress the named demonstration model by `recipe` into `output`, and print both models' numbers.
+
+    The compression comes first in the process, so that its peak memory is its own.
+
+    Args:
+        name: a key of `quad_modifiers.tools.demo.models.MODELS`.
+        model_folder: where the original is, or is put; a folder under outputs/ by default.
+        recipe: path or name of a recipe.
+        output: where the compressed checkpoint goes; one that is there is reused.
+        force: compress again although `output` exists.
+
+    Raises:
+        FileExistsError: `output` exists and is no checkpoint.
+    """
+    original = fetch(name, model_folder or Path(_DEFAULT_FOLDERS[name]))
+    compression = _compress(original, recipe, output, force=force)
+    tokenizer = AutoTokenizer.from_pretrained(original)
+    held_out = wikipedia_articles("held_out")
+    windows = token_windows(tokenizer, held_out, _WINDOW_LENGTH, _WINDOW_COUNT, seed=0)
+    before = _measure(original, tokenizer, windows)
+    after = _measure(output, tokenizer, windows)
+    print(_report(original, output, before, after, compression))
+
+
+def _compress(original: Path, recipe: str, output: Path, *, force: bool) -> Compression | None:
+    """Compress `original` into `output`; None where the checkpoint that is there is reused."""
+    if output.exists() and any(output.iterdir()):
+        if not (output / "config.json").is_file():
+            raise FileExistsError(f"{output} is not empty and holds no checkpoint; choose another --output")
+        if not force:
+            logger.info("%s exists: reusing it for the comparison (--force compresses again)", output)
+            return None
+    # A new checkpoint replaces the old one only when it is complete.
+    fresh = output.with_name(f"{output.name}.new")
+    if fresh.exists():
+        shutil.rmtree(fresh)
+    start = time.perf_counter()
+    quad_modifiers.oneshot(model=str(original), recipe=recipe, output_dir=str(fresh))
+    compression = Compression(time.perf_counter() - start, _peak_bytes())
+    if output.exists():
+        shutil.rmtree(output)
+    fresh.rename(output)
+    return compression
+
+
+def _measure(folder: Path, tokenizer: PreTrainedTokenizerBase, windows: torch.Tensor) -> Measured:
+    """Return the numbers of the checkpoint in `folder`, loaded as any user loads it."""
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    measured = perplexity(model, windows)
+    total, embedding = checkpoint_bytes(folder)
+    return Measured(measured, total, embedding, _generate(model, tokenizer))
+
+
+@torch.inference_mode()
+def _generate(model: torch.nn.Module, tokenizer: PreTrainedTokenizerBase) -> str:
+    """Return the model's greedy answer to the demonstration's question."""
+    messages = [{"role": "user", "content": _PROMPT}]
+    inputs = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_tensors="pt", return_dict=True)
+    output = model.generate(**inputs, do_sample=False, max_new_tokens=_NEW_TOKENS, pad_token_id=tokenizer.eos_token_id)
+    return str(tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)).strip()
+
+
+def checkpoint_bytes(folder: Path) -> tuple[int, int]:
+    """Return the bytes of all tensors in the checkpoint, and those of the embedding and lm_head among them."""
+    total = embedding = 0
+    for file in sorted(folder.glob("*.safetensors")):
+        with file.open("rb") as stream:
+            (header_bytes,) = struct.unpack("<Q", stream.read(8))
+            header = json.loads(stream.read(header_bytes))
+        for tensor, entry in header.items():
+            if tensor == "__metadata__":
+                continue
+            begin, end = entry["data_offsets"]
+            total += end - begin
+            if "embed_tokens" in tensor or "lm_head" in tensor:
+                embedding += end - begin
+    return total, embedding
+
+
+def _peak_bytes() -> int:
+    """Return the highest resident memory of this process so far, in bytes."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def _report(original: Path, output: Path, before: Measured, after: Measured, compression: Compression | None) -> str:
+    """Return the closing table."""
+    ratio = after.perplexity.value / before.perplexity.value
+    layers_before = before.tensor_bytes - before.embedding_bytes
+    layers_after = after.tensor_bytes - after.embedding_bytes
+    lines = [
+        "",
+        f"original    {original}",
+        f"compressed  {output}",
+        "",
+        f"perplexity, {_WINDOW_COUNT} held-out Wikipedia windows of {_WINDOW_LENGTH} tokens",
+        f"  before    {before.perplexity}",
+        f"  after     {after.perplexity}   ratio {ratio:.3f}",
+        "size of the tensors",
+        f"  before    {_size(before)}",
+        f"  after     {_size(after)}   decoder layers {layers_before / max(layers_after, 1):.2f}x smaller",
+    ]
+    if compression is None:
+        lines.append("compression  reused, not timed (--force compresses again)")
+    else:
+        lines.append(f"compression  {compression.seconds:.0f} s, peak memory {compression.peak_bytes / 2**30:.2f} GiB")
+    lines += [f"{_PROMPT}", f"  before    {before.generated}", f"  after     {after.generated}"]
+    return "\n".join(lines)
+
+
+def _size(measured: Measured) -> str:
+    """Return the size of a checkpoint with the share of its embeddings."""
+    return (
+        f"{measured.tensor_bytes / 1e6:.1f} MB, of which embedding and lm_head {measured.embedding_bytes / 1e6:.1f} MB"
+    )

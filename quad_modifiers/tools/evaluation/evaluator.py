@@ -1,0 +1,206 @@
+"""Evaluates a model, and the original beside it, one after the other in one process."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict, dataclass
+from hashlib import sha256
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from quad_modifiers.data.windows import warn_of_length
+from quad_modifiers.records.evaluation_record import Evaluation, PerplexityResult
+from quad_modifiers.records.machine import machine_name, package_versions
+from quad_modifiers.tools.evaluation import cache
+from quad_modifiers.tools.evaluation.comparison import average, compare, ratio_interval
+from quad_modifiers.tools.evaluation.harness import OFFLINE_TASKS, LoadedTask, load_tasks
+from quad_modifiers.tools.evaluation.perplexity_text import WIKIPEDIA, WINDOW_LENGTH, PerplexityText, perplexity_text
+from quad_modifiers.tools.evaluation.subject import Subject
+from quad_modifiers.tools.evaluation.task_run import TaskRun, run_task
+from quad_modifiers.tools.evaluation.window_perplexity import Perplexity, perplexity
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+logger = logging.getLogger(__name__)
+
+
+def evaluate(
+    model: str | Path | PreTrainedModel,
+    tasks: Sequence[str] = OFFLINE_TASKS,
+    baseline: str | Path | PreTrainedModel | None = None,
+    *,
+    limit: int | None = None,
+    seed: int = 0,
+    batch_size: int = 16,
+    device: str | None = None,
+    text: str | Path | None = WIKIPEDIA,
+    window_length: int = WINDOW_LENGTH,
+    windows: int | None = None,
+    text_column: str = "text",
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    fresh: bool = False,
+) -> Evaluation:
+    """Evaluate a model on lm-eval's tasks and its perplexity on a text.
+
+    Each finished part is kept on the disk under the content of the model's files: after an interruption the same call
+    goes on where it stopped, and a baseline is measured once. Parts of a model in memory are not kept.
+
+    Args:
+        model: folder of a QUAD, compressed-tensors or ordinary checkpoint, a Hub id, or a loaded model.
+        tasks: names of tasks, groups or tags of lm-eval, and of the offline tasks, which are the default.
+        baseline: the original model, to compare with; measured after `model` has left the memory.
+        limit: items of each task and windows of the text, for a quick look.
+        seed: of few-shot examples, of the choice of windows and of the bootstrap.
+        batch_size: requests in one forward pass.
+        device: "cpu", "cuda", ...; the GPU if there is one by default.
+        text: what perplexity is measured on: a text or jsonl file, "wikipedia" for held-out articles; None for none.
+        window_length: tokens of a window.
+        windows: how many; by default all of a file, 40 of the articles.
+        text_column: column of the text in a jsonl, csv or parquet file.
+        tokenizer: for models in memory, if it is not where their weights come from.
+        fresh: measure again what was kept.
+
+    Returns:
+        The content of evaluation.json; `quad_modifiers.records.evaluation_record.write_evaluation` writes it.
+
+    Raises:
+        FileNotFoundError: no such model or text file.
+        ValueError: an unknown task (with close names), no task and no text, a limit or batch size below 1, a negative
+            seed, a text that is too short, a device that this machine does not have.
+        RuntimeError: the data of a task cannot be loaded.
+    """
+    for name, number in (("limit", limit), ("batch_size", batch_size), ("windows", windows)):
+        if number is not None and number < 1:
+            raise ValueError(f"{name} must be at least 1, not {number}")
+    if seed < 0:
+        raise ValueError(f"seed must not be negative, not {seed}")
+    if isinstance(tasks, str):
+        raise TypeError(f"tasks must be a sequence of names, not one string; write [{tasks!r}]")
+    if not tasks and text is None:
+        raise ValueError("there is nothing to measure: name a task, or a text for the perplexity")
+    subjects = [Subject(each, tokenizer, batch_size, device) for each in (model, baseline) if each is not None]
+    measured = None if text is None else perplexity_text(text, window_length, windows, limit, seed, text_column)
+    if measured is not None:
+        warn_of_length(subjects[0].config, window_length)
+    token_windows = [None if measured is None else measured.windows(subject.tokenizer) for subject in subjects]
+    if measured is not None and baseline is not None and not torch.equal(token_windows[0], token_windows[1]):
+        logger.warning("the tokenizers differ: the baseline's perplexity of a token means something else, left out")
+        token_windows[1] = None
+    loaded = load_tasks(tasks) if tasks else []
+    halves = [
+        _measure(subject, loaded, cut, _Kept(subject, seed, fresh), limit)
+        for subject, cut in zip(subjects, token_windows, strict=True)
+    ]
+    found = _evaluation(subjects, loaded, measured, halves, seed)
+    return found.model_copy(update={"tasks": list(tasks), "limit": limit, "seed": seed})
+
+
+@dataclass(frozen=True)
+class _Half:
+    """What one model reached, in the order of the tasks."""
+
+    runs: list[TaskRun]
+    perplexity: Perplexity | None
+
+
+class _Kept:
+    """Results of one model that are kept on the disk."""
+
+    def __init__(self, subject: Subject, seed: int, fresh: bool) -> None:
+        identity = subject.identity
+        surroundings = {"packages": package_versions(), "device": subject.device, "seed": seed}
+        self._key = None if identity is None else {"model": identity, **surroundings}
+        self._name, self._fresh, self.seed = subject.source, fresh, seed
+
+    def get(self, what: str, question: dict[str, Any], measure: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+        """Return what was kept, or measure it and keep it."""
+        key = None if self._key is None else {**self._key, **question}
+        found = None if key is None or self._fresh else cache.read(key)
+        if found is not None:
+            logger.info("%s: %s was measured before", self._name, what)
+            return found
+        logger.info("%s: %s", self._name, what)
+        found = measure()
+        if key is not None:
+            cache.keep(key, found)
+        return found
+
+
+def _measure(
+    subject: Subject, tasks: Sequence[LoadedTask], windows: torch.Tensor | None, kept: _Kept, limit: int | None
+) -> _Half:
+    """Run a model on everything; it is out of memory afterwards."""
+
+    def run(task: LoadedTask) -> TaskRun:
+        question = {"task": task.name, "items": task.items_digest(limit), "limit": limit}
+        return TaskRun(**kept.get(task.name, question, lambda: asdict(run_task(subject.lm, task, limit, kept.seed))))
+
+    def measure_perplexity(of: torch.Tensor) -> Perplexity:
+        question = {"windows": sha256(of.numpy().tobytes()).hexdigest(), "length": of.shape[1]}
+        found = kept.get("perplexity", question, lambda: asdict(perplexity(subject.lm.model, of)))
+        return Perplexity(**{**found, "window_nll": tuple(found["window_nll"])})
+
+    try:
+        return _Half([run(task) for task in tasks], None if windows is None else measure_perplexity(windows))
+    finally:
+        subject.release()
+
+
+def _evaluation(
+    subjects: Sequence[Subject],
+    tasks: Sequence[LoadedTask],
+    text: PerplexityText | None,
+    halves: Sequence[_Half],
+    seed: int,
+) -> Evaluation:
+    ours, theirs = halves[0], halves[1] if len(halves) > 1 else None
+    baselines = [None] * len(tasks) if theirs is None else theirs.runs
+    compared = [
+        compare(task.name, run, other, seed) for task, run, other in zip(tasks, ours.runs, baselines, strict=True)
+    ]
+    return Evaluation(
+        format_version=1,
+        baseline=subjects[1].name if theirs else None,
+        perplexity=_perplexities(text, [half.perplexity for half in halves], seed),
+        results=_merged(run.results for run in ours.runs),
+        baseline_results=_merged(run.results for run in theirs.runs) if theirs else {},
+        comparisons=[each for each in compared if each is not None],
+        average=average(ours.runs, None if theirs is None else theirs.runs, seed),
+        n_shot=_merged(run.n_shot for run in ours.runs),
+        versions=_merged(run.versions for run in ours.runs),
+        packages=package_versions(),
+        machine=machine_name(),
+    )
+
+
+def _perplexities(
+    text: PerplexityText | None, measured: Sequence[Perplexity | None], seed: int
+) -> list[PerplexityResult]:
+    ours, theirs = measured[0], measured[1] if len(measured) > 1 else None
+    if text is None or ours is None:
+        return []
+    if not math.isfinite(ours.value):
+        logger.warning("the perplexity on %s is infinite; it is left out", text.name)
+        return []
+    if theirs is not None and not math.isfinite(theirs.value):
+        theirs = None
+    return [
+        PerplexityResult(
+            text=text.name,
+            window_length=text.length,
+            tokens=ours.tokens,
+            value=ours.value,
+            stderr=None if math.isnan(ours.stderr) else ours.value * ours.stderr,
+            baseline=None if theirs is None else theirs.value,
+            ratio_interval=None if theirs is None else ratio_interval(ours.window_nll, theirs.window_nll, seed),
+        )
+    ]
+
+
+def _merged(parts: Iterable[dict[str, Any]]) -> dict[str, Any]:
+    return {key: value for part in parts for key, value in part.items()}

@@ -1,0 +1,86 @@
+"""Perplexity of one model over a text, by the WikiText protocol."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from quad_modifiers.data import local_texts, token_windows, wikipedia_articles
+
+WIKIPEDIA = "wikipedia"
+WINDOW_LENGTH = 512  # tokens
+WIKIPEDIA_WINDOWS = 40
+_WIKIPEDIA_NAME = "held-out Wikipedia articles of gensim"
+
+
+@dataclass(frozen=True)
+class PerplexityText:
+    """A text and how it is cut.
+
+    Attributes:
+        name: for people.
+        texts: the documents, joined by blank lines.
+        length: tokens of a window.
+        count: windows, drawn at random; None takes all of them, in order.
+        seed: of the draw.
+        fewer: where the text has less than `count`, take all.
+    """
+
+    name: str
+    texts: Sequence[str]
+    length: int
+    count: int | None
+    seed: int
+    fewer: bool = False
+
+    def windows(self, tokenizer: Any) -> Any:
+        """Return the windows: [count, length], int64.
+
+        Raises:
+            ValueError: the text is too short.
+        """
+        seed = None if self.count is None else self.seed
+        return token_windows(tokenizer, self.texts, self.length, self.count, seed=seed, fewer=self.fewer)
+
+
+def text_name(source: str | Path) -> str:
+    """Return what results on a text call it."""
+    return _WIKIPEDIA_NAME if source == WIKIPEDIA else Path(source).name
+
+
+def perplexity_text(
+    source: str | Path,
+    length: int = WINDOW_LENGTH,
+    count: int | None = None,
+    limit: int | None = None,
+    seed: int = 0,
+    text_column: str = "text",
+) -> PerplexityText:
+    """Return the text to measure perplexity on.
+
+    Args:
+        source: a local file, as `quad_modifiers.data.local_texts` takes it, or "wikipedia" for the articles of gensim's
+            package that never calibrate.
+        length: tokens of a window.
+        count: windows; by default all of a file, 40 of Wikipedia.
+        limit: at most so many windows.
+        seed: of the choice of windows.
+        text_column: of a jsonl, csv or parquet file.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: a length below 2, or an unknown format of file.
+    """
+    if length < 2:
+        raise ValueError(f"the length of a window must be at least 2 tokens, not {length}")
+    if source == WIKIPEDIA:
+        texts = wikipedia_articles("held_out")
+        count = count or WIKIPEDIA_WINDOWS
+    else:
+        texts = local_texts(source, text_column)
+    fewer = count is None
+    if limit is not None:
+        count = min(count or limit, limit)
+    return PerplexityText(text_name(source), texts, length, count, seed, fewer)

@@ -1,0 +1,237 @@
+"""`compare_checkpoints`: checkpoints side by side, by their files and against a common original."""
+
+import logging
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+
+from quad_modifiers.checkpoint.locate import tokenizer_of
+from quad_modifiers.checkpoint.save import check_target
+from quad_modifiers.data import CalibrationSource
+from quad_modifiers.data.windows import warn_of_length
+from quad_modifiers.recipe.document import parse_recipe
+from quad_modifiers.records.evaluation_record import Evaluation, read_evaluation, task_scores
+from quad_modifiers.records.inventory import read_inventory
+from quad_modifiers.records.score_cells import perplexity_cells, score_cells
+from quad_modifiers.tools.inspection.evaluation_text import TextOptions
+from quad_modifiers.tools.inspection.measure.loss import LossMeter, Reference
+from quad_modifiers.tools.inspection.measure.results import BlockRow, LossRow, Settings
+from quad_modifiers.tools.inspection.measure.stream import measure_blocks
+from quad_modifiers.tools.inspection.opening import Candidate, Opened, look_at, need_same_type, need_unquantized
+from quad_modifiers.tools.publishing.sections import width_tags
+
+logger = logging.getLogger(__name__)
+
+NUMBERS_NAME = "comparison.json"
+
+
+@dataclass(frozen=True)
+class Score:
+    """A result that stands in the checkpoint's evaluation.json.
+
+    Attributes:
+        what: text, window length and tokens of a perplexity, or task, metric and items: only like is beside like.
+        is_perplexity: lower is better.
+        value: the result.
+        stderr: its standard error, if known.
+        baseline: the original's, if measured.
+        remark: "no difference seen" if the difference from the original is within its interval.
+    """
+
+    what: str
+    is_perplexity: bool
+    value: float
+    stderr: float | None
+    baseline: float | None
+    remark: str = ""
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One checkpoint.
+
+    Attributes:
+        name: of its folder; unique in a comparison.
+        folder: where it lies.
+        format: what a reader needs for it.
+        widths: bits such as "w4a4a8" (weights, U-type and D-type inputs), where they are uniform.
+        modifiers: of its recipe, in order; empty if it has none.
+        rank, basis: of the projection; rank 0 and None without one.
+        bytes_of: size of the tensors by kind.
+        scores: results that were measured before.
+        loss: against the baseline, if there is one.
+        blocks: likewise, by block.
+        recipe: text of its recipe.yaml.
+    """
+
+    name: str
+    folder: str
+    format: str
+    widths: str | None
+    modifiers: list[str]
+    rank: int
+    basis: str | None
+    bytes_of: dict[str, int]
+    scores: list[Score]
+    loss: LossRow | None
+    blocks: list[BlockRow]
+    recipe: str | None
+
+    @property
+    def total(self) -> int:
+        """Bytes of all tensors."""
+        return sum(self.bytes_of.values())
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Checkpoints in the order in which they were given; `settings` only with a baseline."""
+
+    entries: list[Entry]
+    baseline: str | None
+    baseline_perplexity: float | None
+    settings: Settings | None
+    format_version: int = 1
+
+
+def compare_checkpoints(
+    checkpoints: Sequence[str | Path],
+    output_dir: str | Path | None = None,
+    *,
+    baseline: str | Path | None = None,
+    dataset: CalibrationSource = None,
+    text_column: str = "text",
+    eval_windows: int = 4,
+    seq_length: int = 512,
+    seed: int = 0,
+) -> Comparison:
+    """Compares checkpoint folders and, if asked, writes report.html, its charts as PNGs, and comparison.json.
+
+    Without a baseline no model is loaded: recipe, format, sizes, and evaluation.json where there is one. With a
+    baseline each checkpoint runs on a few windows beside it, one checkpoint in memory at a time.
+
+    Args:
+        checkpoints: at least two folders with checkpoints, QUAD or other ones.
+        output_dir: folder for the report, new or empty; None writes nothing.
+        baseline: folder or Hub id of the original that all were made of.
+        dataset: text to run on, as `calibration_windows` takes it; by default the half of gensim's Wikipedia articles
+            that never calibrates.
+        text_column: column of the text in `dataset`.
+        eval_windows: windows of text.
+        seq_length: tokens in a window.
+        seed: of the choice of windows.
+
+    Raises:
+        FileExistsError: `output_dir` exists and is not empty.
+        FileNotFoundError: there is no such folder, or it holds no checkpoint.
+        ValueError: fewer than two checkpoints, one of them twice, or one that was not made of the baseline.
+    """
+    if output_dir is not None:
+        from quad_modifiers.tools.inspection import compare_report  # now: it needs matplotlib
+
+        check_target(Path(output_dir))
+    folders = _folders(checkpoints)
+    entries = [_entry(folder, name) for folder, name in zip(folders, _names(folders), strict=True)]
+    found = Comparison(entries, None, None, None)
+    if baseline is not None:
+        text = TextOptions(dataset, text_column, 0, eval_windows, seq_length, seed)
+        found = _against(look_at(baseline), folders, entries, text)
+    if output_dir is not None:
+        compare_report.write(found, Path(output_dir))
+    return found
+
+
+def _against(original: Candidate, folders: list[Path], entries: list[Entry], text: TextOptions) -> Comparison:
+    """Runs every checkpoint beside the original."""
+    need_unquantized(original, "the baseline")
+    warn_of_length(original.config, text.seq_length)
+    for folder in folders:
+        need_same_type(look_at(folder), original)
+    windows = text.windows(tokenizer_of(original.name), held_out=True)
+    opened = original.load()
+    reference = Reference.of(opened.model, opened.architecture, windows.measured)
+    measured = []
+    for folder, entry in zip(folders, entries, strict=True):
+        loss, blocks = _measure(opened, reference, folder, windows.measured)
+        measured.append(replace(entry, loss=loss, blocks=blocks))
+    return Comparison(measured, original.name, reference.perplexity, windows.settings)
+
+
+def _folders(checkpoints: Sequence[str | Path]) -> list[Path]:
+    folders = [Path(each).expanduser() for each in checkpoints]
+    if len(folders) < 2:
+        raise ValueError(f"a comparison needs at least two checkpoints, not {len(folders)}; one alone: quad inspect")
+    for folder in folders:
+        if not folder.is_dir():
+            raise FileNotFoundError(f"there is no folder {folder}")
+    resolved = [folder.resolve() for folder in folders]
+    for folder, real in zip(folders, resolved, strict=True):
+        if resolved.count(real) > 1:
+            raise ValueError(f"{folder} is given more than once")
+    return folders
+
+
+def _names(folders: list[Path]) -> list[str]:
+    """Returns the ends of the paths, each as long as it takes to tell them apart."""
+    parts = [folder.resolve().parts for folder in folders]
+
+    def name(own: tuple[str, ...]) -> str:
+        length = next(n for n in range(1, len(own) + 1) if sum(each[-n:] == own[-n:] for each in parts) == 1)
+        return "/".join(own[-length:])
+
+    return [name(own) for own in parts]
+
+
+def _measure(
+    opened: Opened, reference: Reference, folder: Path, windows: list[torch.Tensor]
+) -> tuple[LossRow, list[BlockRow]]:
+    logger.info("%s against %s", folder, opened.name)
+    model = look_at(folder).load().model
+    try:
+        blocks = measure_blocks(opened.model, model, opened.architecture, windows)
+    except ValueError as error:
+        raise ValueError(f"{folder}: {error}") from error
+    meter = LossMeter(model, opened.architecture, windows, "after", reference)
+    return meter.row("all", "inputs and weights", "as stored"), blocks
+
+
+def _entry(folder: Path, name: str) -> Entry:
+    """Returns what the files say; not yet measured."""
+    inventory, evaluation = read_inventory(folder), read_evaluation(folder)
+    file = folder / "recipe.yaml"
+    recipe = file.read_text(encoding="utf-8") if file.is_file() else None
+    basis = (inventory.quad or {}).get("residual_basis") or {}
+    return Entry(
+        name,
+        str(folder),
+        inventory.format,
+        next(iter(width_tags(inventory)), None) if inventory.format != "unquantized" else None,
+        [] if recipe is None else [entry.name for entry in parse_recipe(recipe).entries],
+        basis.get("rank", 0),
+        basis.get("basis"),
+        inventory.bytes_of,
+        [] if evaluation is None else list(_scores(evaluation)),
+        None,
+        [],
+        recipe,
+    )
+
+
+def _scores(evaluation: Evaluation) -> Iterator[Score]:
+    for one in evaluation.perplexity:
+        what = f"{one.text}, windows of {one.window_length}, {one.tokens} tokens"
+        yield Score(what, True, one.value, one.stderr, one.baseline, perplexity_cells(one)[-1])
+    if evaluation.average is not None:
+        mean = evaluation.average
+        what = f"average {mean.metric} over tasks, {mean.items} items"
+        yield Score(what, False, mean.value, mean.stderr, mean.baseline, score_cells(mean)[-1])
+    if evaluation.comparisons:
+        for each in evaluation.comparisons:
+            what, perplexity = f"{each.task}, {each.metric}, {each.items} items", "perplexity" in each.metric
+            yield Score(what, perplexity, each.value, each.stderr, each.baseline, score_cells(each)[-1])
+        return
+    for score in task_scores(evaluation):
+        perplexity = "perplexity" in score.metric
+        yield Score(f"{score.task}, {score.metric}", perplexity, score.value, score.stderr, score.baseline)

@@ -1,0 +1,86 @@
+"""The residual stream's second moment, and what an outlier subspace of each rank would take out of it."""
+
+import torch
+from quad_kernels import RMSNorm
+from torch import nn
+
+from quad_modifiers.linalg import StreamingGram, extended_basis, outlier_basis, random_rotation
+from quad_modifiers.model.architecture import Architecture
+from quad_modifiers.tools.inspection.measure.groups import INPUT_GRIDS, blocks_of
+from quad_modifiers.tools.inspection.measure.results import Spectrum
+from quad_modifiers.tools.inspection.measure.watch import run_decoder, watching
+
+_TOKENS_PER_NORM = 64  # of the sample behind the errors by rank
+
+
+def measure_spectrum(
+    model: nn.Module,
+    architecture: Architecture,
+    calibration: list[torch.Tensor],
+    other: torch.Tensor,
+    hidden: int,
+    rank: int,
+) -> Spectrum:
+    """Returns the spectrum of the stream as the readers of both norms see it, without the norms' weights.
+
+    It does not depend on the basis: a projected checkpoint has the spectrum of its original. Where the extended basis
+    has made the stream wider, the zeros that this adds are left out.
+
+    Args:
+        model: as it runs.
+        architecture: names of its parts.
+        calibration: windows behind the second moment.
+        other: a window behind the errors by rank.
+        hidden: width of the original stream.
+        rank: one of the ranks to try.
+    """
+    width = model.config.hidden_size
+    gram = StreamingGram(width, model.device)
+    _run(model, architecture, calibration, gram.add)
+    sample: list[torch.Tensor] = []
+    _run(model, architecture, [other], lambda x: sample.append(x[:: max(1, len(x) // _TOKENS_PER_NORM)]))
+    mean = gram.mean()
+    energy = torch.linalg.eigvalsh(mean).flip(0).clamp(min=0)[:hidden]
+    shares = (energy / energy.sum()).tolist()
+    return Spectrum(shares, gram.tokens, errors_by_rank(mean, torch.cat(sample), candidate_ranks(hidden, rank)))
+
+
+def _run(model: nn.Module, architecture: Architecture, windows: list[torch.Tensor], see) -> None:  # type: ignore[no-untyped-def]
+    normalize = RMSNorm(None, model.config.rms_norm_eps)
+    watched = [
+        (block.get_submodule(norm), lambda x: see(normalize(x.float())))
+        for block in blocks_of(model, architecture)
+        for norm in (architecture.attention_norm, architecture.mlp_norm)
+    ]
+    with watching(watched):
+        for window in windows:
+            run_decoder(model, architecture, window)
+
+
+def candidate_ranks(hidden: int, rank: int) -> list[int]:
+    """Returns 0, the powers of two from 8 to half the width, and `rank`."""
+    powers = [2**exponent for exponent in range(3, 16) if 2**exponent <= hidden // 2]
+    return sorted({0, rank, *powers})
+
+
+def errors_by_rank(gram: torch.Tensor, sample: torch.Tensor, ranks: list[int]) -> list[tuple[int, float]]:
+    """Returns the U-type input error at 4 bits for each rank, in the extended basis with a Hadamard rotation.
+
+    Args:
+        gram: second moment that the outlier directions come from, `[d, d]`.
+        sample: normalized stream, `[n, d]`, float32.
+        ranks: each smaller than d.
+    """
+    size = len(gram)
+    vectors, _ = outlier_basis(gram, max(ranks))
+    rotation = random_rotation(size, "hadamard", torch.Generator().manual_seed(0)).to(gram.device)
+    energy = sample.square().sum(-1)
+    errors = []
+    for rank in ranks:
+        residual = sample @ extended_basis(vectors[:, :rank], rotation)[:, rank:].to(sample)
+        error = (INPUT_GRIDS[4].fake(residual) - residual).square().sum(-1) / energy
+        errors.append((rank, error.mean().item()))
+    return errors
+
+
+__all__ = ["candidate_ranks", "errors_by_rank", "measure_spectrum"]

@@ -1,0 +1,160 @@
+"""A compressed model against its original, block by block, in the original's basis.
+
+A projection changes the basis of the residual stream, and a checkpoint does not store it. But both models embed the
+same tokens: the map between the streams is the one between their embeddings, which least squares recovers to the
+rounding of the weights.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from quad_modifiers.model.architecture import Architecture
+from quad_modifiers.nn.quad_linear import QuadLinear
+from quad_modifiers.tools.inspection.measure.groups import blocks_of
+from quad_modifiers.tools.inspection.measure.loss import unquantized_inputs
+from quad_modifiers.tools.inspection.measure.results import BlockRow
+from quad_modifiers.tools.inspection.measure.watch import run_decoder
+
+_ROWS_PER_COORDINATE = 4  # embeddings behind the fit
+_MAX_UNEXPLAINED = 0.02  # 8-bit embeddings leave 1e-4, an unrelated model most of it
+
+
+@dataclass(frozen=True)
+class StreamMap:
+    """The change of basis of the residual stream.
+
+    Attributes:
+        there: `[d, width]`, from the original's stream to the other's.
+        back: `[width, d]`, its pseudo-inverse.
+    """
+
+    there: torch.Tensor
+    back: torch.Tensor
+
+    @classmethod
+    @torch.no_grad()
+    def fit(cls, original: nn.Module, other: nn.Module, architecture: Architecture) -> "StreamMap":
+        """Recovers the map from the embeddings of both models.
+
+        Raises:
+            ValueError: if the models have other vocabularies, or no linear map takes one embedding to the other.
+        """
+        tables = [model.get_submodule(architecture.embedding) for model in (original, other)]
+        rows = [model.config.vocab_size for model in (original, other)]
+        if rows[0] != rows[1]:
+            raise ValueError(f"the baseline embeds {rows[0]} tokens, the checkpoint {rows[1]}: it was made of another")
+        count = min(rows[0], _ROWS_PER_COORDINATE * original.config.hidden_size)
+        ids = torch.linspace(0, rows[0] - 1, count).long()
+        source, target = (t(ids.to(m.device)).double().cpu() for t, m in zip(tables, (original, other), strict=True))
+        gram = source.T @ source
+        ridge = 1e-9 * gram.diagonal().mean() * torch.eye(len(gram), dtype=gram.dtype)
+        there = torch.linalg.solve(gram + ridge, source.T @ target)
+        unexplained = float((source @ there - target).square().sum() / target.square().sum())
+        if not unexplained < _MAX_UNEXPLAINED:
+            raise ValueError(
+                f"no change of basis takes the baseline's embeddings to the checkpoint's ({100 * unexplained:.0f} % of "
+                "them is left): it was made of another model; give the original that it was made of"
+            )
+        return cls(there.float(), torch.linalg.pinv(there).float())
+
+
+@torch.no_grad()
+def measure_blocks(
+    original: nn.Module, other: nn.Module, architecture: Architecture, windows: list[torch.Tensor]
+) -> list[BlockRow]:
+    """Returns one row per block.
+
+    Raises:
+        ValueError: if `other` was not made of `original`.
+    """
+    layers = len(blocks_of(original, architecture))
+    if len(blocks_of(other, architecture)) != layers:
+        found = len(blocks_of(other, architecture))
+        raise ValueError(f"the baseline has {layers} blocks, the checkpoint {found}: it was made of another model")
+    stream_map = StreamMap.fit(original, other, architecture)
+    linears = [module for module in other.modules() if isinstance(module, QuadLinear)]
+    sums, tokens = torch.zeros(layers, 3, dtype=torch.float64), 0
+    for window in windows:
+        truth = _streams(original, architecture, window)
+        free = _streams(other, architecture, window, stream_map.back)
+        led = _streams(other, architecture, window, stream_map.back, lead=(truth, stream_map.there))
+        with unquantized_inputs(linears):
+            weights_only = _streams(other, architecture, window, stream_map.back, lead=(truth, stream_map.there))
+        for layer in range(layers):
+            wanted, added = truth[layer + 1], truth[layer + 1] - truth[layer]
+            sums[layer, 0] += _summed_error(free[layer + 1], wanted, wanted)
+            sums[layer, 1] += _summed_error(led[layer + 1], wanted, added)
+            sums[layer, 2] += _summed_error(weights_only[layer + 1], wanted, added)
+        tokens += len(truth[0])
+    return [BlockRow(layer, *row) for layer, row in enumerate((sums / tokens).tolist())]
+
+
+def _summed_error(stream: torch.Tensor, wanted: torch.Tensor, scale: torch.Tensor) -> float:
+    """Sum over tokens of |stream - wanted|^2 / |scale|^2: each token counts alike, a massive one too."""
+    energy = scale.square().sum(-1).clamp(min=torch.finfo(torch.float32).tiny)
+    return float(((stream - wanted).square().sum(-1) / energy).double().sum())
+
+
+def _streams(
+    model: nn.Module,
+    architecture: Architecture,
+    window: torch.Tensor,
+    back: torch.Tensor | None = None,
+    lead: tuple[list[torch.Tensor], torch.Tensor] | None = None,
+) -> list[torch.Tensor]:
+    """Returns the stream before the first block and behind every block, `[tokens, d]`, float32.
+
+    Args:
+        model: as it runs.
+        architecture: names of its parts.
+        window: token ids, `[1, length]`.
+        back: applied to every stream.
+        lead: the original's streams and the map from them: every block gets the original's stream as its input.
+    """
+    streams: list[torch.Tensor] = []
+
+    def keep(stream: torch.Tensor) -> None:
+        flat = stream.flatten(0, -2).float()
+        streams.append(flat if back is None else flat @ back.to(flat.device))
+
+    with ExitStack() as stack:
+        for layer, block in enumerate(blocks_of(model, architecture)):
+            given = None if lead is None else lead[0][layer] @ lead[1].to(lead[0][layer].device)
+            stack.enter_context(_hooked(block, keep if layer == 0 else None, given, keep))
+        run_decoder(model, architecture, window)
+    return streams
+
+
+@contextmanager
+def _hooked(
+    block: nn.Module,
+    see_input: Callable[[torch.Tensor], None] | None,
+    replacement: torch.Tensor | None,
+    see_output: Callable[[torch.Tensor], None],
+) -> Iterator[None]:
+    def before(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        hidden = args[0] if args else kwargs["hidden_states"]
+        if see_input is not None:
+            see_input(hidden)
+        if replacement is None:
+            return None
+        hidden = replacement.to(hidden).view_as(hidden)
+        return ((hidden, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": hidden})
+
+    def after(_: nn.Module, __: Any, output: Any) -> None:
+        see_output(output[0] if isinstance(output, tuple) else output)
+
+    handles = [
+        block.register_forward_pre_hook(before, with_kwargs=True),
+        block.register_forward_hook(after),
+    ]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()

@@ -1,0 +1,38 @@
+"""Runs a decoder as it is and shows what enters its parts."""
+
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+
+from quad_modifiers.model.architecture import Architecture
+
+See = Callable[[torch.Tensor], None]
+
+
+@contextmanager
+def watching(watched: Iterable[tuple[nn.Module, See]]) -> Iterator[None]:
+    """Calls `see` with the tokens that enter each module, `[n, width]`, while the block runs."""
+    handles = [module.register_forward_pre_hook(_hook(see), with_kwargs=True) for module, see in watched]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _hook(see: See) -> Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], None]:
+    def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        x = args[0] if args else kwargs["hidden_states"]
+        see(x.flatten(0, -2))
+
+    return hook
+
+
+@torch.no_grad()
+def run_decoder(model: nn.Module, architecture: Architecture, window: torch.Tensor) -> None:
+    """Runs the blocks on one window of token ids, `[1, length]`; the head, which nothing here watches, is left out."""
+    decoder = model.get_submodule(architecture.layers.rpartition(".")[0])
+    decoder(input_ids=window.to(model.device), use_cache=False)

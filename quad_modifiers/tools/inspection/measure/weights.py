@@ -1,0 +1,71 @@
+"""What rounding the weights to 4 bits does to each linear."""
+
+from functools import partial
+
+import torch
+from torch import nn
+
+from quad_modifiers.model.architecture import Architecture
+from quad_modifiers.nn.quad_linear import QuadLinear
+from quad_modifiers.quantization.grid import IntegerGrid, WeightScales, dequantize, round_to_grid, search_clip
+from quad_modifiers.tools.inspection.measure.groups import all_linears
+from quad_modifiers.tools.inspection.measure.results import Stage, WeightRow
+from quad_modifiers.tools.inspection.measure.watch import run_decoder, watching
+
+GRID = IntegerGrid(4)
+_TINY = torch.finfo(torch.float32).tiny
+_CANDIDATES = 12  # clip ratios tried: the inspection compares parts, the modifier tries more
+
+
+class RoundedWeights:
+    """Residual weights rounded to nearest; the scales of each linear are searched once."""
+
+    def __init__(self) -> None:
+        self._scales: dict[nn.Module, WeightScales] = {}
+
+    def __call__(self, linear: QuadLinear) -> torch.Tensor:
+        """Returns the rounded residual weight, `[out, in]`, float32."""
+        weight = linear.residual.weight.detach()
+        wide = weight.float()
+        if linear not in self._scales:
+            self._scales[linear] = search_clip(wide, GRID, weight.dtype, candidates=_CANDIDATES)
+        scales = self._scales[linear].expand(wide.shape[1])
+        return dequantize(round_to_grid(wide, scales, GRID), scales)
+
+
+@torch.no_grad()
+def measure_weights(
+    model: nn.Module, architecture: Architecture, window: torch.Tensor, rounded: RoundedWeights, stage: Stage
+) -> list[WeightRow]:
+    """Returns one row per linear, the output errors from the inputs of one window.
+
+    Args:
+        model: with unquantized `QuadLinear` linears.
+        architecture: names of its parts.
+        window: token ids, `[1, length]`.
+        rounded: finds the scales, and keeps them for later.
+        stage: noted in the rows.
+    """
+    rows: list[WeightRow] = []
+
+    def see(layer: int, role: str, linear: QuadLinear, x: torch.Tensor) -> None:
+        outlier, residual = linear.split(x)
+        weight = linear.residual.weight
+        change = rounded(linear) - weight.float()
+        output = (residual @ weight.T).float()
+        energy = weight.float().square().sum()
+        if outlier is not None and linear.outlier is not None:
+            output += (outlier @ linear.outlier.weight.T).float()
+            energy += linear.outlier.weight.float().square().sum()
+        moved = (residual @ change.to(x.dtype).T).float()
+        # A linear of zeros, as blocks have that were put in or pruned, has no error.
+        output_error = moved.square().sum() / output.square().sum().clamp(min=_TINY)
+        error = change.square().sum() / energy.clamp(min=_TINY)
+        rows.append(WeightRow(stage, layer, role, float(error), float(output_error)))
+
+    watched = [
+        (linear, partial(see, layer, role, linear)) for layer, _, role, linear in all_linears(model, architecture)
+    ]
+    with watching(watched):
+        run_decoder(model, architecture, window)
+    return rows

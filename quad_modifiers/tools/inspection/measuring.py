@@ -1,0 +1,254 @@
+"""One inspection from beginning to end: what is opened, in which order it is measured, what is put together."""
+
+import logging
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from quad_modifiers.checkpoint.locate import tokenizer_of
+from quad_modifiers.data.windows import warn_of_length
+from quad_modifiers.model.geometry import ModelGeometry
+from quad_modifiers.tools.inspection.evaluation_text import TextOptions
+from quad_modifiers.tools.inspection.measure.groups import all_linears, groups_of
+from quad_modifiers.tools.inspection.measure.inputs import measure_inputs, measure_surfaces
+from quad_modifiers.tools.inspection.measure.loss import LossMeter, Reference, unquantized_inputs
+from quad_modifiers.tools.inspection.measure.results import (
+    InputRow,
+    Inspection,
+    LossRow,
+    Stage,
+    Subject,
+    Surface,
+    WeightRow,
+)
+from quad_modifiers.tools.inspection.measure.spectrum import measure_spectrum
+from quad_modifiers.tools.inspection.measure.stream import measure_blocks
+from quad_modifiers.tools.inspection.measure.trials import (
+    block_trials,
+    input_trials,
+    quad_linears,
+    stored_parts,
+    weight_trials,
+)
+from quad_modifiers.tools.inspection.measure.weights import RoundedWeights, measure_weights
+from quad_modifiers.tools.inspection.opening import Candidate, Opened, look_at, need_same_type, need_unquantized
+from quad_modifiers.tools.inspection.projected import project, projection_of
+from quad_modifiers.tools.inspection.recommendation import recommend
+
+logger = logging.getLogger(__name__)
+
+DEFAULT_RECIPE = "quad_w4a4"
+
+
+def measure(
+    model: str | Path,
+    baseline: str | Path | None,
+    recipe: str | None,
+    rank: int | None,
+    layers: Sequence[int] | None,
+    text: TextOptions,
+) -> Inspection:
+    """Returns the numbers of `inspect_model`, which documents arguments and errors."""
+    candidate = look_at(model)
+    warn_of_length(candidate.config, text.seq_length)
+    if candidate.quad is not None:
+        if recipe is not None or rank is not None:
+            raise ValueError(
+                f"{candidate.name} is a QUAD checkpoint, which has its projection; leave --recipe and --rank away"
+            )
+        original = None if baseline is None else look_at(baseline)
+        if original is not None:
+            need_unquantized(original, "the baseline")
+            need_same_type(candidate, original)
+        found = _Checkpoint(candidate, original, layers, text).measure()
+    else:
+        need_unquantized(candidate, "what is inspected must be a QUAD checkpoint, or else it")
+        if baseline is not None:
+            raise ValueError(f"{candidate.name} is an unquantized model, its own baseline; leave --baseline away")
+        found = _Model(candidate, recipe or DEFAULT_RECIPE, rank, layers, text).measure()
+    return replace(found, recommendation=recommend(found))
+
+
+class _Model:
+    """An unquantized model, before and after a projection in memory."""
+
+    def __init__(
+        self, candidate: Candidate, recipe: str, rank: int | None, layers: Sequence[int] | None, text: TextOptions
+    ) -> None:
+        self.recipe, self.projection = recipe, projection_of(recipe, rank)
+        self.layers = _chosen(layers, candidate)
+        self.tokenizer = tokenizer_of(candidate.name)
+        self.text = text.windows(self.tokenizer, held_out=False)
+        self.opened = candidate.load()
+
+    def measure(self) -> Inspection:
+        """Returns all numbers."""
+        from llmcompressor.core import State
+
+        model, architecture, windows = self.opened.model, self.opened.architecture, self.text.measured
+        hidden, projection = ModelGeometry.of(model).hidden, self.projection
+        subject = _subject(self.opened, "model", hidden, projection.rank, projection.basis)
+        projection.on_initialize(State(model=model))  # checks the ranks and wraps the linears
+        logger.info("inspecting %s: spectrum of the residual stream", self.opened.name)
+        spectrum = measure_spectrum(model, architecture, self.text.calibration, windows[0], hidden, projection.rank)
+        reference = Reference.of(model, architecture, windows)
+        before = self._stage("before", reference)
+        logger.info("projecting by %s, rank %d", self.recipe, projection.rank)
+        project(model, projection, self.text.calibration, self.tokenizer)
+        after = self._stage("after", reference)
+        return Inspection(
+            subject=replace(subject, recipe=self.recipe),
+            settings=self.text.settings,
+            reference_perplexity=reference.perplexity,
+            reference="the model in full precision",
+            spectrum=spectrum,
+            inputs=before.inputs + after.inputs,
+            weights=before.weights + after.weights,
+            surfaces=before.surfaces + after.surfaces,
+            losses=before.losses + after.losses,
+            blocks=[],
+        )
+
+    def _stage(self, stage: Stage, reference: Reference) -> "_Measured":
+        model, architecture, windows = self.opened.model, self.opened.architecture, self.text.measured
+        logger.info("%s the projection: inputs and weights", stage)
+        rounded = RoundedWeights()
+        inputs = measure_inputs(model, architecture, windows, stage)
+        weights = measure_weights(model, architecture, windows[0], rounded, stage)
+        surfaces = measure_surfaces(model, architecture, windows[0], self.layers, stage)
+        linears = quad_linears(model, architecture)
+        trials = list(input_trials(linears, architecture))
+        if stage == "after":
+            trials += [*weight_trials(linears), *block_trials(linears)]
+        meter = LossMeter(model, architecture, windows, stage, reference)
+        losses = [meter.row("nothing", "inputs and weights", "")]
+        losses += [meter.trial(trial, rounded) for trial in _progress(trials, f"{stage} the projection")]
+        return _Measured(inputs, weights, surfaces, losses)
+
+
+@dataclass(frozen=True)
+class _Measured:
+    """What was measured on one side of the projection."""
+
+    inputs: list[InputRow]
+    weights: list[WeightRow]
+    surfaces: list[Surface]
+    losses: list[LossRow]
+
+
+class _Checkpoint:
+    """A QUAD checkpoint, against its original where that is given."""
+
+    def __init__(
+        self, candidate: Candidate, original: Candidate | None, layers: Sequence[int] | None, text: TextOptions
+    ) -> None:
+        self.layers = _chosen(layers, candidate)
+        self.text = text.windows(tokenizer_of(candidate.name), held_out=True)
+        self.opened, self.original = candidate.load(), None if original is None else original.load()
+
+    def measure(self) -> Inspection:
+        """Returns all numbers."""
+        model, architecture, windows = self.opened.model, self.opened.architecture, self.text.measured
+        subject = self._subject()
+        logger.info("inspecting %s: spectrum and inputs", self.opened.name)
+        spectrum = measure_spectrum(
+            model, architecture, self.text.calibration, windows[0], subject.hidden, subject.rank
+        )
+        inputs = measure_inputs(model, architecture, windows, "after")
+        surfaces = measure_surfaces(model, architecture, windows[0], self.layers, "after")
+        blocks, reference = [], None
+        if self.original is not None:
+            logger.info("against %s", self.original.name)
+            first = self.original.model
+            blocks = measure_blocks(first, model, architecture, windows)
+            inputs = measure_inputs(first, architecture, windows, "before") + inputs
+            surfaces = measure_surfaces(first, architecture, windows[0], self.layers, "before") + surfaces
+            reference = Reference.of(first, architecture, windows)
+        losses, reference = self._losses(reference)
+        return Inspection(
+            subject=subject,
+            settings=self.text.settings,
+            reference_perplexity=reference.perplexity,
+            reference="the checkpoint with unquantized inputs" if self.original is None else "the original model",
+            spectrum=spectrum,
+            inputs=inputs,
+            weights=[],
+            surfaces=surfaces,
+            losses=losses,
+            blocks=blocks,
+        )
+
+    def _subject(self) -> Subject:
+        quad = self.opened.quad
+        assert quad is not None
+        basis = quad.residual_basis
+        hidden = self.opened.model.config.hidden_size if basis is None else basis.hidden_size
+        rank, kind = (0, None) if basis is None else (basis.rank, basis.basis)
+        bits: dict[str, int | None] = {}
+        for group in groups_of(self.opened.architecture):
+            entry = quad.linears[group.paths[0].rpartition(".")[2]].input
+            bits[group.name] = None if entry is None else entry.bits
+        file = Path(self.opened.name) / "recipe.yaml"
+        return replace(
+            _subject(self.opened, "checkpoint", hidden, rank, kind),
+            recipe=file.read_text(encoding="utf-8") if file.is_file() else None,
+            baseline=None if self.original is None else self.original.name,
+            input_bits=bits,
+        )
+
+    def _losses(self, reference: Reference | None) -> tuple[list[LossRow], Reference]:
+        """Weights alone and everything against the original; then the inputs of one part at a time."""
+        model, architecture, windows = self.opened.model, self.opened.architecture, self.text.measured
+        linears = quad_linears(model, architecture)
+        everything = [linear for *_, linear in linears]
+        with unquantized_inputs(everything):
+            weights_only = Reference.of(model, architecture, windows)
+            whole = LossMeter(model, architecture, windows, "after", reference or weights_only)
+            rows = [whole.row("all", "weights", "as stored")]
+        rows.append(whole.row("all", "inputs and weights", "as stored"))
+        meter = LossMeter(model, architecture, windows, "after", weights_only)
+        for part, inside in _progress(list(stored_parts(linears)), "inputs of one part at a time"):
+            with unquantized_inputs(linear for linear in everything if linear not in inside):
+                rows.append(meter.row(part, "inputs", "as stored"))
+        return rows, whole.reference
+
+
+def _progress(items: list[Any], description: str) -> Iterator[Any]:
+    return iter(tqdm(items, desc=description, unit="part", leave=False))
+
+
+def _chosen(layers: Sequence[int] | None, candidate: Candidate) -> list[int]:
+    """Returns the blocks whose surfaces are drawn.
+
+    Raises:
+        ValueError: if the model has no such block.
+    """
+    count = candidate.config.num_hidden_layers
+    if layers is None:
+        return sorted({count // 4, count // 2})
+    for layer in layers:
+        if not 0 <= layer < count:
+            raise ValueError(f"{candidate.name} has no block {layer}; choose 0 to {count - 1}")
+    return sorted(set(layers))
+
+
+def _subject(opened: Opened, kind: Any, hidden: int, rank: int, basis: str | None) -> Subject:
+    model = opened.model
+    config = model.config
+    ends = 2 * config.vocab_size * hidden
+    inside = sum(linear.in_features * linear.out_features for *_, linear in all_linears(model, opened.architecture))
+    return Subject(
+        opened.name,
+        kind,
+        opened.architecture.model_type,
+        config.num_hidden_layers,
+        hidden,
+        inside,
+        ends,
+        rank,
+        basis,
+        None,
+    )

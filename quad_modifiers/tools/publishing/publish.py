@@ -1,0 +1,193 @@
+"""`publish`: from a checkpoint folder to a repository on the Hub."""
+
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+
+from huggingface_hub import HfApi, hf_hub_url
+
+from quad_modifiers.records.evaluation_record import read_evaluation
+from quad_modifiers.tools.publishing.base_license import UNKNOWN, License, find_license
+from quad_modifiers.tools.publishing.card import build_card, read_card, write_card
+from quad_modifiers.tools.publishing.contents import CARD_NAME, check_contents, files_to_publish
+from quad_modifiers.tools.publishing.hub import check_rights, commit, hub_errors, prepare_repository, superseded_files
+from quad_modifiers.tools.publishing.stranger import Impression, check_as_stranger
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What would be published.
+
+    Attributes:
+        repo_id: "org/name".
+        files: path in the repository and bytes.
+        card: text of README.md.
+        license: of the base model, as far as it was found.
+        base_model: Hub id of the original, if known.
+        impression: what a stranger's check saw; None if it was skipped.
+    """
+
+    repo_id: str
+    files: tuple[tuple[str, int], ...]
+    card: str
+    license: License
+    base_model: str | None
+    impression: Impression | None
+
+    @property
+    def total(self) -> int:
+        """Bytes of all files."""
+        return sum(size for _, size in self.files)
+
+
+@dataclass(frozen=True)
+class Published:
+    """A finished publication.
+
+    Attributes:
+        repo_id: "org/name".
+        url: of the repository.
+        commit_url: of the commit.
+        plan: what was published.
+        removed: files of an earlier checkpoint that the commit deleted.
+    """
+
+    repo_id: str
+    url: str
+    commit_url: str
+    plan: Plan
+    removed: tuple[str, ...]
+
+
+def plan(
+    folder: str | Path,
+    repo_id: str,
+    *,
+    base_model: str | None = None,
+    license: str | None = None,
+    token: str | None = None,
+    check: bool = True,
+    needs_tokenizer: bool = True,
+) -> Plan:
+    """Checks a checkpoint folder and returns what `publish` would upload. Writes and uploads nothing.
+
+    The Hub is asked for nothing but the license of `base_model`, and only if neither argument, folder nor cache have
+    it; without a connection the license is unknown.
+
+    Args:
+        folder: a checkpoint.
+        repo_id: "org/name".
+        base_model: Hub id of the original model; that of the card in the folder by default.
+        license: of the original, an identifier of the Hub such as "apache-2.0"; looked up by default.
+        token: for a base model that is not public.
+        check: load the checkpoint in a fresh process (`check_as_stranger`).
+        needs_tokenizer: refuse a folder without a tokenizer.
+
+    Raises:
+        FileNotFoundError, ValueError: naming what is missing, damaged or misspelt, with the remedy.
+    """
+    folder = Path(folder).expanduser()
+    with hub_errors("checking the name", repo_id):
+        _check_name(repo_id)
+    if base_model is not None:
+        _check_base_model(base_model)
+    inventory = check_contents(folder, needs_tokenizer)
+    evaluation = read_evaluation(folder)
+    own, _ = read_card(folder / CARD_NAME)
+    base_model = base_model or _base_of(own.get("base_model"))
+    found = find_license(license, own, base_model, HfApi(token=token))
+    card = build_card(folder, inventory, repo_id, base_model, found, evaluation)
+    impression = check_as_stranger(folder) if check else None
+    sizes = {str(file.relative_to(folder).as_posix()): file.stat().st_size for file in files_to_publish(folder)}
+    sizes[CARD_NAME] = len(card.encode())
+    _warn(base_model, found)
+    return Plan(repo_id, tuple(sorted(sizes.items())), card, found, base_model, impression)
+
+
+def publish(
+    folder: str | Path,
+    repo_id: str,
+    *,
+    private: bool = False,
+    base_model: str | None = None,
+    license: str | None = None,
+    token: str | None = None,
+    revision: str | None = None,
+    message: str | None = None,
+    check: bool = True,
+    overwrite: bool = False,
+    needs_tokenizer: bool = True,
+) -> Published:
+    """Publishes a checkpoint: checks the folder, writes its model card, creates the repository, uploads.
+
+    The upload is one commit: it succeeds as a whole or leaves the repository as it was. Interrupted, it is resumed by
+    the same call; what the storage has already is not sent again.
+
+    Args:
+        folder: a checkpoint. Its README.md is written, or updated between our markers.
+        repo_id: "org/name"; "name" alone means the user's own namespace.
+        private: create a private repository; refuses one that exists and is public.
+        base_model: Hub id of the original model.
+        license: of the original; looked up by default.
+        token: of the Hub; by default the environment's (HF_TOKEN) or that of `hf auth login`.
+        revision: branch, made if it is missing; main by default.
+        message: first line of the commit message.
+        check: load the checkpoint in a fresh process first.
+        overwrite: replace another model that the repository holds. A checkpoint published from here is always
+            replaced; its weight files that are not part of the new one are deleted.
+        needs_tokenizer: refuse a folder without a tokenizer.
+
+    Raises:
+        FileNotFoundError, ValueError: naming what is wrong in the folder or the arguments.
+        HubError: naming what the Hub refused or why it could not be reached, with the remedy.
+    """
+    folder = Path(folder).expanduser()
+    check_contents(folder, needs_tokenizer)  # cheap, and needs no token
+    api = HfApi(token=token)
+    user = check_rights(api)
+    if "/" not in repo_id:
+        repo_id = f"{user}/{repo_id}"
+    planned = plan(
+        folder,
+        repo_id,
+        base_model=base_model,
+        license=license,
+        token=token,
+        check=check,
+        needs_tokenizer=needs_tokenizer,
+    )
+    info = prepare_repository(api, repo_id, private, revision)
+    names = [name for name, _ in planned.files]
+    removed = superseded_files(info, set(names), overwrite)
+    write_card(folder, planned.card)
+    message = message or f"Publish {repo_id.rpartition('/')[2]} with quad-modifiers"
+    url = commit(api, repo_id, folder, names, removed, revision, message, info.sha)
+    return Published(repo_id, f"{api.endpoint}/{repo_id}", url, planned, tuple(removed))
+
+
+def _warn(base_model: str | None, license: License) -> None:
+    if base_model is None:
+        logger.warning("the base model is not known, so the card does not name it; give --base-model")
+    if license.identifier == UNKNOWN:
+        logger.warning("the license of the base model was not found, the card says so; give --license if you know it")
+
+
+def _check_base_model(base_model: str) -> None:
+    if base_model.count("/") > 1 or Path(base_model).expanduser().is_dir():
+        raise ValueError(f"the base model must be a Hub id such as Qwen/Qwen2.5-0.5B, not the folder {base_model!r}")
+    with hub_errors("checking the name", base_model):
+        _check_name(base_model)
+
+
+def _check_name(repo_id: str) -> None:
+    """Refuses what cannot be a repository, by building an address with it."""
+    hf_hub_url(repo_id, CARD_NAME)
+
+
+def _base_of(value: object) -> str | None:
+    """`base_model` of a card: an id, or a list of them."""
+    if isinstance(value, list):
+        value = value[0] if value else None
+    return str(value) if value else None

@@ -1,0 +1,91 @@
+"""`push_to_hub` of a QUAD model in memory: our saver, then `publish`."""
+
+import shutil
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from quad_modifiers.tools.publishing.publish import Published, publish
+
+_QUAD_TYPE = "quad_"  # how the `model_type` of a loaded QUAD checkpoint begins
+
+
+def push_to_hub(
+    model: Any,
+    repo_id: str,
+    *,
+    tokenizer: Any = None,
+    private: bool | None = None,
+    base_model: str | None = None,
+    license: str | None = None,
+    token: str | bool | None = None,
+    revision: str | None = None,
+    commit_message: str | None = None,
+    max_shard_size: int | str = "5GB",
+    check: bool = True,
+    overwrite: bool = False,
+) -> Published:
+    """Writes a checkpoint of a model to a temporary folder, with tokenizer and card, and publishes it.
+
+    Stands in for `PreTrainedModel.push_to_hub`, whose arguments keep their meaning.
+
+    Args:
+        model: as `oneshot` returned it, or loaded from a QUAD checkpoint.
+        repo_id: "org/name", or "name" in the user's own namespace.
+        tokenizer: by default that of the folder or repository which the model was loaded from, if it has one.
+        private: as in `publish`; None is False.
+        base_model: Hub id of the original; by default what `oneshot` loaded, if that was one.
+        license: as in `publish`.
+        token: as in `publish`; True, like None, means the stored one.
+        revision: as in `publish`.
+        commit_message: first line of the commit message.
+        max_shard_size: largest size of one weight file.
+        check: as in `publish`.
+        overwrite: as in `publish`.
+
+    Raises:
+        ValueError, FileNotFoundError, HubError: as `publish`.
+    """
+    if token is False:
+        raise ValueError("publishing needs a token; token=False forbids to use one")
+    source = str(getattr(model.config, "_name_or_path", "") or "")
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(scratch) / "checkpoint"
+        model.save_pretrained(folder, max_shard_size=max_shard_size)
+        tokenizer = tokenizer if tokenizer is not None else _tokenizer_of(source)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(folder)
+        if str(model.config.model_type).startswith(_QUAD_TYPE):
+            _keep_recipe(Path(source), folder)
+        elif source.count("/") == 1 and not Path(source).is_dir():
+            base_model = base_model or source
+        return publish(
+            folder,
+            repo_id,
+            private=bool(private),
+            base_model=base_model,
+            license=license,
+            token=token if isinstance(token, str) else None,
+            revision=revision,
+            message=commit_message,
+            check=check,
+            overwrite=overwrite,
+            needs_tokenizer=False,
+        )
+
+
+def _tokenizer_of(source: str) -> Any:
+    from transformers import AutoTokenizer
+
+    if not source:
+        return None
+    try:
+        return AutoTokenizer.from_pretrained(source)
+    except (OSError, ValueError):
+        return None
+
+
+def _keep_recipe(source: Path, folder: Path) -> None:
+    """A loaded model does not carry its recipe, but the folder that it came from may."""
+    if (source / "recipe.yaml").is_file() and not (folder / "recipe.yaml").exists():
+        shutil.copyfile(source / "recipe.yaml", folder / "recipe.yaml")

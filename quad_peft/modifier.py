@@ -1,0 +1,198 @@
+"""OutlierLoRA: fine-tuning of the outlier weights at the end of a compression."""
+
+import logging
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
+
+import torch
+from llmcompressor.core import State
+from llmcompressor.modifiers import Modifier
+from pydantic import Field, PrivateAttr
+from torch import nn
+
+from quad_modifiers.data.token_rows import unpadded
+from quad_modifiers.modifiers.preparation import begin_own_pass, calibration_batches, prepare_model
+from quad_modifiers.nn.quad_linear import QuadLinear
+from quad_modifiers.passes.blockwise import working_device
+from quad_modifiers.records.tuning_record import TUNING_NAME
+
+if TYPE_CHECKING:
+    from quad_peft.training.data import TrainingData
+    from quad_peft.training.teacher import Teacher
+    from quad_peft.training.tuning_loop import Outcome
+
+logger = logging.getLogger(__name__)
+
+
+class OutlierLoRA(Modifier):
+    """Tunes the full-precision outlier weights on the calibration data (QUAD, arXiv 2503.19353, section 4.3).
+
+    The quantized weights stay as they are, and so does the format of the checkpoint. It comes last in a recipe, and
+    needs the package's extra `peft`.
+
+    Lifecycle:
+
+    - on_initialize
+        - wrap the linears
+        - by distillation: last hidden states of the original model for all calibration samples, to a temporary folder
+    - on_calibration_start
+        - pack the quantized weights, add an outlier adapter, train it, merge it, unpack
+    - on_finalize
+        - log quality before and after on the samples held back, remove the temporary folder
+
+    Attributes:
+        loss: "distillation" towards the original model, or "next_token".
+        epochs: passes over the samples.
+        batch_size: samples in a step.
+        learning_rate: largest one; AdamW, cosine.
+        warmup: share of the steps in which the learning rate rises.
+        temperature: of the distillation.
+        validation: share of the calibration samples that is held back to choose the best state.
+        train_weight_scales: train the scales of the quantized weights too.
+        gradient_checkpointing: less memory, more time.
+        seed: of the order of the samples.
+    """
+
+    recipe_role: ClassVar[str] = "tune"
+
+    loss: Literal["distillation", "next_token"] = "distillation"
+    epochs: float = Field(default=1.0, gt=0)
+    batch_size: int = Field(default=4, ge=1)
+    learning_rate: float = Field(default=2e-5, gt=0)
+    warmup: float = Field(default=0.05, ge=0, lt=1)
+    temperature: float = Field(default=1.0, gt=0)
+    validation: float = Field(default=0.05, gt=0, lt=1)
+    train_weight_scales: bool = False
+    gradient_checkpointing: bool = False
+    seed: int = 0
+
+    _folder: TemporaryDirectory[str] | None = PrivateAttr(default=None)
+    _teacher: "Teacher | None" = PrivateAttr(default=None)
+    _data: "TrainingData | None" = PrivateAttr(default=None)
+    _outcome: "Outcome | None" = PrivateAttr(default=None)
+
+    def on_initialize(self, state: State, **kwargs: Any) -> bool:
+        """Wraps the linears and lets the original model speak while it is still there.
+
+        Raises:
+            ImportError: if peft or accelerate is not installed.
+            ValueError: if there are less than two calibration samples.
+        """
+        _check_installed()
+        prepare_model(state.model)
+        self._data = self._samples(state)
+        self._folder = TemporaryDirectory(prefix="quad-outlier-lora-")
+        if self.loss == "distillation":
+            from quad_peft.training.teacher import cache_teacher
+
+            device = state.model.device
+            model = state.model.to(working_device()).eval()
+            self._teacher = cache_teacher(model, self._data.samples, Path(self._folder.name))
+            model.to(device)
+        return True
+
+    def on_calibration_start(self, state: State, event: object, **kwargs: Any) -> None:
+        """Trains and merges.
+
+        Raises:
+            ValueError: if the model has no outlier weights, or a stock modifier quantizes inputs.
+            NonFiniteError: if the loss becomes NaN.
+        """
+        from quad_peft.training.in_memory import packed_residuals
+
+        begin_own_pass(state.model)
+        model = state.model
+        _check_quantized(model)
+        logger.info("OutlierLoRA: %s, %d samples", self.loss, len(self._data.training_samples) if self._data else 0)
+        flags = {parameter: parameter.requires_grad for parameter in model.parameters()}
+        device = model.device
+        with packed_residuals(model), torch.enable_grad():
+            self._train(model)
+        model.to(device).eval()
+        for parameter, flag in flags.items():
+            parameter.requires_grad_(flag)
+
+    def on_finalize(self, state: State, **kwargs: Any) -> bool:
+        """Logs what the training did."""
+        if self._outcome is not None:
+            before, after = self._outcome.before, self._outcome.after
+            logger.info(
+                "OutlierLoRA took %.0f s, %d steps; on the samples held back perplexity %.3f -> %.3f%s",
+                self._outcome.seconds,
+                self._outcome.steps,
+                before.perplexity,
+                after.perplexity,
+                ""
+                if before.divergence is None
+                else f" (original {before.original_perplexity:.3f}), KL to the original {before.divergence:.4f} -> "
+                f"{after.divergence:.4f}",
+            )
+        if self._folder is not None:
+            self._folder.cleanup()
+        return True
+
+    def _samples(self, state: State) -> "TrainingData":
+        from quad_peft.training.data import TrainingData
+
+        rows = [
+            row
+            for batch in calibration_batches(state)
+            for row in unpadded(batch["input_ids"], batch.get("attention_mask"), "a calibration batch")
+            if len(row) > 1
+        ]
+        if len(rows) < 2:
+            raise ValueError(f"OutlierLoRA needs at least 2 calibration samples, not {len(rows)}; give more data")
+        return TrainingData(rows, max(1, round(self.validation * len(rows))), "the calibration data")
+
+    def _train(self, model: nn.Module) -> None:
+        from quad_peft import OutlierLoraConfig, get_outlier_model
+        from quad_peft.training.record import model_name, tuning_record
+        from quad_peft.training.tuning_loop import TuningSettings, tune
+
+        assert self._data is not None
+        assert self._folder is not None
+        settings = TuningSettings(
+            epochs=self.epochs,
+            batch_size=self.batch_size,
+            learning_rate=self.learning_rate,
+            warmup=self.warmup,
+            temperature=self.temperature,
+            gradient_checkpointing=self.gradient_checkpointing,
+            seed=self.seed,
+        )
+        tuned = get_outlier_model(model, OutlierLoraConfig(train_weight_scales=self.train_weight_scales))
+        try:
+            arguments = settings.arguments(Path(self._folder.name) / "run")
+            self._outcome = tune(tuned, self._data, settings, arguments, self._teacher)
+        except BaseException:
+            tuned.unload()
+            raise
+        tuned.merge_and_unload()
+        if self.gradient_checkpointing:
+            model.gradient_checkpointing_disable()
+        record = tuning_record(
+            self._outcome,
+            self._data,
+            settings,
+            original=None if self._teacher is None else model_name(model),
+            train_weight_scales=self.train_weight_scales,
+        )
+        model.quad_records = {TUNING_NAME: record.model_dump_json(indent=1) + "\n"}  # the saver writes them
+
+
+def _check_installed() -> None:
+    from importlib.util import find_spec
+
+    missing = [name for name in ("peft", "accelerate") if find_spec(name) is None]
+    if missing:
+        raise ImportError(
+            f"OutlierLoRA needs {' and '.join(missing)}; install with `pip install 'quad-modifiers[peft]'`"
+        )
+
+
+def _check_quantized(model: nn.Module) -> None:
+    if not any(isinstance(module, QuadLinear) and module.weight_bits() for module in model.modules()):
+        raise ValueError(
+            "OutlierLoRA makes up for quantization, but no weight is quantized; put OutlierSplitGPTQ before it"
+        )

@@ -1,0 +1,276 @@
+"""`finetune`: from a QUAD checkpoint and a text to an adapter folder."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import shutil
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from quad_modifiers.checkpoint.locate import model_folder
+from quad_modifiers.checkpoint.save import check_target, complete_or_absent
+from quad_modifiers.records.tuning_record import TUNING_NAME, Tuning
+from quad_peft.training.checkpoint import check_quad_checkpoint, load_checkpoint, load_tokenizer, read_config
+from quad_peft.training.curve import write_curve
+from quad_peft.training.data import TrainingData, training_data
+from quad_peft.training.record import model_name, tuning_record
+from quad_peft.training.teacher import LiveTeacher, Teacher, cache_teacher
+from quad_peft.training.tuning_loop import Outcome, TuningSettings, tune
+
+logger = logging.getLogger(__name__)
+
+_RUN = "run.json"
+_TENSORBOARD = "runs"
+
+
+@dataclass(frozen=True)
+class FinetuneResult:
+    """What `finetune` made.
+
+    Attributes:
+        adapter: the folder.
+        record: its `tuning.json`.
+        is_main_process: False in the processes of `accelerate launch` that wrote nothing.
+    """
+
+    adapter: Path
+    record: Tuning
+    is_main_process: bool = True
+
+
+def finetune(
+    checkpoint: str | Path,
+    output: str | Path,
+    *,
+    data: Any = None,
+    original: str | Path | Any | None = None,
+    settings: TuningSettings | None = None,
+    length: int = 512,
+    samples: int | None = None,
+    packed: bool = True,
+    validation: float = 0.05,
+    text_column: str = "text",
+    split: str | None = None,
+    dataset_config: str | None = None,
+    train_weight_scales: bool = False,
+    teacher_cache: str | Path | None = None,
+    resume: bool = False,
+) -> FinetuneResult:
+    """Trains the outlier weights of a QUAD checkpoint and writes them as a PEFT adapter.
+
+    With `original`, by distillation: the loss is the divergence from the original model, which brings back what the
+    quantization lost. Without it, on the next token, which also teaches the text.
+
+    States of the run are kept in a folder beside `output`, with the ending `.training`, until it is done. Under
+    `accelerate launch` the batches are divided among the processes.
+
+    Args:
+        checkpoint: folder or Hub id of a QUAD checkpoint.
+        output: folder for the adapter; must not exist or be empty.
+        data: see `training_data`; Wikipedia articles and Python code by default.
+        original: folder or Hub id of the original model, or the model.
+        settings: of the training.
+        length: tokens in a sample.
+        samples: at most so many; all by default.
+        packed: windows of one stream of text; False makes one padded sample of each document.
+        validation: share of the samples that is held back for evaluation during the training.
+        text_column: field or column of the text.
+        split: of a `datasets` name or a DatasetDict.
+        dataset_config: configuration of a `datasets` name.
+        train_weight_scales: the scales of the 4-bit weights too. Such an adapter can be merged, but is no LoRA.
+        teacher_cache: folder for the original model's hidden states; computed once, then the model is not needed in
+            memory. By default they are computed as they are needed.
+        resume: go on with an interrupted run of the same settings, if there is one.
+
+    Raises:
+        FileExistsError: if `output` is not empty, or an unfinished run lies beside it and `resume` is not set.
+        FileNotFoundError, TypeError, ImportError: for `checkpoint` and `data` that cannot be used.
+        ValueError: if the checkpoint is no QUAD checkpoint or has rank 0; if the unfinished run had other settings; for
+            data without text.
+        NonFiniteError: if the loss becomes NaN, naming the step and where the last good state is.
+    """
+    from quad_peft import OutlierLoraConfig, get_outlier_model
+
+    output, settings = Path(output), settings or TuningSettings()
+    check_target(output)
+    checkpoint = str(model_folder(checkpoint) or checkpoint)
+    check_quad_checkpoint(checkpoint)
+    if original is not None:
+        _check_original(original, read_config(checkpoint))
+    model, tokenizer = load_checkpoint(checkpoint), load_tokenizer(checkpoint)
+    found = training_data(
+        data,
+        tokenizer,
+        length=length,
+        samples=samples,
+        packed=packed,
+        validation=validation,
+        text_column=text_column,
+        split=split,
+        dataset_config=dataset_config,
+        seed=settings.seed,
+    )
+    model = get_outlier_model(model, OutlierLoraConfig(train_weight_scales=train_weight_scales))
+    run = _Run(model, found, output, settings, train_weight_scales, original, teacher_cache)
+    run.open(resume)
+    outcome = run.train(_pad_token(tokenizer))
+    record = run.record(outcome)
+    run.write(outcome, record)
+    return FinetuneResult(output, record, run.is_main_process)
+
+
+class _Run:
+    """One run and the folder that its states are kept in until it is done.
+
+    Args:
+        model: a `PeftModel` with an outlier adapter.
+        data: its samples.
+        output: folder for the adapter.
+        settings: of the training.
+        train_weight_scales: whether the adapter has the scales too.
+        original: folder or Hub id of the original model, or the model; None trains on the next token.
+        teacher_cache: folder for its hidden states, if they are to be cached.
+
+    Raises:
+        ValueError: the launcher started processes that do not know of each other.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        data: TrainingData,
+        output: Path,
+        settings: TuningSettings,
+        train_weight_scales: bool,
+        original: Any,
+        teacher_cache: str | Path | None,
+    ) -> None:
+        self.model, self.data, self.output, self.settings = model, data, output, settings
+        self.train_weight_scales = train_weight_scales
+        self.original, self.teacher_cache = original, teacher_cache
+        self.original_name = None if original is None else model_name(original)
+        self.folder = output.with_name(f"{output.name}.training")
+        self.arguments = settings.arguments(self.folder)
+        _check_launch(self.arguments)
+
+    @property
+    def is_main_process(self) -> bool:
+        """Whether this is the process that writes."""
+        return bool(self.arguments.process_index == 0)
+
+    def identity(self) -> dict[str, Any]:
+        """What an interrupted run and the one that goes on with it must have in common."""
+        return {
+            "checkpoint": self.model.peft_config["default"].base_fingerprint,
+            "original": self.original_name,
+            "data": self.data.fingerprint,
+            "validation": self.data.validation,
+            "train_weight_scales": self.train_weight_scales,
+            **asdict(self.settings),
+        }
+
+    def open(self, resume: bool) -> None:
+        """Makes the folder, or checks that the unfinished run in it is this one."""
+        with self.arguments.main_process_first(local=False):
+            if self.is_main_process:
+                _open_folder(self.folder, self.identity(), resume)
+
+    def train(self, pad_token: int) -> Outcome:
+        """Trains the model, from the last state in the folder on."""
+        with self.arguments.main_process_first(local=False):
+            teacher = _teacher(self.original, self.data, self.teacher_cache)
+        return tune(self.model, self.data, self.settings, self.arguments, teacher, pad_token)
+
+    def record(self, outcome: Outcome) -> Tuning:
+        """The `tuning.json` of the run."""
+        return tuning_record(
+            outcome,
+            self.data,
+            self.settings,
+            original=self.original_name,
+            train_weight_scales=self.train_weight_scales,
+            processes=self.arguments.world_size,
+        )
+
+    def write(self, outcome: Outcome, record: Tuning) -> None:
+        """Writes the adapter and removes the folder of the run."""
+        with self.arguments.main_process_first(local=False):
+            if self.is_main_process:
+                _write(self.model, record, outcome, self.output, self.folder)
+
+
+def _check_launch(arguments: Any) -> None:
+    """Refuses processes that do not know of each other: all would write to one folder."""
+    started = int(os.environ.get("WORLD_SIZE", "1"))
+    if started != arguments.world_size:
+        raise ValueError(
+            f"the launcher started {started} processes, but transformers sees {arguments.world_size}; without a GPU "
+            "set ACCELERATE_USE_CPU=true and start `accelerate launch --multi_gpu --num_processes N`"
+        )
+
+
+def _open_folder(folder: Path, identity: dict[str, Any], resume: bool) -> None:
+    """Makes the folder of a run, or checks that the one there is the same run."""
+    file = folder / _RUN
+    wanted = json.loads(json.dumps(identity))
+    fresh = file.is_file() and len(list(folder.iterdir())) == 1  # it ended before it had anything to go on with
+    if not file.is_file() or fresh:
+        if not fresh and folder.exists() and any(folder.iterdir()):
+            raise FileExistsError(f"{folder} exists and is no training run; move it away, or choose another output")
+        folder.mkdir(parents=True, exist_ok=True)
+        file.write_text(json.dumps(identity, indent=1) + "\n")
+        return
+    if not resume:
+        raise FileExistsError(f"{folder} holds an unfinished run; go on with --resume (resume=True), or remove it")
+    found = json.loads(file.read_text())
+    differing = sorted(key for key in wanted.keys() | found.keys() if wanted.get(key) != found.get(key))
+    if differing:
+        key = differing[0]
+        raise ValueError(
+            f"the unfinished run in {folder} had another {', another '.join(differing)} ({key} {found.get(key)}, now "
+            f"{wanted.get(key)}); give the same, or remove the folder to start anew"
+        )
+
+
+def _check_original(original: Any, checkpoint: Any) -> None:
+    """Checks by their configs that an original can be the checkpoint's own, before weights are loaded."""
+    config = read_config(original) if isinstance(original, (str, Path)) else original.config
+    for name in ("vocab_size", "num_hidden_layers"):
+        mine, theirs = getattr(checkpoint, name), getattr(config, name, None)
+        if mine != theirs:
+            raise ValueError(
+                f"the original model has {name} {theirs}, the checkpoint {mine}; distill from the model that the "
+                "checkpoint was made from"
+            )
+
+
+def _teacher(original: Any, data: TrainingData, cache: str | Path | None) -> Teacher | None:
+    if original is None:
+        return None
+    if isinstance(original, (str, Path)):
+        from transformers import AutoModelForCausalLM
+
+        original = AutoModelForCausalLM.from_pretrained(str(model_folder(original) or original), dtype="auto")
+    original.eval()
+    return LiveTeacher(original) if cache is None else cache_teacher(original, data.samples, Path(cache))
+
+
+def _write(model: Any, record: Tuning, outcome: Outcome, output: Path, run: Path) -> None:
+    """Writes the adapter folder, complete or not at all, and removes the folder of the run."""
+    with complete_or_absent(output) as temporary:
+        model.save_pretrained(temporary)
+        (temporary / TUNING_NAME).write_text(record.model_dump_json(indent=1) + "\n")
+        axis = "cross-entropy [nats]" if record.loss == "next_token" else "KL(original || tuned) [nats]"
+        write_curve(outcome.history, temporary, axis)
+        if (run / _TENSORBOARD).is_dir():
+            shutil.copytree(run / _TENSORBOARD, temporary / _TENSORBOARD)
+    shutil.rmtree(run)
+    logger.info("wrote %s", output)
+
+
+def _pad_token(tokenizer: Any) -> int:
+    found = next((t for t in (tokenizer.pad_token_id, tokenizer.eos_token_id) if t is not None), 0) if tokenizer else 0
+    return int(found)
