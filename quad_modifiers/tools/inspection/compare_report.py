@@ -9,8 +9,8 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from quad_modifiers.records.inventory import KIND_NAMES
-from quad_modifiers.tools.inspection.checkpoint_comparison import NUMBERS_NAME, Comparison, Entry
 from quad_modifiers.tools.inspection.compare_table import comparison_rows
+from quad_modifiers.tools.inspection.compared import NUMBERS_NAME, Comparison, Entry
 from quad_modifiers.tools.inspection.figures import INK, SERIES, Chart, legend_below, new_figure
 from quad_modifiers.tools.inspection.measure.results import BlockRow
 from quad_modifiers.tools.inspection.model_report import write_report

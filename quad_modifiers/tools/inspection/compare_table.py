@@ -1,7 +1,7 @@
 """The table of a comparison, for the terminal and for the page: one row for each property, one column a checkpoint."""
 
 from quad_modifiers.reporting import file_size
-from quad_modifiers.tools.inspection.checkpoint_comparison import Comparison, Score
+from quad_modifiers.tools.inspection.compared import Comparison, Score
 
 _NOTHING = "-"
 
