@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pkgutil
 import re
 import warnings
 from collections.abc import Callable
@@ -49,6 +50,8 @@ def test_every_command_has_help_and_names_its_python_function(quad, command: tup
     assert "Usage: quad" in done.out
     named = re.search(r"Python:\s+([\w.]+)", done.out)
     assert named, "the help does not name a Python function"
+    if "." in named[1]:
+        assert callable(pkgutil.resolve_name(":".join(named[1].rsplit(".", 1))))
 
 
 def test_version(quad) -> None:

@@ -23,7 +23,7 @@ def test_an_old_path_gives_the_module_of_the_new_one_and_a_warning(old: str) -> 
 
 def test_a_module_below_an_old_path_is_the_same_module() -> None:
     new = importlib.import_module("quad_modifiers.tools.evaluation.cache")
-    with pytest.warns(DeprecationWarning):
+    with pytest.warns(DeprecationWarning, match="has moved"):
         assert importlib.import_module("quad_modifiers.evaluation.cache") is new
 
 

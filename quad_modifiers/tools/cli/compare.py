@@ -14,7 +14,7 @@ def register(app: typer.Typer) -> None:
     app.command(
         "compare",
         epilog="Example: quad compare outputs/quad-w4a4 outputs/quad-w4a4a8 -o outputs/comparison\n\n"
-        "Python: quad_modifiers.tools.inspection.checkpoint_comparison(checkpoints, output_dir, ...)",
+        "Python: quad_modifiers.tools.inspection.compare_checkpoints(checkpoints, output_dir, ...)",
     )(compare)
 
 

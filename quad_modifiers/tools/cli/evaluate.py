@@ -18,7 +18,7 @@ def register(app: typer.Typer) -> None:
     app.command(
         "eval",
         epilog="Example: quad eval outputs/SmolLM2-quad --baseline outputs/SmolLM2-135M\n\n"
-        "Python: quad_modifiers.tools.evaluation.evaluator(model, tasks, baseline)",
+        "Python: quad_modifiers.tools.evaluation.evaluate(model, tasks, baseline)",
     )(evaluate)
 
 

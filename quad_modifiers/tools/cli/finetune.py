@@ -19,7 +19,7 @@ def register(app: typer.Typer) -> None:
         "finetune",
         epilog="Example: quad finetune outputs/my-quad --distill-from outputs/SmolLM2-135M -o outputs/adapter --merge "
         "outputs/my-quad-tuned\n\nOn several devices: accelerate launch -m quad_modifiers finetune ...\n\n"
-        "Python: quad_peft.training.finetuning(checkpoint, output, ...)",
+        "Python: quad_peft.training.finetune(checkpoint, output, ...)",
     )(finetune)
     app.command(
         "merge",

@@ -17,7 +17,7 @@ def register(app: typer.Typer) -> None:
     app.command(
         "inspect",
         epilog="Example: quad inspect outputs/SmolLM2-135M -o outputs/report\n\n"
-        "Python: quad_modifiers.tools.inspection.model_report(model, output_dir, ...)",
+        "Python: quad_modifiers.tools.inspection.inspect_model(model, output_dir, ...)",
     )(inspect)
 
 
