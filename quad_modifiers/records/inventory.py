@@ -9,6 +9,7 @@ from typing import Any
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
 _MAX_HEADER = 100 * 2**20  # bytes; the limit of safetensors itself
+_EMBEDDING, _HEAD, _LINEAR = "embed_tokens", "lm_head", "_proj"  # in the names of tensors, of every architecture
 _PACKED = ("weight_packed", "weight_shape", "weight_zero_point")
 KIND_NAMES = {
     "packed": "packed weights of the linears",
@@ -148,17 +149,17 @@ def read_json(file: Path) -> dict[str, Any]:
 
 def _kind(name: str) -> str:
     owner, _, leaf = name.rpartition(".")
-    if leaf.startswith(_PACKED) and "embed_tokens" not in name and "lm_head" not in name:
-        return "packed"
-    if "embed_tokens" in name:
+    if _EMBEDDING in name:
         return "embedding"
-    if "lm_head" in name:
+    if _HEAD in name:
         return "head"
+    if leaf.startswith(_PACKED):
+        return "packed"
     if leaf == "weight_scale":
         return "scale"
     if leaf == "weight" and owner.endswith(".outlier"):
         return "outlier"
-    if leaf == "weight" and (owner.endswith("_proj") or owner.endswith(".residual")):
+    if leaf == "weight" and owner.endswith((_LINEAR, ".residual")):
         return "residual"
     return "other"
 

@@ -45,6 +45,7 @@ FLOORS = (
     "quad_modifiers.quantization",
     "quad_modifiers.passes",
     "quad_modifiers.projection",
+    "quad_modifiers.checkpoint.format",
     "quad_modifiers.records",
     "quad_modifiers.checkpoint",
     "quad_modifiers.recipe",

@@ -15,13 +15,13 @@ from quad_modifiers.recipe.document import parse_recipe
 from quad_modifiers.records.evaluation_record import Evaluation, read_evaluation, task_scores
 from quad_modifiers.records.inventory import read_inventory
 from quad_modifiers.records.score_cells import perplexity_cells, score_cells
+from quad_modifiers.records.widths import width_tags
 from quad_modifiers.tools.inspection.compared import Comparison, Entry, Score
 from quad_modifiers.tools.inspection.evaluation_text import TextOptions
 from quad_modifiers.tools.inspection.measure.loss import LossMeter, Reference
 from quad_modifiers.tools.inspection.measure.results import BlockRow, LossRow
 from quad_modifiers.tools.inspection.measure.stream import measure_blocks
 from quad_modifiers.tools.inspection.opening import Candidate, Opened, look_at, need_same_type, need_unquantized
-from quad_modifiers.tools.publishing.sections import width_tags
 
 logger = logging.getLogger(__name__)
 

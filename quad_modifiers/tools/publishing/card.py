@@ -14,9 +14,10 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from quad_modifiers.records.evaluation_record import Evaluation, replace_file, task_scores
 from quad_modifiers.records.inventory import Inventory
+from quad_modifiers.records.widths import width_tags
 from quad_modifiers.tools.publishing.base_license import UNKNOWN, License
 from quad_modifiers.tools.publishing.contents import CARD_NAME
-from quad_modifiers.tools.publishing.sections import width_tags, write_sections
+from quad_modifiers.tools.publishing.sections import write_sections
 
 OUR_TAG = "quad-modifiers"
 _BEGIN, _END = "<!-- quad-modifiers: {} -->", "<!-- /quad-modifiers: {} -->"

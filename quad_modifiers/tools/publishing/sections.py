@@ -2,16 +2,14 @@
 
 from pathlib import Path
 
-from quad_modifiers.checkpoint.format import LinearFormat, QuadFormat, read_format
+from quad_modifiers.checkpoint.format import QuadFormat, read_format
 from quad_modifiers.records.evaluation_record import Evaluation
 from quad_modifiers.records.inventory import KIND_NAMES, Inventory
 from quad_modifiers.records.tuning_record import Tuning, read_tuning
+from quad_modifiers.records.widths import ROLES, group_bits, input_bits, weight_bits
 from quad_modifiers.tools.publishing.base_license import UNKNOWN, License
 from quad_modifiers.tools.publishing.citation import BIBTEX, PAPER_URL
 from quad_modifiers.tools.publishing.quality_section import quality_section
-
-_U_TYPE = ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj")  # read the residual stream
-_D_TYPE = ("o_proj", "down_proj")  # write it
 
 
 def write_sections(
@@ -35,23 +33,6 @@ def write_sections(
         "recipe": _recipe(folder),
         "citation": f"## Citation\n\n```bibtex\n{BIBTEX}\n```",
     }
-
-
-def width_tags(inventory: Inventory) -> list[str]:
-    """Returns a tag such as "w4a4" or "w4a4a8" (inputs of U-type, then of D-type linears), if the widths allow one."""
-    if inventory.quad is None:
-        pairs = _group_bits(inventory)
-        return [f"w{pairs[0][0]}a{pairs[0][1]}"] if len(set(pairs)) == 1 else []
-    linears = read_format(inventory.quad).linears
-    weights = {_weight_bits(linear) for linear in linears.values()}
-    inputs = [
-        {_input_bits(linear) for role, linear in linears.items() if (role in _D_TYPE) == d_type}
-        for d_type in (False, True)
-    ]
-    if len(weights) != 1 or any(len(bits) != 1 for bits in inputs):
-        return []
-    u_type, d_type = (bits.pop() for bits in inputs)
-    return [f"w{weights.pop()}a{u_type}" + ("" if u_type == d_type else f"a{d_type}")]
 
 
 def _summary(inventory: Inventory, quad: QuadFormat | None, base_model: str | None, license: License) -> str:
@@ -131,15 +112,15 @@ def _quad_widths(quad: QuadFormat) -> str:
         "online Hadamard |",
         "|---|---|---|---|---|---|---|---|",
     ]
-    order = [role for role in (*_U_TYPE[:3], "o_proj", *_U_TYPE[3:], "down_proj") if role in quad.linears]
+    order = [role for role in ROLES if role in quad.linears]
     for role in [*order, *(role for role in quad.linears if role not in order)]:
         linear = quad.linears[role]
         weight, inputs = linear.weight, linear.input
         cells = [
             role,
-            str(_weight_bits(linear)),
+            str(weight_bits(linear)),
             _scope("output channel", weight.group_size) if weight else "",
-            str(_input_bits(linear)),
+            str(input_bits(linear)),
             _scope("token", inputs.group_size) if inputs else "",
             f"{inputs.clip_ratio:g}" if inputs else "",
             f"{linear.outliers_per_block * (linear.in_features // linear.block)} of {linear.in_features}",
@@ -163,7 +144,7 @@ def _quad_widths(quad: QuadFormat) -> str:
 def _plain_widths(inventory: Inventory) -> str:
     lines = ["## What is quantized", "", "| linears | weight bits | input bits |", "|---|---|---|"]
     groups = inventory.config["quantization_config"].get("config_groups") or {}
-    for (weight, inputs), group in zip(_group_bits(inventory), groups.values(), strict=True):
+    for (weight, inputs), group in zip(group_bits(inventory), groups.values(), strict=True):
         targets = ", ".join(f"`{target}`" for target in group.get("targets", []))
         lines.append(f"| {targets} | {weight} | {inputs} |")
     return "\n".join(lines)
@@ -188,20 +169,3 @@ def _recipe(folder: Path) -> str:
 
 def _scope(whole: str, group_size: int | None) -> str:
     return whole if group_size is None else f"{whole} and {group_size} coordinates"
-
-
-def _weight_bits(linear: LinearFormat) -> int:
-    return 16 if linear.weight is None else linear.weight.bits
-
-
-def _input_bits(linear: LinearFormat) -> int:
-    return 16 if linear.input is None else linear.input.bits
-
-
-def _group_bits(inventory: Inventory) -> list[tuple[int, int]]:
-    """Returns (weight bits, input bits) of each compressed-tensors config group; 16 where it quantizes nothing."""
-    groups = inventory.config["quantization_config"].get("config_groups") or {}
-    return [
-        tuple((group.get(part) or {}).get("num_bits", 16) for part in ("weights", "input_activations"))
-        for group in groups.values()
-    ]

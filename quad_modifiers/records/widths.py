@@ -1,0 +1,43 @@
+"""Bits of a checkpoint's weights and inputs, by linear and as a tag such as "w4a4a8"."""
+
+from quad_modifiers.checkpoint.format import LinearFormat, read_format
+from quad_modifiers.records.inventory import Inventory
+
+ROLES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")  # in the order of a block
+D_TYPE = ("o_proj", "down_proj")  # write the residual stream; the others read it
+
+
+def width_tags(inventory: Inventory) -> list[str]:
+    """Returns a tag such as "w4a4" or "w4a4a8" (inputs of U-type, then of D-type linears), if the widths allow one."""
+    if inventory.quad is None:
+        pairs = group_bits(inventory)
+        return [f"w{pairs[0][0]}a{pairs[0][1]}"] if len(set(pairs)) == 1 else []
+    linears = read_format(inventory.quad).linears
+    weights = {weight_bits(linear) for linear in linears.values()}
+    inputs = [
+        {input_bits(linear) for role, linear in linears.items() if (role in D_TYPE) == d_type}
+        for d_type in (False, True)
+    ]
+    if len(weights) != 1 or any(len(bits) != 1 for bits in inputs):
+        return []
+    u_type, d_type = (bits.pop() for bits in inputs)
+    return [f"w{weights.pop()}a{u_type}" + ("" if u_type == d_type else f"a{d_type}")]
+
+
+def weight_bits(linear: LinearFormat) -> int:
+    """Returns the bits of a linear's quantized weight, 16 if it is not quantized."""
+    return 16 if linear.weight is None else linear.weight.bits
+
+
+def input_bits(linear: LinearFormat) -> int:
+    """Returns the bits of a linear's quantized input, 16 if it is not quantized."""
+    return 16 if linear.input is None else linear.input.bits
+
+
+def group_bits(inventory: Inventory) -> list[tuple[int, int]]:
+    """Returns (weight bits, input bits) of each compressed-tensors config group; 16 where it quantizes nothing."""
+    groups = inventory.config["quantization_config"].get("config_groups") or {}
+    return [
+        tuple((group.get(part) or {}).get("num_bits", 16) for part in ("weights", "input_activations"))
+        for group in groups.values()
+    ]
