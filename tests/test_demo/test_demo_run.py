@@ -64,9 +64,3 @@ def test_a_folder_that_is_no_checkpoint_is_never_replaced(toy_checkpoint, compre
     with pytest.raises(FileExistsError, match="holds no checkpoint"):
         demo._compress(toy_checkpoint("llama"), "a", tmp_path, force=True)
     assert not compressed
-
-
-def test_checkpoint_bytes(toy_checkpoint):
-    total, embedding = demo.checkpoint_bytes(toy_checkpoint("llama"))
-    assert embedding == 2 * 320 * 64 * 4
-    assert total > embedding

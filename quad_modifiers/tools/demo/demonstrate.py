@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import resource
 import shutil
-import struct
 import sys
 import time
 from dataclasses import dataclass
@@ -17,6 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenize
 
 import quad_modifiers
 from quad_modifiers.data import token_windows, wikipedia_articles
+from quad_modifiers.records.inventory import read_inventory
 from quad_modifiers.tools.demo.models import fetch
 from quad_modifiers.tools.evaluation import Perplexity, perplexity
 
@@ -97,8 +96,8 @@ def _measure(folder: Path, tokenizer: PreTrainedTokenizerBase, windows: torch.Te
     """Return the numbers of the checkpoint in `folder`, loaded as any user loads it."""
     model = AutoModelForCausalLM.from_pretrained(folder)
     measured = perplexity(model, windows)
-    total, embedding = checkpoint_bytes(folder)
-    return Measured(measured, total, embedding, _generate(model, tokenizer))
+    inventory = read_inventory(folder)
+    return Measured(measured, inventory.total, inventory.embeddings, _generate(model, tokenizer))
 
 
 @torch.inference_mode()
@@ -108,23 +107,6 @@ def _generate(model: torch.nn.Module, tokenizer: PreTrainedTokenizerBase) -> str
     inputs = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_tensors="pt", return_dict=True)
     output = model.generate(**inputs, do_sample=False, max_new_tokens=_NEW_TOKENS, pad_token_id=tokenizer.eos_token_id)
     return str(tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)).strip()
-
-
-def checkpoint_bytes(folder: Path) -> tuple[int, int]:
-    """Return the bytes of all tensors in the checkpoint, and those of the embedding and lm_head among them."""
-    total = embedding = 0
-    for file in sorted(folder.glob("*.safetensors")):
-        with file.open("rb") as stream:
-            (header_bytes,) = struct.unpack("<Q", stream.read(8))
-            header = json.loads(stream.read(header_bytes))
-        for tensor, entry in header.items():
-            if tensor == "__metadata__":
-                continue
-            begin, end = entry["data_offsets"]
-            total += end - begin
-            if "embed_tokens" in tensor or "lm_head" in tensor:
-                embedding += end - begin
-    return total, embedding
 
 
 def _peak_bytes() -> int:
