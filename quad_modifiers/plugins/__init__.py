@@ -26,7 +26,7 @@ from quad_modifiers.plugins.manager import (
     failed_plugins,
     get_plugin_manager,
 )
-from quad_modifiers.plugins.registration import PluginImportError, load_modifier, register_modifiers
+from quad_modifiers.plugins.modifier_classes import PluginImportError, load_modifier, register_modifiers
 
 __all__ = [
     "ContributedBackend",

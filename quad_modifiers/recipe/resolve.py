@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from quad_modifiers.plugins.contributions import recipe_files
-from quad_modifiers.plugins.registration import near_names
+from quad_modifiers.plugins.modifier_classes import near_names
 
 if TYPE_CHECKING:
     from quad_modifiers.plugins.manager import QuadPluginManager

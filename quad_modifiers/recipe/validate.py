@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from quad_modifiers.plugins.contributions import modifier_paths
 from quad_modifiers.plugins.manager import PluginError, QuadPluginManager, get_plugin_manager
-from quad_modifiers.plugins.registration import (
+from quad_modifiers.plugins.modifier_classes import (
     directly_registered_modifiers,
     load_modifier,
     near_names,

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from quad_modifiers.tools.demo import models
+from quad_modifiers.tools.demo import packaged_models as models
 from quad_modifiers.tools.demo.__main__ import main
 
 

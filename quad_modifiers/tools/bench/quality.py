@@ -18,7 +18,7 @@ from quad_modifiers.records.evaluation_record import Comparison
 from quad_modifiers.records.machine import machine_name, package_versions
 from quad_modifiers.tools.bench.rows import ROWS, Row
 from quad_modifiers.tools.bench.texts import CODE, NEWS, TEXTS, WIKIPEDIA
-from quad_modifiers.tools.demo.models import fetch
+from quad_modifiers.tools.demo.packaged_models import fetch
 from quad_modifiers.tools.evaluation import Perplexity, perplexity
 from quad_modifiers.tools.evaluation.comparison import AVERAGE
 

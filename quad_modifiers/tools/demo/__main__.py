@@ -8,7 +8,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from quad_modifiers.tools.demo.models import MODELS, fetch
+from quad_modifiers.tools.demo.packaged_models import MODELS, fetch
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

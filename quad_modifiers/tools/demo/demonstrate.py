@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenize
 import quad_modifiers
 from quad_modifiers.data import token_windows, wikipedia_articles
 from quad_modifiers.records.inventory import read_inventory
-from quad_modifiers.tools.demo.models import fetch
+from quad_modifiers.tools.demo.packaged_models import fetch
 from quad_modifiers.tools.evaluation import Perplexity, perplexity
 
 logger = logging.getLogger(__name__)
@@ -52,7 +52,7 @@ def run(name: str, model_folder: Path | None, recipe: str, output: Path, *, forc
     The compression comes first in the process, so that its peak memory is its own.
 
     Args:
-        name: a key of `quad_modifiers.tools.demo.models.MODELS`.
+        name: a key of `quad_modifiers.tools.demo.packaged_models.MODELS`.
         model_folder: where the original is, or is put; a folder under outputs/ by default.
         recipe: path or name of a recipe.
         output: where the compressed checkpoint goes; one that is there is reused.

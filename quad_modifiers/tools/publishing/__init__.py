@@ -3,7 +3,7 @@
 from quad_modifiers.records.evaluation_record import Evaluation, PerplexityResult, read_evaluation
 from quad_modifiers.tools.publishing.card import write_card
 from quad_modifiers.tools.publishing.hub import HubError
-from quad_modifiers.tools.publishing.publish import Plan, Published, plan, publish
+from quad_modifiers.tools.publishing.publication import Plan, Published, plan, publish
 from quad_modifiers.tools.publishing.push import push_to_hub
 from quad_modifiers.tools.publishing.stranger import check_as_stranger
 

@@ -5,7 +5,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from quad_modifiers.tools.publishing.publish import Published, publish
+from quad_modifiers.tools.publishing.publication import Published, publish
 
 _QUAD_TYPE = "quad_"  # how the `model_type` of a loaded QUAD checkpoint begins
 
