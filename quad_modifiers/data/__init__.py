@@ -1,4 +1,4 @@
-"""Real text that is already on the machine: Wikipedia articles, Python sources and local files, cut into windows."""
+"""`calibration_windows`: token windows from Wikipedia articles, Python sources and local files on the machine."""
 
 from quad_modifiers.data.calibration import CalibrationSource, as_dataloader, calibration_windows
 from quad_modifiers.data.calibration_texts import calibration_texts

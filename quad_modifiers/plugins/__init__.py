@@ -1,7 +1,7 @@
-"""The plugin system: how a distribution contributes modifiers, architectures, recipes and kernels.
+"""`get_plugin_manager`: how a distribution contributes modifiers, architectures, recipes and kernels.
 
-See docs/developer/plugins.md for how to write a plugin. Importing this package imports neither llm-compressor
-nor any plugin; that happens on the first call of one of its functions.
+See docs/developer/plugins.md for how to write a plugin. Importing this package imports neither llm-compressor nor any
+plugin; that happens on the first call of one of its functions.
 """
 
 from quad_modifiers.plugins.contributions import (

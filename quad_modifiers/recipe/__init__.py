@@ -1,4 +1,4 @@
-"""Finding and checking recipes, before anything is loaded."""
+"""`resolve_recipe` and `validate_recipe`: finding and checking recipes, before anything is loaded."""
 
 from quad_modifiers.recipe.problems import Problem, RecipeError
 from quad_modifiers.recipe.resolve import builtin_recipe_folder, list_recipes, resolve_recipe

@@ -1,1 +1,1 @@
-"""What is remembered of a checkpoint beside its weights: measurements, training, sizes."""
+"""`read_evaluation`, `read_tuning`, `read_inventory`: a checkpoint's measurements, training and sizes."""

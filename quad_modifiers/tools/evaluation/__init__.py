@@ -1,4 +1,4 @@
-"""Measure a model: perplexity over token windows, and lm-eval's tasks beside the original model."""
+"""`evaluate` and `perplexity`: lm-eval's tasks beside the original model, and perplexity over token windows."""
 
 from typing import TYPE_CHECKING, Any
 

@@ -1,4 +1,4 @@
-"""Looking at models and checkpoints: what their activations are like, what quantization costs where, how they compare.
+"""`inspect_model` and `compare_checkpoints`: activations, the cost of quantization by place, models side by side.
 
 `quad inspect` and `quad compare` are thin layers over the two functions.
 """

@@ -1,4 +1,4 @@
-"""Publishing a checkpoint to the Hub: model card, a stranger's check of the folder, upload."""
+"""`publish`: a checkpoint's way to the Hub: model card, a stranger's check of the folder, upload."""
 
 from quad_modifiers.records.evaluation_record import Evaluation, PerplexityResult, read_evaluation
 from quad_modifiers.tools.publishing.card import write_card

@@ -1,1 +1,1 @@
-"""The numbers of an inspection. Nothing here draws, or needs matplotlib."""
+"""`results.Inspection`: the numbers of an inspection. Nothing here draws or needs matplotlib."""
