@@ -1,7 +1,5 @@
 """The windows of token ids that calibrate a model, from whatever the user has."""
 
-from __future__ import annotations
-
 import logging
 from collections.abc import Iterable, Sequence
 from itertools import islice
@@ -42,7 +40,7 @@ _CHARACTERS_PER_TOKEN = 32
 
 def calibration_windows(
     dataset: CalibrationSource,
-    tokenizer: PreTrainedTokenizerBase | None,
+    tokenizer: "PreTrainedTokenizerBase | None",
     *,
     num_samples: int,
     sequence_length: int,
@@ -51,7 +49,7 @@ def calibration_windows(
     dataset_config_name: str | None = None,
     seed: int = 0,
 ) -> list[torch.Tensor]:
-    """Return up to `num_samples` windows of token ids.
+    """Returns up to `num_samples` windows of token ids.
 
     Text is tokenized as one stream and cut into windows of exactly `sequence_length`, drawn at random with `seed`.
     Samples that are tokenized already stay samples: cut to `sequence_length`, padding removed, drawn at random where
@@ -96,7 +94,7 @@ def calibration_windows(
 
 
 def as_dataloader(batches: Iterable[torch.Tensor]) -> DataLoader[dict[str, torch.Tensor]]:
-    """Return a DataLoader that yields each of `batches` as llm-compressor expects it.
+    """Returns a DataLoader that yields each of `batches` as llm-compressor expects it.
 
     Args:
         batches: token ids, [1, length] each; the lengths may differ.
@@ -111,12 +109,12 @@ def as_dataloader(batches: Iterable[torch.Tensor]) -> DataLoader[dict[str, torch
 
 def _rows(
     found: Resolved,
-    tokenizer: PreTrainedTokenizerBase | None,
+    tokenizer: "PreTrainedTokenizerBase | None",
     count: int,
     length: int,
     generator: torch.Generator,
 ) -> list[torch.Tensor]:
-    """Return up to `count` samples of `found`, tokenized where it is text, drawn where there are more."""
+    """Returns up to `count` samples of `found`, tokenized where it is text, drawn where there are more."""
     if isinstance(found, TokenRows):
         if found.ordered:
             return list(islice(found.rows, count))
@@ -136,7 +134,7 @@ def _rows(
 
 
 def _sampled_documents(texts: Sequence[str], tokens: int, generator: torch.Generator) -> list[str]:
-    """Return all documents, or as many drawn at random as give `tokens` tokens several times over."""
+    """Returns all documents, or as many drawn at random as give `tokens` tokens several times over."""
     limit = max(_CHARACTER_LIMIT, _CHARACTERS_PER_TOKEN * tokens)
     order = torch.randperm(len(texts), generator=generator).tolist()
     drawn: dict[int, str] = {}
@@ -152,7 +150,7 @@ def _sampled_documents(texts: Sequence[str], tokens: int, generator: torch.Gener
 
 
 def _drawn(rows: list[torch.Tensor], count: int, generator: torch.Generator) -> list[torch.Tensor]:
-    """Return one of each of `count` equal stretches of `rows`, in random order; all rows where there are no more.
+    """Returns one of each of `count` equal stretches of `rows`, in random order; all rows where there are no more.
 
     That way every kind of text is drawn as often as there is of it, whatever the seed.
     """
@@ -168,7 +166,7 @@ def _drawn(rows: list[torch.Tensor], count: int, generator: torch.Generator) -> 
 
 
 def _check_amount(rows: list[torch.Tensor], num_samples: int, sequence_length: int) -> None:
-    """Warn where there are fewer windows than asked, raise where too few to calibrate with."""
+    """Warns where there are fewer windows than asked, raises where too few to calibrate with."""
     if not rows:
         raise ValueError("the calibration data set is empty: not one token; give a data set with text in it")
     tokens = sum(row.numel() for row in rows)

@@ -1,7 +1,5 @@
 """The text that calibrates and trains where the user gives none: prose with code in it."""
 
-from __future__ import annotations
-
 from quad_modifiers.data.stdlib_code import stdlib_code
 from quad_modifiers.data.wikipedia import wikipedia_articles
 
@@ -11,7 +9,7 @@ _MODULE_STEP = 2  # every second module: about a third of the tokens are code
 
 
 def calibration_texts() -> list[str]:
-    """Return articles and, spread evenly among them, sources of Python modules, all of the calibration halves.
+    """Returns articles and, spread evenly among them, sources of Python modules, all of the calibration halves.
 
     A model calibrated on prose alone loses much more on code than on prose; with a third of code it loses far less on
     code, and some more on prose (docs/concepts/quality.md). The held-out halves are left for measuring.

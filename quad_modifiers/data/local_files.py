@@ -1,7 +1,5 @@
 """Read documents from local files: plain text, JSON lines, CSV and Parquet."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,7 +9,7 @@ LOCAL_SUFFIXES = (".txt", ".md", ".jsonl", ".json", ".csv", ".parquet")
 
 
 def local_texts(path: str | Path, text_column: str = "text") -> list[str]:
-    """Return the documents of a local file.
+    """Returns the documents of a local file.
 
     Args:
         path: a .txt or .md file (one document), .jsonl or .json (one object per line; .json may also hold one list of
@@ -43,7 +41,7 @@ def local_texts(path: str | Path, text_column: str = "text") -> list[str]:
 
 
 def _read(path: Path) -> str:
-    """Return the content of `path`, or raise with the byte at fault when it is not UTF-8."""
+    """Returns the content of `path`, or raise with the byte at fault when it is not UTF-8."""
     try:
         return path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
@@ -51,7 +49,7 @@ def _read(path: Path) -> str:
 
 
 def _json_texts(path: Path, text_column: str) -> Iterator[str]:
-    """Yield the text of each record of a JSON-lines file, or of a .json file that holds one list."""
+    """Yields the text of each record of a JSON-lines file, or of a .json file that holds one list."""
     content = _read(path)
     if path.suffix.lower() == ".json" and content.lstrip().startswith("["):
         try:
@@ -74,7 +72,7 @@ def _json_texts(path: Path, text_column: str) -> Iterator[str]:
 
 
 def _field(record: Any, text_column: str, where: str) -> str:
-    """Return the text of one record, or raise with the fields it has instead."""
+    """Returns the text of one record, or raise with the fields it has instead."""
     if not isinstance(record, dict):
         raise ValueError(f"{where}: expected an object with a field {text_column!r}, found {type(record).__name__}")
     check_column(text_column, list(record), where)
@@ -85,7 +83,7 @@ def _field(record: Any, text_column: str, where: str) -> str:
 
 
 def _table_texts(path: Path, loader: str, text_column: str) -> list[str]:
-    """Return the text column of a CSV or Parquet file."""
+    """Returns the text column of a CSV or Parquet file."""
     try:
         from datasets import load_dataset
     except ImportError as error:
@@ -106,7 +104,7 @@ def _table_texts(path: Path, loader: str, text_column: str) -> list[str]:
 
 
 def check_column(text_column: str, present: list[str], where: str) -> None:
-    """Raise if `text_column` is not among the columns `present`.
+    """Raises if `text_column` is not among the columns `present`.
 
     Raises:
         ValueError: naming the columns there are.

@@ -3,15 +3,13 @@
 Text of another kind than the Wikipedia articles that calibrate and train: nothing here is ever calibrated with.
 """
 
-from __future__ import annotations
-
 from quad_modifiers.data.wikipedia import gensim_test_data
 
 _FILE = "lee_background.cor"
 
 
 def news_articles() -> list[str]:
-    """Return the articles, one string each, in the order of the file.
+    """Returns the articles, one string each, in the order of the file.
 
     Raises:
         ImportError: gensim is not installed.

@@ -1,7 +1,5 @@
 """Turn what a user calls a data set into documents, a stream of tokens, or rows of token ids."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -42,7 +40,7 @@ class TokenStream:
     ids: torch.Tensor
 
     def windows(self, length: int) -> list[torch.Tensor]:
-        """Return the complete windows of `length` tokens; an incomplete one at the end is dropped."""
+        """Returns the complete windows of `length` tokens; an incomplete one at the end is dropped."""
         count = self.ids.numel() // length
         return list(self.ids[: count * length].view(count, length))
 
@@ -83,7 +81,7 @@ class Purpose:
 def resolve(
     source: Any, purpose: Purpose, *, text_column: str, splits: Splits | None, config_name: str | None
 ) -> Resolved:
-    """Return what `source` stands for.
+    """Returns what `source` stands for.
 
     Args:
         source: None for `calibration_texts()`; a local file; a `datasets` name or folder; a Dataset or DatasetDict with
@@ -121,13 +119,13 @@ def resolve(
 
 
 def is_local_file(name: str | Path) -> bool:
-    """Return whether `name` means a text file here, rather than a data set of the hub or a folder of one."""
+    """Returns whether `name` means a text file here, rather than a data set of the hub or a folder of one."""
     path = Path(name)
     return path.is_file() or (path.suffix.lower() in LOCAL_SUFFIXES and not path.is_dir())
 
 
-def load_named(name: str | Path, config_name: str | None, splits: Splits | None, purpose: Purpose) -> Dataset:
-    """Return the named data set, from the hub, its local cache or a local folder.
+def load_named(name: str | Path, config_name: str | None, splits: Splits | None, purpose: Purpose) -> "Dataset":
+    """Returns the named data set, from the hub, its local cache or a local folder.
 
     Raises:
         ImportError: the package `datasets` is not installed.
@@ -154,7 +152,7 @@ def load_named(name: str | Path, config_name: str | None, splits: Splits | None,
 
 
 def chosen_split(splits: Splits | None, purpose: Purpose) -> str | None:
-    """Return the one split that `splits` names: a string, a list of one, or the purpose's entry of a mapping.
+    """Returns the one split that `splits` names: a string, a list of one, or the purpose's entry of a mapping.
 
     Raises:
         ValueError: it names none or several.
@@ -173,8 +171,8 @@ def chosen_split(splits: Splits | None, purpose: Purpose) -> str | None:
     return splits[0]
 
 
-def single_split(dataset: Dataset | DatasetDict, splits: Splits | None, purpose: Purpose) -> Dataset:
-    """Return the split that `splits` names; without it, the first of the usual ones, or the only one.
+def single_split(dataset: "Dataset | DatasetDict", splits: Splits | None, purpose: Purpose) -> "Dataset":
+    """Returns the split that `splits` names; without it, the first of the usual ones, or the only one.
 
     Raises:
         ValueError: no such split, or several and none of the usual names.
@@ -200,7 +198,7 @@ def _of_tensor(ids: torch.Tensor, purpose: Purpose) -> TokenStream | TokenRows:
     return TokenRows(rows)
 
 
-def _of_dataset(dataset: Dataset, text_column: str, purpose: Purpose) -> Documents | TokenRows:
+def _of_dataset(dataset: "Dataset", text_column: str, purpose: Purpose) -> Documents | TokenRows:
     if "input_ids" in (dataset.column_names or ()):
         return TokenRows(dataset_rows(dataset))
     if not hasattr(dataset, "__len__"):

@@ -1,7 +1,5 @@
 """Sources of Python's standard library as a code corpus: on every machine, no download."""
 
-from __future__ import annotations
-
 import sysconfig
 from functools import lru_cache
 from pathlib import Path
@@ -73,7 +71,7 @@ _MODULES = (
 
 
 def stdlib_code(part: TextPart) -> list[str]:
-    """Return the source of standard-library modules of one half, in alphabetical order of the modules.
+    """Returns the source of standard-library modules of one half, in alphabetical order of the modules.
 
     The text depends on the running Python version: compare numbers only within one version.
 
@@ -89,13 +87,13 @@ def stdlib_code(part: TextPart) -> list[str]:
 
 @lru_cache(maxsize=1)
 def _all_sources() -> tuple[str, ...]:
-    """Return the sources of `_MODULES`; a module that became a package gives its `__init__.py`."""
+    """Returns the sources of `_MODULES`; a module that became a package gives its `__init__.py`."""
     folder = Path(sysconfig.get_path("stdlib"))
     return tuple(_source_file(folder, module).read_text(encoding="utf-8").strip() for module in _MODULES)
 
 
 def _source_file(folder: Path, module: str) -> Path:
-    """Return the source file of `module`, or raise with what to do."""
+    """Returns the source file of `module`, or raise with what to do."""
     for candidate in (folder / f"{module}.py", folder / module / "__init__.py"):
         if candidate.is_file():
             return candidate

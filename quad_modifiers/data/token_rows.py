@@ -1,7 +1,5 @@
 """Rows of token ids from what is tokenized already: tensors, `datasets` tables, DataLoaders."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -11,14 +9,14 @@ if TYPE_CHECKING:
     from datasets import Dataset
 
 
-def dataset_rows(dataset: Dataset) -> Iterator[torch.Tensor]:
-    """Yield the token ids of each row of an already tokenized data set, without padding."""
+def dataset_rows(dataset: "Dataset") -> Iterator[torch.Tensor]:
+    """Yields the token ids of each row of an already tokenized data set, without padding."""
     for row in dataset:
         yield from unpadded(row["input_ids"], row.get("attention_mask"), "a row of the data set")
 
 
 def loader_rows(loader: Any) -> Iterator[torch.Tensor]:
-    """Yield the token ids of each sample of a DataLoader, without padding.
+    """Yields the token ids of each sample of a DataLoader, without padding.
 
     Raises:
         TypeError: it does not yield mappings with `input_ids`.
@@ -31,7 +29,7 @@ def loader_rows(loader: Any) -> Iterator[torch.Tensor]:
 
 
 def unpadded(ids: Any, mask: Any | None, where: str) -> Iterator[torch.Tensor]:
-    """Yield each sample of `ids` ([tokens] or [batch, tokens]) as [tokens], int64, masked positions removed.
+    """Yields each sample of `ids` ([tokens] or [batch, tokens]) as [tokens], int64, masked positions removed.
 
     Raises:
         TypeError: the ids are not integers.

@@ -4,8 +4,6 @@ They are real prose, need no network once the package is installed, and are the 
 half of the articles calibrates; the second half is held out for evaluation and never calibrates anything.
 """
 
-from __future__ import annotations
-
 import bz2
 import importlib.util
 import re
@@ -28,7 +26,7 @@ _BLANK_RUN = re.compile(r"\n{3,}")
 
 
 def wikipedia_articles(part: TextPart) -> list[str]:
-    """Return the articles of one half, in the order of the file.
+    """Returns the articles of one half, in the order of the file.
 
     Args:
         part: "calibration" for the first half of the articles, "held_out" for the second half.
@@ -45,7 +43,7 @@ def wikipedia_articles(part: TextPart) -> list[str]:
 
 
 def half_of(texts: tuple[str, ...], part: TextPart) -> tuple[str, ...]:
-    """Return the first ("calibration") or the second ("held_out") half of `texts`.
+    """Returns the first ("calibration") or the second ("held_out") half of `texts`.
 
     Raises:
         ValueError: `part` is neither of the two.
@@ -59,7 +57,7 @@ def half_of(texts: tuple[str, ...], part: TextPart) -> tuple[str, ...]:
 
 
 def clean_article(text: str) -> str:
-    """Return `text` without the residue that gensim's mark-up filter leaves.
+    """Returns `text` without the residue that gensim's mark-up filter leaves.
 
     Removed are emphasis quotes, brackets whose content was a template, runs of spaces and of blank lines. Headings
     keep their equal signs, as in WikiText.
@@ -73,7 +71,7 @@ def clean_article(text: str) -> str:
 
 @lru_cache(maxsize=1)
 def _all_articles() -> tuple[str, ...]:
-    """Return every article of the dump that is neither a redirect nor tiny, cleaned."""
+    """Returns every article of the dump that is neither a redirect nor tiny, cleaned."""
     path = _dump_path()
     try:
         from gensim.corpora.wikicorpus import extract_pages, filter_wiki
@@ -92,7 +90,7 @@ def _all_articles() -> tuple[str, ...]:
 
 
 def gensim_test_data() -> Path:
-    """Return the folder of test data inside the installed gensim package.
+    """Returns the folder of test data inside the installed gensim package.
 
     Raises:
         ImportError: gensim is not installed.
@@ -104,7 +102,7 @@ def gensim_test_data() -> Path:
 
 
 def _dump_path() -> Path:
-    """Return the path of the compressed dump."""
+    """Returns the path of the compressed dump."""
     found = sorted(gensim_test_data().glob(_DUMP_GLOB))
     if not found:
         raise FileNotFoundError(

@@ -1,7 +1,5 @@
 """Cut texts into token windows of one length, by the usual WikiText protocol."""
 
-from __future__ import annotations
-
 import logging
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
@@ -17,7 +15,7 @@ _SEPARATOR = "\n\n"
 
 
 def token_windows(
-    tokenizer: PreTrainedTokenizerBase,
+    tokenizer: "PreTrainedTokenizerBase",
     texts: Sequence[str],
     length: int,
     count: int | None = None,
@@ -25,7 +23,7 @@ def token_windows(
     seed: int | None = None,
     fewer: bool = False,
 ) -> torch.Tensor:
-    """Return non-overlapping windows of one token stream.
+    """Returns non-overlapping windows of one token stream.
 
     The texts are joined with a blank line, tokenized as a whole without special tokens, and cut every `length` tokens;
     an incomplete window at the end is dropped.
@@ -79,8 +77,8 @@ def warn_of_length(config: Any, length: int) -> None:
         logger.warning("windows of %d tokens are longer than the %d positions that the model knows", length, positions)
 
 
-def token_stream(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> torch.Tensor:
-    """Return the tokens of all texts joined with a blank line: [tokens], int64, no special tokens added.
+def token_stream(tokenizer: "PreTrainedTokenizerBase", texts: Sequence[str]) -> torch.Tensor:
+    """Returns the tokens of all texts joined with a blank line: [tokens], int64, no special tokens added.
 
     Raises:
         ValueError: there is no text, or only white space.

@@ -4,8 +4,6 @@ A plugin that cannot be imported is left out with a `PluginWarning`; whatever is
 imported is a `PluginError`. Both name the distribution that is at fault.
 """
 
-from __future__ import annotations
-
 import importlib
 import importlib.metadata
 import inspect
@@ -70,10 +68,10 @@ class QuadPluginManager(pluggy.PluginManager):
         self._distributions: dict[str, Distribution] = {}
 
     def add(self, plugin: object, distribution: Distribution, entry_point: str) -> None:
-        """Register `plugin` (a module or any object with hook implementations) as part of `distribution`.
+        """Registers `plugin` (a module or any object with hook implementations) as part of `distribution`.
 
         Raises:
-            PluginError: If a hook is unknown, has wrong arguments or is not marked, or the plugin is there
+            PluginError: if a hook is unknown, has wrong arguments or is not marked, or the plugin is there
             already.
         """
         plugin_name = f"{distribution.name}:{entry_point}"
@@ -101,17 +99,17 @@ class QuadPluginManager(pluggy.PluginManager):
             )
 
     def parse_hookimpl_opts(self, plugin: Any, name: str) -> Any:
-        """Return pluggy's options of a marked function; refuse one named like a hook that is not marked."""
+        """Returns pluggy's options of a marked function; refuses one named like a hook that is not marked."""
         options = super().parse_hookimpl_opts(plugin, name)
         if options is None and name.startswith(HOOK_PREFIX) and inspect.isroutine(getattr(plugin, name)):
             raise ValueError(f"function {name!r} is named like a hook but not marked with @hookimpl")
         return options
 
     def load_entry_point(self, entry_point: importlib.metadata.EntryPoint) -> None:
-        """Import and register one plugin; leave it out with a `PluginWarning` if it cannot be imported.
+        """Imports and registers one plugin; leaves it out with a `PluginWarning` if it cannot be imported.
 
         Raises:
-            PluginError: If the imported plugin is not valid.
+            PluginError: if the imported plugin is not valid.
         """
         distribution = _distribution_of_entry_point(entry_point)
         if _normalized(distribution.name) in _blocked_distributions():
@@ -124,7 +122,7 @@ class QuadPluginManager(pluggy.PluginManager):
         self.add(plugin, distribution, entry_point.name)
 
     def report_failure(self, distribution: Distribution, entry_point: str, error: BaseException) -> None:
-        """Remember that `entry_point` of `distribution` could not be imported, and warn about it once."""
+        """Remembers that `entry_point` of `distribution` could not be imported, and warns about it once."""
         failure = FailedPlugin(distribution, entry_point, f"{type(error).__name__}: {error}")
         if failure in self.failed:
             return
@@ -137,22 +135,22 @@ class QuadPluginManager(pluggy.PluginManager):
         )
 
     def distribution_of(self, plugin_name: str) -> Distribution:
-        """Return the distribution of a plugin; the plugin's own name if it was registered by hand."""
+        """Returns the distribution of a plugin; the plugin's own name if it was registered by hand."""
         return self._distributions.get(plugin_name, Distribution(plugin_name, "(registered by hand)"))
 
     def distributions(self) -> list[Distribution]:
-        """Return the distributions of all registered plugins, each once, in the order of registration."""
+        """Returns the distributions of all registered plugins, each once, in the order of registration."""
         return list(dict.fromkeys(self.distribution_of(name) for name, plugin in self.list_name_plugin() if plugin))
 
     def hook_names(self) -> list[str]:
-        """Return the names of the specified hooks."""
+        """Returns the names of the specified hooks."""
         return [name for name in vars(hookspecs) if name.startswith(HOOK_PREFIX)]
 
     def results(self, hook_name: str) -> Iterator[tuple[Distribution, object]]:
-        """Yield what each plugin returns for a hook, with the distribution it came from.
+        """Yields what each plugin returns for a hook, with the distribution it came from.
 
         Raises:
-            PluginError: If an implementation raises, or is a wrapper.
+            PluginError: if an implementation raises, or is a wrapper.
         """
         for implementation in getattr(self.hook, hook_name).get_hookimpls():
             distribution = self.distribution_of(implementation.plugin_name)
@@ -171,10 +169,10 @@ _building = False
 
 
 def get_plugin_manager() -> QuadPluginManager:
-    """Return the manager with the built-in plugin and every installed one, built on the first call.
+    """Returns the manager with the built-in plugin and every installed one, built on the first call.
 
     Raises:
-        PluginError: If an installed plugin is not valid, or a plugin asks for the manager while it is
+        PluginError: if an installed plugin is not valid, or a plugin asks for the manager while it is
         imported.
     """
     global _manager, _building
@@ -203,10 +201,10 @@ def plugins_are_loading() -> bool:
 
 
 def build_plugin_manager() -> QuadPluginManager:
-    """Return a fresh manager with the built-in plugin and every installed one.
+    """Returns a fresh manager with the built-in plugin and every installed one.
 
     Raises:
-        PluginError: If an installed plugin is not valid.
+        PluginError: if an installed plugin is not valid.
     """
     manager = QuadPluginManager()
     manager.add(importlib.import_module(BUILTIN_MODULE), own_distribution(), "builtin")
@@ -216,12 +214,12 @@ def build_plugin_manager() -> QuadPluginManager:
 
 
 def failed_plugins(manager: QuadPluginManager | None = None) -> list[FailedPlugin]:
-    """Return the plugins, and single modifiers of plugins, that could not be imported so far."""
+    """Returns the plugins, and single modifiers of plugins, that could not be imported so far."""
     return list((manager or get_plugin_manager()).failed)
 
 
 def own_distribution() -> Distribution:
-    """Return this project's own distribution, of version "(source checkout)" where it is not installed."""
+    """Returns this project's own distribution, of version "(source checkout)" where it is not installed."""
     try:
         return Distribution(OWN_DISTRIBUTION, importlib.metadata.version(OWN_DISTRIBUTION))
     except importlib.metadata.PackageNotFoundError:
@@ -239,5 +237,5 @@ def _blocked_distributions() -> set[str]:
 
 
 def _normalized(name: str) -> str:
-    """Return a distribution name in the normal form of PEP 503."""
+    """Returns a distribution name in the normal form of PEP 503."""
     return re.sub(r"[-_.]+", "-", name.strip()).lower()

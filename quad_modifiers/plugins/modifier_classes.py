@@ -1,7 +1,5 @@
 """Imports contributed modifiers and registers them with llm-compressor's factory."""
 
-from __future__ import annotations
-
 import difflib
 import importlib
 import inspect
@@ -26,12 +24,12 @@ class PluginImportError(PluginError):
     """The class that a modifier's import path names could not be imported."""
 
 
-def load_modifier(name: str, manager: QuadPluginManager | None = None) -> type[Modifier]:
-    """Return the class of a contributed modifier; imports it, and llm-compressor.
+def load_modifier(name: str, manager: QuadPluginManager | None = None) -> "type[Modifier]":
+    """Returns the class of a contributed modifier; imports it, and llm-compressor.
 
     Raises:
-        PluginImportError: If the module or the class cannot be imported.
-        PluginError: If no plugin contributes `name`, the name is one of llm-compressor's own, or the class
+        PluginImportError: if the module or the class cannot be imported.
+        PluginError: if no plugin contributes `name`, the name is one of llm-compressor's own, or the class
             is no modifier or has another name.
     """
     manager = manager or get_plugin_manager()
@@ -41,14 +39,14 @@ def load_modifier(name: str, manager: QuadPluginManager | None = None) -> type[M
     return _import_modifier(table[name])
 
 
-def register_modifiers(manager: QuadPluginManager | None = None) -> dict[str, type[Modifier]]:
-    """Register every contributed modifier with llm-compressor's factory and return them by name.
+def register_modifiers(manager: QuadPluginManager | None = None) -> "dict[str, type[Modifier]]":
+    """Registers every contributed modifier with llm-compressor's factory and returns them by name.
 
     A modifier that cannot be imported is left out with a `PluginWarning`, unless it is this project's own.
     May be called again at any time.
 
     Raises:
-        PluginError: If a modifier is not valid, or its name is llm-compressor's own or registered already
+        PluginError: if a modifier is not valid, or its name is llm-compressor's own or registered already
             with another class.
     """
     from llmcompressor.modifiers import ModifierFactory
@@ -68,8 +66,8 @@ def register_modifiers(manager: QuadPluginManager | None = None) -> dict[str, ty
     return registered
 
 
-def stock_modifiers() -> dict[str, type[Modifier]]:
-    """Return llm-compressor's own concrete modifiers by recipe name."""
+def stock_modifiers() -> "dict[str, type[Modifier]]":
+    """Returns llm-compressor's own concrete modifiers by recipe name."""
     from llmcompressor.modifiers import ModifierFactory
 
     if not ModifierFactory._loaded:
@@ -82,15 +80,15 @@ def stock_modifiers() -> dict[str, type[Modifier]]:
     return {name: modifier_class for name, modifier_class in stock.items() if not inspect.isabstract(modifier_class)}
 
 
-def directly_registered_modifiers() -> dict[str, type[Modifier]]:
-    """Return the modifiers that anyone registered with llm-compressor's factory, plugin or not."""
+def directly_registered_modifiers() -> "dict[str, type[Modifier]]":
+    """Returns the modifiers that anyone registered with llm-compressor's factory, plugin or not."""
     from llmcompressor.modifiers import ModifierFactory
 
     return dict(ModifierFactory._registered_registry)
 
 
 def unknown_modifier_message(name: str, known: list[str], manager: QuadPluginManager) -> str:
-    """Return what to say about an unknown modifier name, with near names and failed plugins."""
+    """Returns what to say about an unknown modifier name, with near names and failed plugins."""
     message = f"no modifier is named {name!r}; {near_names(name, known)}"
     if manager.failed:
         message += "; " + "; ".join(str(failure) for failure in manager.failed)
@@ -98,7 +96,7 @@ def unknown_modifier_message(name: str, known: list[str], manager: QuadPluginMan
 
 
 def near_names(name: str, known: list[str]) -> str:
-    """Return "did you mean ...?" with the close matches of `name`, or the list of all known names."""
+    """Returns "did you mean ...?" with the close matches of `name`, or the list of all known names."""
     by_lower_case = {each.lower(): each for each in known}
     close = difflib.get_close_matches(name.lower(), by_lower_case, n=2, cutoff=0.6)
     if close:
@@ -106,7 +104,7 @@ def near_names(name: str, known: list[str]) -> str:
     return f"known: {', '.join(sorted(known)) or 'none'}"
 
 
-def _import_modifier(contributed: ContributedModifier) -> type[Modifier]:
+def _import_modifier(contributed: ContributedModifier) -> "type[Modifier]":
     from llmcompressor.modifiers import Modifier
 
     if contributed.name in stock_modifiers():
@@ -138,7 +136,7 @@ def _import_modifier(contributed: ContributedModifier) -> type[Modifier]:
     return modifier_class
 
 
-def _refuse_other_class(name: str, modifier_class: type[Modifier]) -> None:
+def _refuse_other_class(name: str, modifier_class: "type[Modifier]") -> None:
     existing = directly_registered_modifiers().get(name)
     if existing is not None and existing is not modifier_class:
         raise PluginError(

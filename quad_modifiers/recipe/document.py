@@ -4,8 +4,6 @@ llm-compressor reads `*_stage:` -> `*_modifiers:` -> modifier name -> fields, an
 without a word. Here every such part becomes a `Problem`.
 """
 
-from __future__ import annotations
-
 import difflib
 import re
 from collections.abc import Iterator
@@ -32,7 +30,7 @@ class ModifierEntry:
     node: yaml.Node
 
     def line_of(self, location: tuple[int | str, ...]) -> int:
-        """Return the line of a field, given as in pydantic's errors: as deep as the text follows it."""
+        """Returns the line of a field, given as in pydantic's errors: as deep as the text follows it."""
         node, line = self.node, self.line
         for step in location:
             found = _child(node, step)
@@ -50,12 +48,12 @@ class RecipeDocument:
     problems: list[Problem] = field(default_factory=list)
 
     def report(self, node: yaml.Node, message: str, remedy: str) -> None:
-        """Add an error at the line of `node`."""
+        """Adds an error at the line of `node`."""
         self.problems.append(Problem(_line(node), message, remedy))
 
 
 def parse_recipe(text: str) -> RecipeDocument:
-    """Return the modifier entries of a recipe in YAML (or JSON), with every problem of its structure."""
+    """Returns the modifier entries of a recipe in YAML (or JSON), with every problem of its structure."""
     document = RecipeDocument()
     loader = yaml.SafeLoader(text)
     try:
@@ -136,7 +134,7 @@ def _read_group(group: str, node: yaml.MappingNode, document: RecipeDocument) ->
 
 
 def _report_duplicates(node: yaml.Node, document: RecipeDocument, seen: set[int]) -> None:
-    """Report every key that stands twice in one mapping, of which YAML silently keeps the last."""
+    """Reports every key that stands twice in one mapping, of which YAML silently keeps the last."""
     if id(node) in seen:
         return
     seen.add(id(node))
@@ -167,13 +165,13 @@ def _remedy_for_root_key(name: str) -> str:
 
 
 def _is_nearly(name: str, suffix: str) -> bool:
-    """Return whether the last word of `name` is a wrong form of the suffix ("quad_modifer", "stages")."""
+    """Returns whether the last word of `name` is a wrong form of the suffix ("quad_modifer", "stages")."""
     last = re.split(r"[_-]", name.lower())[-1]
     return bool(difflib.get_close_matches(last, [suffix.strip("_")], cutoff=0.7))
 
 
 def _with_suffix(name: str, suffix: str) -> str:
-    """Return `name` with the suffix, in place of a last word that is a wrong form of it."""
+    """Returns `name` with the suffix, in place of a last word that is a wrong form of it."""
     stem = re.sub(r"[_-]?[^_-]*$", "", name) if _is_nearly(name, suffix) else name
     return f"{stem or 'quad'}{suffix}"
 
@@ -206,7 +204,7 @@ def _pairs(node: yaml.Node) -> Iterator[tuple[yaml.Node, yaml.Node]]:
 
 
 def _last_pairs(node: yaml.Node) -> list[tuple[str, yaml.Node, yaml.Node]]:
-    """Return (name, key, value) as a dict would hold them: at the first place, the last value of a name."""
+    """Returns (name, key, value) as a dict would hold them: at the first place, the last value of a name."""
     last = {_text(key): (key, value) for key, value in _pairs(node)}
     return [(name, key, value) for name, (key, value) in last.items()]
 

@@ -5,8 +5,6 @@ told by their class. A rule is applied only where at least one of the modifiers 
 whether stock modifiers go together is for llm-compressor to say.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import combinations
@@ -59,7 +57,7 @@ IGNORE_OUTLIER = "re:.*outlier$"
 class PlacedModifier:
     """A modifier of a recipe with the line of its name, None where there is no text."""
 
-    modifier: Modifier
+    modifier: "Modifier"
     line: int | None = None
 
     @property
@@ -88,7 +86,7 @@ class PlacedModifier:
 
 
 def order_problems(placed: Sequence[PlacedModifier]) -> list[Problem]:
-    """Return what is wrong with the order and the company of the modifiers, errors before the warning."""
+    """Returns what is wrong with the order and the company of the modifiers, errors before the warning."""
     problems = [problem for each in placed for problem in _unknown_role(each)]
     for first, second in combinations(placed, 2):
         if not (first.is_stock and second.is_stock):
@@ -101,7 +99,7 @@ def order_problems(placed: Sequence[PlacedModifier]) -> list[Problem]:
 
 
 def nothing_quantized(placed: Sequence[PlacedModifier]) -> list[Problem]:
-    """Return a warning if the recipe prepares a model for quantization but quantizes nothing."""
+    """Returns a warning if the recipe prepares a model for quantization but quantizes nothing."""
     roles = frozenset[str]().union(*(each.roles for each in placed))
     if not roles & {PROJECT, SMOOTH} or roles & {QUANTIZE_WEIGHTS, QUANTIZE_ACTIVATIONS}:
         return []
@@ -148,7 +146,7 @@ def _two_projections(first: PlacedModifier, second: PlacedModifier) -> Iterator[
 
 
 def _stock_projection(first: PlacedModifier, second: PlacedModifier) -> Iterator[Problem]:
-    """Report a stock rotation before a quantizer that puts containers where the rotation needs plain linears."""
+    """Reports a stock rotation before a quantizer that puts containers where the rotation needs plain linears."""
     if first.is_stock and PROJECT in first.roles and second.roles & {QUANTIZE_WEIGHTS, QUANTIZE_ACTIVATIONS, TUNE}:
         yield Problem(
             first.line,
@@ -177,7 +175,7 @@ def _two_quantizers(first: PlacedModifier, second: PlacedModifier) -> Iterator[P
 
 
 def _quantized_outlier(first: PlacedModifier, second: PlacedModifier) -> Iterator[Problem]:
-    """Report a stock quantizer that would hit what a projection before it made of the linears."""
+    """Reports a stock quantizer that would hit what a projection before it made of the linears."""
     if first.is_stock or PROJECT not in first.roles or not second.is_stock:
         return
     ignore = list(getattr(second.modifier, "ignore", None) or [])

@@ -1,7 +1,5 @@
 """What the recipe validator reports."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -17,7 +15,7 @@ class Problem:
     severity: Literal["error", "warning"] = "error"
 
     def describe(self, source: str) -> str:
-        """Return "source:line: message. remedy."."""
+        """Returns "source:line: message. remedy."."""
         place = source if self.line is None else f"{source}:{self.line}"
         kind = "warning: " if self.severity == "warning" else ""
         parts = [part.strip() for part in (self.message, self.remedy) if part.strip()]

@@ -1,7 +1,5 @@
 """Finds a recipe by path, or by name among the recipe folders that the plugins contribute."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -12,15 +10,15 @@ if TYPE_CHECKING:
     from quad_modifiers.plugins.manager import QuadPluginManager
 
 
-def resolve_recipe(name_or_path: str | Path, manager: QuadPluginManager | None = None) -> Path:
-    """Return the file of a recipe given as a path or by name.
+def resolve_recipe(name_or_path: str | Path, manager: "QuadPluginManager | None" = None) -> Path:
+    """Returns the file of a recipe given as a path or by name.
 
     An existing file wins. Otherwise `quad_w4a4`, `quad_w4a4.yaml` and `recipes/quad_w4a4.yaml` all mean the
     recipe `quad_w4a4` of the installed package or of a plugin.
 
     Raises:
-        FileNotFoundError: If there is no such file and no recipe of that name.
-        PluginError: If a plugin's recipe folder is missing, or two plugins claim one recipe name.
+        FileNotFoundError: if there is no such file and no recipe of that name.
+        PluginError: if a plugin's recipe folder is missing, or two plugins claim one recipe name.
     """
     path = Path(name_or_path).expanduser()
     if path.is_file():
@@ -42,10 +40,10 @@ def resolve_recipe(name_or_path: str | Path, manager: QuadPluginManager | None =
 
 
 def read_recipe(path: Path) -> str:
-    """Return the text of a recipe file.
+    """Returns the text of a recipe file.
 
     Raises:
-        ValueError: If it is no UTF-8 text.
+        ValueError: if it is no UTF-8 text.
     """
     try:
         return path.read_text(encoding="utf-8")
@@ -53,20 +51,20 @@ def read_recipe(path: Path) -> str:
         raise ValueError(f"{path} is not UTF-8 text (byte {error.start}); convert it to UTF-8") from error
 
 
-def list_recipes(manager: QuadPluginManager | None = None) -> dict[str, Path]:
-    """Return the file of every recipe that the plugins contribute, by name.
+def list_recipes(manager: "QuadPluginManager | None" = None) -> dict[str, Path]:
+    """Returns the file of every recipe that the plugins contribute, by name.
 
     Raises:
-        PluginError: If a plugin's recipe folder is missing, or two plugins claim one recipe name.
+        PluginError: if a plugin's recipe folder is missing, or two plugins claim one recipe name.
     """
     return {name: contributed.path for name, contributed in recipe_files(manager).items()}
 
 
 def builtin_recipe_folder() -> Path:
-    """Return the folder of this project's own recipes: package data if installed, `recipes/` in a checkout.
+    """Returns the folder of this project's own recipes: package data if installed, `recipes/` in a checkout.
 
     Raises:
-        FileNotFoundError: If neither exists.
+        FileNotFoundError: if neither exists.
     """
     package = Path(__file__).resolve().parent.parent
     candidates = (package / "_recipes", package.parent / "recipes")

@@ -1,7 +1,5 @@
 """Checks a recipe before a model is loaded: structure, fields, order and company of the modifiers."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -30,16 +28,16 @@ _LIFECYCLE_FIELDS = frozenset(("index", "group", "start", "end", "update", "requ
 
 
 def validate_recipe(text_or_path: str | Path, manager: QuadPluginManager | None = None) -> list[Problem]:
-    """Return every problem of a recipe, by line; none if it is sound.
+    """Returns every problem of a recipe, by line; none if it is sound.
 
     `text_or_path` is a path, a recipe name or YAML text.
 
     No model is loaded. llm-compressor is imported, because its modifier classes say which fields exist.
 
     Raises:
-        FileNotFoundError: If there is no such file and no recipe of that name.
-        ValueError: If the file is no UTF-8 text.
-        PluginError: If an installed plugin is not valid.
+        FileNotFoundError: if there is no such file and no recipe of that name.
+        ValueError: if the file is no UTF-8 text.
+        PluginError: if an installed plugin is not valid.
     """
     manager = manager or get_plugin_manager()
     text = _read(text_or_path, manager)[0]
@@ -57,11 +55,11 @@ def validate_recipe(text_or_path: str | Path, manager: QuadPluginManager | None 
     return sorted(problems, key=lambda problem: problem.line or 0)
 
 
-def validate_modifiers(modifiers: Sequence[Modifier]) -> list[Problem]:
-    """Return what is wrong with the order and the company of modifiers built in Python; without line numbers.
+def validate_modifiers(modifiers: "Sequence[Modifier]") -> list[Problem]:
+    """Returns what is wrong with the order and the company of modifiers built in Python; without line numbers.
 
     Raises:
-        TypeError: If an element is not a modifier.
+        TypeError: if an element is not a modifier.
     """
     from llmcompressor.modifiers import Modifier
 
@@ -79,18 +77,18 @@ def validate_modifiers(modifiers: Sequence[Modifier]) -> list[Problem]:
 
 
 def check_recipe(
-    recipe: str | Path | Modifier | Sequence[Modifier] | Recipe, manager: QuadPluginManager | None = None
+    recipe: "str | Path | Modifier | Sequence[Modifier] | Recipe", manager: QuadPluginManager | None = None
 ) -> list[Problem]:
-    """Refuse a recipe with errors, and return its warnings.
+    """Refuses a recipe with errors, and returns its warnings.
 
     `recipe` is a path, a recipe name, YAML text, a modifier, a (nested) list of them, or llm-compressor's
     `Recipe`.
 
     Raises:
-        RecipeError: If the recipe has an error; lists every problem as "file:line: message. remedy".
-        FileNotFoundError: If there is no such file and no recipe of that name.
-        TypeError: If `recipe` is of no such type.
-        PluginError: If an installed plugin is not valid.
+        RecipeError: if the recipe has an error; lists every problem as "file:line: message. remedy".
+        FileNotFoundError: if there is no such file and no recipe of that name.
+        TypeError: if `recipe` is of no such type.
+        PluginError: if an installed plugin is not valid.
     """
     if isinstance(recipe, (str, Path)):
         manager = manager or get_plugin_manager()
@@ -105,12 +103,12 @@ def check_recipe(
 
 
 def is_recipe_text(recipe: object) -> bool:
-    """Return whether a recipe is given as YAML text: a string with a line break or ": " is, other strings name one."""
+    """Returns whether a recipe is given as YAML text: a string with a line break or ": " is, other strings name one."""
     return isinstance(recipe, str) and ("\n" in recipe or ": " in recipe or not recipe.strip())
 
 
 def _read(text_or_path: str | Path, manager: QuadPluginManager) -> tuple[str, str]:
-    """Return (text, name for messages)."""
+    """Returns (text, name for messages)."""
     if is_recipe_text(text_or_path):
         return str(text_or_path), TEXT_SOURCE
     path = resolve_recipe(text_or_path, manager)
@@ -133,8 +131,8 @@ def _modifiers_of(recipe: object) -> list[Any]:
     )
 
 
-def _instantiate(entry: ModifierEntry, manager: QuadPluginManager) -> tuple[Modifier | None, list[Problem]]:
-    """Return the modifier that an entry describes, or the problems that prevent it."""
+def _instantiate(entry: ModifierEntry, manager: QuadPluginManager) -> "tuple[Modifier | None, list[Problem]]":
+    """Returns the modifier that an entry describes, or the problems that prevent it."""
     from pydantic import ValidationError
 
     try:
@@ -156,8 +154,8 @@ def _instantiate(entry: ModifierEntry, manager: QuadPluginManager) -> tuple[Modi
         ]
 
 
-def _modifier_class(name: str, manager: QuadPluginManager) -> type[Modifier]:
-    """Return the class behind a name, found in llm-compressor's order: registered, then its own."""
+def _modifier_class(name: str, manager: QuadPluginManager) -> "type[Modifier]":
+    """Returns the class behind a name, found in llm-compressor's order: registered, then its own."""
     contributed = modifier_paths(manager)
     if name in contributed:
         return load_modifier(name, manager)
@@ -167,7 +165,7 @@ def _modifier_class(name: str, manager: QuadPluginManager) -> type[Modifier]:
     raise PluginError(unknown_modifier_message(name, [*contributed, *others], manager))
 
 
-def _field_problem(entry: ModifierEntry, modifier_class: type[Modifier], error: ErrorDetails) -> Problem:
+def _field_problem(entry: ModifierEntry, modifier_class: "type[Modifier]", error: "ErrorDetails") -> Problem:
     location = error["loc"]
     line = entry.line_of(location)
     path = ".".join(str(step) for step in location)
@@ -188,7 +186,7 @@ def _field_problem(entry: ModifierEntry, modifier_class: type[Modifier], error: 
 
 
 def _refused_by_llmcompressor(placed: Sequence[PlacedModifier]) -> list[Problem]:
-    """Return the objection of llm-compressor's own recipe check, such as AWQ without a quantizer."""
+    """Returns the objection of llm-compressor's own recipe check, such as AWQ without a quantizer."""
     from llmcompressor.recipe import Recipe
     from pydantic import ValidationError
 

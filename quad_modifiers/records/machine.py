@@ -1,7 +1,5 @@
 """What measured: processor, graphics processor, versions of packages."""
 
-from __future__ import annotations
-
 import os
 import platform
 from importlib.metadata import PackageNotFoundError, version
@@ -13,7 +11,7 @@ _PACKAGES = ("lm-eval", "transformers", "torch")
 
 
 def package_versions(names: tuple[str, ...] = _PACKAGES) -> dict[str, str]:
-    """Return the versions of Python, of this package, and of those of `names` that are installed."""
+    """Returns the versions of Python, of this package, and of those of `names` that are installed."""
     found = {"python": platform.python_version(), "quad-modifiers": __version__}
     for name in names:
         try:
@@ -24,7 +22,7 @@ def package_versions(names: tuple[str, ...] = _PACKAGES) -> dict[str, str]:
 
 
 def machine_name() -> str:
-    """Return the name of the GPU, or number and name of the processors."""
+    """Returns the name of the GPU, or number and name of the processors."""
     import torch
 
     if torch.cuda.is_available():

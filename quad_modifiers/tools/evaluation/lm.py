@@ -4,8 +4,6 @@ Importing this module registers the type; `register` of `quad_modifiers.tools.ev
 importing it.
 """
 
-from __future__ import annotations
-
 import warnings
 from typing import Any
 
@@ -38,7 +36,7 @@ class QuadLM(HFLM):
         )
 
     def _create_model(self, pretrained: str, **arguments: Any) -> None:
-        """Load without the warning that the checkpoint's own quantization config, which `HFLM` passes on, is there.
+        """Loads without the warning that the checkpoint's own quantization config, which `HFLM` passes on, is there.
 
         Passing None instead is no way out: transformers then takes the checkpoint for an unquantized one.
         """

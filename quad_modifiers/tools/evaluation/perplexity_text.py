@@ -1,7 +1,5 @@
 """Perplexity of one model over a text, by the WikiText protocol."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,7 +34,7 @@ class PerplexityText:
     fewer: bool = False
 
     def windows(self, tokenizer: Any) -> Any:
-        """Return the windows: [count, length], int64.
+        """Returns the windows: [count, length], int64.
 
         Raises:
             ValueError: the text is too short.
@@ -46,7 +44,7 @@ class PerplexityText:
 
 
 def text_name(source: str | Path) -> str:
-    """Return what results on a text call it."""
+    """Returns what results on a text call it."""
     return _WIKIPEDIA_NAME if source == WIKIPEDIA else Path(source).name
 
 
@@ -58,7 +56,7 @@ def perplexity_text(
     seed: int = 0,
     text_column: str = "text",
 ) -> PerplexityText:
-    """Return the text to measure perplexity on.
+    """Returns the text to measure perplexity on.
 
     Args:
         source: a local file, as `quad_modifiers.data.local_texts` takes it, or "wikipedia" for the articles of gensim's

@@ -1,7 +1,5 @@
 """Paragraphs and sentences of Wikipedia articles, from which test items are made."""
 
-from __future__ import annotations
-
 import re
 
 _MARKUP = re.compile(r"[\[\]{}|<>=]|''|https?:")
@@ -10,7 +8,7 @@ _SENTENCE_END = re.compile(r"(?<=[a-z0-9)][a-z0-9)][.!?]) (?=[A-Z])")
 
 
 def paragraphs(article: str) -> list[list[str]]:
-    """Return the prose paragraphs of an article, each as its list of sentences, with single spaces.
+    """Returns the prose paragraphs of an article, each as its list of sentences, with single spaces.
 
     Lines that do not begin and end like a sentence are left out (headings, lists, captions), and so are lines with
     remains of mark-up.
@@ -24,5 +22,5 @@ def paragraphs(article: str) -> list[list[str]]:
 
 
 def word_count(text: str) -> int:
-    """Return the number of words, as white space separates them."""
+    """Returns the number of words, as white space separates them."""
     return len(text.split())

@@ -1,7 +1,5 @@
 """The offline tasks' items as data sets; the YAML files in tasks/ name these functions as `custom_dataset`."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from functools import lru_cache
 from typing import Any
@@ -12,22 +10,22 @@ from quad_modifiers.tools.evaluation import items
 
 
 def last_word(**_: Any) -> dict[str, Dataset]:
-    """Return the items of `quad_lastword`."""
+    """Returns the items of `quad_lastword`."""
     return _test_split(items.last_word_items)
 
 
 def continuation(**_: Any) -> dict[str, Dataset]:
-    """Return the items of `quad_continuation`."""
+    """Returns the items of `quad_continuation`."""
     return _test_split(items.continuation_items)
 
 
 def code(**_: Any) -> dict[str, Dataset]:
-    """Return the items of `quad_code`."""
+    """Returns the items of `quad_code`."""
     return _test_split(items.code_items)
 
 
 def word_perplexity(**_: Any) -> dict[str, Dataset]:
-    """Return the documents of `quad_wordppl`."""
+    """Returns the documents of `quad_wordppl`."""
     return _test_split(items.documents)
 
 

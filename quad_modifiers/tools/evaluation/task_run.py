@@ -1,7 +1,5 @@
 """One model in one task: lm-eval's results, and the score of every item for paired comparisons."""
 
-from __future__ import annotations
-
 import os
 import random
 from collections.abc import Iterator
@@ -41,7 +39,7 @@ class TaskRun:
 
 
 def run_task(lm: Any, task: LoadedTask, limit: int | None = None, seed: int = 0) -> TaskRun:
-    """Run a task on a model.
+    """Runs a task on a model.
 
     Args:
         lm: an lm-eval model.
@@ -83,14 +81,14 @@ def run_task(lm: Any, task: LoadedTask, limit: int | None = None, seed: int = 0)
 
 
 def _metric(samples: dict[str, list[dict[str, Any]]]) -> str | None:
-    """Return the first known metric that every item of every task has."""
+    """Returns the first known metric that every item of every task has."""
     items = [item for of_task in samples.values() for item in of_task]
     known = (*ACCURACIES, WORD_PERPLEXITY)
     return next((metric for metric in known if all(metric in item for item in items)), None)
 
 
 def _first_filter(items: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Return the items as the task's first filter reads the answers; with several, each item is there several times."""
+    """Returns the items as the task's first filter reads the answers; with several, items repeat."""
     return [item for item in items if item["filter"] == items[0]["filter"]]
 
 
@@ -102,7 +100,7 @@ def _chance(task: Any, item: dict[str, Any]) -> float:
 
 
 def _plain(metrics: dict[str, Any]) -> dict[str, Any]:
-    """Return lm-eval's metrics of one task as JSON can hold them: Python's numbers, None for NaN and infinity."""
+    """Returns lm-eval's metrics of one task as JSON can hold them: Python's numbers, None for NaN and infinity."""
     return {key: _number(value) for key, value in metrics.items()}
 
 
@@ -115,7 +113,7 @@ def _number(value: Any) -> Any:
 
 @contextmanager
 def _one_process() -> Iterator[None]:
-    """Keep lm-eval's bootstrap in this process: forking one that runs threads may lock up."""
+    """Keeps lm-eval's bootstrap in this process: forking one that runs threads may lock up."""
     variable = "DISABLE_MULTIPROC"
     before = os.environ.get(variable)
     os.environ[variable] = "1"

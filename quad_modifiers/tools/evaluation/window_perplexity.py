@@ -1,7 +1,5 @@
 """Perplexity of a causal language model over fixed token windows."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -33,19 +31,19 @@ class Perplexity:
     window_nll: tuple[float, ...] = field(default=(), repr=False, compare=False)
 
     def __str__(self) -> str:
-        """Return the value with the half width of its one-sigma interval, where there is one."""
+        """Returns the value with the half width of its one-sigma interval, where there is one."""
         if math.isnan(self.stderr):
             return f"{self.value:.3f} ({self.tokens} tokens)"
         return f"{self.value:.3f} +- {self.value * self.stderr:.3f} ({self.tokens} tokens)"
 
 
 def perplexity(
-    model: PreTrainedModel,
+    model: "PreTrainedModel",
     windows: torch.Tensor | Sequence[torch.Tensor],
     batch_size: int = 1,
     progress: bool = True,
 ) -> Perplexity:
-    """Return the perplexity of `model`, each window on its own, without context from its neighbours.
+    """Returns the perplexity of `model`, each window on its own, without context from its neighbours.
 
     The first token of a window is given, the others are predicted. Log-softmax runs in float32 whatever the dtype of
     the model. Two models compared on the same windows have strongly correlated errors: the error of their ratio is
@@ -83,8 +81,8 @@ def perplexity(
 
 
 @torch.inference_mode()
-def _window_nll(model: PreTrainedModel, batch: torch.Tensor, first_window: int) -> torch.Tensor:
-    """Return the mean negative log-likelihood of each window: [batch], float64, on the CPU."""
+def _window_nll(model: "PreTrainedModel", batch: torch.Tensor, first_window: int) -> torch.Tensor:
+    """Returns the mean negative log-likelihood of each window: [batch], float64, on the CPU."""
     logits = model(input_ids=batch, attention_mask=torch.ones_like(batch), use_cache=False).logits
     token_nll = torch.nn.functional.cross_entropy(
         logits[:, :-1].float().flatten(0, 1), batch[:, 1:].flatten(), reduction="none"
@@ -100,7 +98,7 @@ def _window_nll(model: PreTrainedModel, batch: torch.Tensor, first_window: int) 
 
 
 def _stack(windows: torch.Tensor | Sequence[torch.Tensor]) -> torch.Tensor:
-    """Return `windows` as one [count, length] tensor."""
+    """Returns `windows` as one [count, length] tensor."""
     if not isinstance(windows, torch.Tensor):
         shapes = sorted({tuple(window.shape) for window in windows})
         if len(shapes) != 1:
@@ -113,8 +111,8 @@ def _stack(windows: torch.Tensor | Sequence[torch.Tensor]) -> torch.Tensor:
     return windows
 
 
-def _check_vocabulary(model: PreTrainedModel, windows: torch.Tensor) -> None:
-    """Raise if a token id has no row in the model's embedding."""
+def _check_vocabulary(model: "PreTrainedModel", windows: torch.Tensor) -> None:
+    """Raises if a token id has no row in the model's embedding."""
     rows = model.get_input_embeddings().weight.shape[0]
     lowest, highest = int(windows.min()), int(windows.max())
     if lowest < 0 or highest >= rows:
@@ -125,7 +123,7 @@ def _check_vocabulary(model: PreTrainedModel, windows: torch.Tensor) -> None:
 
 
 def _exp(nll: float) -> float:
-    """Return exp(nll), infinity where that overflows."""
+    """Returns exp(nll), infinity where that overflows."""
     try:
         return math.exp(nll)
     except OverflowError:
