@@ -13,11 +13,11 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from quad_modifiers.checkpoint.locate import check_weights, model_folder
-from quad_modifiers.checkpoint.save import check_space, check_target, complete_or_absent
 from quad_modifiers.data.calibration import CalibrationSource, as_dataloader, calibration_windows
 from quad_modifiers.data.windows import warn_of_length
 from quad_modifiers.model.architecture import find_architecture
 from quad_modifiers.nn.quad_linear import QuadLinear
+from quad_modifiers.output_folder import check_space, check_target, complete_or_absent
 from quad_modifiers.plugins import architectures, modifier_paths
 from quad_modifiers.plugins.manager import OWN_DISTRIBUTION
 from quad_modifiers.recipe import check_recipe, is_recipe_text, resolve_recipe

@@ -22,10 +22,11 @@ from quad_modifiers.checkpoint.dequantize import dense_weight
 from quad_modifiers.checkpoint.describe import RoleFormats, config_groups
 from quad_modifiers.checkpoint.format import QUANT_METHOD, LinearFormat, QuadFormat, read_format
 from quad_modifiers.checkpoint.models import TRIPWIRE_FIELD
-from quad_modifiers.checkpoint.save import check_space, check_target, complete_or_absent, packed_tensors, write_tensors
+from quad_modifiers.checkpoint.save import packed_tensors, write_tensors
 from quad_modifiers.model.architecture import Architecture
 from quad_modifiers.nn.packed_table import PackedHead, PackedTable
 from quad_modifiers.nn.quad_linear import IntegerWeight, QuadLinear
+from quad_modifiers.output_folder import check_space, check_target, complete_or_absent
 from quad_modifiers.plugins import architectures
 from quad_modifiers.quantization.grid import IntegerGrid, round_to_grid, search_clip
 

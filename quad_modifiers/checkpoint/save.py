@@ -5,10 +5,7 @@ The folder is written under a temporary name beside its target and renamed when 
 
 import json
 import logging
-import shutil
-import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -23,6 +20,7 @@ from quad_modifiers.checkpoint.describe import describe_linears, quantization_co
 from quad_modifiers.checkpoint.models import push_to_hub, quad_model_type, register_models, set_tripwire
 from quad_modifiers.model.architecture import Architecture
 from quad_modifiers.nn.quad_linear import IntegerWeight, QuadLinear
+from quad_modifiers.output_folder import check_space, check_target, complete_or_absent
 
 logger = logging.getLogger(__name__)
 
@@ -60,71 +58,6 @@ def _save_pretrained(
     if unknown:
         raise ValueError(f"save_pretrained of a QUAD model does not take {', '.join(sorted(unknown))}")
     save_checkpoint(model, architecture, Path(save_directory), max_shard_size=max_shard_size)
-
-
-def check_target(folder: Path) -> None:
-    """Checks that a folder can be written as `folder`.
-
-    Raises:
-        FileExistsError: if it exists and is not empty.
-        NotADirectoryError: if it, or what should hold it, is a file.
-        PermissionError: if what should hold it cannot be written to.
-    """
-    if folder.is_file():
-        raise NotADirectoryError(f"{folder} is a file; choose a folder")
-    if folder.is_dir() and any(folder.iterdir()):
-        raise FileExistsError(f"{folder} exists and is not empty; remove it or choose another output folder")
-    check_parent(folder)
-
-
-def check_parent(path: Path) -> None:
-    """Checks that something can be written as `path`, whose parents need not exist yet.
-
-    Raises:
-        NotADirectoryError: if one of the parents is a file.
-        PermissionError: if the nearest parent that exists cannot be written to.
-    """
-    parent = _existing_parent(path)
-    if not parent.is_dir():
-        raise NotADirectoryError(f"{path} cannot be written: {parent} is a file; choose another output")
-    try:
-        tempfile.TemporaryFile(dir=parent).close()
-    except OSError as error:
-        reason = error.strerror or str(error)
-        raise PermissionError(f"{path} cannot be written: {parent}: {reason}; choose another output") from error
-
-
-def _existing_parent(path: Path) -> Path:
-    return next(parent for parent in path.absolute().parents if parent.exists())
-
-
-def check_space(folder: Path, size: int) -> None:
-    """Checks that a checkpoint of `size` bytes fits on the disk of `folder`, which need not exist yet.
-
-    Raises:
-        OSError: with the space that is free and the space needed.
-    """
-    existing = _existing_parent(folder)
-    free = shutil.disk_usage(existing).free
-    if free < size * 1.01 + 2**20:
-        raise OSError(f"{existing} has {free / 1e9:.2f} GB free, the checkpoint needs up to {size / 1e9:.2f} GB")
-
-
-@contextmanager
-def complete_or_absent(folder: Path) -> Iterator[Path]:
-    """Yields a temporary folder that becomes `folder` if the block succeeds and vanishes if it does not."""
-    check_target(folder)
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
-    try:
-        yield temporary
-        temporary.chmod(0o755)
-        if folder.is_dir():
-            folder.rmdir()
-        temporary.rename(folder)
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise
 
 
 def save_checkpoint(

@@ -4,13 +4,13 @@ Whoever measures writes it (`quad eval` does), the model card reads it. It holds
 what they were measured on. Task results keep lm-eval's own form, so that its output can be copied in unchanged.
 """
 
-import os
-import tempfile
 from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Literal, NamedTuple
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from quad_modifiers.output_folder import replace_file
 
 EVALUATION_NAME = "evaluation.json"
 
@@ -163,20 +163,6 @@ def read_evaluation_file(file: Path) -> Evaluation | None:
 def write_evaluation(evaluation: Evaluation, file: Path) -> None:
     """Writes an evaluation; what stood there before is replaced."""
     replace_file(file, evaluation.model_dump_json(indent=2, exclude_defaults=True) + "\n")
-
-
-def replace_file(file: Path, text: str) -> None:
-    """Writes a file by way of a temporary one beside it: whoever reads it finds the old text or the new."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(prefix=f".{file.name}.", dir=file.parent)
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8") as stream:
-            stream.write(text)
-        Path(temporary).chmod(0o644)
-        Path(temporary).replace(file)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
 
 
 def check_replaceable(

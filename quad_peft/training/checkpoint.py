@@ -9,7 +9,7 @@ from typing import Any
 
 from quad_modifiers.checkpoint.format import QUANT_METHOD
 from quad_modifiers.checkpoint.locate import check_weights, model_folder
-from quad_modifiers.checkpoint.save import check_target, complete_or_absent
+from quad_modifiers.output_folder import check_target, complete_or_absent
 from quad_modifiers.records.tuning_record import TUNING_NAME, read_tuning
 
 logger = logging.getLogger(__name__)

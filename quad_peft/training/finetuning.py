@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from quad_modifiers.checkpoint.locate import model_folder
-from quad_modifiers.checkpoint.save import check_target, complete_or_absent
+from quad_modifiers.output_folder import check_target, complete_or_absent
 from quad_modifiers.records.tuning_record import TUNING_NAME, Tuning
 from quad_peft.training.checkpoint import check_quad_checkpoint, load_checkpoint, load_tokenizer, read_config
 from quad_peft.training.curve import write_curve

@@ -19,7 +19,7 @@ from safetensors.torch import save_file
 from torch import nn
 from tqdm import tqdm
 
-from quad_modifiers.checkpoint.save import check_space
+from quad_modifiers.output_folder import check_space
 from quad_peft.training.losses import without_head
 
 logger = logging.getLogger(__name__)

@@ -37,6 +37,7 @@ FLOORS = (
     "quad_modifiers._moved",
     "quad_modifiers.version",
     "quad_modifiers.reporting",
+    "quad_modifiers.output_folder",
     "quad_modifiers.linalg",
     "quad_modifiers.nn",
     "quad_modifiers.model",

@@ -21,7 +21,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from quad_modifiers.data import local_texts
-from quad_modifiers.records.evaluation_record import EVALUATION_NAME, Evaluation, replace_file, write_evaluation
+from quad_modifiers.output_folder import replace_file
+from quad_modifiers.records.evaluation_record import EVALUATION_NAME, Evaluation, write_evaluation
 from quad_modifiers.tools.console import log_on_stderr
 
 RANK, CLIP_RATIO = 64, 0.9

@@ -125,7 +125,7 @@ def _tasks(tasks: str | None, offline: bool) -> list[str]:
 
 def _target(model: str, output: Path | None) -> Path | None:
     """Returns the file for the results, after a look whether it can be written; None for a Hub id without one."""
-    from quad_modifiers.checkpoint.save import check_parent
+    from quad_modifiers.output_folder import check_parent
     from quad_modifiers.records.evaluation_record import EVALUATION_NAME
 
     folder = Path(model).expanduser()

@@ -99,7 +99,7 @@ def finetune(
     Writes a PEFT LoRA folder, with a record of the training (tuning.json) and its loss curve. The 4-bit weights stay as
     they are. States of the run are kept in a folder DIR.training until it is done.
     """
-    from quad_modifiers.checkpoint.save import check_target
+    from quad_modifiers.output_folder import check_target
     from quad_peft import training
 
     if merge is not None:

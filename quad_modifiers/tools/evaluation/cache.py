@@ -11,7 +11,7 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
-from quad_modifiers.records.evaluation_record import replace_file
+from quad_modifiers.output_folder import replace_file
 
 logger = logging.getLogger(__name__)
 

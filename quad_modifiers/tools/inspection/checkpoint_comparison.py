@@ -8,9 +8,9 @@ from pathlib import Path
 import torch
 
 from quad_modifiers.checkpoint.locate import tokenizer_of
-from quad_modifiers.checkpoint.save import check_target
 from quad_modifiers.data import CalibrationSource
 from quad_modifiers.data.windows import warn_of_length
+from quad_modifiers.output_folder import check_target
 from quad_modifiers.recipe.document import parse_recipe
 from quad_modifiers.records.evaluation_record import Evaluation, read_evaluation, task_scores
 from quad_modifiers.records.inventory import read_inventory

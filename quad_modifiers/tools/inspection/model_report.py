@@ -4,8 +4,8 @@ import logging
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from quad_modifiers.checkpoint.save import check_target, complete_or_absent
 from quad_modifiers.data import CalibrationSource
+from quad_modifiers.output_folder import check_target, complete_or_absent
 from quad_modifiers.tools.inspection.evaluation_text import TextOptions
 from quad_modifiers.tools.inspection.measure.results import Inspection, Recommendation, write_json
 from quad_modifiers.tools.inspection.measuring import measure

@@ -12,7 +12,8 @@ from typing import Any
 import yaml
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
-from quad_modifiers.records.evaluation_record import Evaluation, replace_file, task_scores
+from quad_modifiers.output_folder import replace_file
+from quad_modifiers.records.evaluation_record import Evaluation, task_scores
 from quad_modifiers.records.inventory import Inventory
 from quad_modifiers.records.widths import width_tags
 from quad_modifiers.tools.publishing.base_license import UNKNOWN, License
