@@ -8,7 +8,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from quad_kernels import LinearWeight, choose_backend, int4_linear
+from quad_kernels import LinearWeight, choose_backend, integer_linear
 from torch.nn import functional as F
 
 from benchmarks.shapes import QUANTIZATION, WEIGHT_BITS, Case, Linear
@@ -67,7 +67,7 @@ def measure_ceiling(device: torch.device, dtype: torch.dtype, size: int, bandwid
     products: list[Callable[[], Any]] = [
         lambda: torch._int_mm(x, weight.T),
         lambda: torch._int_mm(weight, x.T.contiguous()),
-        lambda: int4_linear(x, scale, prepared, out_dtype=dtype),
+        lambda: integer_linear(x, scale, prepared, out_dtype=dtype),
     ]
     operations = 2 * size**3
     int8 = min(seconds for product in products if (seconds := _seconds_or_none(product, device)) is not None)

@@ -1,7 +1,7 @@
 """Correctness of a QUAD layer on the very input that is timed: what is wrong is reported and not timed."""
 
 import torch
-from quad_kernels import QuantizedActivations, int4_linear, quantize_activations
+from quad_kernels import QuantizedActivations, integer_linear, quantize_activations
 
 from benchmarks.methods import QuadLayer
 from benchmarks.shapes import QUANTIZATION
@@ -47,7 +47,7 @@ def _check_linear(layer: QuadLayer, own: QuantizedActivations, x: torch.Tensor, 
     weight, outlier_weight = layer.weights[0], layer.outlier_weights[0]
 
     def linear(dtype: torch.dtype, complete: bool, backend: str | None) -> torch.Tensor:
-        return int4_linear(
+        return integer_linear(
             own.integers,
             own.scale,
             weight,

@@ -141,9 +141,9 @@ def hadamard_cases() -> Iterator[Case]:
         yield from record(f"hadamard {size} bf16", launch, "hadamard_kernel", lambda x=x: launch.hadamard(x))
 
 
-def int4_linear_cases() -> Iterator[Case]:
+def integer_linear_cases() -> Iterator[Case]:
     """Every tile where it may run: plain, with groups, zero points, int8 weights, packed x, a ragged width."""
-    from quad_kernels.int4_linear.config import TILES, Config, Device, Problem, fits
+    from quad_kernels.integer_linear.config import TILES, Config, Device, Problem, fits
 
     devices = {80: Device(108, 163 * 1024, hopper=False), 90: Device(132, 227 * 1024, hopper=True)}
     plain = Problem(8192, 1024, 4096, 4096, 64, True, False, False, False)
@@ -166,13 +166,15 @@ def int4_linear_cases() -> Iterator[Case]:
                 runs_on = tuple(capability for capability, device in devices.items() if fits(config, problem, device))
                 if runs_on:
                     shape = f"{block_m}x{block_n}x{block_k} stages {stages} split {split}"
-                    yield from _int4_linear_case(f"int4_linear {shape} {name}".strip(), problem, config, dtype, runs_on)
+                    yield from _integer_linear_case(
+                        f"integer_linear {shape} {name}".strip(), problem, config, dtype, runs_on
+                    )
 
 
-def _int4_linear_case(
+def _integer_linear_case(
     name: str, problem: Any, config: Any, dtype: torch.dtype, capabilities: tuple[int, ...]
 ) -> Iterator[Case]:
-    from quad_kernels.int4_linear import launch
+    from quad_kernels.integer_linear import launch
     from quad_kernels.packing import nibble_bytes
     from quad_kernels.weight import LinearWeight
 
@@ -188,7 +190,7 @@ def _int4_linear_case(
 
     def call() -> None:
         x = integers(m, problem.x_packed)
-        launch.int4_linear(x, torch.ones(m, 1), weight, *outliers, None, dtype, config=config)
+        launch.integer_linear(x, torch.ones(m, 1), weight, *outliers, None, dtype, config=config)
 
     row_sums = launch.row_sum_kernel
     launch.row_sum_kernel = _Recorder(row_sums)
@@ -216,7 +218,7 @@ def int4_kv_cases() -> Iterator[Case]:
         yield from record(f"dequantize_kv {head_dim}", kernel, "dequantize_kv_kernel", dequantize)
 
 
-CASES: list[Callable[[], Iterator[Case]]] = [quantize_cases, hadamard_cases, int4_kv_cases, int4_linear_cases]
+CASES: list[Callable[[], Iterator[Case]]] = [quantize_cases, hadamard_cases, int4_kv_cases, integer_linear_cases]
 
 
 def compile_case(case: Case, capability: int) -> Any:

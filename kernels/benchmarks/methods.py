@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 from typing import Protocol
 
 import torch
-from quad_kernels import LinearWeight, choose_backend, int4_linear, quantize_activations
+from quad_kernels import LinearWeight, choose_backend, integer_linear, quantize_activations
 from torch.nn import functional as F
 
 from benchmarks.shapes import QUANTIZATION, WEIGHT_BITS, Case, Linear
@@ -89,7 +89,7 @@ class QuadLayer:
         """See `Layer`. Not `quad_linear`, which would not quantize an input that it has just seen."""
         outlier, integers, scale = quantize_activations(x, QUANTIZATION, self.split)
         i = copy % self.copies
-        return int4_linear(
+        return integer_linear(
             integers,
             scale,
             self.weights[i],
@@ -104,7 +104,7 @@ class QuadLayer:
         outlier, integers, scale = quantize_activations(x, QUANTIZATION, self.split)
 
         def without_quantization(i: int) -> torch.Tensor:
-            return int4_linear(
+            return integer_linear(
                 integers,
                 scale,
                 self.weights[i],
@@ -115,7 +115,7 @@ class QuadLayer:
             )
 
         def product(i: int) -> torch.Tensor:
-            return int4_linear(integers, scale, self.weights[i], bias=self.bias, out_dtype=x.dtype)
+            return integer_linear(integers, scale, self.weights[i], bias=self.bias, out_dtype=x.dtype)
 
         return [
             Method("quad: without quantization", without_quantization, self.copies),

@@ -78,7 +78,7 @@ class Bench:
         return None
 
     def _is_tuned(self, linear: Linear, tokens: int) -> bool:
-        from quad_kernels.int4_linear.tuning import measured
+        from quad_kernels.integer_linear.autotune import measured
 
         problem = tune_shape(linear, tokens).problem(self.setting.dtype)
         device = self.setting.device

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import torch
 from quad_kernels import LinearWeight
-from quad_kernels.int4_linear.config import Config, Problem, candidates, token_bucket
+from quad_kernels.integer_linear.config import Config, Problem, candidates, token_bucket
 from quad_kernels.packing import nibble_bytes
 
 from benchmarks.shapes import MODELS, SQUARE, WEIGHT_BITS, Linear, cases
@@ -51,7 +51,7 @@ def shapes(models: Sequence[str], tokens: Sequence[int]) -> list[Shape]:
 
 def compile_one(shape: Shape, config: Config, device: str, dtype: torch.dtype) -> str | None:
     """Compiles a candidate into Triton's cache and runs it once; returns what went wrong."""
-    from quad_kernels.int4_linear.launch import Launch
+    from quad_kernels.integer_linear.launch import Launch
 
     where = torch.device(device)
     packed = torch.zeros(shape.outputs, nibble_bytes(shape.inputs), dtype=torch.uint8, device=where)
@@ -76,12 +76,12 @@ def compile_one(shape: Shape, config: Config, device: str, dtype: torch.dtype) -
 
 def candidates_to_compile(wanted: Sequence[Shape], device: str, dtype: torch.dtype) -> list[tuple[Shape, Config]]:
     """The candidates of all problems, each compiled kernel once: widths enter it only by what divides them."""
-    from quad_kernels.int4_linear import tuning
+    from quad_kernels.integer_linear import autotune
 
-    where = tuning.describe(torch.device(device))
+    where = autotune.describe(torch.device(device))
     kernels: dict[tuple[object, ...], tuple[Shape, Config]] = {}
     for shape in wanted:
-        for config in candidates(shape.problem(dtype), where)[: tuning.MOST_CONFIGS]:
+        for config in candidates(shape.problem(dtype), where)[: autotune.MOST_CONFIGS]:
             key = (config, shape.inputs % config.block_k == 0, shape.inputs % 16, shape.outputs % 16, shape.rank % 16)
             kernels.setdefault(key, (shape, config))
     return list(kernels.values())
@@ -107,7 +107,7 @@ def compile_ahead(wanted: Sequence[Shape], device: str, dtype: torch.dtype, jobs
 
 def tune_all(wanted: Sequence[Shape], device: str, dtype: torch.dtype, seconds: float) -> Iterator[str]:
     """Measures problem after problem for at most about `seconds`; a line for each."""
-    from quad_kernels.int4_linear.tuning import tune
+    from quad_kernels.integer_linear.autotune import tune
 
     start = time.monotonic()
     for number, shape in enumerate(wanted):
@@ -145,7 +145,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--seconds", type=float, default=60.0, help="for measuring")
     parser.add_argument("--copy-to", type=Path, help="folder for a copy of the file of measurements")
     options = parser.parse_args(argv)
-    from quad_kernels.int4_linear.tuning import cache_file
+    from quad_kernels.integer_linear.autotune import cache_file
 
     dtype, wanted = getattr(torch, options.dtype), shapes(options.models, options.tokens)
     if torch.device(options.device).type == "cpu":
@@ -167,7 +167,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _time_without_a_gpu() -> None:
     """For a trial in Triton's interpreter, whose times mean nothing: Triton's timer needs a GPU."""
     import triton.testing
-    from quad_kernels.int4_linear import tuning
+    from quad_kernels.integer_linear import autotune
 
     def run_once(call, *_, **__):  # type: ignore[no-untyped-def]
         start = time.perf_counter()
@@ -175,7 +175,7 @@ def _time_without_a_gpu() -> None:
         return 1e3 * (time.perf_counter() - start)
 
     triton.testing.do_bench = run_once
-    tuning.MOST_CONFIGS = 2
+    autotune.MOST_CONFIGS = 2
 
 
 if __name__ == "__main__":

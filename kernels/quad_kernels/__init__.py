@@ -8,7 +8,7 @@ from quad_kernels.backends import Backend, BackendError, backends, choose_backen
 from quad_kernels.formats import InputQuantization, InputSplit, RMSNorm
 from quad_kernels.hadamard import apply_hadamard
 from quad_kernels.int4_kv import KVEntries, dequantize_kv, quantize_kv
-from quad_kernels.int4_linear import int4_linear
+from quad_kernels.integer_linear import integer_linear
 from quad_kernels.quad_linear import quad_linear
 from quad_kernels.quantize_activations import QuantizedActivations, quantize_activations
 from quad_kernels.weight import LinearWeight, prepare_weight
@@ -26,7 +26,7 @@ __all__ = [
     "backends",
     "choose_backend",
     "dequantize_kv",
-    "int4_linear",
+    "integer_linear",
     "prepare_weight",
     "quad_linear",
     "quantize_activations",

@@ -106,7 +106,7 @@ def _linear_shape(x: torch.Tensor, out_features: int, out_dtype: torch.dtype) ->
 
 
 @_custom_op(_linear_shape)
-def int4_linear(
+def integer_linear(
     x: torch.Tensor,
     x_scale: torch.Tensor,
     weight: torch.Tensor,
@@ -121,9 +121,9 @@ def int4_linear(
     out_dtype: torch.dtype,
     backend: str,
 ) -> torch.Tensor:
-    """See `quad_kernels.int4_linear`; the fields of the `LinearWeight` one by one."""
+    """See `quad_kernels.integer_linear`; the fields of the `LinearWeight` one by one."""
     prepared = LinearWeight(weight, weight_scale, weight_zero_point, in_features, out_features, bits)
-    y = _backend(x, backend).int4_linear(x, x_scale, prepared, outlier, outlier_weight, bias, out_dtype)
+    y = _backend(x, backend).integer_linear(x, x_scale, prepared, outlier, outlier_weight, bias, out_dtype)
     return y.contiguous()  # callers of a compiled graph rely on the strides of the fake kernel
 
 

@@ -28,7 +28,7 @@ FLOORS = (
     "quad_kernels.weight",
     "quad_kernels.hadamard",
     "quad_kernels.quantize_activations",
-    "quad_kernels.int4_linear",
+    "quad_kernels.integer_linear",
     "quad_kernels.int4_kv",
     "quad_kernels.backends",
     "quad_kernels.ops",

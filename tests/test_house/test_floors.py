@@ -16,7 +16,7 @@ EXCEPTIONS = {
     Arrow("quad_kernels.hadamard", "quad_kernels.ops"),
     Arrow("quad_kernels.hadamard.kernel", "quad_kernels.quantize_activations.kernel"),
     Arrow("quad_kernels.int4_kv", "quad_kernels.ops"),
-    Arrow("quad_kernels.int4_linear", "quad_kernels.ops"),
+    Arrow("quad_kernels.integer_linear", "quad_kernels.ops"),
     Arrow("quad_kernels.quantize_activations", "quad_kernels.ops"),
     Arrow("quad_kernels.weight", "quad_kernels.backends"),
     Arrow("quad_modifiers", "quad_modifiers.tools.evaluation.harness"),

@@ -36,12 +36,12 @@ def device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> t
 @pytest.fixture
 def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Choices and measurements of configurations of one test stay in it."""
-    from quad_kernels.int4_linear import tuning
+    from quad_kernels.integer_linear import autotune
 
-    monkeypatch.setenv(tuning.CACHE_VARIABLE, str(tmp_path / "cache"))
-    tuning.forget()
+    monkeypatch.setenv(autotune.CACHE_VARIABLE, str(tmp_path / "cache"))
+    autotune.forget()
     yield
-    tuning.forget()
+    autotune.forget()
 
 
 @pytest.fixture

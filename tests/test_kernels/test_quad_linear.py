@@ -172,7 +172,7 @@ def test_ops_are_declared_rightly(name: str, packed: bool, tokens: int) -> None:
     outlier_weight = draw(OUT, split.rank)
     sizes, dtype = (split.residual_width, OUT, 4), torch.bfloat16
     checked = torch.library.opcheck(
-        ops.int4_linear.default,
+        ops.integer_linear.default,
         (integers, scale, weight.integers, weight.scale, None, *sizes, outlier, outlier_weight, None, dtype, ""),
     )
     assert set(checked.values()) == {"SUCCESS"}

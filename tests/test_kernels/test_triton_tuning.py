@@ -10,12 +10,12 @@ from typing import Any
 
 import pytest
 import torch
-from quad_kernels.int4_linear import config as config_module
-from quad_kernels.int4_linear.config import Config, Device, Problem
+from quad_kernels.integer_linear import config as config_module
+from quad_kernels.integer_linear.config import Config, Device, Problem
 
 pytest.importorskip("triton")
 
-from quad_kernels.int4_linear import tuning  # imports triton
+from quad_kernels.integer_linear import autotune  # imports triton
 
 pytestmark = pytest.mark.usefixtures("own_cache")
 
@@ -76,9 +76,9 @@ def test_token_bucket(tokens: int, bucket: int) -> None:
 
 
 def test_serving_does_not_tune(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tuning, "tune_problem", lambda *_: pytest.fail("tuned"))
-    chosen = tuning.choose_config(problem(), torch.device("cpu"), lambda _: torch.empty(0))
-    assert chosen == config_module.default_config(problem(), tuning.describe(torch.device("cpu")))
+    monkeypatch.setattr(autotune, "tune_problem", lambda *_: pytest.fail("tuned"))
+    chosen = autotune.choose_config(problem(), torch.device("cpu"), lambda _: torch.empty(0))
+    assert chosen == config_module.default_config(problem(), autotune.describe(torch.device("cpu")))
 
 
 def _time_by_split(launch: Callable[[], Any], *_: Any, **__: Any) -> float:
@@ -87,7 +87,7 @@ def _time_by_split(launch: Callable[[], Any], *_: Any, **__: Any) -> float:
 
 def test_the_fastest_is_kept_and_found_again(monkeypatch: pytest.MonkeyPatch) -> None:
     cpu = torch.device("cpu")
-    monkeypatch.setattr(tuning.triton.testing, "do_bench", _time_by_split)
+    monkeypatch.setattr(autotune.triton.testing, "do_bench", _time_by_split)
     tried: list[Config] = []
 
     def launch(config: Config) -> torch.Tensor:
@@ -96,35 +96,35 @@ def test_the_fastest_is_kept_and_found_again(monkeypatch: pytest.MonkeyPatch) ->
             raise RuntimeError("out of registers")
         return torch.tensor(float(10 - len(tried)))
 
-    best = tuning.tune_problem(problem(), cpu, launch)
-    assert len(tried) == tuning.MOST_CONFIGS
+    best = autotune.tune_problem(problem(), cpu, launch)
+    assert len(tried) == autotune.MOST_CONFIGS
     assert best == tried[-1]
-    tuning.forget()
-    assert tuning.choose_config(problem(), cpu, lambda _: pytest.fail("measured again")) == best
-    assert [path.suffix for path in tuning.cache_file(cpu).parent.iterdir()] == [".json"]
+    autotune.forget()
+    assert autotune.choose_config(problem(), cpu, lambda _: pytest.fail("measured again")) == best
+    assert [path.suffix for path in autotune.cache_file(cpu).parent.iterdir()] == [".json"]
 
 
 def test_tuning_is_limited_in_time(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tuning.triton.testing, "do_bench", _time_by_split)
+    monkeypatch.setattr(autotune.triton.testing, "do_bench", _time_by_split)
     tried: list[Config] = []
 
     def launch(config: Config) -> torch.Tensor:
         tried.append(config)
         return torch.tensor(1.0)
 
-    tuning.tune_problem(problem(), torch.device("cpu"), launch, seconds=0.0)
+    autotune.tune_problem(problem(), torch.device("cpu"), launch, seconds=0.0)
     assert len(tried) == 1
 
 
 def test_measurements_of_another_process_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
     cpu, config = torch.device("cpu"), Config(16, 64, 128, 2, 4, 4)
-    assert tuning.measured(cpu) == {}
-    path = tuning.cache_file(cpu)
+    assert autotune.measured(cpu) == {}
+    path = autotune.cache_file(cpu)
     path.parent.mkdir(parents=True)
     path.write_text(json.dumps([[list(problem(64)), list(config)]]))
-    tuning.remember(problem(16), config, cpu)
-    tuning.forget()
-    assert tuning.measured(cpu) == {problem(64): config, problem(16): config}
+    autotune.remember(problem(16), config, cpu)
+    autotune.forget()
+    assert autotune.measured(cpu) == {problem(64): config, problem(16): config}
 
 
 @pytest.mark.parametrize(
@@ -132,11 +132,11 @@ def test_measurements_of_another_process_are_kept(monkeypatch: pytest.MonkeyPatc
     ["", "{", "[[1]]", "[[[1, 2], [3]]]", '[[[16, 1, 1, 1, 0, 1, 0, 0, 0], ["16", 64, 128, 1, 4, 4]]]'],
 )
 def test_a_damaged_cache_is_ignored(content: str, caplog: pytest.LogCaptureFixture) -> None:
-    path = tuning.cache_file(torch.device("cpu"))
+    path = autotune.cache_file(torch.device("cpu"))
     path.parent.mkdir(parents=True)
     path.write_text(content)
     with caplog.at_level(logging.WARNING):
-        assert tuning.measured(torch.device("cpu")) == {}
+        assert autotune.measured(torch.device("cpu")) == {}
     assert path.name in caplog.text
 
 
@@ -144,17 +144,17 @@ def test_a_cache_that_cannot_be_written_loses_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     (tmp_path / "file").write_text("")
-    monkeypatch.setenv(tuning.CACHE_VARIABLE, str(tmp_path / "file" / "cache"))
+    monkeypatch.setenv(autotune.CACHE_VARIABLE, str(tmp_path / "file" / "cache"))
     config = Config(16, 64, 128, 2, 4, 4)
-    tuning.remember(problem(), config, torch.device("cpu"))
-    assert tuning.choose_config(problem(), torch.device("cpu"), lambda _: torch.empty(0)) == config
+    autotune.remember(problem(), config, torch.device("cpu"))
+    assert autotune.choose_config(problem(), torch.device("cpu"), lambda _: torch.empty(0)) == config
     assert "cannot be kept" in caplog.text
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("device", ["cuda"], indirect=True)
 def test_tune_measures_and_remembers(device: torch.device) -> None:
-    (tuned,) = tuning.tune([(16, 1024, 2048)]).items()
-    tuning.forget()
+    (tuned,) = autotune.tune([(16, 1024, 2048)]).items()
+    autotune.forget()
     index = torch.device("cuda", torch.cuda.current_device())
-    assert tuning.choose_config(tuned[0], index, lambda _: pytest.fail("measured again")) == tuned[1]
+    assert autotune.choose_config(tuned[0], index, lambda _: pytest.fail("measured again")) == tuned[1]

@@ -1,7 +1,7 @@
 """Which code runs an operation: a registry of backends, and the choice among them."""
 
 from quad_kernels.backends.base import Backend
-from quad_kernels.backends.cpu import CpuBackend
+from quad_kernels.backends.onednn_cpu import CpuBackend
 from quad_kernels.backends.registry import (
     BackendError,
     backends,

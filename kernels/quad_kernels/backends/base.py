@@ -6,7 +6,7 @@ from quad_kernels.formats import InputQuantization
 from quad_kernels.hadamard import plan_hadamard
 from quad_kernels.hadamard import reference as hadamard_reference
 from quad_kernels.int4_kv import reference as kv_reference
-from quad_kernels.int4_linear import reference as linear_reference
+from quad_kernels.integer_linear import reference as linear_reference
 from quad_kernels.quantize_activations import reference as quantize_reference
 from quad_kernels.weight import LinearWeight
 
@@ -44,6 +44,6 @@ class Backend:
         return hadamard_reference.apply_hadamard(x, plan_hadamard(x.shape[-1]))
 
     quantize_activations = staticmethod(quantize_reference.quantize_activations)
-    int4_linear = staticmethod(linear_reference.int4_linear)
+    integer_linear = staticmethod(linear_reference.integer_linear)
     quantize_kv = staticmethod(kv_reference.quantize_kv)
     dequantize_kv = staticmethod(kv_reference.dequantize_kv)

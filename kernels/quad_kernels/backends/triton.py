@@ -60,7 +60,7 @@ class TritonBackend(Backend):
             whole = InputSplit(residual.shape[1])
             return outlier, *kernel.quantize_activations(residual, quantization, whole, None, packed)[1:]
 
-    def int4_linear(
+    def integer_linear(
         self,
         x: torch.Tensor,
         x_scale: torch.Tensor,
@@ -71,10 +71,10 @@ class TritonBackend(Backend):
         out_dtype: torch.dtype,
     ) -> torch.Tensor:
         """One kernel; one more before it for the row sums that zero points need."""
-        from quad_kernels.int4_linear import launch
+        from quad_kernels.integer_linear import launch
 
         with torch.cuda.device_of(x):
-            return launch.int4_linear(x, x_scale, weight, outlier, outlier_weight, bias, out_dtype)
+            return launch.integer_linear(x, x_scale, weight, outlier, outlier_weight, bias, out_dtype)
 
     def hadamard(self, x: torch.Tensor) -> torch.Tensor:
         """One kernel for orders with a power of two of at least 16; other orders run the reference."""

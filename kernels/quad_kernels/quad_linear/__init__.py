@@ -3,7 +3,7 @@
 import torch
 
 from quad_kernels.formats import InputQuantization, InputSplit, RMSNorm
-from quad_kernels.int4_linear import int4_linear
+from quad_kernels.integer_linear import integer_linear
 from quad_kernels.quad_linear.autograd import QuadLinearFunction
 from quad_kernels.quad_linear.memo import quantize_once
 from quad_kernels.quantize_activations import quantize_activations
@@ -52,7 +52,7 @@ def quad_linear(
         outlier, integers, scale = quantize_once(x, split, quantization, backend)
     else:
         outlier, integers, scale = quantize_activations(x, quantization, split, norm=norm, backend=backend)
-    return int4_linear(
+    return integer_linear(
         integers,
         scale,
         weight,

@@ -6,7 +6,7 @@ import torch
 
 from quad_kernels.formats import InputQuantization, InputSplit
 from quad_kernels.hadamard import plan_hadamard, reference
-from quad_kernels.int4_linear import int4_linear
+from quad_kernels.integer_linear import integer_linear
 from quad_kernels.quad_linear.memo import quantize_once
 from quad_kernels.quantize_activations import quantize_activations
 from quad_kernels.weight import LinearWeight, expand_scales
@@ -35,7 +35,7 @@ class QuadLinearFunction(torch.autograd.Function):
         ctx.save_for_backward(x, scale, weight_scale, outlier_weight)
         ctx.weight, ctx.split, ctx.quantization, ctx.backend = weight, split, quantization, backend
         ctx.bias_dtype = None if bias is None else bias.dtype
-        return int4_linear(
+        return integer_linear(
             integers,
             scale,
             weight,

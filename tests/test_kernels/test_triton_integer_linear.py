@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 import torch
-from quad_kernels import LinearWeight, int4_linear
-from quad_kernels.int4_linear.config import SPLITS, TILES, Config
+from quad_kernels import LinearWeight, integer_linear
+from quad_kernels.integer_linear.config import SPLITS, TILES, Config
 from quad_kernels.packing import pack_nibbles
 
 pytest.importorskip("triton")
@@ -59,9 +59,9 @@ def assert_rounded_alike(got: torch.Tensor, wanted: torch.Tensor) -> None:
 def run_config(
     config: Config, x: torch.Tensor, x_scale: torch.Tensor, weight: LinearWeight, out_dtype: torch.dtype = torch.float32
 ) -> torch.Tensor:
-    from quad_kernels.int4_linear import launch
+    from quad_kernels.integer_linear import launch
 
-    return launch.int4_linear(x, x_scale, weight, None, None, None, out_dtype, config=config)
+    return launch.integer_linear(x, x_scale, weight, None, None, None, out_dtype, config=config)
 
 
 # --- the integer part ---
@@ -77,7 +77,9 @@ def test_integer_sum_is_exact(
     m: int, n: int, k: int, x_bits: int, w_bits: int, packed: bool, device: torch.device
 ) -> None:
     x, weight = integers((m, k), x_bits, 0), linear_weight(integers((n, k), w_bits, 1), w_bits)
-    got = int4_linear((pack_nibbles(x) if packed else x).to(device), torch.ones(m, 1).to(device), moved(weight, device))
+    got = integer_linear(
+        (pack_nibbles(x) if packed else x).to(device), torch.ones(m, 1).to(device), moved(weight, device)
+    )
     assert got.dtype == torch.float32
     assert torch.equal(got.cpu(), exact(x, weight))
 
@@ -85,7 +87,7 @@ def test_integer_sum_is_exact(
 @pytest.mark.usefixtures("poisoned")
 def test_integer_sum_of_many_tokens_is_exact(device: torch.device) -> None:
     x, weight = integers((1000, 200), 8, 0), linear_weight(integers((70, 200), 4, 1), 4)
-    got = int4_linear(x.to(device), torch.ones(1000, 1).to(device), moved(weight, device))
+    got = integer_linear(x.to(device), torch.ones(1000, 1).to(device), moved(weight, device))
     assert torch.equal(got.cpu(), exact(x, weight))
 
 
@@ -124,7 +126,7 @@ def test_sums_that_could_overflow_are_refused(device: torch.device) -> None:
     x = torch.zeros(1, 2**17, dtype=torch.int8)
     weight = linear_weight(torch.zeros(1, 2**17, dtype=torch.int8), 4)
     with pytest.raises(ValueError, match="131072 inputs could leave int32; use groups"):
-        int4_linear(x.to(device), torch.ones(1, 1).to(device), moved(weight, device))
+        integer_linear(x.to(device), torch.ones(1, 1).to(device), moved(weight, device))
 
 
 @pytest.mark.parametrize("zero", [None, -8])
@@ -135,7 +137,7 @@ def test_products_that_cancel_are_not_rounded(zero: int | None, device: torch.de
     x[0, k] = 1
     zero_point = None if zero is None else torch.full((2, 1), zero, dtype=torch.int8)
     weight = linear_weight(torch.full((2, k + 1), 7, dtype=torch.int8), 4, zero_point=zero_point)
-    got = int4_linear(x.to(device), torch.ones(1, 1).to(device), moved(weight, device))
+    got = integer_linear(x.to(device), torch.ones(1, 1).to(device), moved(weight, device))
     assert got.tolist() == [[7 - (zero or 0)] * 2]
 
 
@@ -177,7 +179,7 @@ def test_complete_layer_agrees_with_the_reference(
     device: torch.device,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    from quad_kernels.int4_linear import launch
+    from quad_kernels.integer_linear import launch
 
     m, n, k = 3, 40, 384
     x = integers((m, k), 4 if packed else 8, 0)
@@ -191,8 +193,8 @@ def test_complete_layer_agrees_with_the_reference(
         "bias": normal(n, seed=7, dtype=dtype),
     }
     monkeypatch.setattr(launch, "choose_config", lambda *_: Config(16, 64, 128, split, 4, 4))
-    wanted = int4_linear(**arguments, weight=weight, out_dtype=dtype, backend="reference")  # type: ignore[arg-type]
-    got = int4_linear(**on(device, **arguments), weight=moved(weight, device), out_dtype=dtype)
+    wanted = integer_linear(**arguments, weight=weight, out_dtype=dtype, backend="reference")  # type: ignore[arg-type]
+    got = integer_linear(**on(device, **arguments), weight=moved(weight, device), out_dtype=dtype)
     assert got.dtype == dtype
     assert_rounded_alike(got, wanted)
 
@@ -209,8 +211,8 @@ def test_chosen_configuration_agrees_with_the_reference(m: int, dtype: torch.dty
         "outlier_weight": normal(n, rank, seed=6, dtype=dtype) / 8,
         "bias": normal(n, seed=7, dtype=dtype),
     }
-    wanted = int4_linear(**arguments, weight=weight, out_dtype=dtype, backend="reference")  # type: ignore[arg-type]
-    got = int4_linear(**on(device, **arguments), weight=moved(weight, device), out_dtype=dtype)
+    wanted = integer_linear(**arguments, weight=weight, out_dtype=dtype, backend="reference")  # type: ignore[arg-type]
+    got = integer_linear(**on(device, **arguments), weight=moved(weight, device), out_dtype=dtype)
     assert_rounded_alike(got, wanted)
 
 
@@ -219,13 +221,13 @@ def test_zero_tokens_and_a_huge_value(device: torch.device) -> None:
     x[1] = 0
     x_scale = torch.tensor([[1.0], [0.0], [1e30], [1e-30]])
     weight = linear_weight(integers((9, 300), 4, 1), 4)
-    got = int4_linear(x.to(device), x_scale.to(device), moved(weight, device)).cpu()
+    got = integer_linear(x.to(device), x_scale.to(device), moved(weight, device)).cpu()
     assert torch.equal(got, exact(x, weight) * x_scale)
 
 
 def test_no_tokens(device: torch.device) -> None:
     weight = moved(linear_weight(integers((9, 300), 4, 1), 4), device)
-    got = int4_linear(torch.empty(0, 300, dtype=torch.int8, device=device), torch.empty(0, 1, device=device), weight)
+    got = integer_linear(torch.empty(0, 300, dtype=torch.int8, device=device), torch.empty(0, 1, device=device), weight)
     assert got.shape == (0, 9)
 
 
@@ -239,7 +241,7 @@ def test_strided_inputs(device: torch.device) -> None:
     strided = (values[:, 30:], torch.ones(1, 1).expand(m, 1), outliers[:, 7:], outlier_weight.T)
     transposed = (values[:, 30:].T.contiguous().T, torch.ones(m, 1), outliers[:, 7:].T.contiguous().T, outlier_weight.T)
     results = [
-        int4_linear(
+        integer_linear(
             x.to(device), s.to(device), moved(weight, device), outlier=o.to(device), outlier_weight=w.to(device)
         )
         for x, s, o, w in (plain, strided, transposed)
@@ -253,13 +255,13 @@ def test_outliers_of_another_dtype_than_their_weight(device: torch.device) -> No
     weight = linear_weight(integers((6, 32), 4, 1), 4)
     x, x_scale = integers((3, 32), 4, 2), torch.ones(3, 1)
     arguments = {"x": x, "x_scale": x_scale, "outlier": outlier, "outlier_weight": outlier_weight}
-    got = int4_linear(**on(device, **arguments), weight=moved(weight, device))
-    wanted = int4_linear(**arguments, weight=weight, backend="reference")
+    got = integer_linear(**on(device, **arguments), weight=moved(weight, device))
+    wanted = integer_linear(**arguments, weight=weight, backend="reference")
     torch.testing.assert_close(got.cpu(), wanted, rtol=1e-6, atol=1e-5)
 
 
 def test_split_programs_leave_their_counters_at_zero(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
-    from quad_kernels.int4_linear import launch
+    from quad_kernels.integer_linear import launch
 
     counters = torch.zeros(8, dtype=torch.int32, device=device)
     monkeypatch.setattr(launch, "arrival_counters", lambda count, _: counters)
@@ -280,7 +282,7 @@ def test_split_programs_leave_their_counters_at_zero(device: torch.device, monke
 def test_large_shapes_are_exact(m: int, n: int, k: int, device: torch.device) -> None:
     x, weight = integers((m, k), 8, 0).to(device), moved(linear_weight(integers((n, k), 4, 1), 4), device)
     wanted = (x.double() @ weight.unpacked().double().T).float()
-    assert torch.equal(int4_linear(x, torch.ones(m, 1, device=device), weight), wanted)
+    assert torch.equal(integer_linear(x, torch.ones(m, 1, device=device), weight), wanted)
 
 
 @pytest.mark.gpu
@@ -296,8 +298,8 @@ def test_split_sums_are_the_same_in_every_run(rank: int, device: torch.device) -
         outlier=normal(m, rank, seed=5, dtype=torch.bfloat16) if rank else None,
         outlier_weight=normal(n, rank, seed=6, dtype=torch.bfloat16) if rank else None,
     )
-    first = int4_linear(**arguments, weight=weight)
-    assert all(torch.equal(int4_linear(**arguments, weight=weight), first) for _ in range(50))
+    first = integer_linear(**arguments, weight=weight)
+    assert all(torch.equal(integer_linear(**arguments, weight=weight), first) for _ in range(50))
 
 
 @pytest.mark.gpu
@@ -307,12 +309,12 @@ def test_graphs_replay_beside_each_other(device: torch.device) -> None:
     weight = moved(linear_weight(integers((1024, 8192), 4, 1), 4), device)
     inputs = [integers((4, 8192), 8, seed).to(device) for seed in range(3)]
     ones = torch.ones(4, 1, device=device)
-    wanted = [int4_linear(x, ones, weight) for x in inputs]
+    wanted = [integer_linear(x, ones, weight) for x in inputs]
     graphs, outputs = [], []
     for x in inputs[:2]:
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
-            outputs.append(int4_linear(x, ones, weight))
+            outputs.append(integer_linear(x, ones, weight))
         graphs.append(graph)
     streams = [torch.cuda.Stream() for _ in range(3)]
     torch.cuda.synchronize()
@@ -321,6 +323,6 @@ def test_graphs_replay_beside_each_other(device: torch.device) -> None:
             with torch.cuda.stream(stream):
                 graph.replay()
         with torch.cuda.stream(streams[2]):
-            plain = int4_linear(inputs[2], ones, weight)
+            plain = integer_linear(inputs[2], ones, weight)
     torch.cuda.synchronize()
     assert all(torch.equal(got, want) for got, want in zip([*outputs, plain], wanted, strict=True))

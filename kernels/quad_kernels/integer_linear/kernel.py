@@ -5,7 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from quad_kernels.int4_linear.block import add_block, scaled_block
+from quad_kernels.integer_linear.block import add_block, scaled_block
 
 
 @triton.jit

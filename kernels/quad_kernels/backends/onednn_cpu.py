@@ -4,10 +4,9 @@ import torch
 
 from quad_kernels.backends.base import Backend
 from quad_kernels.formats import InputQuantization
-from quad_kernels.hadamard import cpu as hadamard_cpu
-from quad_kernels.hadamard import plan_hadamard
-from quad_kernels.int4_linear import cpu as linear_cpu
-from quad_kernels.quantize_activations import cpu as quantize_cpu
+from quad_kernels.hadamard import plan_hadamard, small_factors
+from quad_kernels.integer_linear import onednn
+from quad_kernels.quantize_activations import few_passes
 from quad_kernels.weight import LinearWeight
 
 
@@ -24,11 +23,11 @@ class CpuBackend(Backend):
 
     def prepare_weight(self, weight: LinearWeight, quantization: InputQuantization | None) -> LinearWeight:
         """OneDNN's own order where its product can compute the layer, plain int8 otherwise."""
-        return weight.to_layout(linear_cpu.best_layout(weight, quantization))
+        return weight.to_layout(onednn.best_layout(weight, quantization))
 
     def hadamard(self, x: torch.Tensor) -> torch.Tensor:
         """Smaller factors than the reference's."""
-        return hadamard_cpu.apply_hadamard(x, plan_hadamard(x.shape[-1]))
+        return small_factors.apply_hadamard(x, plan_hadamard(x.shape[-1]))
 
-    quantize_activations = staticmethod(quantize_cpu.quantize_activations)
-    int4_linear = staticmethod(linear_cpu.int4_linear)
+    quantize_activations = staticmethod(few_passes.quantize_activations)
+    integer_linear = staticmethod(onednn.integer_linear)

@@ -7,7 +7,7 @@ from quad_kernels.packing import nibble_bytes
 from quad_kernels.weight import LinearWeight, WeightLayout, prepare_weight
 
 
-def int4_linear(
+def integer_linear(
     x: torch.Tensor,
     x_scale: torch.Tensor,
     weight: LinearWeight,
@@ -47,7 +47,7 @@ def int4_linear(
         raise ValueError("outlier and outlier_weight go together")
     if outlier is not None and outlier_weight is not None and outlier.shape[-1] != outlier_weight.shape[-1]:
         raise ValueError(f"{outlier.shape[-1]} outliers do not fit an outlier weight {list(outlier_weight.shape)}")
-    y = ops.int4_linear(
+    y = ops.integer_linear(
         x.reshape(-1, columns),
         x_scale.reshape(-1, x_scale.shape[-1]),
         weight.integers,
@@ -65,4 +65,4 @@ def int4_linear(
     return y.view(*x.shape[:-1], weight.out_features)
 
 
-__all__ = ["LinearWeight", "WeightLayout", "int4_linear", "prepare_weight"]
+__all__ = ["LinearWeight", "WeightLayout", "integer_linear", "prepare_weight"]

@@ -20,7 +20,7 @@ from pathlib import Path
 import torch
 import triton
 
-from quad_kernels.int4_linear.config import Config, Device, Problem, candidates, default_config, token_bucket
+from quad_kernels.integer_linear.config import Config, Device, Problem, candidates, default_config, token_bucket
 from quad_kernels.packing import nibble_bytes
 from quad_kernels.weight import LinearWeight
 
@@ -79,7 +79,7 @@ def tune_problem(
         if time.monotonic() > deadline:
             break
     if best is None:
-        raise RuntimeError(f"no configuration of the int4_linear kernel runs {problem} on {device}")
+        raise RuntimeError(f"no configuration of the integer_linear kernel runs {problem} on {device}")
     remember(problem, best, device)
     return best
 
@@ -109,7 +109,7 @@ def cache_file(device: torch.device) -> Path:
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
     name = "".join(letter if letter.isalnum() else "-" for letter in name)
     folder = Path(os.environ.get(CACHE_VARIABLE) or Path.home() / ".cache" / "quad_kernels")
-    return folder / f"int4_linear_{name}_triton-{triton.__version__}_{_source_hash()}.json"
+    return folder / f"integer_linear_{name}_triton-{triton.__version__}_{_source_hash()}.json"
 
 
 @lru_cache(maxsize=1)
@@ -172,7 +172,7 @@ def tune(
     Returns:
         The fastest configuration of each problem.
     """
-    from quad_kernels.int4_linear.launch import Launch  # which imports this module
+    from quad_kernels.integer_linear.launch import Launch  # which imports this module
 
     device = torch.device(device)
     if device.index is None:

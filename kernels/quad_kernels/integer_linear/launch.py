@@ -7,10 +7,10 @@ import math
 import torch
 import triton
 
-from quad_kernels.int4_linear.config import Config, Problem, token_bucket
-from quad_kernels.int4_linear.kernel import linear_kernel, row_sum_kernel
-from quad_kernels.int4_linear.tuning import choose_config
-from quad_kernels.int4_linear.workspace import arrival_counters
+from quad_kernels.integer_linear.autotune import choose_config
+from quad_kernels.integer_linear.config import Config, Problem, token_bucket
+from quad_kernels.integer_linear.kernel import linear_kernel, row_sum_kernel
+from quad_kernels.integer_linear.workspace import arrival_counters
 from quad_kernels.packing.nibbles import CHUNK, HALF
 from quad_kernels.weight import LinearWeight
 
@@ -21,7 +21,7 @@ LARGEST_GROUP = 2**17 - 1  # of so many products of -128 and -128, which is 16 *
 COMPILED = isinstance(linear_kernel, triton.JITFunction)  # not so in Triton's interpreter
 
 
-def int4_linear(
+def integer_linear(
     x: torch.Tensor,
     x_scale: torch.Tensor,
     weight: LinearWeight,
@@ -31,7 +31,7 @@ def int4_linear(
     out_dtype: torch.dtype,
     config: Config | None = None,
 ) -> torch.Tensor:
-    """See `quad_kernels.int4_linear`; `x` is `[tokens, in]` or packed, int8 or uint8.
+    """See `quad_kernels.integer_linear`; `x` is `[tokens, in]` or packed, int8 or uint8.
 
     Raises:
         ValueError: if sums could leave int32.

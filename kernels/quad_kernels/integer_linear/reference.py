@@ -7,7 +7,7 @@ from quad_kernels.weight import LinearWeight, expand_scales, unpack_integers
 _EXACT_FLOAT32 = 2**24  # sums of integers up to here are exact in float32, whatever the order of summation
 
 
-def int4_linear(
+def integer_linear(
     x: torch.Tensor,
     x_scale: torch.Tensor,
     weight: LinearWeight,
@@ -16,7 +16,7 @@ def int4_linear(
     bias: torch.Tensor | None,
     out_dtype: torch.dtype,
 ) -> torch.Tensor:
-    """See `quad_kernels.int4_linear`; `x` is `[tokens, in]` or packed, int8 or uint8."""
+    """See `quad_kernels.integer_linear`; `x` is `[tokens, in]` or packed, int8 or uint8."""
     y = _scaled_sum(unpack_integers(x, weight.in_features), x_scale, weight)
     if outlier is not None and outlier_weight is not None:
         y += outlier.float() @ outlier_weight.float().T

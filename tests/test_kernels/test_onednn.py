@@ -12,17 +12,17 @@ from quad_kernels import (
     LinearWeight,
     RMSNorm,
     choose_backend,
-    int4_linear,
+    integer_linear,
     prepare_weight,
     quantize_activations,
 )
 from quad_kernels.hadamard import hadamard_matrix, plan_hadamard
-from quad_kernels.int4_linear.cpu import onednn_takes
+from quad_kernels.integer_linear.onednn import onednn_takes
 
 # The packages' attributes of these names are functions.
 quantize_reference = import_module("quad_kernels.quantize_activations.reference").quantize_activations
-cpu = import_module("quad_kernels.quantize_activations.cpu")
-hadamard_cpu = import_module("quad_kernels.hadamard.cpu")
+few_passes = import_module("quad_kernels.quantize_activations.few_passes")
+small_factors = import_module("quad_kernels.hadamard.small_factors")
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 SPLITS = {
@@ -101,14 +101,14 @@ def test_the_input_is_neither_changed_nor_returned() -> None:
 def test_transform_is_the_product_with_the_matrix(size: int) -> None:
     plan = plan_hadamard(size)
     x = torch.randn(3, size, generator=torch.Generator().manual_seed(size))
-    small = hadamard_cpu._small_factors(plan.factors)
+    small = small_factors._small_factors(plan.factors)
     assert torch.tensor(small).prod() == torch.tensor(plan.factors).prod()
     if size <= 4864:
         torch.testing.assert_close(
-            hadamard_cpu.apply_hadamard(x, plan), (x.double() @ hadamard_matrix(size)).float(), rtol=1e-5, atol=1e-5
+            small_factors.apply_hadamard(x, plan), (x.double() @ hadamard_matrix(size)).float(), rtol=1e-5, atol=1e-5
         )
     reference = import_module("quad_kernels.hadamard.reference").apply_hadamard(x, plan)
-    torch.testing.assert_close(hadamard_cpu.apply_hadamard(x, plan), reference, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(small_factors.apply_hadamard(x, plan), reference, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -145,9 +145,9 @@ def test_many_tokens_are_worked_off_in_parts(packed: bool) -> None:
     """Each token's result is that of the token alone."""
     split, quantization = InputSplit(96, 8, 48, keep_width=True, hadamard=True), InputQuantization(4, 0.86)
     x = torch.randn(300, 96, generator=torch.Generator().manual_seed(7)).bfloat16()
-    whole = cpu.quantize_activations(x, quantization, split, RMSNorm(None, 1e-5), packed)
+    whole = few_passes.quantize_activations(x, quantization, split, RMSNorm(None, 1e-5), packed)
     for start, stop in ((0, 1), (127, 129), (250, 300)):
-        part = cpu.quantize_activations(x[start:stop], quantization, split, RMSNorm(None, 1e-5), packed)
+        part = few_passes.quantize_activations(x[start:stop], quantization, split, RMSNorm(None, 1e-5), packed)
         for ours, wanted in zip(whole, part, strict=True):
             assert ours is not None
             assert torch.equal(ours[start:stop], wanted)
@@ -197,7 +197,7 @@ def test_weights_are_stored_for_the_product_that_their_inputs_allow(
     conversions.clear()
     if quantization is not None:
         _, integers, scale = quantize_activations(torch.randn(300, WIDTH), quantization, backend="cpu")
-        int4_linear(integers, scale, weight, backend="cpu")
+        integer_linear(integers, scale, weight, backend="cpu")
     assert conversions == [], "the layer converts its weight in every call"
 
 
@@ -212,9 +212,9 @@ def test_a_weight_in_another_layout_is_converted_once_for_all_tokens(
     generator = torch.Generator().manual_seed(9)
     x = torch.randint(-8, 8, (300, WIDTH), dtype=torch.int8, generator=generator)
     x_scale = torch.rand(300, groups, generator=generator)
-    y = int4_linear(x, x_scale, weight, backend="cpu")
+    y = integer_linear(x, x_scale, weight, backend="cpu")
     assert conversions == [layout]
-    torch.testing.assert_close(y, int4_linear(x, x_scale, make_weight(), backend="reference"), rtol=1e-5, atol=1e-3)
+    torch.testing.assert_close(y, integer_linear(x, x_scale, make_weight(), backend="reference"), rtol=1e-5, atol=1e-3)
 
 
 @pytest.mark.parametrize("layout", ["int8", "onednn"])
@@ -223,5 +223,5 @@ def test_no_tokens(layout: str) -> None:
     if layout == "onednn" and onednn_takes(weight):
         weight = weight.to_layout("onednn")
     x, x_scale = torch.zeros(2, 0, WIDTH, dtype=torch.int8), torch.zeros(2, 0, 1)
-    y = int4_linear(x, x_scale, weight, bias=torch.ones(24), out_dtype=torch.bfloat16, backend="cpu")
+    y = integer_linear(x, x_scale, weight, bias=torch.ones(24), out_dtype=torch.bfloat16, backend="cpu")
     assert (y.shape, y.dtype) == ((2, 0, 24), torch.bfloat16)

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 from quad_kernels import LinearWeight
-from quad_kernels import int4_linear as public_int4_linear
-from quad_kernels.int4_linear.cpu import onednn_takes
+from quad_kernels import integer_linear as public_integer_linear
+from quad_kernels.integer_linear.onednn import onednn_takes
 
 LAYOUTS = [("reference", "int8"), ("reference", "nibbles"), ("cpu", "int8"), ("cpu", "nibbles"), ("cpu", "onednn")]
 
@@ -17,7 +17,7 @@ def layout(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> s
     return request.param[1]
 
 
-def int4_linear(
+def integer_linear(
     layout: str,
     x: torch.Tensor,
     x_scale: torch.Tensor,
@@ -31,7 +31,7 @@ def int4_linear(
         layout = "int8"
     prepared = plain.to_layout(layout)  # type: ignore[arg-type]
     assert prepared.layout == ("int8" if layout == "nibbles" and bits > 4 else layout)
-    return public_int4_linear(x, x_scale, prepared)
+    return public_integer_linear(x, x_scale, prepared)
 
 
 def integers(shape: tuple[int, ...], bits: int, seed: int = 0) -> torch.Tensor:
@@ -48,7 +48,7 @@ def scales(shape: tuple[int, ...], seed: int = 1) -> torch.Tensor:
 def test_integer_sum_is_exact(layout: str, x_bits: int, w_bits: int, k: int) -> None:
     x, weight = integers((2, 3, k), x_bits), integers((5, k), w_bits, seed=2)
     ones = torch.ones(2, 3, 1), torch.ones(5, 1)
-    got = int4_linear(layout, x, ones[0], weight, ones[1], bits=w_bits)
+    got = integer_linear(layout, x, ones[0], weight, ones[1], bits=w_bits)
     assert got.dtype == torch.float32
     assert torch.equal(got, (x.long() @ weight.long().T).float())
 
@@ -64,7 +64,7 @@ def test_integer_sum_is_exact_where_float32_is_not(
     x[0, k] = 1
     weight = torch.full((2, k + 1), 2 ** (w_bits - 1) - 1, dtype=torch.int8)
     zero_point = None if zero is None else torch.full((2, 1), zero, dtype=torch.int8)
-    got = int4_linear(layout, x, torch.ones(1, 1), weight, torch.ones(2, 1), zero_point, w_bits)
+    got = integer_linear(layout, x, torch.ones(1, 1), weight, torch.ones(2, 1), zero_point, w_bits)
     rest = 2 ** (w_bits - 1) - 1 - (zero or 0)
     assert got.tolist() == [[rest, rest]]
 
@@ -85,7 +85,7 @@ def test_float64_is_used_exactly_where_float32_could_round(
 
     monkeypatch.setattr(torch.Tensor, "__matmul__", spy)
     x = torch.full((1, k), -(2 ** (bits - 1)), dtype=torch.int8)
-    int4_linear(layout, x, torch.ones(1, 1), x, torch.ones(1, 1), torch.zeros(1, 1, dtype=torch.int8), bits)
+    integer_linear(layout, x, torch.ones(1, 1), x, torch.ones(1, 1), torch.zeros(1, 1, dtype=torch.int8), bits)
     assert used == [exact]
 
 
@@ -99,7 +99,7 @@ def test_scales_groups_and_zero_points(layout: str, x_groups: int, w_groups: int
     wide_x = x.double() * x_scale.double().repeat_interleave(k // x_groups, -1)
     shifted = weight.double() - (0 if zero is None else zero.double().repeat_interleave(k // w_groups, -1))
     wide_w = shifted * w_scale.double().repeat_interleave(k // w_groups, -1)
-    got = int4_linear(layout, x, x_scale, weight, w_scale, zero)
+    got = integer_linear(layout, x, x_scale, weight, w_scale, zero)
     torch.testing.assert_close(got.double(), wide_x @ wide_w.T, rtol=1e-5, atol=1e-3)
 
 
@@ -107,8 +107,8 @@ def test_scales_in_bfloat16_are_widened_first(layout: str) -> None:
     x, weight = integers((4, 32), 4), integers((3, 32), 4, seed=2)
     w_scale = scales((3, 1)).bfloat16()
     assert torch.equal(
-        int4_linear(layout, x, scales((4, 1)), weight, w_scale),
-        int4_linear(layout, x, scales((4, 1)), weight, w_scale.float()),
+        integer_linear(layout, x, scales((4, 1)), weight, w_scale),
+        integer_linear(layout, x, scales((4, 1)), weight, w_scale.float()),
     )
 
 
@@ -120,9 +120,9 @@ def test_many_tokens_are_worked_off_in_parts(layout: str, x_groups: int, w_group
     plain = LinearWeight(integers((out, k), 4, seed=2), scales((out, w_groups), seed=3), None, k, out, 4)
     weight = plain.to_layout("onednn" if layout == "onednn" and onednn_takes(plain) else "int8")
     outlier, outlier_weight, bias = scales((tokens, rank), 4), scales((out, rank), 5), scales((out,), 6)
-    whole = public_int4_linear(x, x_scale, weight, outlier=outlier, outlier_weight=outlier_weight, bias=bias)
+    whole = public_integer_linear(x, x_scale, weight, outlier=outlier, outlier_weight=outlier_weight, bias=bias)
     for token in (0, 127, 128, 255, 299):
-        alone = public_int4_linear(
+        alone = public_integer_linear(
             x[token], x_scale[token], weight, outlier=outlier[token], outlier_weight=outlier_weight, bias=bias
         )
         torch.testing.assert_close(whole[token], alone, rtol=1e-5, atol=1e-2)

@@ -12,7 +12,7 @@ from functools import lru_cache
 import torch
 
 from quad_kernels.formats import InputQuantization
-from quad_kernels.int4_linear import reference
+from quad_kernels.integer_linear import reference
 from quad_kernels.weight import LinearWeight, WeightLayout, unpack_integers
 
 _SMALLEST_WIDTH = 16  # _int_mm reads past a weight of one column: its transpose's strides are ambiguous
@@ -20,7 +20,7 @@ _TOKENS_AT_ONCE = 128  # more would stream the float32 sums of a wide layer thro
 _MOST_SINGLE_TOKENS = 4  # up to here one matrix-vector product of _int_mm per token beats its matrix product
 
 
-def int4_linear(
+def integer_linear(
     x: torch.Tensor,
     x_scale: torch.Tensor,
     weight: LinearWeight,
@@ -29,10 +29,10 @@ def int4_linear(
     bias: torch.Tensor | None,
     out_dtype: torch.dtype,
 ) -> torch.Tensor:
-    """See `quad_kernels.int4_linear`; `x` is `[tokens, in]` or packed, int8 or uint8."""
+    """See `quad_kernels.integer_linear`; `x` is `[tokens, in]` or packed, int8 or uint8."""
     groups = math.lcm(x_scale.shape[1], weight.scale.shape[1])
     if weight.in_features // groups < _SMALLEST_WIDTH:
-        return reference.int4_linear(x, x_scale, weight, outlier, outlier_weight, bias, out_dtype)
+        return reference.integer_linear(x, x_scale, weight, outlier, outlier_weight, bias, out_dtype)
     x = unpack_integers(x, weight.in_features)
     if groups > 1 or weight.layout == "nibbles":
         weight = weight.to_layout("int8")

@@ -7,7 +7,7 @@ import torch
 
 from quad_kernels.formats import InputQuantization, InputSplit, RMSNorm
 from quad_kernels.hadamard import plan_hadamard
-from quad_kernels.hadamard.cpu import transform
+from quad_kernels.hadamard.small_factors import transform
 from quad_kernels.packing import pack_nibbles
 from quad_kernels.quantize_activations import reference
 
