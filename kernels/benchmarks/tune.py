@@ -107,7 +107,7 @@ def compile_ahead(wanted: Sequence[Shape], device: str, dtype: torch.dtype, jobs
 
 def tune_all(wanted: Sequence[Shape], device: str, dtype: torch.dtype, seconds: float) -> Iterator[str]:
     """Measures problem after problem for at most about `seconds`; a line for each."""
-    from quad_kernels.integer_linear.autotune import tune
+    from quad_kernels.integer_linear.tune import tune
 
     start = time.monotonic()
     for number, shape in enumerate(wanted):

@@ -26,6 +26,7 @@ FLOORS = (
     "quad_kernels.packing",
     "quad_kernels.formats",
     "quad_kernels.weight",
+    "quad_kernels.triton_grid",
     "quad_kernels.hadamard",
     "quad_kernels.quantize_activations",
     "quad_kernels.integer_linear",

@@ -16,6 +16,7 @@ from quad_kernels.integer_linear.config import Config, Device, Problem
 pytest.importorskip("triton")
 
 from quad_kernels.integer_linear import autotune  # imports triton
+from quad_kernels.integer_linear.tune import tune
 
 pytestmark = pytest.mark.usefixtures("own_cache")
 
@@ -154,7 +155,7 @@ def test_a_cache_that_cannot_be_written_loses_nothing(
 @pytest.mark.gpu
 @pytest.mark.parametrize("device", ["cuda"], indirect=True)
 def test_tune_measures_and_remembers(device: torch.device) -> None:
-    (tuned,) = autotune.tune([(16, 1024, 2048)]).items()
+    (tuned,) = tune([(16, 1024, 2048)]).items()
     autotune.forget()
     index = torch.device("cuda", torch.cuda.current_device())
     assert autotune.choose_config(tuned[0], index, lambda _: pytest.fail("measured again")) == tuned[1]

@@ -10,7 +10,7 @@ README.md in this folder has the factors and the error.
 import triton
 import triton.language as tl
 
-from quad_kernels.quantize_activations.kernel import (
+from quad_kernels.triton_grid import (
     drop_outliers,
     magnitude_bits,
     outlier_source,

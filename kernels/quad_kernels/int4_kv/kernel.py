@@ -4,7 +4,7 @@ import torch
 import triton
 import triton.language as tl
 
-from quad_kernels.quantize_activations.kernel import magnitude_bits, round_to_grid
+from quad_kernels.triton_grid import magnitude_bits, round_to_grid
 
 _COORDINATES_PER_PROGRAM = 2048
 _WARPS = 2

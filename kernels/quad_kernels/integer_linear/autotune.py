@@ -13,16 +13,14 @@ import logging
 import os
 import tempfile
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from functools import lru_cache
 from pathlib import Path
 
 import torch
 import triton
 
-from quad_kernels.integer_linear.config import Config, Device, Problem, candidates, default_config, token_bucket
-from quad_kernels.packing import nibble_bytes
-from quad_kernels.weight import LinearWeight
+from quad_kernels.integer_linear.config import Config, Device, Problem, candidates, default_config
 
 logger = logging.getLogger(__name__)
 
@@ -146,54 +144,3 @@ def _write(path: Path, table: dict[Problem, Config]) -> None:
         os.replace(file.name, path)
     except OSError as error:
         logger.warning("the measurements cannot be kept in %s: %s", path, error)
-
-
-def tune(
-    shapes: Iterable[tuple[int, int, int]],
-    *,
-    rank: int = 64,
-    group_size: int | None = None,
-    weight_bits: int = 4,
-    dtype: torch.dtype = torch.bfloat16,
-    device: torch.device | str = "cuda",
-    seconds: float = SECONDS,
-) -> dict[Problem, Config]:
-    """Measures configurations for the given problems and keeps the fastest in the cache.
-
-    Args:
-        shapes: tokens, output channels and input width of each; tokens are rounded up to a power of two.
-        rank: outlier coordinates.
-        group_size: of the weight's scales, None for one per channel.
-        weight_bits: 4 for nibbles, 8 for int8.
-        dtype: of outliers, outlier weight and output.
-        device: a CUDA device.
-        seconds: for one problem; at least one configuration is measured.
-
-    Returns:
-        The fastest configuration of each problem.
-    """
-    from quad_kernels.integer_linear.launch import Launch  # which imports this module
-
-    device = torch.device(device)
-    if device.index is None:
-        device = torch.device(device.type, torch.cuda.current_device())
-    tuned = {}
-    for tokens, outputs, inputs in shapes:
-        tokens = token_bucket(tokens)
-        if weight_bits > 4:
-            integers = torch.randint(-128, 128, (outputs, inputs), dtype=torch.int8, device=device)
-        else:
-            integers = torch.randint(0, 256, (outputs, nibble_bytes(inputs)), dtype=torch.uint8, device=device)
-        groups = inputs // group_size if group_size else 1
-        scale = torch.rand(outputs, groups, device=device).to(dtype)
-        launch = Launch(
-            torch.randint(-8, 8, (tokens, inputs), dtype=torch.int8, device=device),
-            torch.rand(tokens, 1, device=device),
-            LinearWeight(integers, scale, None, inputs, outputs, weight_bits),
-            torch.randn(tokens, rank, device=device, dtype=dtype) if rank else None,
-            torch.randn(outputs, rank, device=device, dtype=dtype) if rank else None,
-            None,
-            dtype,
-        )
-        tuned[launch.problem] = tune_problem(launch.problem, device, launch, seconds)
-    return tuned

@@ -7,82 +7,19 @@ import triton.language as tl
 from quad_kernels.formats import InputQuantization, InputSplit, RMSNorm
 from quad_kernels.packing import nibble_bytes, pack_nibbles
 from quad_kernels.packing.nibbles import CHUNK
+from quad_kernels.triton_grid import (
+    drop_outliers,
+    magnitude_bits,
+    outlier_source,
+    residual_source,
+    round_to_grid,
+    scale_of,
+)
 
-MAX_COLUMNS = 32768  # a row, or a group of it, lies in the registers of one program
+MAX_COLUMNS = 32768  # of a row, or of a group of it: one program holds them in its registers
 
 _ELEMENTS_PER_THREAD = 32
 _ELEMENTS_PER_PROGRAM = 2048  # short rows share a program up to here
-
-
-@triton.jit
-def residual_source(
-    column: tl.tensor,
-    WIDTH: tl.constexpr,
-    OUTLIERS: tl.constexpr,
-    BLOCK: tl.constexpr,
-    KEEP_WIDTH: tl.constexpr,
-) -> tl.tensor:
-    """Input coordinate of a residual coordinate."""
-    if KEEP_WIDTH or OUTLIERS == 0:
-        return column
-    if BLOCK == WIDTH:
-        return column + OUTLIERS
-    KEPT: tl.constexpr = BLOCK - OUTLIERS
-    return column // KEPT * BLOCK + OUTLIERS + column % KEPT
-
-
-@triton.jit
-def outlier_source(index: tl.tensor, WIDTH: tl.constexpr, OUTLIERS: tl.constexpr, BLOCK: tl.constexpr) -> tl.tensor:
-    """Input coordinate of an outlier coordinate."""
-    if BLOCK == WIDTH:
-        return index
-    return index // OUTLIERS * BLOCK + index % OUTLIERS
-
-
-@triton.jit
-def drop_outliers(
-    x: tl.tensor, column: tl.tensor, OUTLIERS: tl.constexpr, BLOCK: tl.constexpr, KEEP_WIDTH: tl.constexpr
-) -> tl.tensor:
-    """Zeros in the place of outliers, where the residual keeps the full width."""
-    if KEEP_WIDTH and OUTLIERS > 0:
-        return tl.where(column % BLOCK >= OUTLIERS, x, 0.0)
-    return x
-
-
-@triton.jit
-def magnitude_bits(x: tl.tensor) -> tl.tensor:
-    """The bits of |x| as float32: they are ordered as the values are, with NaN above infinity."""
-    return x.to(tl.float32).to(tl.int32, bitcast=True) & 0x7FFFFFFF
-
-
-@triton.jit
-def scale_of(largest: tl.tensor, clip_ratio: tl.tensor, BITS: tl.constexpr) -> tl.tensor:
-    """Scale of a token from its largest `magnitude_bits`; 0 if it is no normal number, NaN and inf stay."""
-    HALF_RANGE: tl.constexpr = (2**BITS - 1) / 2
-    scale = tl.div_rn(largest.to(tl.float32, bitcast=True) * clip_ratio, HALF_RANGE)
-    return tl.where(scale < 1.1754943508222875e-38, 0.0, scale)
-
-
-@triton.jit
-def round_to_grid(x: tl.tensor, scale: tl.tensor, SMALLEST: tl.constexpr, LARGEST: tl.constexpr) -> tl.tensor:
-    """Integers of the rounded quotient x / scale in the low bits of an int32, 0 for a scale of 0, inf or NaN.
-
-    `scale` has one value per row. The quotient is that of an IEEE division: Markstein's correction, twice.
-    """
-    usable = (scale > 0.0) & (scale < float("inf"))
-    # A power of two that keeps the remainders below out of the subnormal numbers.
-    shift = tl.where(scale < 8.673617379884035e-19, 1.8446744073709552e19, 1.0)
-    shift = tl.where(scale > 1.152921504606847e18, 5.421010862427522e-20, shift)
-    divisor = tl.where(usable, scale * shift, 1.0)
-    inverse = tl.div_rn(1.0, divisor)
-    x = x.to(tl.float32) * shift
-    quotient = x * inverse
-    quotient = tl.fma(tl.fma(-quotient, divisor, x), inverse, quotient)
-    quotient = tl.fma(tl.fma(-quotient, divisor, x), inverse, quotient)
-    quotient = tl.minimum(tl.maximum(quotient, SMALLEST), LARGEST)
-    # Adding 1.5 * 2^23 rounds to nearest even and leaves the integer in the low bits of the sum.
-    integer = (quotient + 12582912.0).to(tl.int32, bitcast=True)
-    return integer & tl.where(usable, -1, 0)
 
 
 @triton.jit
