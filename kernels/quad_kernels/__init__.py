@@ -1,17 +1,28 @@
 """Operations that a QUAD checkpoint needs at run time; imports neither `quad_modifiers` nor `quad_peft`.
 
-Each operation is a sub-package: one public function, a plain PyTorch `reference.py` that is the truth, and faster
-implementations behind the same signature, chosen by `quad_kernels.backends`.
+`quad_linear` is the complete layer, `functional` holds the operations that it is made of. Each operation has a folder
+with a plain PyTorch `reference.py`, which is the truth, and faster implementations, among which
+`quad_kernels.backends` chooses.
 """
 
+import warnings
+from typing import Any
+
 from quad_kernels.backends import Backend, BackendError, backends, choose_backend, register_backend
-from quad_kernels.formats import InputQuantization, InputSplit, RMSNorm
-from quad_kernels.hadamard import apply_hadamard
-from quad_kernels.int4_kv import KVEntries, dequantize_kv, quantize_kv
-from quad_kernels.integer_linear import integer_linear
+from quad_kernels.formats import InputQuantization, InputSplit, KVEntries, QuantizedActivations, RMSNorm
+from quad_kernels.functional import (
+    apply_hadamard,
+    dequantize_kv,
+    fake_quantize,
+    integer_linear,
+    prepare_weight,
+    quantize_activations,
+    quantize_input,
+    quantize_kv,
+    split_input,
+)
 from quad_kernels.quad_linear import quad_linear
-from quad_kernels.quantize_activations import QuantizedActivations, quantize_activations
-from quad_kernels.weight import LinearWeight, prepare_weight
+from quad_kernels.weight import LinearWeight
 
 __all__ = [
     "Backend",
@@ -26,10 +37,24 @@ __all__ = [
     "backends",
     "choose_backend",
     "dequantize_kv",
+    "fake_quantize",
     "integer_linear",
     "prepare_weight",
     "quad_linear",
     "quantize_activations",
+    "quantize_input",
     "quantize_kv",
     "register_backend",
+    "split_input",
 ]
+
+_RENAMED = {"int4_linear": "integer_linear"}  # names of version 0.1.0, until the next release
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _RENAMED:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    new = _RENAMED[name]
+    text = f"quad_kernels.{name} is now quad_kernels.{new}; the old name goes with the next release"
+    warnings.warn(text, DeprecationWarning, stacklevel=2)
+    return globals()[new]

@@ -1,6 +1,7 @@
-"""How the input of a linear layer is split and quantized: the parameters that every operation shares."""
+"""Plain data that the operations share: how an input is split and quantized, and what comes of it."""
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 
@@ -55,17 +56,8 @@ class InputSplit:
         positions = torch.arange(self.width, device=device)
         return positions[positions % self.block < self.outliers]
 
-    def __call__(self, x: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor]:
-        """Returns outliers `[..., rank]` (None for rank 0) and residual `[..., residual_width]`, dtype of `x`."""
-        from quad_kernels.hadamard import apply_hadamard, plan_hadamard
-
-        outlier, residual = self.divide(x)
-        if self.hadamard:
-            residual = apply_hadamard(residual, plan_hadamard(self.residual_width))
-        return outlier, residual
-
     def divide(self, x: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor]:
-        """Like a call, but without the Hadamard."""
+        """Returns outliers `[..., rank]` (None for rank 0) and residual `[..., residual_width]`, not transformed."""
         if not self.outliers:
             return None, x
         blocks = x.unflatten(-1, (-1, self.block))
@@ -94,19 +86,6 @@ class InputQuantization:
         """Scales per token of `width` coordinates."""
         return 1 if self.group_size is None else width // self.group_size
 
-    def __call__(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Returns integers (int8) and scales (float32) of `x` as it is; see `quad_kernels.quantize_activations`."""
-        from quad_kernels.quantize_activations import quantize_activations
-
-        _, integers, scale = quantize_activations(x, self)
-        return integers, scale
-
-    def fake(self, x: torch.Tensor) -> torch.Tensor:
-        """Returns x rounded to its grid, dtype of `x`."""
-        integers, scale = self(x)
-        repeat = x.shape[-1] // scale.shape[-1]
-        return (integers * scale.repeat_interleave(repeat, dim=-1)).to(x.dtype)
-
 
 @dataclass(frozen=True)
 class RMSNorm:
@@ -128,3 +107,35 @@ class RMSNorm:
         wide = x.float()
         y = (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)).to(x.dtype)
         return y if self.weight is None else y * self.weight
+
+
+class QuantizedActivations(NamedTuple):
+    """A split and quantized input.
+
+    Attributes:
+        outlier: full-precision coordinates, `[..., rank]`, dtype of the input; None for rank 0.
+        integers: `[..., n]`, int8, or packed in bytes, `[..., nibble_bytes(n)]`, uint8.
+        scale: `[..., groups]`, float32.
+    """
+
+    outlier: torch.Tensor | None
+    integers: torch.Tensor
+    scale: torch.Tensor
+
+
+SCALE_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+
+
+class KVEntries(NamedTuple):
+    """Quantized vectors.
+
+    Attributes:
+        integers: 0 to 15, `[..., head_dim / 2]`, uint8: byte j holds coordinate j in its low four bits and coordinate
+            head_dim / 2 + j in its high four.
+        scale: distance of two grid points, `[...]`.
+        zero: value of the integer 0, `[...]`.
+    """
+
+    integers: torch.Tensor
+    scale: torch.Tensor
+    zero: torch.Tensor

@@ -7,16 +7,14 @@ Ops take no dataclasses: settings come in one by one and are put together here.
 import inspect
 from collections.abc import Callable
 from functools import lru_cache
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
+from quad_kernels.backends import choose_backend
 from quad_kernels.formats import InputQuantization, InputSplit, RMSNorm
 from quad_kernels.packing import nibble_bytes
 from quad_kernels.weight import LinearWeight
-
-if TYPE_CHECKING:
-    from quad_kernels.backends import Backend
 
 # A decoder has a handful of each, and makes them hundreds of times for a token.
 _input_quantization, _input_split = lru_cache(InputQuantization), lru_cache(InputSplit)
@@ -46,12 +44,6 @@ def _custom_op(shapes: Callable[..., Any]) -> Callable[[Callable[..., Any]], Any
         return getattr(torch.ops.quad_kernels, name).default
 
     return define
-
-
-def _backend(x: torch.Tensor, name: str) -> "Backend":
-    from quad_kernels.backends import choose_backend  # backends import the operations, which import this module
-
-    return choose_backend(x.device, name)
 
 
 def _quantized_shapes(
@@ -89,7 +81,7 @@ def quantize_activations(
     backend: str,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """See `quad_kernels.quantize_activations`; group size 0 and a negative eps stand for none."""
-    outlier, integers, scale = _backend(x, backend).quantize_activations(
+    outlier, integers, scale = choose_backend(x.device, backend).quantize_activations(
         x,
         _input_quantization(bits, clip_ratio, group_size or None),
         _input_split(x.shape[-1], outliers, block, keep_width, hadamard),
@@ -123,14 +115,14 @@ def integer_linear(
 ) -> torch.Tensor:
     """See `quad_kernels.integer_linear`; the fields of the `LinearWeight` one by one."""
     prepared = LinearWeight(weight, weight_scale, weight_zero_point, in_features, out_features, bits)
-    y = _backend(x, backend).integer_linear(x, x_scale, prepared, outlier, outlier_weight, bias, out_dtype)
+    y = choose_backend(x.device, backend).integer_linear(x, x_scale, prepared, outlier, outlier_weight, bias, out_dtype)
     return y.contiguous()  # callers of a compiled graph rely on the strides of the fake kernel
 
 
 @_custom_op(lambda x: x.new_empty(x.shape))
 def hadamard(x: torch.Tensor, backend: str) -> torch.Tensor:
     """See `quad_kernels.apply_hadamard`."""
-    return _backend(x, backend).hadamard(x)
+    return choose_backend(x.device, backend).hadamard(x)
 
 
 def _kv_shapes(x: torch.Tensor, scale_dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -144,7 +136,7 @@ def quantize_kv(
     x: torch.Tensor, clip_ratio: float, scale_dtype: torch.dtype, backend: str
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """See `quad_kernels.quantize_kv`."""
-    return _backend(x, backend).quantize_kv(x, clip_ratio, scale_dtype)
+    return choose_backend(x.device, backend).quantize_kv(x, clip_ratio, scale_dtype)
 
 
 def _dequantized_shape(integers: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
@@ -156,4 +148,4 @@ def dequantize_kv(
     integers: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor, dtype: torch.dtype, backend: str
 ) -> torch.Tensor:
     """See `quad_kernels.dequantize_kv`."""
-    return _backend(integers, backend).dequantize_kv(integers, scale, zero, dtype)
+    return choose_backend(integers.device, backend).dequantize_kv(integers, scale, zero, dtype)

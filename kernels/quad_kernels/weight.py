@@ -5,8 +5,7 @@ from typing import Literal
 
 import torch
 
-from quad_kernels.formats import InputQuantization
-from quad_kernels.packing import pack_int32, pack_nibbles, unpack_int32, unpack_nibbles
+from quad_kernels.packing import pack_int32, pack_nibbles, unpack_nibbles
 
 WeightLayout = Literal["int8", "nibbles", "onednn"]
 
@@ -81,53 +80,9 @@ def expand_scales(scale: torch.Tensor, columns: int) -> torch.Tensor:
     return scale.repeat_interleave(columns // scale.shape[-1], dim=-1)
 
 
-def prepare_weight(
-    weight_packed: torch.Tensor,
-    weight_scale: torch.Tensor,
-    *,
-    bits: int,
-    in_features: int,
-    quantization: InputQuantization | None,
-    zero_point: torch.Tensor | None = None,
-    backend: str | None = None,
-) -> LinearWeight:
-    """Turns the tensors of a checkpoint into the layout that the backend of their device reads; done once, at load.
-
-    Args:
-        weight_packed: `[out, ceil(in * bits / 32)]`, int32, as compressed-tensors' pack-quantized format has it.
-        weight_scale: `[out, groups]`, floating point.
-        bits: 2, 4 or 8.
-        in_features: input width.
-        quantization: of the inputs that the weight will be multiplied with, None if they stay floating point.
-        zero_point: packed along the output channels, `[ceil(out * bits / 32), groups]`, int32, or None.
-        backend: name of a backend; by default as in `quad_kernels.choose_backend`.
-
-    Raises:
-        ValueError: if the shapes contradict each other.
-    """
-    from quad_kernels.backends import choose_backend  # imports this module
-
-    words = -(-in_features * bits // 32)
-    if weight_packed.shape[1] != words:
-        raise ValueError(
-            f"{in_features} inputs of {bits} bits are {words} words, weight_packed has {weight_packed.shape[1]}"
-        )
-    if weight_scale.shape[0] != weight_packed.shape[0] or in_features % weight_scale.shape[1]:
-        raise ValueError(
-            f"weight_scale {list(weight_scale.shape)} does not fit a weight of {weight_packed.shape[0]} outputs and "
-            f"{in_features} inputs"
-        )
-    out_features = weight_packed.shape[0]
-    zeros = None if zero_point is None else unpack_int32(zero_point.T.contiguous(), bits, out_features).T.contiguous()
-    integers = unpack_int32(weight_packed, bits, in_features)
-    weight = LinearWeight(integers, weight_scale, zeros, in_features, out_features, bits)
-    return choose_backend(weight_packed.device, backend).prepare_weight(weight, quantization)
-
-
 __all__ = [
     "LinearWeight",
     "WeightLayout",
     "expand_scales",
-    "prepare_weight",
     "unpack_integers",
 ]

@@ -6,7 +6,7 @@ from dataclasses import replace
 from typing import NamedTuple
 
 import torch
-from quad_kernels import InputQuantization, InputSplit, LinearWeight, quad_linear
+from quad_kernels import InputQuantization, InputSplit, LinearWeight, fake_quantize, quad_linear, split_input
 from torch import nn
 
 
@@ -165,9 +165,9 @@ class QuadLinear(nn.Module):
             weight = replace(weight, scale=self.changed_weight_scale(scale_change))
         if quantization is not None and weight is not None:
             return quad_linear(x, weight, self.split, quantization, outlier_weight=outlier_weight, bias=self.bias)
-        outlier, residual = self.split(x)
+        outlier, residual = split_input(x, self.split)
         if quantization is not None:
-            residual = quantization.fake(residual)
+            residual = fake_quantize(residual, quantization)
         if weight is None:
             y = self.residual(residual).float()
         else:  # weight-only quantization with changed scales

@@ -6,6 +6,7 @@ c x Q / rms(x): writers are multiplied by c, readers divided by it. docs/concept
 """
 
 import torch
+from quad_kernels import split_input
 from torch import nn
 
 from quad_modifiers.model.architecture import Architecture
@@ -134,5 +135,5 @@ def _rotate_heads_in(weight: torch.Tensor, heads: torch.Tensor) -> torch.Tensor:
 def _install(linear: QuadLinear, split: InputSplit, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
     """Divides a weight on the unsplit input between the outlier and the residual linear."""
     # split is orthogonal on its range: outlier columns are picked, the residual keeps zeros and is rotated.
-    outlier, residual = split(weight)
+    outlier, residual = split_input(weight, split)
     linear.set_weights(split, residual, outlier, bias)

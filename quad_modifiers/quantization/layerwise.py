@@ -4,6 +4,7 @@ import math
 from dataclasses import dataclass
 
 import torch
+from quad_kernels import fake_quantize, split_input
 
 from quad_modifiers.linalg import StreamingGram
 from quad_modifiers.nn.input_split import InputQuantization
@@ -61,9 +62,9 @@ class InputMoments:
             self._cross += difference.T @ seen.bfloat16()
 
     def _columns(self, x: torch.Tensor, quantization: InputQuantization | None) -> torch.Tensor:
-        outlier, residual = self.linear.split(x)
+        outlier, residual = split_input(x, self.linear.split)
         if quantization is not None:
-            residual = quantization.fake(residual)
+            residual = fake_quantize(residual, quantization)
         return residual if outlier is None else torch.cat([residual, outlier], dim=-1)
 
     @property

@@ -33,6 +33,7 @@ FLOORS = (
     "quad_kernels.int4_kv",
     "quad_kernels.backends",
     "quad_kernels.ops",
+    "quad_kernels.functional",
     "quad_kernels.quad_linear",
     "quad_kernels",
     "quad_modifiers._moved",

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from quad_kernels.hadamard import apply_hadamard, hadamard_matrix, is_hadamard_order, plan_hadamard
+from quad_kernels import apply_hadamard
+from quad_kernels.hadamard import hadamard_matrix, is_hadamard_order, plan_hadamard
 
 # 28 = 27 + 1 (GF(3^3), Paley I), 100 = 2 (49 + 1) (GF(7^2), Paley II), 344 = 343 + 1 (GF(7^3)), 12 and 20 prime fields,
 # 36 = 2 (17 + 1), 52 = 2 (25 + 1), 576 and 832 = 13 * 64 are hidden sizes, 1536 an intermediate size, 240 a product.

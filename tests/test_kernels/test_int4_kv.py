@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from quad_kernels import ops
-from quad_kernels.int4_kv import KVEntries, dequantize_kv, quantize_kv
+from quad_kernels import KVEntries, dequantize_kv, ops, quantize_kv
 
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
 

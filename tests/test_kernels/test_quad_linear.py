@@ -6,7 +6,15 @@ from dataclasses import replace
 
 import pytest
 import torch
-from quad_kernels import InputQuantization, InputSplit, LinearWeight, RMSNorm, quad_linear, quantize_activations
+from quad_kernels import (
+    InputQuantization,
+    InputSplit,
+    LinearWeight,
+    RMSNorm,
+    quad_linear,
+    quantize_activations,
+    quantize_input,
+)
 from quad_kernels.hadamard import hadamard_matrix
 from quad_kernels.quad_linear import memo
 
@@ -51,7 +59,7 @@ def plain_layer(
     residual = (x * rest) @ keep
     if split.hadamard:
         residual = residual @ hadamard_matrix(split.residual_width).float()
-    integers, grid = quantization(residual.detach())
+    integers, grid = quantize_input(residual.detach(), quantization)
     repeat = residual.shape[-1] // grid.shape[-1]
     steps = grid.repeat_interleave(repeat, -1)
     half = 2 ** (quantization.bits - 1)

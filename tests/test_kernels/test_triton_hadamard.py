@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from quad_kernels import InputQuantization, InputSplit, ops, quantize_activations
-from quad_kernels.hadamard import apply_hadamard, plan_hadamard
+from quad_kernels import InputQuantization, InputSplit, apply_hadamard, ops, quantize_activations
+from quad_kernels.hadamard import plan_hadamard
 
 pytest.importorskip("triton")
 

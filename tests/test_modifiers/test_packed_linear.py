@@ -8,7 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from quad_kernels import InputQuantization, InputSplit, choose_backend
+from quad_kernels import InputQuantization, InputSplit, choose_backend, fake_quantize
 from quad_kernels.packing import pack_int32
 from torch import nn
 
@@ -61,7 +61,7 @@ def test_the_words_go_when_the_kernels_have_their_layout_and_come_back_to_be_sav
 def test_forward_agrees_with_the_dequantized_weight(kind: str) -> None:
     container, _ = make(kind)
     x = draw(5, WIDTH)
-    wanted = nn.functional.linear(InputQuantization(8).fake(x), container.residual.dequantized(torch.float32))
+    wanted = nn.functional.linear(fake_quantize(x, InputQuantization(8)), container.residual.dequantized(torch.float32))
     torch.testing.assert_close(container(x), wanted, rtol=1e-5, atol=1e-4)
     container.quantize_input = False
     weight_only = nn.functional.linear(x, container.residual.dequantized(torch.float32))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from quad_kernels import fake_quantize, quantize_input, split_input
 from quad_kernels.hadamard import hadamard_matrix
 from torch import nn
 
@@ -27,7 +28,7 @@ def container(split: InputSplit, bias: bool = True) -> tuple[QuadLinear, nn.Line
     copy.load_state_dict(linear.state_dict())
     module = QuadLinear(copy, "down_proj")
     module.take_bias()
-    outlier, residual = split(linear.weight.detach())
+    outlier, residual = split_input(linear.weight.detach(), split)
     module.set_weights(split, residual, outlier, module.bias)
     return module, linear
 
@@ -48,7 +49,7 @@ def test_split_weights_compute_the_same(split: InputSplit) -> None:
 @pytest.mark.parametrize("split", SPLITS.values(), ids=SPLITS)
 def test_split_by_hand(split: InputSplit) -> None:
     x = inputs(split)
-    outlier, residual = split(x)
+    outlier, residual = split_input(x, split)
     index = split.outlier_index()
     assert split.rank == len(index)
     if outlier is None:
@@ -104,10 +105,10 @@ def test_fake_quantization_is_that_of_the_kernel() -> None:
     x = torch.randn(3, 32, generator=torch.Generator().manual_seed(0))
     for group_size in (None, 8):
         settings = InputQuantization(4, 0.92, group_size)
-        integers, scale = settings(x)
+        integers, scale = quantize_input(x, settings)
         wanted = integers.float() * scale.repeat_interleave(32 // scale.shape[-1], -1)
-        assert torch.equal(settings.fake(x), wanted)
-        assert settings.fake(x.bfloat16()).dtype == torch.bfloat16
+        assert torch.equal(fake_quantize(x, settings), wanted)
+        assert fake_quantize(x.bfloat16(), settings).dtype == torch.bfloat16
 
 
 def test_pass_through_keeps_the_wrapped_linear() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from quad_kernels import fake_quantize, split_input
 from torch import nn
 
 from quad_modifiers.nn.input_split import InputQuantization, InputSplit
@@ -21,7 +22,7 @@ def make_linears(split: InputSplit, rows: tuple[int, ...] = (24, 8)) -> list[Qua
         linear = QuadLinear(nn.Linear(split.width, out, bias=index == 0), f"part{index}")
         linear.take_bias()
         weight = torch.randn(out, split.width, generator=generator) / split.width**0.5
-        outlier, residual = split(weight)
+        outlier, residual = split_input(weight, split)
         linear.set_weights(split, residual, outlier, linear.bias)
         linears.append(linear)
     return linears
@@ -49,8 +50,8 @@ def test_moments_are_those_of_what_the_runtime_sees(split: InputSplit) -> None:
     moments = InputMoments(linear, False)
     for chunk in x.split(130):
         moments.add(chunk, None)
-    outlier, residual = split(x)
-    seen = linear.input_quantization.fake(residual).double()
+    outlier, residual = split_input(x, split)
+    seen = fake_quantize(residual, linear.input_quantization).double()
     seen = seen if outlier is None else torch.cat([seen, outlier.double()], dim=1)
     torch.testing.assert_close(moments.hessian, seen.T @ seen / 400, rtol=1e-5, atol=1e-5)
     assert moments.hessian.shape[0] == split.residual_width + split.rank

@@ -80,7 +80,7 @@ def dequantize_kv_kernel(
 def quantize_kv(
     x: torch.Tensor, clip_ratio: float, scale_dtype: torch.dtype
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """See `quad_kernels.int4_kv.quantize_kv`; `x` is `[vectors, head_dim]`."""
+    """See `quad_kernels.quantize_kv`; `x` is `[vectors, head_dim]`."""
     if x.stride(1) != 1:
         x = x.contiguous()
     vectors, half = x.shape[0], x.shape[1] // 2
@@ -108,7 +108,7 @@ def quantize_kv(
 
 
 def dequantize_kv(integers: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """See `quad_kernels.int4_kv.dequantize_kv`; `integers` is `[vectors, head_dim / 2]`."""
+    """See `quad_kernels.dequantize_kv`; `integers` is `[vectors, head_dim / 2]`."""
     if integers.stride(1) != 1:
         integers = integers.contiguous()
     vectors, half = integers.shape

@@ -8,7 +8,7 @@ _LARGEST = 15
 def quantize_kv(
     x: torch.Tensor, clip_ratio: float, scale_dtype: torch.dtype
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """See `quad_kernels.int4_kv.quantize_kv`; `x` is `[vectors, head_dim]`."""
+    """See `quad_kernels.quantize_kv`; `x` is `[vectors, head_dim]`."""
     wide = x.float()
     low = wide.amin(-1)
     span = wide.amax(-1) - low
@@ -24,6 +24,6 @@ def quantize_kv(
 
 
 def dequantize_kv(integers: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """See `quad_kernels.int4_kv.dequantize_kv`; `integers` is `[vectors, head_dim / 2]`."""
+    """See `quad_kernels.dequantize_kv`; `integers` is `[vectors, head_dim / 2]`."""
     values = torch.cat([integers & 0xF, integers >> 4], dim=-1).float()
     return (values * scale.float().unsqueeze(-1) + zero.float().unsqueeze(-1)).to(dtype)

@@ -3,10 +3,9 @@
 import torch
 
 from quad_kernels.formats import InputQuantization, InputSplit, RMSNorm
-from quad_kernels.integer_linear import integer_linear
+from quad_kernels.functional import integer_linear, quantize_activations
 from quad_kernels.quad_linear.autograd import QuadLinearFunction
 from quad_kernels.quad_linear.memo import quantize_once
-from quad_kernels.quantize_activations import quantize_activations
 from quad_kernels.weight import LinearWeight
 
 

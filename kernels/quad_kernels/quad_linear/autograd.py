@@ -5,10 +5,9 @@ from typing import Any
 import torch
 
 from quad_kernels.formats import InputQuantization, InputSplit
+from quad_kernels.functional import integer_linear, quantize_activations, split_input
 from quad_kernels.hadamard import plan_hadamard, reference
-from quad_kernels.integer_linear import integer_linear
 from quad_kernels.quad_linear.memo import quantize_once
-from quad_kernels.quantize_activations import quantize_activations
 from quad_kernels.weight import LinearWeight, expand_scales
 
 
@@ -104,7 +103,7 @@ def _residual_gradient(weight: LinearWeight, grad: torch.Tensor) -> torch.Tensor
 
 def _clipped(x: torch.Tensor, x_scale: torch.Tensor, split: InputSplit, bits: int) -> torch.Tensor:
     """True where the residual input lies beyond the grid, whose cells end half a step after its outer points."""
-    _, residual = split(x)
+    _, residual = split_input(x, split)
     half = 2 ** (bits - 1)
     step = x_scale if x_scale.shape[1] == 1 else expand_scales(x_scale, residual.shape[1])
     return (residual > step * (half - 0.5)) | (residual < step * -(half + 0.5))

@@ -5,8 +5,8 @@ import weakref
 
 import torch
 
-from quad_kernels.formats import InputQuantization, InputSplit
-from quad_kernels.quantize_activations import QuantizedActivations, quantize_activations
+from quad_kernels.formats import InputQuantization, InputSplit, QuantizedActivations
+from quad_kernels.functional import quantize_activations
 
 
 class _Last(threading.local):

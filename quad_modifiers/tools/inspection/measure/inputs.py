@@ -4,6 +4,7 @@ from collections import defaultdict
 from functools import partial
 
 import torch
+from quad_kernels import quantize_input, split_input
 from torch import nn
 
 from quad_modifiers.model.architecture import Architecture
@@ -27,12 +28,12 @@ class _Sums:
     def add(self, x: torch.Tensor) -> None:
         """Adds inputs `[n, width]`, as they come into the linear."""
         x = x.float()
-        _, residual = self.split(x)
+        _, residual = split_input(x, self.split)
         energy = x.square().sum(-1).clamp(min=_TINY)
         outlier_energy = 1 - residual.square().sum(-1) / energy
         errors, steps = [], None
         for quantization in INPUT_GRIDS.values():
-            integers, scale = quantization(residual)
+            integers, scale = quantize_input(residual, quantization)
             errors.append((integers * scale - residual).square().sum(-1) / energy)
             steps = scale.squeeze(-1) if steps is None else steps  # of the first grid, 4 bits
         assert steps is not None
@@ -72,7 +73,7 @@ def measure_surfaces(
     seen: dict[tuple[int, str], list[Surface]] = defaultdict(list)
 
     def see(layer: int, group: str, linear: nn.Module, x: torch.Tensor) -> None:
-        outlier, residual = split_of(linear)(x.float())
+        outlier, residual = split_input(x.float(), split_of(linear))
         parts = [] if outlier is None else [_pooled(outlier, max(1, _COLUMNS * outlier.shape[1] // x.shape[1]))]
         kept = parts[0].shape[1] if parts else 0
         image = torch.cat([*parts, _pooled(residual, _COLUMNS - kept)], dim=1)

@@ -1,7 +1,7 @@
 """The residual stream's second moment, and what an outlier subspace of each rank would take out of it."""
 
 import torch
-from quad_kernels import RMSNorm
+from quad_kernels import RMSNorm, fake_quantize
 from torch import nn
 
 from quad_modifiers.linalg import StreamingGram, extended_basis, outlier_basis, random_rotation
@@ -78,7 +78,7 @@ def errors_by_rank(gram: torch.Tensor, sample: torch.Tensor, ranks: list[int]) -
     errors = []
     for rank in ranks:
         residual = sample @ extended_basis(vectors[:, :rank], rotation)[:, rank:].to(sample)
-        error = (INPUT_GRIDS[4].fake(residual) - residual).square().sum(-1) / energy
+        error = (fake_quantize(residual, INPUT_GRIDS[4]) - residual).square().sum(-1) / energy
         errors.append((rank, error.mean().item()))
     return errors
 

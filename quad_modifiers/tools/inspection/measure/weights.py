@@ -3,6 +3,7 @@
 from functools import partial
 
 import torch
+from quad_kernels import split_input
 from torch import nn
 
 from quad_modifiers.model.architecture import Architecture
@@ -49,7 +50,7 @@ def measure_weights(
     rows: list[WeightRow] = []
 
     def see(layer: int, role: str, linear: QuadLinear, x: torch.Tensor) -> None:
-        outlier, residual = linear.split(x)
+        outlier, residual = split_input(x, linear.split)
         weight = linear.residual.weight
         change = rounded(linear) - weight.float()
         output = (residual @ weight.T).float()

@@ -1,0 +1,293 @@
+"""The public functions: they check their arguments, flatten them and call the op, which chooses the backend.
+
+Two more public functions stand elsewhere: `quad_kernels.quad_linear`, the complete layer, and
+`quad_kernels.hadamard.plan_hadamard`.
+"""
+
+import torch
+
+from quad_kernels import ops
+from quad_kernels.backends import choose_backend
+from quad_kernels.formats import (
+    SCALE_DTYPES,
+    InputQuantization,
+    InputSplit,
+    KVEntries,
+    QuantizedActivations,
+    RMSNorm,
+)
+from quad_kernels.hadamard.construct import HadamardPlan, plan_hadamard
+from quad_kernels.hadamard.reference import apply_hadamard as reference_hadamard
+from quad_kernels.packing import nibble_bytes, unpack_int32
+from quad_kernels.weight import LinearWeight
+
+
+def quantize_activations(
+    x: torch.Tensor,
+    quantization: InputQuantization,
+    split: InputSplit | None = None,
+    *,
+    norm: RMSNorm | None = None,
+    packed: bool = False,
+    backend: str | None = None,
+) -> QuantizedActivations:
+    """Normalises (if asked), splits off the outliers, transforms and quantizes the rest, in one pass where possible.
+
+    Each token (or each group of a token) gets its own symmetric grid: scale = clip_ratio * absmax / ((2^bits - 1) / 2),
+    integers from -2^(bits-1) to 2^(bits-1) - 1, round to nearest even. A clip ratio of 1 is the grid of
+    compressed-tensors; the "0.9 of absmax / 7" of the QUAD paper (section 4.1) is 0.964 here.
+
+    Args:
+        x: `[..., width]`, float32, bfloat16 or float16.
+        quantization: bits, clip ratio and group size; a group size divides the residual width.
+        split: how `x` is divided; None quantizes all of it.
+        norm: computed on `x` first; its output is rounded to the dtype of `x`, as a separate norm would.
+        packed: return 4-bit integers packed (`quad_kernels.packing.nibbles` has the order).
+        backend: name of a backend; by default the environment variable QUAD_KERNELS or the best for the device.
+
+    Returns:
+        Outliers, integers and scales. A zero token gets scale 0 and integers 0, and so does one whose scale is no
+        normal float32.
+
+    Raises:
+        ValueError: for a group size that does not divide the residual, a width that is not the split's, or `packed`
+            with more than 4 bits.
+    """
+    width = x.shape[-1]
+    split = InputSplit(width) if split is None else split
+    if width != split.width:
+        raise ValueError(f"the input has {width} coordinates, its split is for {split.width}")
+    group = quantization.group_size
+    if group is not None and split.residual_width % group:
+        raise ValueError(f"group_size ({group}) must divide the width of the activations ({split.residual_width})")
+    if packed and quantization.bits > 4:
+        raise ValueError(f"only integers of up to 4 bits can be packed, not {quantization.bits}")
+    outlier, integers, scale = ops.quantize_activations(
+        x.reshape(-1, width),
+        quantization.bits,
+        quantization.clip_ratio,
+        group or 0,
+        split.outliers,
+        split.block,
+        split.keep_width,
+        split.hadamard,
+        None if norm is None else norm.weight,
+        -1.0 if norm is None else norm.eps,
+        packed,
+        backend or "",
+    )
+    leading = x.shape[:-1]
+    return QuantizedActivations(
+        outlier.view(*leading, split.rank) if split.rank else None,
+        integers.view(*leading, integers.shape[-1]),
+        scale.view(*leading, scale.shape[-1]),
+    )
+
+
+def split_input(x: torch.Tensor, split: InputSplit) -> tuple[torch.Tensor | None, torch.Tensor]:
+    """Returns outliers `[..., rank]` (None for rank 0) and residual `[..., residual_width]`, dtype of `x`."""
+    outlier, residual = split.divide(x)
+    if split.hadamard:
+        residual = apply_hadamard(residual, plan_hadamard(split.residual_width))
+    return outlier, residual
+
+
+def quantize_input(x: torch.Tensor, quantization: InputQuantization) -> tuple[torch.Tensor, torch.Tensor]:
+    """Returns integers (int8) and scales (float32) of all of `x`; see `quantize_activations`."""
+    _, integers, scale = quantize_activations(x, quantization)
+    return integers, scale
+
+
+def fake_quantize(x: torch.Tensor, quantization: InputQuantization) -> torch.Tensor:
+    """Returns x rounded to its grid, dtype of `x`."""
+    integers, scale = quantize_input(x, quantization)
+    repeat = x.shape[-1] // scale.shape[-1]
+    return (integers * scale.repeat_interleave(repeat, dim=-1)).to(x.dtype)
+
+
+def prepare_weight(
+    weight_packed: torch.Tensor,
+    weight_scale: torch.Tensor,
+    *,
+    bits: int,
+    in_features: int,
+    quantization: InputQuantization | None,
+    zero_point: torch.Tensor | None = None,
+    backend: str | None = None,
+) -> LinearWeight:
+    """Turns the tensors of a checkpoint into the layout that the backend of their device reads; done once, at load.
+
+    Args:
+        weight_packed: `[out, ceil(in * bits / 32)]`, int32, as compressed-tensors' pack-quantized format has it.
+        weight_scale: `[out, groups]`, floating point.
+        bits: 2, 4 or 8.
+        in_features: input width.
+        quantization: of the inputs that the weight will be multiplied with, None if they stay floating point.
+        zero_point: packed along the output channels, `[ceil(out * bits / 32), groups]`, int32, or None.
+        backend: name of a backend; by default as in `quad_kernels.choose_backend`.
+
+    Raises:
+        ValueError: if the shapes contradict each other.
+    """
+    words = -(-in_features * bits // 32)
+    if weight_packed.shape[1] != words:
+        raise ValueError(
+            f"{in_features} inputs of {bits} bits are {words} words, weight_packed has {weight_packed.shape[1]}"
+        )
+    if weight_scale.shape[0] != weight_packed.shape[0] or in_features % weight_scale.shape[1]:
+        raise ValueError(
+            f"weight_scale {list(weight_scale.shape)} does not fit a weight of {weight_packed.shape[0]} outputs and "
+            f"{in_features} inputs"
+        )
+    out_features = weight_packed.shape[0]
+    zeros = None if zero_point is None else unpack_int32(zero_point.T.contiguous(), bits, out_features).T.contiguous()
+    integers = unpack_int32(weight_packed, bits, in_features)
+    weight = LinearWeight(integers, weight_scale, zeros, in_features, out_features, bits)
+    return choose_backend(weight_packed.device, backend).prepare_weight(weight, quantization)
+
+
+def integer_linear(
+    x: torch.Tensor,
+    x_scale: torch.Tensor,
+    weight: LinearWeight,
+    *,
+    outlier: torch.Tensor | None = None,
+    outlier_weight: torch.Tensor | None = None,
+    bias: torch.Tensor | None = None,
+    out_dtype: torch.dtype = torch.float32,
+    backend: str | None = None,
+) -> torch.Tensor:
+    """Returns cast(x W^T + outlier W_o^T + bias) for quantized x and W.
+
+    With one scale per token and per output channel the sum over inputs is an exact integer sum, scaled once; with
+    groups the scaled group sums are added in float32. The outlier product is added in float32.
+
+    Args:
+        x: integers, `[..., in]`, int8 (up to 8 bits used), or packed, `[..., nibble_bytes(in)]`, uint8.
+        x_scale: `[..., 1]` or `[..., x_groups]`, float32.
+        weight: from `prepare_weight`.
+        outlier: `[..., rank]`, floating point, or None.
+        outlier_weight: `[out, rank]`, dtype of `outlier`.
+        bias: `[out]`.
+        out_dtype: of the result.
+        backend: name of a backend; by default the environment variable QUAD_KERNELS or the best for the device.
+
+    Returns:
+        `[..., out]`, `out_dtype`.
+
+    Raises:
+        ValueError: if the shapes do not fit.
+    """
+    columns = x.shape[-1]
+    wanted = nibble_bytes(weight.in_features) if x.dtype == torch.uint8 else weight.in_features
+    if columns != wanted:
+        raise ValueError(f"x has {columns} columns, a weight of {weight.in_features} inputs needs {wanted}")
+    if (outlier is None) != (outlier_weight is None):
+        raise ValueError("outlier and outlier_weight go together")
+    if outlier is not None and outlier_weight is not None and outlier.shape[-1] != outlier_weight.shape[-1]:
+        raise ValueError(f"{outlier.shape[-1]} outliers do not fit an outlier weight {list(outlier_weight.shape)}")
+    y = ops.integer_linear(
+        x.reshape(-1, columns),
+        x_scale.reshape(-1, x_scale.shape[-1]),
+        weight.integers,
+        weight.scale,
+        weight.zero_point,
+        weight.in_features,
+        weight.out_features,
+        weight.bits,
+        None if outlier is None else outlier.reshape(-1, outlier.shape[-1]),
+        outlier_weight,
+        bias,
+        out_dtype,
+        backend or "",
+    )
+    return y.view(*x.shape[:-1], weight.out_features)
+
+
+def apply_hadamard(x: torch.Tensor, plan: HadamardPlan, *, backend: str | None = None) -> torch.Tensor:
+    """Returns `x @ hadamard_matrix(plan.size)` for the last dimension.
+
+    Args:
+        x: `[..., size]`, floating point.
+        plan: from `plan_hadamard(size)`.
+        backend: name of a backend; by default the environment variable QUAD_KERNELS or the best for the device.
+
+    Returns:
+        `[..., size]`, dtype of `x`; computed in float32 (float64 for float64 input), rounded once. Differentiable.
+
+    Raises:
+        ValueError: if the last dimension of `x` is not `plan.size`.
+    """
+    if x.shape[-1] != plan.size:
+        raise ValueError(f"the last dimension of x is {x.shape[-1]}, the transform is for {plan.size}")
+    if torch.is_grad_enabled() and x.requires_grad:
+        return reference_hadamard(x, plan)
+    return ops.hadamard(x.reshape(-1, plan.size), backend or "").view(x.shape)
+
+
+def quantize_kv(
+    x: torch.Tensor,
+    *,
+    clip_ratio: float = 1.0,
+    scale_dtype: torch.dtype | None = None,
+    backend: str | None = None,
+) -> KVEntries:
+    """Rounds each vector of `head_dim` coordinates to 16 equidistant points between its extremes.
+
+    Scale and zero are rounded to `scale_dtype` first, the integers are those of the rounded grid.
+
+    Args:
+        x: keys or values, `[..., head_dim]`, floating point.
+        clip_ratio: share of the span between smallest and largest coordinate that the grid covers, about its middle.
+        scale_dtype: float16, bfloat16 or float32; by default that of `x`. float16 holds spans up to 15 * 65504.
+        backend: name of a backend; by default the environment variable QUAD_KERNELS or the best for the device.
+
+    Returns:
+        Integers, scales and zeros. A vector that holds NaN or an infinity, or whose span overflows float32, gets scale
+        and zero NaN; one whose scale overflows `scale_dtype` is NaN after `dequantize_kv`.
+
+    Raises:
+        ValueError: for an odd `head_dim`, or a `scale_dtype` or `clip_ratio` that is not supported.
+    """
+    head_dim = x.shape[-1]
+    scale_dtype = scale_dtype or x.dtype
+    if head_dim % 2 or not head_dim:
+        raise ValueError(f"head_dim ({head_dim}) must be even and positive: two coordinates share a byte")
+    if scale_dtype not in SCALE_DTYPES:
+        raise ValueError(f"scale_dtype ({scale_dtype}) must be one of {', '.join(map(str, SCALE_DTYPES))}")
+    if not 0 < clip_ratio <= 1:
+        raise ValueError(f"clip_ratio ({clip_ratio}) must lie in (0, 1]")
+    integers, scale, zero = ops.quantize_kv(x.reshape(-1, head_dim), clip_ratio, scale_dtype, backend or "")
+    leading = x.shape[:-1]
+    return KVEntries(integers.view(*leading, head_dim // 2), scale.view(leading), zero.view(leading))
+
+
+def dequantize_kv(entries: KVEntries, dtype: torch.dtype, *, backend: str | None = None) -> torch.Tensor:
+    """Returns `integers * scale + zero`, computed in float32, as `[..., head_dim]` of `dtype`.
+
+    Raises:
+        ValueError: if the shapes do not fit.
+    """
+    integers, scale, zero = entries
+    if scale.shape != integers.shape[:-1] or zero.shape != scale.shape:
+        raise ValueError(
+            f"integers {list(integers.shape)} need one scale and one zero per vector, got {list(scale.shape)} and "
+            f"{list(zero.shape)}"
+        )
+    x = ops.dequantize_kv(
+        integers.reshape(-1, integers.shape[-1]), scale.reshape(-1), zero.reshape(-1), dtype, backend or ""
+    )
+    return x.view(*scale.shape, 2 * integers.shape[-1])
+
+
+__all__ = [
+    "apply_hadamard",
+    "dequantize_kv",
+    "fake_quantize",
+    "integer_linear",
+    "prepare_weight",
+    "quantize_activations",
+    "quantize_input",
+    "quantize_kv",
+    "split_input",
+]
