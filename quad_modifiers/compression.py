@@ -18,8 +18,7 @@ from quad_modifiers.data.windows import warn_of_length
 from quad_modifiers.model.architecture import find_architecture
 from quad_modifiers.nn.quad_linear import QuadLinear
 from quad_modifiers.output_folder import check_space, check_target, complete_or_absent
-from quad_modifiers.plugins import architectures, modifier_paths
-from quad_modifiers.plugins.manager import OWN_DISTRIBUTION
+from quad_modifiers.plugins import architectures
 from quad_modifiers.recipe import check_recipe, is_recipe_text, resolve_recipe
 from quad_modifiers.reporting import file_size, table
 
@@ -150,12 +149,11 @@ def _visible_log() -> Iterator[None]:
 
 
 def _needs_known_architecture(recipe: Any) -> bool:
-    """True if the recipe uses a modifier of this project, which works on known architectures only."""
+    """Returns whether the recipe uses a modifier that works on known architectures only."""
     from llmcompressor.recipe import Recipe
 
     parsed = Recipe.create_instance(recipe)
-    own = {name for name, item in modifier_paths().items() if item.distribution.name == OWN_DISTRIBUTION}
-    return any(type(modifier).__name__ in own for modifier in parsed.modifiers)
+    return any(getattr(type(modifier), "needs_known_architecture", False) for modifier in parsed.modifiers)
 
 
 def _check_model(model: str | PreTrainedModel, known_only: bool, length: int) -> None:

@@ -7,14 +7,14 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
 from llmcompressor.core import State
-from llmcompressor.modifiers import Modifier
 from pydantic import Field, PrivateAttr
 from torch import nn
 
 from quad_modifiers.data.token_rows import unpadded
-from quad_modifiers.modifiers.preparation import begin_own_pass, calibration_batches, prepare_model
+from quad_modifiers.model.decoder import Decoder
+from quad_modifiers.modifiers.base import Batches, QuadModifier
 from quad_modifiers.nn.quad_linear import QuadLinear
-from quad_modifiers.passes.blockwise import working_device
+from quad_modifiers.passes.calibration_stream import working_device
 from quad_modifiers.records.tuning_record import TUNING_NAME
 
 if TYPE_CHECKING:
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 
-class OutlierLoRA(Modifier):
+class OutlierLoRA(QuadModifier):
     """Tunes the full-precision outlier weights on the calibration data (QUAD, arXiv 2503.19353, section 4.3).
 
     The quantized weights stay as they are, and so does the format of the checkpoint. It comes last in a recipe, and
@@ -33,10 +33,9 @@ class OutlierLoRA(Modifier):
 
     Lifecycle:
 
-    - on_initialize
-        - wrap the linears
+    - prepare
         - by distillation: last hidden states of the original model for all calibration samples, to a temporary folder
-    - on_calibration_start
+    - run
         - pack the quantized weights, add an outlier adapter, train it, merge it, unpack
     - on_finalize
         - log quality before and after on the samples held back, remove the temporary folder
@@ -54,7 +53,7 @@ class OutlierLoRA(Modifier):
         seed: of the order of the samples.
     """
 
-    recipe_role: ClassVar[str] = "tune"
+    recipe_role: ClassVar[str | None] = "tune"
 
     loss: Literal["distillation", "next_token"] = "distillation"
     epochs: float = Field(default=1.0, gt=0)
@@ -72,27 +71,25 @@ class OutlierLoRA(Modifier):
     _data: "TrainingData | None" = PrivateAttr(default=None)
     _outcome: "Outcome | None" = PrivateAttr(default=None)
 
-    def on_initialize(self, state: State, **kwargs: Any) -> bool:
-        """Wraps the linears and lets the original model speak while it is still there.
+    def prepare(self, decoder: Decoder, batches: Batches) -> None:
+        """Records what the original model says about the samples while it is still there.
 
         Raises:
             ImportError: if peft or accelerate is not installed.
-            ValueError: if there are less than two calibration samples.
+            ValueError: if there are fewer than two calibration samples.
         """
         _check_installed()
-        prepare_model(state.model)
-        self._data = self._samples(state)
+        self._data = self._samples(batches())
         self._folder = TemporaryDirectory(prefix="quad-outlier-lora-")
         if self.loss == "distillation":
             from quad_peft.training.teacher import cache_teacher
 
-            device = state.model.device
-            model = state.model.to(working_device()).eval()
+            device = decoder.model.device
+            model = decoder.model.to(working_device()).eval()
             self._teacher = cache_teacher(model, self._data.samples, Path(self._folder.name))
             model.to(device)
-        return True
 
-    def on_calibration_start(self, state: State, event: object, **kwargs: Any) -> None:
+    def run(self, decoder: Decoder, batches: Batches) -> None:
         """Trains and merges.
 
         Raises:
@@ -101,14 +98,13 @@ class OutlierLoRA(Modifier):
         """
         from quad_peft.training.in_memory import packed_residuals
 
-        begin_own_pass(state.model)
-        model = state.model
+        model = decoder.model
         _check_quantized(model)
         logger.info("OutlierLoRA: %s, %d samples", self.loss, len(self._data.training_samples) if self._data else 0)
         flags = {parameter: parameter.requires_grad for parameter in model.parameters()}
         device = model.device
         with packed_residuals(model), torch.enable_grad():
-            self._train(model)
+            self._train(decoder)
         model.to(device).eval()
         for parameter, flag in flags.items():
             parameter.requires_grad_(flag)
@@ -132,12 +128,12 @@ class OutlierLoRA(Modifier):
             self._folder.cleanup()
         return True
 
-    def _samples(self, state: State) -> "TrainingData":
+    def _samples(self, batches: list[dict[str, torch.Tensor]]) -> "TrainingData":
         from quad_peft.training.data import TrainingData
 
         rows = [
             row
-            for batch in calibration_batches(state)
+            for batch in batches
             for row in unpadded(batch["input_ids"], batch.get("attention_mask"), "a calibration batch")
             if len(row) > 1
         ]
@@ -145,11 +141,12 @@ class OutlierLoRA(Modifier):
             raise ValueError(f"OutlierLoRA needs at least 2 calibration samples, not {len(rows)}; give more data")
         return TrainingData(rows, max(1, round(self.validation * len(rows))), "the calibration data")
 
-    def _train(self, model: nn.Module) -> None:
+    def _train(self, decoder: Decoder) -> None:
         from quad_peft import OutlierLoraConfig, get_outlier_model
         from quad_peft.training.record import model_name, tuning_record
         from quad_peft.training.tuning_loop import TuningSettings, tune
 
+        model = decoder.model
         assert self._data is not None
         assert self._folder is not None
         settings = TuningSettings(
@@ -178,7 +175,7 @@ class OutlierLoRA(Modifier):
             original=None if self._teacher is None else model_name(model),
             train_weight_scales=self.train_weight_scales,
         )
-        model.quad_records = {TUNING_NAME: record.model_dump_json(indent=1) + "\n"}  # the saver writes them
+        self.contribute(decoder, files={TUNING_NAME: record.model_dump_json(indent=1) + "\n"})
 
 
 def _check_installed() -> None:

@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from quad_modifiers.model.architecture import Architecture
+from quad_modifiers.model.decoder import Decoder
 from quad_modifiers.nn.packed_table import PackedTable, TiedHead
 from quad_modifiers.nn.quad_linear import QuadLinear, expand_scales
 
@@ -35,26 +36,26 @@ def dequantize_model(model: nn.Module, architecture: Architecture, dtype: torch.
     for name, tensor in (*model.named_parameters(), *model.named_buffers()):
         if tensor.is_meta:
             raise ValueError(f"{name} is offloaded; dequantizing needs all weights in memory: load without offloading")
-    dtype = dtype or model.dtype
+    dtype, decoder = dtype or model.dtype, Decoder(model, architecture)
     config = _stock_config(model.config, architecture)
     width, stock_width = model.config.hidden_size, config.hidden_size
     # A stock RMSNorm divides by the new width; the factor goes into readers and writers, as in the projection.
     gain = (stock_width / width) ** 0.5
     fill = stock_width - width
-    for layer in model.get_submodule(architecture.layers).children():
-        for path in architecture.linear_paths():
-            container = layer.get_submodule(path)
+    for block in decoder.blocks:
+        for linear in block.linears():
+            container = linear.module
             weight, bias = dense_weight(container), container.bias
-            if container.role in architecture.d_type:
+            if linear.group.writes_stream:
                 weight = gain * nn.functional.pad(weight, (0, 0, 0, fill))
                 bias = None if bias is None else gain * nn.functional.pad(bias.double(), (0, fill))
             else:
                 weight = nn.functional.pad(weight, (0, fill)) / gain
-            layer.set_submodule(path, _linear(weight, bias, dtype))
-        for path in (architecture.attention_norm, architecture.mlp_norm):
-            _widen_norm(layer.get_submodule(path), fill)
-    _widen_norm(model.get_submodule(architecture.final_norm), fill)
-    _replace_ends(model, architecture, gain, fill, dtype)
+            linear.replace(_linear(weight, bias, dtype))
+        for norm in block.norms():
+            _widen_norm(norm, fill)
+    _widen_norm(decoder.final_norm, fill)
+    _replace_ends(decoder, gain, fill, dtype)
     _become_stock(model, config)
     return model.to(dtype)
 
@@ -109,17 +110,17 @@ def _widen_norm(norm: Any, fill: int) -> None:
     norm.weight = nn.Parameter(nn.functional.pad(norm.weight, (0, fill), value=1.0))
 
 
-def _replace_ends(model: nn.Module, architecture: Architecture, gain: float, fill: int, dtype: torch.dtype) -> None:
+def _replace_ends(decoder: Decoder, gain: float, fill: int, dtype: torch.dtype) -> None:
     """Embedding and head in floating point; a tied pair stays tied."""
-    old_embedding, old_head = (model.get_submodule(path) for path in (architecture.embedding, architecture.head))
+    model, old_embedding, old_head = decoder.model, decoder.embedding, decoder.head
     table = gain * nn.functional.pad(_table(old_embedding), (0, fill))
     embedding = nn.Embedding(*table.shape, padding_idx=model.config.pad_token_id, device="meta")
     embedding.weight = nn.Parameter(table.to(dtype).contiguous())
     head = _linear(nn.functional.pad(_table(old_head), (0, fill)) / gain, getattr(old_head, "bias", None), dtype)
     if model.config.tie_word_embeddings:
         head.weight = embedding.weight
-    model.set_submodule(architecture.embedding, embedding)
-    model.set_submodule(architecture.head, head)
+    decoder.replace_embedding(embedding)
+    decoder.replace_head(head)
 
 
 def _table(module: nn.Module) -> torch.Tensor:

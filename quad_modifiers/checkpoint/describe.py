@@ -2,12 +2,8 @@
 
 from typing import Any
 
-import torch
-from torch import nn
-
 from quad_modifiers.checkpoint.format import (
     QUANT_METHOD,
-    BasisFormat,
     InputFormat,
     LinearFormat,
     QuadFormat,
@@ -15,13 +11,14 @@ from quad_modifiers.checkpoint.format import (
     WeightFormat,
 )
 from quad_modifiers.checkpoint.tables import is_packed
-from quad_modifiers.model.architecture import Architecture
+from quad_modifiers.model.decoder import Decoder
+from quad_modifiers.nn.from_compressed_tensors import scheme_of
 from quad_modifiers.nn.quad_linear import QuadLinear
 
 RoleFormats = dict[str, LinearFormat]
 
 
-def describe_linears(model: nn.Module, architecture: Architecture) -> tuple[bool, RoleFormats]:
+def describe_linears(decoder: Decoder) -> tuple[bool, RoleFormats]:
     """Returns whether plain compressed-tensors can express the model, and the format of each role.
 
     Roles are described once: in every block they must be alike.
@@ -29,27 +26,28 @@ def describe_linears(model: nn.Module, architecture: Architecture) -> tuple[bool
     Raises:
         ValueError: naming a linear that differs from the same role in the first block, or that cannot be stored.
     """
-    _refuse_other_quantization(model, architecture)
+    _refuse_other_quantization(decoder)
     formats: RoleFormats = {}
-    for index, layer in enumerate(model.get_submodule(architecture.layers).children()):
-        for path in architecture.linear_paths():
-            module = layer.get_submodule(path)
-            described = _describe(module, f"layer {index} {path}")
-            known = formats.setdefault(module.role, described)
+    for block in decoder.blocks:
+        for linear in block.linears():
+            where = f"layer {block.index} {linear.name.removeprefix(block.name + '.')}"
+            described = _describe(linear.module, where)
+            known = formats.setdefault(linear.role, described)
             if known != described:
                 raise ValueError(
-                    f"layer {index} {path} is quantized differently from layer 0: {described} against {known}; the "
+                    f"{where} is quantized differently from layer 0: {described} against {known}; the "
                     "checkpoint format needs the same settings in every layer"
                 )
-    packed_ends = any(is_packed(model, path) for path in (architecture.embedding, architecture.head))
+    packed_ends = is_packed(decoder.embedding) or is_packed(decoder.head)
     return not packed_ends and all(_is_plain(f) for f in formats.values()), formats
 
 
-def _refuse_other_quantization(model: nn.Module, architecture: Architecture) -> None:
+def _refuse_other_quantization(decoder: Decoder) -> None:
     """Only residual linears, and the packed tables of EmbeddingHeadQuant, have a place for scales in the format."""
-    residuals = {module.residual for module in model.modules() if isinstance(module, QuadLinear)}
-    for name, module in model.named_modules():
-        if module not in residuals and getattr(module, "quantization_scheme", None) is not None:
+    architecture = decoder.architecture
+    residuals = {linear.module.residual for linear in decoder.linears()}
+    for name, module in decoder.model.named_modules():
+        if module not in residuals and scheme_of(module) is not None:
             raise ValueError(
                 f"{name} is quantized, but a QUAD checkpoint holds quantized weights in the linears of the decoder "
                 f"blocks only; add {name!r} to the quantizer's ignore list"
@@ -79,7 +77,7 @@ def _describe(module: QuadLinear, where: str) -> LinearFormat:
 
 
 def _input_format(module: QuadLinear, where: str) -> InputFormat | None:
-    scheme = getattr(module.residual, "quantization_scheme", None)
+    scheme = scheme_of(module.residual)
     stock = None if scheme is None else scheme.input_activations
     if stock is not None:  # a stock modifier quantizes the residual's input
         if stock.type != "int" or not stock.dynamic or not stock.symmetric or stock.strategy not in ("token", "group"):
@@ -108,10 +106,19 @@ def _weight_format(module: QuadLinear, where: str) -> WeightFormat | None:
 
 
 def quantization_config(
-    model: nn.Module, architecture: Architecture, plain: bool, linears: RoleFormats
+    decoder: Decoder, plain: bool, linears: RoleFormats, sections: dict[str, Any]
 ) -> dict[str, Any] | None:
-    """Returns `quantization_config` of config.json, or None for a plain model with nothing quantized."""
-    tables = [path for path in (architecture.embedding, architecture.head) if is_packed(model, path)]
+    """Returns `quantization_config` of config.json, or None for a plain model with nothing quantized.
+
+    Args:
+        decoder: the compressed model.
+        plain: whether plain compressed-tensors can express it.
+        linears: format of each role.
+        sections: what modifiers contribute to the `quad` section, by field.
+    """
+    architecture = decoder.architecture
+    ends = ((architecture.embedding, decoder.embedding), (architecture.head, decoder.head))
+    tables = [path for path, module in ends if is_packed(module)]
     groups = config_groups(plain, linears, tables)
     if plain and not groups:
         return None
@@ -124,18 +131,17 @@ def quantization_config(
         "kv_cache_scheme": None,
     }
     if not plain:
-        projection = getattr(model, "quad_projection", None)
-        ends = {
+        packed = {
             key: TableFormat()
             for key, path in (("embedding", architecture.embedding), ("head", architecture.head))
             if path in tables
         }
         config["quad"] = QuadFormat(
-            format_version=2 if ends else 1,
+            format_version=2 if packed else 1,
             base_model_type=architecture.model_type,
-            residual_basis=None if projection is None else BasisFormat(**projection),
             linears=linears,
-            **ends,
+            **packed,
+            **{"residual_basis": None, **sections},
         ).section()
     return config
 
@@ -186,12 +192,3 @@ def _arguments(bits: int, group_size: int | None, symmetric: bool, dynamic: bool
         "dynamic": dynamic,
         "observer": None,
     }
-
-
-def packed_tensor_names(weight: WeightFormat) -> tuple[str, ...]:
-    """Names of a packed residual's tensors."""
-    names = ("weight_packed", "weight_scale", "weight_shape")
-    return names if weight.symmetric else (*names, "weight_zero_point")
-
-
-__all__ = ["RoleFormats", "describe_linears", "packed_tensor_names", "quantization_config", "torch"]

@@ -19,6 +19,7 @@ from quad_modifiers.checkpoint.format import QUANT_METHOD, LinearFormat, QuadFor
 from quad_modifiers.checkpoint.models import quad_model_type, register_models
 from quad_modifiers.checkpoint.tables import install_tables
 from quad_modifiers.model.architecture import Architecture
+from quad_modifiers.model.decoder import Decoder, PlacedLinear
 from quad_modifiers.nn.packed_linear import PackedLinear
 from quad_modifiers.nn.packed_table import PackedTable
 from quad_modifiers.nn.quad_linear import QuadLinear
@@ -66,10 +67,10 @@ class QuadHfQuantizer(HfQuantizer):
     def _process_model_before_weight_loading(self, model: nn.Module, **kwargs: Any) -> None:
         quad = read_format(self.quantization_config.content.get("quad"))
         architecture = _architecture(model, quad)
-        for layer in model.get_submodule(architecture.layers).children():
-            for path in architecture.linear_paths():
-                _install(layer, path, quad)
-        install_tables(model, architecture, quad)
+        decoder = Decoder(model, architecture)
+        for linear in decoder.linears():
+            _install(linear, quad)
+        install_tables(decoder, quad)
         files = kwargs.get("checkpoint_files")
         if files:
             check_tensors(model, files)
@@ -128,12 +129,12 @@ def _architecture(model: nn.Module, quad: QuadFormat) -> Architecture:
     return known[quad.base_model_type]
 
 
-def _install(layer: nn.Module, path: str, quad: QuadFormat) -> None:
-    parent, _, role = path.rpartition(".")
+def _install(place: PlacedLinear, quad: QuadFormat) -> None:
+    role = place.role
     linear: LinearFormat | None = quad.linears.get(role)
     if linear is None:
         raise ValueError(f"the checkpoint does not describe {role}; its quantization_config is damaged")
-    old = layer.get_submodule(path)
+    old = place.module
     dtype, device = old.weight.dtype, old.weight.device
     split, quantization = linear.split(), None if linear.input is None else linear.input.settings()
     with torch.device(device):
@@ -155,7 +156,7 @@ def _install(layer: nn.Module, path: str, quad: QuadFormat) -> None:
     container.input_quantization = quantization
     container.quantize_input = quantization is not None
     container.requires_grad_(False)
-    setattr(layer.get_submodule(parent), role, container)
+    place.replace(container)
 
 
 def check_tensors(model: nn.Module, files: list[str]) -> None:

@@ -16,9 +16,11 @@ from quad_kernels.packing import pack_int32
 from safetensors.torch import save_file
 from torch import nn
 
+from quad_modifiers.checkpoint.contribute import Contributions, contributions_of
 from quad_modifiers.checkpoint.describe import describe_linears, quantization_config
 from quad_modifiers.checkpoint.models import push_to_hub, quad_model_type, register_models, set_tripwire
 from quad_modifiers.model.architecture import Architecture
+from quad_modifiers.model.decoder import Decoder
 from quad_modifiers.nn.quad_linear import IntegerWeight, QuadLinear
 from quad_modifiers.output_folder import check_space, check_target, complete_or_absent
 
@@ -33,31 +35,45 @@ def attach_saver(model: nn.Module, architecture: Architecture) -> None:
 
     `model.push_to_hub` publishes one, with a model card.
     """
-    saver = partial(_save_pretrained, model, architecture)
-    saver._overridden = True  # type: ignore[attr-defined]  # llm-compressor's mark of a replaced save_pretrained
-    model.save_pretrained = saver
+    model.save_pretrained = CheckpointSaver(model, architecture)
     model.push_to_hub = partial(push_to_hub, model)
 
 
-def _save_pretrained(
-    model: nn.Module,
-    architecture: Architecture,
-    save_directory: str | Path,
-    save_compressed: bool = True,
-    max_shard_size: str | int = "5GB",
-    **unsupported: Any,
-) -> None:
-    """Stands in for `PreTrainedModel.save_pretrained`.
+class CheckpointSaver:
+    """Stands in for `PreTrainedModel.save_pretrained` on a model that is being compressed.
 
-    Raises:
-        ValueError: for `save_compressed=False` or an argument that has no meaning here.
+    Args:
+        model: the model that it is attached to.
+        architecture: names of its parts.
+
+    Attributes:
+        contributions: what modifiers want to be stored with the model.
     """
-    if not save_compressed:
-        raise ValueError("a QUAD model can only be saved compressed; leave save_compressed at True")
-    unknown = {key for key, value in unsupported.items() if value not in (None, False, True)}
-    if unknown:
-        raise ValueError(f"save_pretrained of a QUAD model does not take {', '.join(sorted(unknown))}")
-    save_checkpoint(model, architecture, Path(save_directory), max_shard_size=max_shard_size)
+
+    _overridden = True  # llm-compressor's mark of a replaced save_pretrained
+
+    def __init__(self, model: nn.Module, architecture: Architecture) -> None:
+        self.model, self.architecture = model, architecture
+        self.contributions = Contributions()
+
+    def __call__(
+        self,
+        save_directory: str | Path,
+        save_compressed: bool = True,
+        max_shard_size: str | int = "5GB",
+        **unsupported: Any,
+    ) -> None:
+        """Writes the checkpoint.
+
+        Raises:
+            ValueError: for `save_compressed=False` or an argument that has no meaning here.
+        """
+        if not save_compressed:
+            raise ValueError("a QUAD model can only be saved compressed; leave save_compressed at True")
+        unknown = {key for key, value in unsupported.items() if value not in (None, False, True)}
+        if unknown:
+            raise ValueError(f"save_pretrained of a QUAD model does not take {', '.join(sorted(unknown))}")
+        save_checkpoint(self.model, self.architecture, Path(save_directory), max_shard_size=max_shard_size)
 
 
 def save_checkpoint(
@@ -84,11 +100,12 @@ def save_checkpoint(
         ValueError: if the model cannot be expressed in the format.
     """
     check_target(folder)
-    plain, linears = describe_linears(model, architecture)
+    decoder, contributions = Decoder(model, architecture), contributions_of(model)
+    plain, linears = describe_linears(decoder)
     tensors = dict(_tensors(model, plain))
     if model.config.tie_word_embeddings:
         tensors = {name: tensor for name, tensor in tensors.items() if not name.startswith(f"{architecture.head}.")}
-    config = _config(model, architecture, plain, linears)
+    config = _config(decoder, plain, linears, contributions.sections)
     size = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
     folder.parent.mkdir(parents=True, exist_ok=True)
     check_space(folder, size)
@@ -101,8 +118,8 @@ def save_checkpoint(
         text = recipe if recipe is not None else _session_recipe()
         if text:
             (temporary / "recipe.yaml").write_text(text)
-        for name, record in getattr(model, "quad_records", {}).items():  # what modifiers want to be remembered
-            (temporary / name).write_text(record)
+        for name, text in contributions.files.items():
+            (temporary / name).write_text(text)
         if tokenizer is not None:
             tokenizer.save_pretrained(temporary)
     kind = "compressed-tensors" if plain else "QUAD"
@@ -148,8 +165,8 @@ def packed_tensors(weight: IntegerWeight, bits: int, prefix: str) -> dict[str, t
     return tensors
 
 
-def _config(model: nn.Module, architecture: Architecture, plain: bool, linears: dict[str, Any]) -> dict[str, Any]:
-
+def _config(decoder: Decoder, plain: bool, linears: dict[str, Any], sections: dict[str, Any]) -> dict[str, Any]:
+    model, architecture = decoder.model, decoder.architecture
     config = model.config.to_dict()
     config.pop("_name_or_path", None)
     config.pop("quantization_config", None)
@@ -161,7 +178,7 @@ def _config(model: nn.Module, architecture: Architecture, plain: bool, linears: 
             f"Quad{name.removeprefix('Quad')}" for name in config.get("architectures") or [type(model).__name__]
         ]
         set_tripwire(config)
-    config["quantization_config"] = quantization_config(model, architecture, plain, linears)
+    config["quantization_config"] = quantization_config(decoder, plain, linears, sections)
     if config["quantization_config"] is None:
         del config["quantization_config"]
     return config

@@ -1,64 +1,175 @@
-"""Model architectures as data: where the norms and linears of a decoder block are.
+"""Model architectures as data: the groups of linears of a decoder block, in the order in which they run.
 
-A supported architecture is a pre-norm decoder: x + o_proj(attention(norm(x))), then x + down_proj(act(gate(norm(x))) *
-up(norm(x))), with RMSNorm. docs/developer/architectures.md says how to add one.
+A group is what quantization works on: linears that read the same input. What they read and what their output channels
+are says how a projection changes their weights. docs/developer/architectures.md says how to add an architecture.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
-from torch import nn
+Space = Literal["stream", "queries", "keys", "values", "channels", "other"]
+"""Whose coordinates: those of the residual stream, of query, key or value heads, of the MLP; `other` stays as it is."""
+
+Runner = Literal["segmented", "hooked"]
+"""How a block is run while it is quantized; see `quad_modifiers.passes.runners`."""
+
+
+@dataclass(frozen=True)
+class Member:
+    """One linear of a group.
+
+    Attributes:
+        name: dotted path below the group's parent.
+        produces: spaces of its output channels, in order. A fused linear has several: gate_up is
+            `("channels", "channels")`, qkv `("queries", "keys", "values")`.
+        role: name in recipes and checkpoints, alike in every block; the last part of `name` by default.
+    """
+
+    name: str
+    produces: tuple[Space, ...]
+    role: str = ""
+
+    def __post_init__(self) -> None:
+        if not self.role:
+            object.__setattr__(self, "role", self.name.rpartition(".")[2])
+
+
+@dataclass(frozen=True)
+class Group:
+    """Linears that read the same input.
+
+    Attributes:
+        name: short name, for reports.
+        parent: dotted path of the module that holds the linears, below the block. A `*` stands for every child, such as
+            the experts in "mlp.experts.*": the group is repeated for each.
+        members: the linears.
+        reads: space of the input: "stream" through a norm, "values" for what attention makes of the value heads,
+            "channels" of the MLP.
+        norm: dotted path of the norm whose output is read, for groups that read the stream.
+        quantized: False for linears that stay as they are but read the stream, such as a router.
+    """
+
+    name: str
+    parent: str
+    members: tuple[Member, ...]
+    reads: Space
+    norm: str = ""
+    quantized: bool = True
+
+    def __post_init__(self) -> None:
+        if (self.reads == "stream") != bool(self.norm):
+            raise ValueError(
+                f"group {self.name!r} reads {self.reads!r} and has norm {self.norm!r}: a group reads the stream "
+                "through a norm, and nothing else through one"
+            )
+
+    @property
+    def writes_stream(self) -> bool:
+        """True if its linears write the residual stream ("D-type"), False if they read it ("U-type")."""
+        return any(member.produces == ("stream",) for member in self.members)
+
+    def paths(self) -> tuple[str, ...]:
+        """Paths of the linears below the block; they may hold a `*`."""
+        return tuple(f"{self.parent}.{member.name}" for member in self.members)
+
+
+def dense_block(
+    *,
+    attention: str = "self_attn",
+    mlp: str = "mlp",
+    attention_norm: str = "input_layernorm",
+    mlp_norm: str = "post_attention_layernorm",
+    query: str = "q_proj",
+    key: str = "k_proj",
+    value: str = "v_proj",
+    attention_output: str = "o_proj",
+    gate: str = "gate_proj",
+    up: str = "up_proj",
+    mlp_output: str = "down_proj",
+) -> tuple[Group, ...]:
+    """Returns the groups of a pre-norm block with separate linears, as Llama has it, under any names.
+
+    The block is x + o_proj(attention(norm(x))), then x + down_proj(act(gate(norm(x))) * up(norm(x))).
+
+    Args:
+        attention: sub-module of the block.
+        mlp: sub-module of the block.
+        attention_norm: RMSNorm before attention.
+        mlp_norm: RMSNorm before the MLP.
+        query: linear of `attention`, which reads the stream; likewise `key` and `value`.
+        key: see `query`.
+        value: see `query`.
+        attention_output: linear of `attention` that writes the stream.
+        gate: linear of `mlp`, which reads the stream; likewise `up`.
+        up: see `gate`.
+        mlp_output: linear of `mlp` that writes the stream.
+    """
+    heads = Member(query, ("queries",)), Member(key, ("keys",)), Member(value, ("values",))
+    channels = Member(gate, ("channels",)), Member(up, ("channels",))
+    return (
+        Group("qkv", attention, heads, "stream", attention_norm),
+        Group("o", attention, (Member(attention_output, ("stream",)),), "values"),
+        Group("gate_up", mlp, channels, "stream", mlp_norm),
+        Group("down", mlp, (Member(mlp_output, ("stream",)),), "channels"),
+    )
 
 
 @dataclass(frozen=True)
 class Architecture:
-    """Names of the parts of a model.
+    """Where the parts of a model are.
 
     Attributes:
         model_type: `config.model_type` of the stock model.
-        embedding, layers, final_norm, head: dotted paths from the causal LM.
-        attention, mlp: sub-modules of a layer.
-        attention_norm, mlp_norm: the RMSNorm before each.
-        query, key, value, gate, up: U-type linears, which read the residual stream.
-        attention_output, mlp_output: D-type linears, which write it.
+        block: groups of a decoder block, in the order in which they run.
+        embedding: dotted path of the embedding, from the causal LM.
+        layers: dotted path of the list of decoder blocks.
+        final_norm: dotted path of the norm before the head.
+        head: dotted path of the head.
+        runner: "segmented" for blocks whose groups come in pairs, a reader of the stream and the writer after it (each
+            activation is computed once); "hooked" runs any block, twice.
     """
 
     model_type: str
+    block: tuple[Group, ...] = dense_block()
     embedding: str = "model.embed_tokens"
     layers: str = "model.layers"
     final_norm: str = "model.norm"
     head: str = "lm_head"
-    attention: str = "self_attn"
-    mlp: str = "mlp"
-    attention_norm: str = "input_layernorm"
-    mlp_norm: str = "post_attention_layernorm"
-    query: str = "q_proj"
-    key: str = "k_proj"
-    value: str = "v_proj"
-    attention_output: str = "o_proj"
-    gate: str = "gate_proj"
-    up: str = "up_proj"
-    mlp_output: str = "down_proj"
+    runner: Runner = "segmented"
+
+    def __post_init__(self) -> None:
+        roles = [member.role for _, member in self.quantized_members()]
+        repeated = sorted({role for role in roles if roles.count(role) > 1})
+        if repeated:
+            raise ValueError(
+                f"the architecture {self.model_type!r} has several linears of the role {', '.join(repeated)}; a role "
+                "is one linear of a block (or of each repeated part): give their members a `role` of their own"
+            )
 
     @property
-    def attention_inputs(self) -> tuple[str, str, str]:
-        """The linears that read the attention norm."""
-        return self.query, self.key, self.value
+    def backbone(self) -> str:
+        """Dotted path of the module that runs the blocks; the causal LM itself if empty."""
+        return self.layers.rpartition(".")[0]
 
-    @property
-    def mlp_inputs(self) -> tuple[str, str]:
-        """The linears that read the MLP norm."""
-        return self.gate, self.up
+    def quantized_members(self) -> Iterator[tuple[Group, Member]]:
+        """Yields the linears that are quantized, each with its group."""
+        for group in self.block:
+            if group.quantized:
+                for member in group.members:
+                    yield group, member
 
-    @property
-    def d_type(self) -> tuple[str, str]:
-        """The linears that write the residual stream."""
-        return self.attention_output, self.mlp_output
+    def roles(self) -> dict[str, Group]:
+        """Returns the group of each role that is quantized, in run order."""
+        return {member.role: group for group, member in self.quantized_members()}
 
     def linear_paths(self) -> tuple[str, ...]:
-        """Paths of all linears inside a layer."""
-        inside = [f"{self.attention}.{n}" for n in (*self.attention_inputs, self.attention_output)]
-        return (*inside, *(f"{self.mlp}.{n}" for n in (*self.mlp_inputs, self.mlp_output)))
+        """Paths of the quantized linears below a block, in run order; they may hold a `*`."""
+        return tuple(f"{group.parent}.{member.name}" for group, member in self.quantized_members())
+
+    def writers(self) -> frozenset[str]:
+        """Roles of the linears that write the residual stream."""
+        return frozenset(role for role, group in self.roles().items() if group.writes_stream)
 
 
 BUILTIN_ARCHITECTURES = tuple(Architecture(model_type) for model_type in ("llama", "mistral", "qwen2", "qwen3"))
@@ -77,31 +188,3 @@ def find_architecture(config: Any, known: dict[str, Architecture]) -> Architectu
             "one: see docs/developer/architectures.md"
         )
     return known[model_type]
-
-
-def check_structure(model: nn.Module, architecture: Architecture) -> None:
-    """Checks that every named part exists and that the linears are plain `nn.Linear` modules.
-
-    Raises:
-        ValueError: naming the first part that is missing or of another type.
-    """
-    for path in (architecture.embedding, architecture.layers, architecture.final_norm, architecture.head):
-        _require(model, path)
-    for index, layer in enumerate(model.get_submodule(architecture.layers).children()):
-        for path in (architecture.attention_norm, architecture.mlp_norm):
-            _require(layer, path, index)
-        for path in architecture.linear_paths():
-            module = _require(layer, path, index)
-            if not hasattr(module, "residual") and type(module) is not nn.Linear:
-                raise ValueError(
-                    f"layer {index} {path} is a {type(module).__name__}, not a plain Linear: the model is already "
-                    "quantized or adapted; start from the full-precision model"
-                )
-
-
-def _require(root: nn.Module, path: str, layer: int | None = None) -> nn.Module:
-    try:
-        return root.get_submodule(path)
-    except AttributeError as error:
-        where = "" if layer is None else f"layer {layer} of "
-        raise ValueError(f"{where}the model has no part named {path!r}, which its architecture needs") from error

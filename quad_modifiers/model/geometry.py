@@ -3,6 +3,8 @@
 from dataclasses import dataclass
 from typing import Any
 
+from quad_modifiers.model.architecture import Space
+
 
 @dataclass(frozen=True)
 class ModelGeometry:
@@ -12,7 +14,8 @@ class ModelGeometry:
         hidden: width of the residual stream.
         intermediate: channels of the MLP.
         layers: number of decoder blocks.
-        heads, kv_heads: query and key-value heads.
+        heads: number of query heads.
+        kv_heads: number of key-value heads.
         head_dim: coordinates of a head.
         eps: epsilon of the RMSNorms.
     """
@@ -38,6 +41,17 @@ class ModelGeometry:
             head_dim=getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads,
             eps=config.rms_norm_eps,
         )
+
+    def sizes(self) -> dict[Space, int]:
+        """Returns the number of coordinates of each space."""
+        heads, values = self.heads * self.head_dim, self.kv_heads * self.head_dim
+        return {
+            "stream": self.hidden,
+            "queries": heads,
+            "keys": values,
+            "values": values,
+            "channels": self.intermediate,
+        }
 
     @staticmethod
     def check_rank(field: str, rank: int, size: int, size_name: str) -> None:

@@ -3,18 +3,16 @@
 import logging
 from typing import ClassVar, Literal
 
-from llmcompressor.core import State
-from llmcompressor.modifiers import Modifier
 from pydantic import Field, model_validator
+from quad_kernels import InputQuantization
 
-from quad_modifiers.modifiers.preparation import prepare_model
-from quad_modifiers.nn.input_split import InputQuantization
-from quad_modifiers.nn.quad_linear import QuadLinear
+from quad_modifiers.model.decoder import Decoder
+from quad_modifiers.modifiers.base import Batches, QuadModifier
 
 logger = logging.getLogger(__name__)
 
 
-class DynamicActQuant(Modifier):
+class DynamicActQuant(QuadModifier):
     """Quantizes the residual part of each linear's input with scales taken from the input itself.
 
     The outlier coordinates bypass it (QUAD, arXiv 2503.19353, section 3.3). U-type linears read the residual stream
@@ -23,9 +21,9 @@ class DynamicActQuant(Modifier):
 
     Lifecycle:
 
-    - on_initialize
-        - wrap the linears, set their input quantization
-    - on_calibration_start
+    - prepare
+        - set the input quantization of the linears
+    - run
         - check the group size against the final widths
         - switch the quantization on
 
@@ -38,7 +36,8 @@ class DynamicActQuant(Modifier):
             compressed-tensors, the paper's 0.9 of absmax / 7 is 0.964.
     """
 
-    recipe_role: ClassVar[str] = "quantize_activations"
+    recipe_role: ClassVar[str | None] = "quantize_activations"
+    has_own_pass: ClassVar[bool] = False
 
     u_type_bits: int | None = Field(default=4, ge=2, le=8)
     d_type_bits: int | None = Field(default=4, ge=2, le=8)
@@ -56,36 +55,32 @@ class DynamicActQuant(Modifier):
             )
         return self
 
-    def on_initialize(self, state: State, **kwargs: object) -> bool:
+    def prepare(self, decoder: Decoder, batches: Batches) -> None:
         """Sets the input quantization of every linear in the decoder blocks."""
-        architecture = prepare_model(state.model)
-        for module in state.model.modules():
-            if isinstance(module, QuadLinear):
-                is_d_type = module.role in architecture.d_type
-                bits = self.d_type_bits if is_d_type else self.u_type_bits
-                clip = self.d_type_clip_ratio if is_d_type else self.u_type_clip_ratio
-                module.input_quantization = None if bits is None else InputQuantization(bits, clip, self.group_size)
+        for linear in decoder.linears():
+            writes = linear.group.writes_stream
+            bits = self.d_type_bits if writes else self.u_type_bits
+            clip = self.d_type_clip_ratio if writes else self.u_type_clip_ratio
+            quantization = None if bits is None else InputQuantization(bits, clip, self.group_size)
+            linear.module.input_quantization = quantization
         logger.info(
             "DynamicActQuant: U-type inputs %s bits, D-type inputs %s bits, per %s",
             self.u_type_bits,
             self.d_type_bits,
             self.strategy,
         )
-        return True
 
-    def on_calibration_start(self, state: State, event: object, **kwargs: object) -> None:
+    def run(self, decoder: Decoder, batches: Batches) -> None:
         """Switches the quantization on; the widths are final by now.
 
         Raises:
             ValueError: naming the first linear whose width is not a multiple of group_size.
         """
-        for name, module in state.model.named_modules():
-            if not isinstance(module, QuadLinear):
-                continue
-            module.take_bias()
-            module.quantize_input = True
-            if self.group_size is not None and module.split.residual_width % self.group_size:
+        for linear in decoder.linears():
+            width = linear.module.split.residual_width
+            linear.module.quantize_input = True
+            if self.group_size is not None and width % self.group_size:
                 raise ValueError(
-                    f"group_size ({self.group_size}) must divide the residual width ({module.split.residual_width}) "
-                    f"of {name}; choose a divisor"
+                    f"group_size ({self.group_size}) must divide the residual width ({width}) of {linear.name}; choose "
+                    "a divisor"
                 )

@@ -14,21 +14,20 @@ from compressed_tensors.quantization import (
     QuantizationType,
 )
 from llmcompressor.core import State
-from llmcompressor.modifiers import Modifier
 from pydantic import Field, PrivateAttr, model_validator
 from torch import nn
 
-from quad_modifiers.modifiers.preparation import begin_own_pass, calibration_batches, prepare_model
-from quad_modifiers.nn.quad_linear import QuadLinear
-from quad_modifiers.passes.weight_pass import WeightPass
+from quad_modifiers.model.decoder import Decoder, PlacedLinear
+from quad_modifiers.modifiers.base import Batches, QuadModifier
+from quad_modifiers.passes.weight_pass import quantize_blocks
 from quad_modifiers.quantization.grid import IntegerGrid, WeightScales
-from quad_modifiers.quantization.layerwise import LinearReport, WeightQuantization
+from quad_modifiers.quantization.group import LinearReport, WeightQuantization
 from quad_modifiers.reporting import layer_progress, table
 
 logger = logging.getLogger(__name__)
 
 
-class OutlierSplitGPTQ(Modifier):
+class OutlierSplitGPTQ(QuadModifier):
     """Quantizes the residual weights with GPTQ (arXiv 2210.17323) or by rounding to nearest.
 
     The full-precision outlier columns take part in the Hessian, come last, and absorb error. The Hessian is that of the
@@ -36,9 +35,7 @@ class OutlierSplitGPTQ(Modifier):
 
     Lifecycle:
 
-    - on_initialize
-        - wrap the linears
-    - on_calibration_start
+    - run
         - block by block: moments of the inputs, quantization, propagation
     - on_finalize
         - log the table of errors
@@ -59,7 +56,7 @@ class OutlierSplitGPTQ(Modifier):
         ignore: module names, or "re:" patterns, that stay in full precision.
     """
 
-    recipe_role: ClassVar[str] = "quantize_weights"
+    recipe_role: ClassVar[str | None] = "quantize_weights"
 
     method: Literal["gptq", "rtn"] = "gptq"
     bits: Literal[2, 4, 8] = 4
@@ -83,24 +80,15 @@ class OutlierSplitGPTQ(Modifier):
     _reports: list[LinearReport] = PrivateAttr(default_factory=list)
     _seconds: float = PrivateAttr(default=0.0)
 
-    def on_initialize(self, state: State, **kwargs: Any) -> bool:
-        """Checks the model and wraps its linears."""
-        prepare_model(state.model)
-        return True
-
-    @torch.no_grad()
-    def on_calibration_start(self, state: State, event: object, **kwargs: Any) -> None:
+    def run(self, decoder: Decoder, batches: Batches) -> None:
         """Quantizes the model block by block."""
-        begin_own_pass(state.model)
-        model = state.model
-        architecture = prepare_model(model)
-        self._check_widths(model)
-        batches = calibration_batches(state) if self.method == "gptq" else None
+        self._check_widths(decoder)
+        data = batches() if self.method == "gptq" else None
         logger.info("OutlierSplitGPTQ: %s, %d bits, %s", self.method, self.bits, self._granularity())
         start = time.perf_counter()
-        weight_pass = WeightPass(model, architecture, batches, self._settings(), self._freeze, self._is_ignored)
-        for index in layer_progress(range(len(weight_pass.layers)), "quantizing"):
-            self._reports += weight_pass.run(index)
+        done = quantize_blocks(decoder, data, self._settings(), self._freeze, self._is_ignored)
+        for _ in layer_progress(decoder.blocks, "quantizing"):
+            self._reports += next(done)
         self._seconds = time.perf_counter() - start
 
     def on_finalize(self, state: State, **kwargs: Any) -> bool:
@@ -147,17 +135,17 @@ class OutlierSplitGPTQ(Modifier):
             for pattern in self.ignore
         )
 
-    def _check_widths(self, model: nn.Module) -> None:
-        for name, module in model.named_modules():
-            if isinstance(module, QuadLinear) and not self._is_ignored(name):
+    def _check_widths(self, decoder: Decoder) -> None:
+        for linear in decoder.linears():
+            if not self._is_ignored(linear.name):
                 try:
-                    IntegerGrid(self.bits, self.group_size).groups(module.split.residual_width)
+                    IntegerGrid(self.bits, self.group_size).groups(linear.module.split.residual_width)
                 except ValueError as error:
-                    raise ValueError(f"{name}: {error}") from error
+                    raise ValueError(f"{linear.name}: {error}") from error
 
-    def _freeze(self, linear: QuadLinear, scales: WeightScales) -> None:
+    def _freeze(self, linear: PlacedLinear, scales: WeightScales) -> None:
         """Stores the scales beside the residual weight, in the terms of compressed-tensors."""
-        residual = linear.residual
+        residual = linear.module.residual
         dtype = residual.weight.dtype
         residual.weight_scale = nn.Parameter(scales.scale.to(dtype), requires_grad=False)
         if not self.symmetric:

@@ -3,12 +3,12 @@
 from dataclasses import dataclass
 
 import torch
-from torch import nn
 
 from quad_modifiers.linalg import StreamingGram
-from quad_modifiers.model.architecture import Architecture
+from quad_modifiers.model.decoder import Block, Decoder, PlacedGroup
 from quad_modifiers.model.geometry import ModelGeometry
-from quad_modifiers.passes.blockwise import BlockSegments, first_block_inputs, in_float32
+from quad_modifiers.passes.calibration_stream import CalibrationBatch, first_block_inputs, in_float32
+from quad_modifiers.passes.runners import runner_of
 from quad_modifiers.reporting import layer_progress
 
 
@@ -18,13 +18,14 @@ class ActivationStatistics:
 
     Attributes:
         residual: mean of x^T x / rms(x)^2 over all norms that feed quantized linears, `[hidden, hidden]`.
-        heads: per layer, second moment of the o_proj input per key-value head, `[kv_heads, head_dim, head_dim]`.
-        mlp: per layer, energy (sum of squares) of each down_proj input channel, `[intermediate]`.
+        heads: second moment of what each writer of values reads, per key-value head, `[kv_heads, head_dim, head_dim]`,
+            by the path of its parent.
+        channels: energy (sum of squares) of each channel that a writer reads, `[channels]`, by the path of its parent.
     """
 
     residual: torch.Tensor
-    heads: list[torch.Tensor]
-    mlp: list[torch.Tensor]
+    heads: dict[str, torch.Tensor]
+    channels: dict[str, torch.Tensor]
 
 
 def _normalized(hidden: torch.Tensor, eps: float) -> torch.Tensor:
@@ -33,48 +34,63 @@ def _normalized(hidden: torch.Tensor, eps: float) -> torch.Tensor:
 
 
 @torch.no_grad()
-def collect_statistics(
-    model: nn.Module,
-    architecture: Architecture,
-    batches: list[dict[str, torch.Tensor]],
-    geometry: ModelGeometry,
-) -> ActivationStatistics:
+def collect_statistics(decoder: Decoder, batches: list[dict[str, torch.Tensor]]) -> ActivationStatistics:
     """Streams the calibration batches through the model, one block at a time.
 
     Args:
-        model: in its original basis.
-        architecture: names of its parts.
+        decoder: in its original basis.
         batches: `input_ids` and optional `attention_mask`.
-        geometry: sizes of the model.
 
     Raises:
         ValueError: naming the layer in which an activation is NaN or infinite.
     """
-    stream = first_block_inputs(model, architecture, batches)
+    geometry = decoder.geometry
+    stream = first_block_inputs(decoder, batches)
     residual = StreamingGram(geometry.hidden, stream[0].hidden.device)
-    heads, mlp = [], []
-    layers = list(model.get_submodule(architecture.layers).children())
-    for index, layer in enumerate(layer_progress(layers, "calibrating")):
-        head_grams = [StreamingGram(geometry.head_dim, residual.total.device) for _ in range(geometry.kv_heads)]
-        energy = torch.zeros(geometry.intermediate, dtype=torch.float64, device=residual.total.device)
+    heads: dict[str, torch.Tensor] = {}
+    channels: dict[str, torch.Tensor] = {}
+    for block in layer_progress(decoder.blocks, "calibrating"):
+        moments = _BlockMoments(geometry, residual)
         try:
-            with in_float32(layer):
-                segments = BlockSegments(layer, architecture)
-                for batch in stream:
-                    seen = segments.forward(batch.hidden, batch.arguments[index])
-                    residual.add(batch.tokens(_normalized(batch.hidden, geometry.eps)))
-                    residual.add(batch.tokens(_normalized(seen["middle"], geometry.eps)))
-                    values = batch.tokens(seen["attention_core"]).unflatten(
-                        -1, (geometry.kv_heads, -1, geometry.head_dim)
-                    )
-                    for head, gram in enumerate(head_grams):
-                        gram.add(values[:, head])
-                    energy += batch.tokens(seen["mlp_core"]).double().square().sum(0)
-                    if not torch.isfinite(seen["output"]).all():  # no norm comes after the last block
-                        raise ValueError("its output is NaN or infinite")
-                    batch.hidden = seen["output"]
+            with in_float32(block.module):
+                _run(decoder, block, stream, moments)
         except ValueError as error:
-            raise ValueError(f"layer {index}: {error}") from error
-        heads.append(torch.stack([gram.mean() for gram in head_grams]))
-        mlp.append(energy)
-    return ActivationStatistics(residual.mean(), heads, mlp)
+            raise ValueError(f"layer {block.index}: {error}") from error
+        heads |= {path: torch.stack([gram.mean() for gram in grams]) for path, grams in moments.heads.items()}
+        channels |= moments.channels
+    return ActivationStatistics(residual.mean(), heads, channels)
+
+
+def _run(decoder: Decoder, block: Block, stream: list[CalibrationBatch], moments: "_BlockMoments") -> None:
+    runner = runner_of(block, decoder.architecture)
+    for batch in stream:
+        moments.batch = batch
+        batch.hidden = runner.run(batch.hidden, batch.arguments[block.index], moments.see, moments.see_stream)
+        if not torch.isfinite(batch.hidden).all():  # no norm comes after the last block
+            raise ValueError("its output is NaN or infinite")
+
+
+class _BlockMoments:
+    """Sums over the batches of one block."""
+
+    batch: CalibrationBatch
+
+    def __init__(self, geometry: ModelGeometry, residual: StreamingGram) -> None:
+        self.geometry, self.residual = geometry, residual
+        self.heads: dict[str, list[StreamingGram]] = {}
+        self.channels: dict[str, torch.Tensor] = {}
+
+    def see_stream(self, group: PlacedGroup, hidden: torch.Tensor) -> None:
+        """Adds the stream that enters a norm."""
+        self.residual.add(self.batch.tokens(_normalized(hidden, self.geometry.eps)))
+
+    def see(self, group: PlacedGroup, x: torch.Tensor) -> None:
+        """Adds the input of a writer."""
+        if group.group.reads == "values":
+            values = self.batch.tokens(x).unflatten(-1, (self.geometry.kv_heads, -1, self.geometry.head_dim))
+            new = [StreamingGram(self.geometry.head_dim, x.device) for _ in range(self.geometry.kv_heads)]
+            for head, gram in enumerate(self.heads.setdefault(group.path, new)):
+                gram.add(values[:, head])
+        elif group.group.reads == "channels":
+            energy = self.batch.tokens(x).double().square().sum(0)
+            self.channels[group.path] = self.channels.get(group.path, torch.zeros_like(energy)) + energy

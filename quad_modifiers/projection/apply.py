@@ -1,70 +1,51 @@
-"""Rewrites a model into the outlier basis without changing its function.
+"""Rewrites a model into another basis without changing its function.
 
 All products are computed in float64 and cast back once. With c = sqrt((d + r) / d) (1 in the square basis) the stream
 becomes c x Q, so that a stock RMSNorm over d + r coordinates, with the original eps and a weight of ones, returns
 c x Q / rms(x): writers are multiplied by c, readers divided by it. docs/concepts/projection.md has the derivation.
 """
 
+from collections.abc import Iterator
+
 import torch
-from quad_kernels import split_input
+from quad_kernels import InputSplit, split_input
 from torch import nn
 
-from quad_modifiers.model.architecture import Architecture
-from quad_modifiers.nn.input_split import InputSplit
+from quad_modifiers.model.architecture import Space
+from quad_modifiers.model.decoder import Block, Decoder, PlacedGroup, PlacedLinear
 from quad_modifiers.nn.quad_linear import QuadLinear
+from quad_modifiers.projection.plan import Projection, ResidualBasis
+from quad_modifiers.reporting import layer_progress
 
 
-def _double(parameter: torch.Tensor) -> torch.Tensor:
-    return parameter.detach().double()
-
-
-def _set(module: nn.Module, name: str, value: torch.Tensor) -> None:
-    """Replaces a parameter, keeping its dtype and device."""
-    reference = getattr(module, name)
-    setattr(module, name, nn.Parameter(value.to(reference), requires_grad=False))
-
-
-def untie_head(model: nn.Module, architecture: Architecture) -> None:
-    """Gives the head its own weight if it shares the embedding's; the config says so afterwards."""
-    head, embedding = (model.get_submodule(p) for p in (architecture.head, architecture.embedding))
-    if head.weight is embedding.weight:
-        head.weight = nn.Parameter(embedding.weight.detach().clone(), requires_grad=False)
-    model.config.tie_word_embeddings = False
-
-
-class ResidualBasis:
-    """The change of basis of the residual stream.
+@torch.no_grad()
+def apply_projection(decoder: Decoder, projection: Projection) -> None:
+    """Rewrites every weight of the model in place; the config says the new width afterwards.
 
     Args:
-        basis: Q, `[d, width]`, Q Q^T = I, outlier coordinates first.
-        rank: r.
+        decoder: the model, its linears wrapped in `QuadLinear` pass-throughs.
+        projection: the plan.
     """
-
-    def __init__(self, basis: torch.Tensor, rank: int) -> None:
-        self.basis = basis
-        self.rank = rank
-        self.width = basis.shape[1]
-        self.gain = (basis.shape[1] / basis.shape[0]) ** 0.5
-
-    def read(self, weight: torch.Tensor, norm: torch.Tensor) -> torch.Tensor:
-        """Weight of a reader of the normalized stream: W diag(norm) Q / c, `[out, width]`."""
-        basis = self.basis.to(weight.device)
-        return (_double(weight) * _double(norm)) @ basis / self.gain
-
-    def write(self, weight: torch.Tensor) -> torch.Tensor:
-        """Weight of a writer to the stream: c Q^T W, `[width, in]`."""
-        return self.gain * (self.basis.to(weight.device).T @ _double(weight))
-
-    def write_bias(self, bias: torch.Tensor | None) -> torch.Tensor | None:
-        """Bias of a writer, `[width]`."""
-        return None if bias is None else self.gain * (self.basis.to(bias.device).T @ _double(bias))
+    geometry, config = decoder.geometry, decoder.model.config  # the sizes of before are read before they change
+    _untie_head(decoder)
+    _project_ends(decoder, projection.residual)
+    for block in layer_progress(decoder.blocks, "projecting"):
+        _project_block(block, projection, geometry.sizes())
+    config.hidden_size = projection.residual.width
+    config.head_dim = geometry.head_dim
 
 
-def project_ends(model: nn.Module, architecture: Architecture, basis: ResidualBasis) -> None:
+def _untie_head(decoder: Decoder) -> None:
+    """Gives the head its own weight if it shares the embedding's; the config says so afterwards."""
+    head, embedding = decoder.head, decoder.embedding
+    if head.weight is embedding.weight:
+        head.weight = nn.Parameter(embedding.weight.detach().clone(), requires_grad=False)
+    decoder.model.config.tie_word_embeddings = False
+
+
+def _project_ends(decoder: Decoder, basis: ResidualBasis) -> None:
     """Rewrites embedding, final norm and head."""
-    embedding = model.get_submodule(architecture.embedding)
-    head = model.get_submodule(architecture.head)
-    norm = model.get_submodule(architecture.final_norm)
+    embedding, head, norm = decoder.embedding, decoder.head, decoder.final_norm
     _set(head, "weight", basis.read(head.weight, norm.weight))
     head.in_features = basis.width
     _set(embedding, "weight", basis.write(embedding.weight.T).T.contiguous())
@@ -72,61 +53,69 @@ def project_ends(model: nn.Module, architecture: Architecture, basis: ResidualBa
     _set(norm, "weight", torch.ones(basis.width))
 
 
-def project_layer(
-    layer: nn.Module,
-    architecture: Architecture,
-    basis: ResidualBasis,
-    heads: torch.Tensor,
-    head_split: InputSplit,
-    mlp_order: torch.Tensor,
-    mlp_split: InputSplit,
-) -> None:
-    """Rewrites one decoder block.
+def _project_block(block: Block, projection: Projection, sizes: dict[Space, int]) -> None:
+    for group in block.groups:
+        for linear in group.linears:
+            if group.group.reads == "stream":
+                _project_reader(group, linear, projection, sizes)
+            else:
+                _project_writer(group, linear, projection)
+    for norm in block.norms():  # after every group that reads it
+        _set(norm, "weight", torch.ones(projection.residual.width))
 
-    Args:
-        layer: the block; its linears are `QuadLinear` pass-throughs.
-        architecture: names of its parts.
-        basis: change of basis of the residual stream.
-        heads: rotation of the values of each key-value head, `[kv_heads, head_dim, head_dim]`, float64.
-        head_split: split of the o_proj input.
-        mlp_order: permutation of the MLP channels, outlier channels first, `[intermediate]`.
-        mlp_split: split of the down_proj input.
-    """
-    attention, mlp = layer.get_submodule(architecture.attention), layer.get_submodule(architecture.mlp)
-    split = InputSplit(basis.width, basis.rank)
-    for parent, norm_name, names in (
-        (attention, architecture.attention_norm, architecture.attention_inputs),
-        (mlp, architecture.mlp_norm, architecture.mlp_inputs),
-    ):
-        norm = layer.get_submodule(norm_name)
-        for name in names:
-            linear = parent.get_submodule(name)
-            weight, bias = basis.read(linear.residual.weight, norm.weight), linear.bias
-            if name == architecture.value:
-                weight, bias = _rotate_heads_out(weight, heads), None if bias is None else _rotate_bias(bias, heads)
-            if names == architecture.mlp_inputs:
-                weight, bias = weight[mlp_order], None if bias is None else bias[mlp_order]
-            _install(linear, split, weight, bias)
-        _set(norm, "weight", torch.ones(basis.width))
-    output = attention.get_submodule(architecture.attention_output)
-    _install(
-        output, head_split, _rotate_heads_in(basis.write(output.residual.weight), heads), basis.write_bias(output.bias)
-    )
-    output = mlp.get_submodule(architecture.mlp_output)
-    _install(output, mlp_split, basis.write(output.residual.weight)[:, mlp_order], basis.write_bias(output.bias))
+
+def _project_reader(group: PlacedGroup, linear: PlacedLinear, projection: Projection, sizes: dict[Space, int]) -> None:
+    basis, module, norm = projection.residual, linear.module, group.norm
+    assert norm is not None
+    if not group.group.quantized:
+        _set(module, "weight", basis.read(module.weight, norm.weight))
+        module.in_features = basis.width
+        return
+    weight, bias = basis.read(module.residual.weight, norm.weight), module.bias
+    weight = _new_rows(weight, linear, group.path, projection, sizes)
+    if bias is not None:
+        bias = _new_rows(bias.detach().double().unsqueeze(1), linear, group.path, projection, sizes).squeeze(1)
+    _install(module, projection.split("stream"), weight, bias)
+
+
+def _new_rows(
+    tensor: torch.Tensor, linear: PlacedLinear, path: str, projection: Projection, sizes: dict[Space, int]
+) -> torch.Tensor:
+    """Output channels `[out, n]` in the new basis: values rotated head by head, channels in their new order."""
+    spaces = linear.member.produces
+    if not {"values", "channels"} & set(spaces):
+        return tensor
+
+    def changed() -> Iterator[torch.Tensor]:
+        start = 0
+        for space in spaces:
+            size = len(projection.orders[path]) if space == "channels" else sizes[space]
+            rows = tensor[start : start + size]
+            start += size
+            if space == "values":
+                rows = _rotate_heads_out(rows, projection.heads[path])
+            yield rows[projection.orders[path].to(rows.device)] if space == "channels" else rows
+
+    return torch.cat(list(changed()))
+
+
+def _project_writer(group: PlacedGroup, linear: PlacedLinear, projection: Projection) -> None:
+    basis, module = projection.residual, linear.module
+    weight = basis.write(module.residual.weight)
+    if group.group.reads == "values":
+        weight = _rotate_heads_in(weight, projection.heads[group.path])
+    else:
+        weight = weight[:, projection.orders[group.path].to(weight.device)]
+    _install(module, projection.split(group.group.reads), weight, basis.write_bias(module.bias))
 
 
 def _rotate_heads_out(weight: torch.Tensor, heads: torch.Tensor) -> torch.Tensor:
-    """Rows of v_proj: each key-value head's values v become v R."""
+    """Rows that make values: each key-value head's values v become v R."""
     return (heads.to(weight.device).transpose(1, 2) @ weight.unflatten(0, (heads.shape[0], -1))).flatten(0, 1)
 
 
-def _rotate_bias(bias: torch.Tensor, heads: torch.Tensor) -> torch.Tensor:
-    return _rotate_heads_out(_double(bias).unsqueeze(1), heads).squeeze(1)
-
-
 def _rotate_heads_in(weight: torch.Tensor, heads: torch.Tensor) -> torch.Tensor:
-    """Columns of o_proj: each query head reads v R, so W becomes W R."""
+    """Columns that read values: each query head reads v R, so W becomes W R."""
     kv_heads, head_dim, _ = heads.shape
     columns = weight.unflatten(1, (kv_heads, -1, head_dim))
     return torch.einsum("okgd,kde->okge", columns, heads.to(weight.device)).flatten(1)
@@ -137,3 +126,9 @@ def _install(linear: QuadLinear, split: InputSplit, weight: torch.Tensor, bias: 
     # split is orthogonal on its range: outlier columns are picked, the residual keeps zeros and is rotated.
     outlier, residual = split_input(weight, split)
     linear.set_weights(split, residual, outlier, bias)
+
+
+def _set(module: nn.Module, name: str, value: torch.Tensor) -> None:
+    """Replaces a parameter, keeping its dtype and device."""
+    reference = getattr(module, name)
+    setattr(module, name, nn.Parameter(value.to(reference), requires_grad=False))

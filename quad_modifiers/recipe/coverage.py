@@ -1,6 +1,6 @@
 """Which linears of a decoder a modifier would reach, told from its `targets` and `ignore` without a model.
 
-The names are those of the supported architectures. After a projection, a linear that reads the residual
+The names are those of the known architectures. After a projection, a linear that reads the residual
 stream is a container whose children `outlier` and `residual` are linears.
 """
 
@@ -10,42 +10,59 @@ import functools
 from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
+from quad_modifiers.model.architecture import Architecture
+from quad_modifiers.plugins.contributions import architectures
+
 if TYPE_CHECKING:
     from compressed_tensors.quantization import QuantizationScheme
     from llmcompressor.modifiers import Modifier
 
-U_TYPE = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "mlp.gate_proj", "mlp.up_proj")
-D_TYPE = ("self_attn.o_proj", "mlp.down_proj")
 LAYERS = 64
 """Layers in the sample; targets that name one layer beyond it are taken to reach nothing."""
 
 
+def linear_names(roles: Iterable[str] | None = None, child: str = "") -> tuple[str, ...]:
+    """Returns the names of linears in every layer of every known architecture, or of their children `child`.
+
+    Args:
+        roles: those wanted, such as "down_proj"; all by default.
+        child: name of a child of the containers that a projection makes.
+    """
+    return _linear_names(tuple(architectures().values()), None if roles is None else frozenset(roles), child)
+
+
 @functools.cache
-def layer_names(roles: tuple[str, ...], child: str = "") -> tuple[str, ...]:
-    """Return the names of the given linears in every layer, or of their children `child`."""
+def _linear_names(known: tuple[Architecture, ...], roles: frozenset[str] | None, child: str) -> tuple[str, ...]:
     end = f".{child}" if child else ""
-    return tuple(f"model.layers.{layer}.{role}{end}" for layer in range(LAYERS) for role in roles)
+    paths = dict.fromkeys(
+        (architecture.layers, f"{group.parent}.{member.name}".replace("*", "0"))
+        for architecture in known
+        for group, member in architecture.quantized_members()
+        if roles is None or member.role in roles
+    )
+    return tuple(f"{layers}.{layer}.{path}{end}" for layer in range(LAYERS) for layers, path in paths)
 
 
-@functools.cache
 def weight_names() -> tuple[str, ...]:
-    """Return the names of the linears that hold the weights to quantize, in containers or not, and `lm_head`."""
-    return (*layer_names(U_TYPE + D_TYPE), *layer_names(U_TYPE + D_TYPE, "residual"), "lm_head")
+    """Returns the names of the linears that hold the weights to quantize, in containers or not, and of the heads."""
+    heads = dict.fromkeys(architecture.head for architecture in architectures().values())
+    return (*linear_names(), *linear_names(child="residual"), *heads)
 
 
 def outlier_names(projection: Modifier) -> tuple[str, ...]:
-    """Return the names of the full-precision outlier linears that a projection adds.
+    """Returns the names of the full-precision outlier linears that a projection adds.
 
-    `rank` above zero adds them to U-type linears, `down_proj_rank` to down_proj, and so on; a projection with
-    no field of that kind is taken to add them to U-type linears.
+    `rank` above zero adds them to the linears that read the stream, `down_proj_rank` to down_proj, and so on; a
+    projection with no field of that kind is taken to add them to the readers of the stream.
     """
     ranks = [name for name in type(projection).model_fields if name == "rank" or "_rank" in name]
-    roles: tuple[str, ...] = () if ranks and not getattr(projection, "rank", 0) else U_TYPE
-    for role in D_TYPE:
-        linear = role.rpartition(".")[2]
-        if any(name.startswith(f"{linear}_rank") and getattr(projection, name) for name in ranks):
-            roles += (role,)
-    return layer_names(roles, "outlier")
+    groups = {role: group for known in architectures().values() for role, group in known.roles().items()}
+    readers = {role for role, group in groups.items() if group.reads == "stream"}
+    roles = set() if ranks and not getattr(projection, "rank", 0) else readers
+    for role in set(groups) - readers:
+        if any(name.startswith(f"{role}_rank") and getattr(projection, name) for name in ranks):
+            roles.add(role)
+    return linear_names(roles, "outlier")
 
 
 def matching(names: Iterable[str], targets: Iterable[str], ignore: Iterable[str]) -> set[str]:
@@ -67,9 +84,9 @@ def matching_containers(targets: Iterable[str], ignore: Iterable[str]) -> set[st
     from compressed_tensors.utils.match import is_match
 
     container, ignore = torch.nn.Module(), list(ignore)
-    residual = layer_names(U_TYPE + D_TYPE, "residual")
+    residual = linear_names(child="residual")
     own = [target for target in targets if not matching(residual, [target], [])]
-    return {name for name in layer_names(U_TYPE + D_TYPE) if is_match(name, container, own, ignore)}
+    return {name for name in linear_names() if is_match(name, container, own, ignore)}
 
 
 def stock_schemes(modifier: Modifier) -> list[QuantizationScheme]:
@@ -89,6 +106,6 @@ def covered(modifier: Modifier, part: str, names: tuple[str, ...]) -> set[str]:
     if isinstance(modifier, QuantizationMixin):
         targets = [target for each in stock_schemes(modifier) if getattr(each, part) for target in each.targets]
         return matching(names, targets, ignore or [])
-    if ignore is None:  # ours: without the field, lm_head is not touched
-        ignore = ["lm_head"]
+    if ignore is None:
+        ignore = list(getattr(type(modifier), "ignored_by_default", ("lm_head",)))
     return matching(names, getattr(modifier, "targets", None) or ["Linear"], ignore)

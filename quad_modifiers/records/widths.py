@@ -1,10 +1,11 @@
 """Bits of a checkpoint's weights and inputs, by linear and as a tag such as "w4a4a8"."""
 
-from quad_modifiers.checkpoint.format import LinearFormat, read_format
+from quad_modifiers.checkpoint.format import LinearFormat, QuadFormat, read_format
+from quad_modifiers.model.architecture import Architecture, Group
+from quad_modifiers.plugins import architectures
 from quad_modifiers.records.inventory import Inventory
 
-ROLES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")  # in the order of a block
-D_TYPE = ("o_proj", "down_proj")  # write the residual stream; the others read it
+_BLOCK = Architecture("").roles()  # for models whose architecture no installed plugin knows
 
 
 def width_tags(inventory: Inventory) -> list[str]:
@@ -12,16 +13,23 @@ def width_tags(inventory: Inventory) -> list[str]:
     if inventory.quad is None:
         pairs = group_bits(inventory)
         return [f"w{pairs[0][0]}a{pairs[0][1]}"] if len(set(pairs)) == 1 else []
-    linears = read_format(inventory.quad).linears
+    quad = read_format(inventory.quad)
+    linears, groups = quad.linears, groups_of_roles(quad)
     weights = {weight_bits(linear) for linear in linears.values()}
     inputs = [
-        {input_bits(linear) for role, linear in linears.items() if (role in D_TYPE) == d_type}
+        {input_bits(linear) for role, linear in linears.items() if groups[role].writes_stream == d_type}
         for d_type in (False, True)
     ]
     if len(weights) != 1 or any(len(bits) != 1 for bits in inputs):
         return []
     u_type, d_type = (bits.pop() for bits in inputs)
     return [f"w{weights.pop()}a{u_type}" + ("" if u_type == d_type else f"a{d_type}")]
+
+
+def groups_of_roles(quad: QuadFormat) -> dict[str, Group]:
+    """Returns the group of each role of a checkpoint, in the order in which a block runs them."""
+    known = architectures().get(quad.base_model_type)
+    return _BLOCK if known is None else known.roles()
 
 
 def weight_bits(linear: LinearFormat) -> int:

@@ -14,6 +14,7 @@ from quad_modifiers.checkpoint.format import LinearFormat, QuadFormat
 from quad_modifiers.checkpoint.models import quad_model_type
 from quad_modifiers.checkpoint.tables import install_tables
 from quad_modifiers.model.architecture import Architecture
+from quad_modifiers.model.decoder import Decoder, PlacedLinear
 from quad_modifiers.nn.packed_table import PackedTable
 
 _LISTED = 5  # tensors named in one error message
@@ -75,29 +76,27 @@ def expected_tensors(config: Any, quad: QuadFormat, known: dict[str, Architectur
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
         dtype = model.dtype
-        install_tables(model, architecture, quad)
+        decoder = Decoder(model, architecture)
+        install_tables(decoder, quad)
     tied = set(getattr(model, "_tied_weights_keys", None) or ()) if config.tie_word_embeddings else set()
     specs = {
         name: TensorSpec(tuple(tensor.shape), tensor.dtype)
         for name, tensor in model.state_dict().items()
         if name not in tied
     }
-    for path in (architecture.embedding, architecture.head):
-        table = model.get_submodule(path)
+    for path, table in ((architecture.embedding, decoder.embedding), (architecture.head, decoder.head)):
         if isinstance(table, PackedTable):
             specs[f"{path}.weight_shape"] = TensorSpec((2,), torch.int64, (table.rows, table.columns))
-    for index in range(len(model.get_submodule(architecture.layers))):
-        for path in architecture.linear_paths():
-            name = f"{architecture.layers}.{index}.{path}"
-            linear = _described(quad, name, model.get_submodule(name))
-            specs.pop(f"{name}.weight")
-            specs.pop(f"{name}.bias", None)
-            specs |= {f"{name}.{suffix}": spec for suffix, spec in linear_tensors(linear, dtype).items()}
+    for place in decoder.linears():
+        name, linear = place.name, _described(quad, place)
+        specs.pop(f"{name}.weight")
+        specs.pop(f"{name}.bias", None)
+        specs |= {f"{name}.{suffix}": spec for suffix, spec in linear_tensors(linear, dtype).items()}
     return specs
 
 
-def _described(quad: QuadFormat, name: str, stock: Any) -> LinearFormat:
-    role = name.rpartition(".")[2]
+def _described(quad: QuadFormat, place: PlacedLinear) -> LinearFormat:
+    role, name, stock = place.role, place.name, place.module
     linear = quad.linears.get(role)
     if linear is None:
         raise ValueError(f"the checkpoint does not describe {role}; its quantization_config is damaged")

@@ -40,8 +40,8 @@ def no_work(monkeypatch: pytest.MonkeyPatch) -> None:
         pytest.fail("the long work was started")
 
     monkeypatch.setattr("quad_modifiers.modifiers.svd_outlier_projection.collect_statistics", started)
-    monkeypatch.setattr("quad_modifiers.modifiers.outlier_split_gptq.WeightPass", started)
-    monkeypatch.setattr("quad_modifiers.modifiers.svd_outlier_projection.project_ends", started)
+    monkeypatch.setattr("quad_modifiers.modifiers.outlier_split_gptq.quantize_blocks", started)
+    monkeypatch.setattr("quad_modifiers.modifiers.svd_outlier_projection.apply_projection", started)
 
 
 @pytest.fixture

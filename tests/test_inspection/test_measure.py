@@ -9,7 +9,7 @@ import torch
 from quad_kernels import InputQuantization, RMSNorm, fake_quantize
 
 from quad_modifiers.model.architecture import Architecture
-from quad_modifiers.model.geometry import ModelGeometry
+from quad_modifiers.model.decoder import Decoder
 from quad_modifiers.nn.quad_linear import QuadLinear
 from quad_modifiers.passes.statistics import collect_statistics
 from quad_modifiers.tools.evaluation import perplexity
@@ -23,6 +23,10 @@ from quad_modifiers.tools.inspection.measure.weights import RoundedWeights, meas
 LLAMA = Architecture("llama")
 
 
+def decoder(model) -> Decoder:
+    return Decoder(model, LLAMA)
+
+
 def wrapped(model):
     """The model with pass-through containers, as the modifiers make them."""
     for layer in model.model.layers:
@@ -34,18 +38,18 @@ def wrapped(model):
 
 class TestSpectrum:
     def test_is_that_of_the_projection(self, make_toy, windows, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr("quad_modifiers.passes.blockwise._fast_bfloat16", lambda _: False)
+        monkeypatch.setattr("quad_modifiers.passes.calibration_stream.fast_bfloat16", lambda _: False)
         model = make_toy("llama")
-        statistics = collect_statistics(model, LLAMA, [{"input_ids": w} for w in windows], ModelGeometry.of(model))
+        statistics = collect_statistics(decoder(model), [{"input_ids": w} for w in windows])
         expected = torch.linalg.eigvalsh(statistics.residual).flip(0)
-        found = measure_spectrum(model, LLAMA, windows, windows[0], 64, 8)
+        found = measure_spectrum(decoder(model), windows, windows[0], 64, 8)
         torch.testing.assert_close(
             torch.tensor(found.energy), (expected / expected.sum()).float(), rtol=1e-3, atol=1e-6
         )
         assert found.tokens == 6 * 48 * 2 * 2  # windows, tokens, norms, blocks
 
     def test_energy_rises_to_one(self, make_toy, windows) -> None:
-        found = measure_spectrum(make_toy("llama"), LLAMA, windows, windows[0], 64, 8)
+        found = measure_spectrum(decoder(make_toy("llama")), windows, windows[0], 64, 8)
         held = [found.held_by(rank) for rank in range(65)]
         assert held[0] == 0
         assert all(one <= other for one, other in pairwise(held))
@@ -70,7 +74,7 @@ class TestSpectrum:
 class TestInputs:
     def test_of_the_first_input(self, make_toy, windows) -> None:
         model = make_toy("llama")
-        rows = measure_inputs(model, LLAMA, windows[:2], "before")
+        rows = measure_inputs(decoder(model), windows[:2], "before")
         assert [(row.layer, row.group) for row in rows[:5]] == [
             (0, "qkv"),
             (0, "o"),
@@ -90,7 +94,7 @@ class TestInputs:
 
     def test_surface_keeps_every_peak(self, make_toy, windows) -> None:
         model = make_toy("llama")
-        for surface in measure_surfaces(model, LLAMA, windows[0], [1], "before"):
+        for surface in measure_surfaces(decoder(model), windows[0], [1], "before"):
             assert surface.outliers == 0
             assert (surface.layer, surface.tokens) == (1, 48)
             assert surface.channels == {"qkv": 64, "down": 128}[surface.group]
@@ -106,7 +110,7 @@ class TestInputs:
 def test_weight_rows(make_toy, windows) -> None:
     model = wrapped(make_toy("llama"))
     rounded = RoundedWeights()
-    rows = measure_weights(model, LLAMA, windows[0], rounded, "before")
+    rows = measure_weights(decoder(model), windows[0], rounded, "before")
     assert len(rows) == 14
     assert [row.role for row in rows[:7]] == [path.rpartition(".")[2] for path in LLAMA.linear_paths()]
     linear = model.model.layers[0].mlp.down_proj
@@ -123,7 +127,7 @@ def test_weights_of_zeros_have_no_error(make_toy, windows) -> None:
     model = wrapped(make_toy("llama"))
     with torch.no_grad():
         model.model.layers[1].self_attn.o_proj.residual.weight.zero_()
-    rows = measure_weights(model, LLAMA, windows[0], RoundedWeights(), "before")
+    rows = measure_weights(decoder(model), windows[0], RoundedWeights(), "before")
     (row,) = [row for row in rows if (row.layer, row.role) == (1, "o_proj")]
     assert (row.weight_error, row.output_error) == (0, 0)
 
@@ -131,17 +135,18 @@ def test_weights_of_zeros_have_no_error(make_toy, windows) -> None:
 class TestLoss:
     def test_reference_is_the_perplexity(self, make_toy, windows) -> None:
         model = make_toy("llama")
-        reference = Reference.of(model, LLAMA, windows)
+        reference = Reference.of(decoder(model), windows)
         assert reference.perplexity == pytest.approx(perplexity(model, windows, progress=False).value, rel=1e-6)
 
     def test_unchanged_model_loses_nothing(self, make_toy, windows) -> None:
-        row = LossMeter(make_toy("llama"), LLAMA, windows, "before").row("nothing", "inputs and weights", "")
+        row = LossMeter(decoder(make_toy("llama")), windows, "before").row("nothing", "inputs and weights", "")
         assert row.divergence == pytest.approx(0, abs=1e-6)
         assert row.loss == pytest.approx(0, abs=1e-6)
 
     def test_divergence(self, make_toy, windows) -> None:
         model, other = make_toy("llama"), make_toy("llama", seed=1)
-        row = LossMeter(other, LLAMA, windows, "after", Reference.of(model, LLAMA, windows)).row("all", "weights", "4")
+        meter = LossMeter(decoder(other), windows, "after", Reference.of(decoder(model), windows))
+        row = meter.row("all", "weights", "4")
         with torch.no_grad():
             ours, theirs = (m(torch.cat(windows)).logits.double().softmax(-1) for m in (model, other))
         expected = (ours * (ours / theirs).log()).sum(-1).mean().item()
@@ -152,13 +157,13 @@ class TestLoss:
     def test_trials_leave_the_model_as_it_was(self, make_toy, windows) -> None:
         model = wrapped(make_toy("llama"))
         before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-        linears = trials.quad_linears(model, LLAMA)
-        meter, rounded = LossMeter(model, LLAMA, windows[:2], "after"), RoundedWeights()
-        everything = [*trials.input_trials(linears, LLAMA), *trials.weight_trials(linears)]
+        linears = list(decoder(model).linears())
+        meter, rounded = LossMeter(decoder(model), windows[:2], "after"), RoundedWeights()
+        everything = [*trials.input_trials(linears), *trials.weight_trials(linears)]
         rows = {(row.part, row.quantized, row.bits): row for row in (meter.trial(each, rounded) for each in everything)}
         for name, tensor in model.state_dict().items():
             torch.testing.assert_close(tensor, before[name], rtol=0, atol=0)
-        assert not any(linear.quantize_input or linear.input_quantization for *_, linear in linears)
+        assert not any(linear.module.quantize_input or linear.module.input_quantization for linear in linears)
         assert rows["all", "inputs", "8"].divergence < 0.1 * rows["all", "inputs", "4"].divergence
         assert rows["qkv", "inputs", "4"].divergence < rows["U-type", "inputs", "4"].divergence
         whole = rows["all", "inputs and weights", "4"].divergence
@@ -166,12 +171,12 @@ class TestLoss:
 
     def test_a_failure_leaves_the_model_as_it_was(self, make_toy, windows) -> None:
         model = wrapped(make_toy("llama"))
-        linears = trials.quad_linears(model, LLAMA)
-        meter = LossMeter(model, LLAMA, windows[:1], "after")
+        linears = list(decoder(model).linears())
+        meter = LossMeter(decoder(model), windows[:1], "after")
         meter.windows = [torch.full((1, 8), 10_000)]
         with pytest.raises(ValueError, match="token ids run from 10000"):
-            meter.trial(next(trials.input_trials(linears, LLAMA)))
-        assert not any(linear.quantize_input for *_, linear in linears)
+            meter.trial(next(trials.input_trials(linears)))
+        assert not any(linear.module.quantize_input for linear in linears)
 
     @pytest.mark.parametrize("layers", [1, 2, 16, 17, 30, 80])
     def test_runs_of_blocks(self, layers: int) -> None:

@@ -7,22 +7,27 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from quad_modifiers.model.architecture import Architecture
+from quad_modifiers.model.decoder import Decoder
 from quad_modifiers.tools.inspection.measure.stream import StreamMap, measure_blocks
 from quad_modifiers.tools.inspection.projected import project, projection_of
 
 LLAMA = Architecture("llama")
 
 
+def decoder(model) -> Decoder:
+    return Decoder(model, LLAMA)
+
+
 @pytest.fixture
 def projected(make_toy, windows, recipe_file):
     pytest.importorskip("llmcompressor")
     model = make_toy("llama")
-    project(model, projection_of(str(recipe_file), None), windows, None)
+    project(model, projection_of(str(recipe_file), None), windows)
     return model
 
 
 def test_map_of_a_projection(make_toy, projected) -> None:
-    found = StreamMap.fit(make_toy("llama"), projected, LLAMA)
+    found = StreamMap.fit(decoder(make_toy("llama")), decoder(projected))
     assert found.there.shape == (64, 72)
     gain = 72 / 64
     torch.testing.assert_close(found.there @ found.there.T, gain * torch.eye(64), rtol=1e-3, atol=1e-3)
@@ -30,13 +35,15 @@ def test_map_of_a_projection(make_toy, projected) -> None:
 
 
 def test_a_projection_alone_has_no_error(make_toy, projected, windows) -> None:
-    for row in measure_blocks(make_toy("llama"), projected, LLAMA, windows[:2]):
+    for row in measure_blocks(decoder(make_toy("llama")), decoder(projected), windows[:2]):
         assert max(row.accumulated, row.alone, row.alone_weights) < 1e-6
 
 
 def test_a_checkpoint_has(make_toy, make_checkpoint, windows) -> None:
     four, eight = (
-        measure_blocks(make_toy("llama"), AutoModelForCausalLM.from_pretrained(make_checkpoint(bits)), LLAMA, windows)
+        measure_blocks(
+            decoder(make_toy("llama")), decoder(AutoModelForCausalLM.from_pretrained(make_checkpoint(bits))), windows
+        )
         for bits in (4, 8)
     )
     for row in four:
@@ -48,8 +55,8 @@ def test_a_checkpoint_has(make_toy, make_checkpoint, windows) -> None:
 
 def test_another_model_is_refused(make_toy, projected, windows) -> None:
     with pytest.raises(ValueError, match=r"no change of basis .* made of another model"):
-        measure_blocks(make_toy("llama", seed=1), projected, LLAMA, windows)
+        measure_blocks(decoder(make_toy("llama", seed=1)), decoder(projected), windows)
     with pytest.raises(ValueError, match="has 3 blocks, the checkpoint 2"):
-        measure_blocks(make_toy("llama", num_hidden_layers=3), projected, LLAMA, windows)
+        measure_blocks(decoder(make_toy("llama", num_hidden_layers=3)), decoder(projected), windows)
     with pytest.raises(ValueError, match="embeds 330 tokens, the checkpoint 320"):
-        measure_blocks(make_toy("llama", vocab_size=330), projected, LLAMA, windows)
+        measure_blocks(decoder(make_toy("llama", vocab_size=330)), decoder(projected), windows)

@@ -5,17 +5,22 @@ from __future__ import annotations
 import pytest
 import torch
 
-from quad_modifiers.model.architecture import Architecture
-from quad_modifiers.model.geometry import ModelGeometry
-from quad_modifiers.passes import blockwise
-from quad_modifiers.passes.blockwise import BlockSegments, first_block_inputs
+from quad_modifiers.model.architecture import Architecture, Group, dense_block
+from quad_modifiers.model.decoder import Decoder
+from quad_modifiers.passes import calibration_stream as stream_module
+from quad_modifiers.passes.calibration_stream import first_block_inputs
+from quad_modifiers.passes.runners import HookedRunner, SegmentedRunner
 from quad_modifiers.passes.statistics import collect_statistics
 
 
 @pytest.fixture(autouse=True)
 def float32_segments(monkeypatch: pytest.MonkeyPatch) -> None:
     """Segments in bfloat16, where that is fast, could only be compared loosely."""
-    monkeypatch.setattr(blockwise, "_fast_bfloat16", lambda device: False, raising=False)
+    monkeypatch.setattr(stream_module, "fast_bfloat16", lambda device: False)
+
+
+def decoder_of(model) -> Decoder:
+    return Decoder(model, Architecture(model.config.model_type))
 
 
 def batches_of(ids: torch.Tensor) -> list[dict[str, torch.Tensor]]:
@@ -35,6 +40,7 @@ def states_of(model, ids: torch.Tensor, mask: torch.Tensor | None = None) -> lis
     return states
 
 
+@pytest.mark.parametrize("runner", [SegmentedRunner, HookedRunner])
 @pytest.mark.parametrize("padded", [False, True])
 @pytest.mark.parametrize(
     ("model_type", "overrides"),
@@ -50,7 +56,7 @@ def states_of(model, ids: torch.Tensor, mask: torch.Tensor | None = None) -> lis
         ),
     ],
 )
-def test_segments_equal_the_layers_own_forward(model_type, overrides, padded, make_toy, token_ids) -> None:
+def test_runners_equal_the_layers_own_forward(model_type, overrides, padded, runner, make_toy, token_ids) -> None:
     model = make_toy(model_type, num_hidden_layers=3, **overrides)
     ids = token_ids(2, 20)
     mask = None
@@ -60,44 +66,84 @@ def test_segments_equal_the_layers_own_forward(model_type, overrides, padded, ma
         mask[1, 13:] = 0
         batch["attention_mask"] = mask
     wanted = states_of(model, ids, mask)
-    architecture = Architecture(model_type)
-    (stream,) = first_block_inputs(model, architecture, [batch])
+    decoder = decoder_of(model)
+    (stream,) = first_block_inputs(decoder, [batch])
     torch.testing.assert_close(stream.hidden, wanted[0])
     hidden = stream.hidden
     with torch.no_grad():
-        for index, layer in enumerate(model.model.layers):
-            hidden = BlockSegments(layer, architecture).forward(hidden, stream.arguments[index])["output"]
+        for index, block in enumerate(decoder.blocks):
+            hidden = runner(block).run(hidden, stream.arguments[index], lambda group, x: None)
             torch.testing.assert_close(
                 stream.tokens(hidden), stream.tokens(wanted[index + 1]), rtol=1e-4, atol=1e-4, msg=f"layer {index}"
             )
 
 
-def test_segment_inputs_are_those_of_the_linears(make_toy, token_ids) -> None:
+@pytest.mark.parametrize("runner", [SegmentedRunner, HookedRunner])
+def test_inputs_are_those_of_the_linears(runner, make_toy, token_ids) -> None:
     model = make_toy("qwen3")
     layer = model.model.layers[0]
-    seen = {}
+    wanted, entered = {}, []
     for key, module in {
-        "attention_input": layer.self_attn.q_proj,
-        "attention_core": layer.self_attn.o_proj,
-        "mlp_input": layer.mlp.up_proj,
-        "mlp_core": layer.mlp.down_proj,
+        "qkv": layer.self_attn.q_proj,
+        "o": layer.self_attn.o_proj,
+        "gate_up": layer.mlp.up_proj,
+        "down": layer.mlp.down_proj,
     }.items():
-        module.register_forward_pre_hook(lambda _, args, key=key: seen.update({key: args[0]}))
-    (stream,) = first_block_inputs(model, Architecture("qwen3"), [{"input_ids": token_ids(2, 20)}])
+        module.register_forward_pre_hook(lambda _, args, key=key: wanted.update({key: args[0]}))
+    for norm in (layer.input_layernorm, layer.post_attention_layernorm):
+        norm.register_forward_pre_hook(lambda _, args: entered.append(args[0]))
+    decoder, got, streams = decoder_of(model), {}, {}
+    (stream,) = first_block_inputs(decoder, [{"input_ids": token_ids(2, 20)}])
     with torch.no_grad():
         model(token_ids(2, 20))
-        wanted = dict(seen)
-        got = BlockSegments(layer, Architecture("qwen3")).forward(stream.hidden, stream.arguments[0])
-    for key, tensor in wanted.items():
+        expected, norms = dict(wanted), list(entered)
+        runner(decoder.blocks[0]).run(
+            stream.hidden,
+            stream.arguments[0],
+            lambda group, x: got.update({group.group.name: x}),
+            lambda group, x: streams.update({group.group.name: x}),
+        )
+    assert list(got) == ["qkv", "o", "gate_up", "down"]
+    assert list(streams) == ["qkv", "gate_up"]
+    for key, tensor in expected.items():
         torch.testing.assert_close(got[key], tensor, rtol=1e-4, atol=1e-4)
+    for found, tensor in zip(streams.values(), norms, strict=True):
+        torch.testing.assert_close(found, tensor, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("runner", [SegmentedRunner, HookedRunner])
+def test_a_visit_moves_the_stream_past_the_changed_block(runner, make_toy, token_ids) -> None:
+    model = make_toy("llama")
+    decoder = decoder_of(model)
+    stream = first_block_inputs(decoder, batches_of(token_ids(2, 20)))
+    visited = []
+
+    def visit(group, inputs) -> None:
+        visited.append(group.group.name)
+        assert [x.shape[-1] for x in inputs] == [group.linears[0].module.in_features] * 2
+        group.linears[0].module.weight.data *= 0.5
+
+    with torch.no_grad():
+        runner(decoder.blocks[0]).visit(stream, visit)
+        wanted = states_of(model, token_ids(2, 20))[1]  # of the changed model
+    assert visited == ["qkv", "o", "gate_up", "down"]
+    torch.testing.assert_close(torch.cat([batch.hidden for batch in stream]), wanted, rtol=1e-4, atol=1e-4)
+
+
+def test_a_block_without_pairs_needs_the_hooked_runner(make_toy) -> None:
+    reader, *_, last = dense_block()
+    architecture = Architecture("llama", (reader, last, Group("r", "mlp", (), "channels")))
+    decoder = Decoder(make_toy("llama"), architecture)
+    with pytest.raises(ValueError, match=r'groups qkv, down, r, which are not pairs .* runner="hooked"'):
+        SegmentedRunner(decoder.blocks[0])
 
 
 def assert_same_statistics(left, right) -> None:
     torch.testing.assert_close(left.residual, right.residual, rtol=1e-4, atol=1e-4)
-    for mine, other in zip(left.heads, right.heads, strict=True):
-        torch.testing.assert_close(mine, other, rtol=1e-3, atol=1e-4)
-    for mine, other in zip(left.mlp, right.mlp, strict=True):
-        torch.testing.assert_close(mine, other, rtol=1e-3, atol=1e-4)
+    for mine, other in ((left.heads, right.heads), (left.channels, right.channels)):
+        assert list(mine) == list(other)
+        for path in mine:
+            torch.testing.assert_close(mine[path], other[path], rtol=1e-3, atol=1e-4)
 
 
 @pytest.mark.parametrize("side", ["right", "left"])
@@ -112,22 +158,21 @@ def test_padding_does_not_count(side, make_toy, token_ids) -> None:
         padded[row, place] = ids[row, :length]
         mask[row, place] = 1
         unpadded.append({"input_ids": ids[row : row + 1, :length]})
-    arguments = (model, Architecture("llama"))
-    geometry = ModelGeometry.of(model)
-    together = collect_statistics(*arguments, [{"input_ids": padded, "attention_mask": mask}], geometry)
-    alone = collect_statistics(*arguments, unpadded, geometry)
+    decoder = decoder_of(model)
+    together = collect_statistics(decoder, [{"input_ids": padded, "attention_mask": mask}])
+    alone = collect_statistics(decoder, unpadded)
     assert_same_statistics(together, alone)
-    counted = collect_statistics(*arguments, [{"input_ids": padded}], geometry)
+    counted = collect_statistics(decoder, [{"input_ids": padded}])
     assert not torch.allclose(counted.residual, alone.residual, rtol=1e-2), "the padding would show if it counted"
 
 
 def test_batching_does_not_count(make_toy, token_ids) -> None:
     model = make_toy("qwen2", "odd")
-    geometry = ModelGeometry.of(model)
+    decoder = decoder_of(model)
     ids = token_ids(6, 16)
-    one = collect_statistics(model, Architecture("qwen2"), [{"input_ids": ids}], geometry)
+    one = collect_statistics(decoder, [{"input_ids": ids}])
     uneven = [{"input_ids": ids[:1]}, {"input_ids": ids[1:]}]
-    assert_same_statistics(collect_statistics(model, Architecture("qwen2"), uneven, geometry), one)
+    assert_same_statistics(collect_statistics(decoder, uneven), one)
 
 
 def test_residual_statistics_are_those_of_the_normalized_stream(make_toy, token_ids) -> None:
@@ -136,7 +181,7 @@ def test_residual_statistics_are_those_of_the_normalized_stream(make_toy, token_
     seen = []
     for norm in (layer.input_layernorm, layer.post_attention_layernorm):
         norm.register_forward_pre_hook(lambda _, args: seen.append(args[0].double().flatten(0, 1)))
-    statistics = collect_statistics(model, Architecture("llama"), batches_of(ids), ModelGeometry.of(model))
+    statistics = collect_statistics(decoder_of(model), batches_of(ids))
     seen.clear()
     with torch.no_grad():
         model(ids)
@@ -148,7 +193,7 @@ def test_residual_statistics_are_those_of_the_normalized_stream(make_toy, token_
 
 def test_block_goes_back_to_its_dtype(make_toy, token_ids) -> None:
     model = make_toy("llama", dtype=torch.bfloat16)
-    collect_statistics(model, Architecture("llama"), batches_of(token_ids(2, 8)), ModelGeometry.of(model))
+    collect_statistics(decoder_of(model), batches_of(token_ids(2, 8)))
     assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
 
 
@@ -159,4 +204,4 @@ def test_overflow_in_the_last_block_is_noticed(make_toy, token_ids) -> None:
         model.model.layers[1].mlp.up_proj.weight *= 1e20
         model.model.layers[1].mlp.gate_proj.weight *= 1e20
     with pytest.raises(ValueError, match="layer 1"):
-        collect_statistics(model, Architecture("llama"), batches_of(token_ids(2, 8)), ModelGeometry.of(model))
+        collect_statistics(decoder_of(model), batches_of(token_ids(2, 8)))

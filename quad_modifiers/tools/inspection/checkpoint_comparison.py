@@ -81,7 +81,7 @@ def _against(original: Candidate, folders: list[Path], entries: list[Entry], tex
         need_same_type(look_at(folder), original)
     windows = text.windows(tokenizer_of(original.name), held_out=True)
     opened = original.load()
-    reference = Reference.of(opened.model, opened.architecture, windows.measured)
+    reference = Reference.of(opened.decoder, windows.measured)
     measured = []
     for folder, entry in zip(folders, entries, strict=True):
         loss, blocks = _measure(opened, reference, folder, windows.measured)
@@ -118,12 +118,12 @@ def _measure(
     opened: Opened, reference: Reference, folder: Path, windows: list[torch.Tensor]
 ) -> tuple[LossRow, list[BlockRow]]:
     logger.info("%s against %s", folder, opened.name)
-    model = look_at(folder).load().model
+    decoder = look_at(folder).load().decoder
     try:
-        blocks = measure_blocks(opened.model, model, opened.architecture, windows)
+        blocks = measure_blocks(opened.decoder, decoder, windows)
     except ValueError as error:
         raise ValueError(f"{folder}: {error}") from error
-    meter = LossMeter(model, opened.architecture, windows, "after", reference)
+    meter = LossMeter(decoder, windows, "after", reference)
     return meter.row("all", "inputs and weights", "as stored"), blocks
 
 

@@ -10,9 +10,7 @@ from tqdm import tqdm
 
 from quad_modifiers.checkpoint.locate import tokenizer_of
 from quad_modifiers.data.windows import warn_of_length
-from quad_modifiers.model.geometry import ModelGeometry
 from quad_modifiers.tools.inspection.evaluation_text import TextOptions
-from quad_modifiers.tools.inspection.measure.groups import all_linears, groups_of
 from quad_modifiers.tools.inspection.measure.inputs import measure_inputs, measure_surfaces
 from quad_modifiers.tools.inspection.measure.loss import LossMeter, Reference, unquantized_inputs
 from quad_modifiers.tools.inspection.measure.results import (
@@ -29,7 +27,6 @@ from quad_modifiers.tools.inspection.measure.stream import measure_blocks
 from quad_modifiers.tools.inspection.measure.trials import (
     block_trials,
     input_trials,
-    quad_linears,
     stored_parts,
     weight_trials,
 )
@@ -86,18 +83,19 @@ class _Model:
 
     def measure(self) -> Inspection:
         """Returns all numbers."""
-        from llmcompressor.core import State
-
-        model, architecture, windows = self.opened.model, self.opened.architecture, self.text.measured
-        hidden, projection = ModelGeometry.of(model).hidden, self.projection
+        decoder, windows = self.opened.decoder, self.text.measured
+        hidden, projection = decoder.geometry.hidden, self.projection
         subject = _subject(self.opened, "model", hidden, projection.rank, projection.basis)
-        projection.on_initialize(State(model=model))  # checks the ranks and wraps the linears
+        from quad_modifiers.modifiers.base import prepared_decoder  # imports llm-compressor
+
+        projection.check(decoder)
+        decoder = prepared_decoder(decoder.model)
         logger.info("inspecting %s: spectrum of the residual stream", self.opened.name)
-        spectrum = measure_spectrum(model, architecture, self.text.calibration, windows[0], hidden, projection.rank)
-        reference = Reference.of(model, architecture, windows)
+        spectrum = measure_spectrum(decoder, self.text.calibration, windows[0], hidden, projection.rank)
+        reference = Reference.of(decoder, windows)
         before = self._stage("before", reference)
         logger.info("projecting by %s, rank %d", self.recipe, projection.rank)
-        project(model, projection, self.text.calibration, self.tokenizer)
+        project(decoder.model, projection, self.text.calibration)
         after = self._stage("after", reference)
         return Inspection(
             subject=replace(subject, recipe=self.recipe),
@@ -113,17 +111,17 @@ class _Model:
         )
 
     def _stage(self, stage: Stage, reference: Reference) -> "_Measured":
-        model, architecture, windows = self.opened.model, self.opened.architecture, self.text.measured
+        decoder, windows = self.opened.decoder, self.text.measured
         logger.info("%s the projection: inputs and weights", stage)
         rounded = RoundedWeights()
-        inputs = measure_inputs(model, architecture, windows, stage)
-        weights = measure_weights(model, architecture, windows[0], rounded, stage)
-        surfaces = measure_surfaces(model, architecture, windows[0], self.layers, stage)
-        linears = quad_linears(model, architecture)
-        trials = list(input_trials(linears, architecture))
+        inputs = measure_inputs(decoder, windows, stage)
+        weights = measure_weights(decoder, windows[0], rounded, stage)
+        surfaces = measure_surfaces(decoder, windows[0], self.layers, stage)
+        linears = list(decoder.linears())
+        trials = list(input_trials(linears))
         if stage == "after":
             trials += [*weight_trials(linears), *block_trials(linears)]
-        meter = LossMeter(model, architecture, windows, stage, reference)
+        meter = LossMeter(decoder, windows, stage, reference)
         losses = [meter.row("nothing", "inputs and weights", "")]
         losses += [meter.trial(trial, rounded) for trial in _progress(trials, f"{stage} the projection")]
         return _Measured(inputs, weights, surfaces, losses)
@@ -151,22 +149,20 @@ class _Checkpoint:
 
     def measure(self) -> Inspection:
         """Returns all numbers."""
-        model, architecture, windows = self.opened.model, self.opened.architecture, self.text.measured
+        decoder, windows = self.opened.decoder, self.text.measured
         subject = self._subject()
         logger.info("inspecting %s: spectrum and inputs", self.opened.name)
-        spectrum = measure_spectrum(
-            model, architecture, self.text.calibration, windows[0], subject.hidden, subject.rank
-        )
-        inputs = measure_inputs(model, architecture, windows, "after")
-        surfaces = measure_surfaces(model, architecture, windows[0], self.layers, "after")
+        spectrum = measure_spectrum(decoder, self.text.calibration, windows[0], subject.hidden, subject.rank)
+        inputs = measure_inputs(decoder, windows, "after")
+        surfaces = measure_surfaces(decoder, windows[0], self.layers, "after")
         blocks, reference = [], None
         if self.original is not None:
             logger.info("against %s", self.original.name)
-            first = self.original.model
-            blocks = measure_blocks(first, model, architecture, windows)
-            inputs = measure_inputs(first, architecture, windows, "before") + inputs
-            surfaces = measure_surfaces(first, architecture, windows[0], self.layers, "before") + surfaces
-            reference = Reference.of(first, architecture, windows)
+            first = self.original.decoder
+            blocks = measure_blocks(first, decoder, windows)
+            inputs = measure_inputs(first, windows, "before") + inputs
+            surfaces = measure_surfaces(first, windows[0], self.layers, "before") + surfaces
+            reference = Reference.of(first, windows)
         losses, reference = self._losses(reference)
         return Inspection(
             subject=subject,
@@ -188,9 +184,9 @@ class _Checkpoint:
         hidden = self.opened.model.config.hidden_size if basis is None else basis.hidden_size
         rank, kind = (0, None) if basis is None else (basis.rank, basis.basis)
         bits: dict[str, int | None] = {}
-        for group in groups_of(self.opened.architecture):
-            entry = quad.linears[group.paths[0].rpartition(".")[2]].input
-            bits[group.name] = None if entry is None else entry.bits
+        for role, group in self.opened.architecture.roles().items():
+            entry = quad.linears[role].input
+            bits.setdefault(group.name, None if entry is None else entry.bits)
         file = Path(self.opened.name) / "recipe.yaml"
         return replace(
             _subject(self.opened, "checkpoint", hidden, rank, kind),
@@ -201,15 +197,15 @@ class _Checkpoint:
 
     def _losses(self, reference: Reference | None) -> tuple[list[LossRow], Reference]:
         """Weights alone and everything against the original; then the inputs of one part at a time."""
-        model, architecture, windows = self.opened.model, self.opened.architecture, self.text.measured
-        linears = quad_linears(model, architecture)
-        everything = [linear for *_, linear in linears]
+        decoder, windows = self.opened.decoder, self.text.measured
+        linears = list(decoder.linears())
+        everything = [linear.module for linear in linears]
         with unquantized_inputs(everything):
-            weights_only = Reference.of(model, architecture, windows)
-            whole = LossMeter(model, architecture, windows, "after", reference or weights_only)
+            weights_only = Reference.of(decoder, windows)
+            whole = LossMeter(decoder, windows, "after", reference or weights_only)
             rows = [whole.row("all", "weights", "as stored")]
         rows.append(whole.row("all", "inputs and weights", "as stored"))
-        meter = LossMeter(model, architecture, windows, "after", weights_only)
+        meter = LossMeter(decoder, windows, "after", weights_only)
         for part, inside in _progress(list(stored_parts(linears)), "inputs of one part at a time"):
             with unquantized_inputs(linear for linear in everything if linear not in inside):
                 rows.append(meter.row(part, "inputs", "as stored"))
@@ -239,7 +235,8 @@ def _subject(opened: Opened, kind: Any, hidden: int, rank: int, basis: str | Non
     model = opened.model
     config = model.config
     ends = 2 * config.vocab_size * hidden
-    inside = sum(linear.in_features * linear.out_features for *_, linear in all_linears(model, opened.architecture))
+    linears = [linear.module for linear in opened.decoder.linears()]
+    inside = sum(linear.in_features * linear.out_features for linear in linears)
     return Subject(
         opened.name,
         kind,

@@ -1,12 +1,14 @@
 """Opens what is inspected: a folder or Hub id, checked before the weights are loaded."""
 
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from quad_modifiers.checkpoint.format import QUANT_METHOD, QuadFormat, read_format
 from quad_modifiers.checkpoint.locate import check_weights, model_folder
 from quad_modifiers.model.architecture import Architecture, find_architecture
+from quad_modifiers.model.decoder import Decoder
 from quad_modifiers.plugins import architectures
 
 
@@ -25,6 +27,11 @@ class Opened:
     model: Any
     architecture: Architecture
     quad: QuadFormat | None
+
+    @cached_property
+    def decoder(self) -> Decoder:
+        """The model seen through its architecture."""
+        return Decoder(self.model, self.architecture)
 
 
 @dataclass(frozen=True)

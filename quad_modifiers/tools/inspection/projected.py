@@ -4,7 +4,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from quad_modifiers.reporting import only_errors
+from quad_modifiers.projection.apply import apply_projection
 
 if TYPE_CHECKING:
     from quad_modifiers.modifiers.svd_outlier_projection import SVDOutlierProjection
@@ -35,21 +35,16 @@ def projection_of(recipe: str, rank: int | None) -> "SVDOutlierProjection":
     return type(found[0])(**{**found[0].model_dump(include=set(type(found[0]).model_fields)), "rank": rank})
 
 
-def project(model: Any, projection: "SVDOutlierProjection", windows: list[torch.Tensor], tokenizer: Any) -> None:
+def project(model: Any, projection: "SVDOutlierProjection", windows: list[torch.Tensor]) -> None:
     """Projects a model in place; its function stays the same.
 
     Raises:
         ValueError: if a rank does not fit the model.
     """
-    from quad_modifiers.compression import oneshot
+    from quad_modifiers.modifiers.base import prepared_decoder
 
-    length = max(window.shape[1] for window in windows)
-    with only_errors("quad_modifiers.compression"):  # that nothing is quantized is what is wanted here
-        oneshot(
-            model,
-            [projection],
-            dataset=[window[0] for window in windows],
-            tokenizer=tokenizer,
-            num_calibration_samples=len(windows),
-            max_seq_length=length,
-        )
+    decoder = prepared_decoder(model)
+    projection.check(decoder)
+    for linear in decoder.linears():
+        linear.module.take_bias()
+    apply_projection(decoder, projection.plan(decoder, lambda: [{"input_ids": window} for window in windows]))

@@ -7,7 +7,7 @@ Such a loss grows with the square of the perturbation, which is how it is carrie
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from quad_modifiers.tools.inspection.measure.groups import D_TYPE, U_TYPE
+from quad_modifiers.model.architecture import dense_block
 from quad_modifiers.tools.inspection.measure.results import Inspection, Recommendation, Rule
 
 USEFUL_PROJECTION = 0.5  # share of the loss of 4-bit inputs that it must take away
@@ -17,6 +17,10 @@ U_BUDGET = 0.10  # nats that 4-bit U-type inputs may lose before they get 8 bits
 D_BUDGET = 0.02  # nats; 8 bits for o_proj and down_proj cost speed in two linears of seven, and no memory
 INTEGER_BUDGET = 0.05  # nats that 8-bit inputs may lose before inputs stay in full precision
 END_SHARE = 1 / 3  # of the checkpoint in embedding and head, above which they get 8 bits
+
+
+_READERS = tuple(group.name for group in dense_block() if not group.writes_stream)
+_WRITERS = tuple(group.name for group in dense_block() if group.writes_stream)
 
 
 class _Kind(NamedTuple):
@@ -29,8 +33,8 @@ class _Kind(NamedTuple):
     where: str
 
 
-_U_INPUTS = _Kind("R3", "U-type inputs (q, k, v, gate, up)", U_TYPE[0], U_BUDGET, " at the rank of R2")
-_D_INPUTS = _Kind("R4", "D-type inputs (o_proj, down_proj)", D_TYPE[0], D_BUDGET, "")
+_U_INPUTS = _Kind("R3", "U-type inputs (q, k, v, gate, up)", _READERS[0], U_BUDGET, " at the rank of R2")
+_D_INPUTS = _Kind("R4", "D-type inputs (o_proj, down_proj)", _WRITERS[0], D_BUDGET, "")
 
 
 @dataclass(frozen=True)
@@ -60,8 +64,8 @@ class _Losses:
                 loss("all", "weights", "4"),
             )
         stored = found.subject.input_bits
-        u_type = loss("U-type", "inputs", "as stored") if all(stored[group] == 4 for group in U_TYPE) else None
-        d_type = loss("D-type", "inputs", "as stored") if all(stored[group] == 4 for group in D_TYPE) else None
+        u_type = loss("U-type", "inputs", "as stored") if all(stored[group] == 4 for group in _READERS) else None
+        d_type = loss("D-type", "inputs", "as stored") if all(stored[group] == 4 for group in _WRITERS) else None
         weights = loss("all", "weights", "as stored") if found.subject.baseline else None
         return cls(None, None, u_type, d_type, None, weights)
 

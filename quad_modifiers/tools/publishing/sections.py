@@ -6,7 +6,7 @@ from quad_modifiers.checkpoint.format import QuadFormat, read_format
 from quad_modifiers.records.evaluation_record import Evaluation
 from quad_modifiers.records.inventory import KIND_NAMES, Inventory
 from quad_modifiers.records.tuning_record import Tuning, read_tuning
-from quad_modifiers.records.widths import ROLES, group_bits, input_bits, weight_bits
+from quad_modifiers.records.widths import group_bits, groups_of_roles, input_bits, weight_bits
 from quad_modifiers.tools.publishing.base_license import UNKNOWN, License
 from quad_modifiers.tools.publishing.citation import BIBTEX, PAPER_URL
 from quad_modifiers.tools.publishing.quality_section import quality_section
@@ -112,7 +112,7 @@ def _quad_widths(quad: QuadFormat) -> str:
         "online Hadamard |",
         "|---|---|---|---|---|---|---|---|",
     ]
-    order = [role for role in ROLES if role in quad.linears]
+    order = [role for role in groups_of_roles(quad) if role in quad.linears]
     for role in [*order, *(role for role in quad.linears if role not in order)]:
         linear = quad.linears[role]
         weight, inputs = linear.weight, linear.input

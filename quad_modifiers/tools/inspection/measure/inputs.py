@@ -7,10 +7,10 @@ import torch
 from quad_kernels import quantize_input, split_input
 from torch import nn
 
-from quad_modifiers.model.architecture import Architecture
-from quad_modifiers.tools.inspection.measure.groups import INPUT_GRIDS, blocks_of, groups_of, split_of
+from quad_modifiers.model.decoder import Decoder
+from quad_modifiers.tools.inspection.measure.groups import INPUT_GRIDS, split_of
 from quad_modifiers.tools.inspection.measure.results import InputRow, Stage, Surface
-from quad_modifiers.tools.inspection.measure.watch import run_decoder, watching
+from quad_modifiers.tools.inspection.measure.watch import watching
 
 SURFACE_GROUPS = ("qkv", "down")  # one U-type and one D-type input
 _ROWS, _COLUMNS = 48, 96  # cells of a surface, at most
@@ -46,26 +46,21 @@ class _Sums:
         return InputRow(stage, layer, group, *(self.totals / max(self.tokens, 1)).tolist())
 
 
-def measure_inputs(
-    model: nn.Module, architecture: Architecture, windows: list[torch.Tensor], stage: Stage
-) -> list[InputRow]:
+def measure_inputs(decoder: Decoder, windows: list[torch.Tensor], stage: Stage) -> list[InputRow]:
     """Returns one row per block and group, from the inputs that the model has when it runs as it is."""
     sums: dict[tuple[int, str], _Sums] = {}
     watched = []
-    for layer, block in enumerate(blocks_of(model, architecture)):
-        for group in groups_of(architecture):
-            linear = block.get_submodule(group.paths[0])
-            sums[layer, group.name] = _Sums(linear)
-            watched.append((linear, sums[layer, group.name].add))
+    for group in decoder.groups():
+        key, linear = (group.layer, group.group.name), group.linears[0].module
+        sums[key] = _Sums(linear)
+        watched.append((linear, sums[key].add))
     with watching(watched):
         for window in windows:
-            run_decoder(model, architecture, window)
+            decoder.run(window)
     return [each.row(stage, layer, group) for (layer, group), each in sums.items()]
 
 
-def measure_surfaces(
-    model: nn.Module, architecture: Architecture, window: torch.Tensor, layers: list[int], stage: Stage
-) -> list[Surface]:
+def measure_surfaces(decoder: Decoder, window: torch.Tensor, layers: list[int], stage: Stage) -> list[Surface]:
     """Returns the magnitudes of a U-type and a D-type input in the given blocks over one window.
 
     What is shown is what the quantizer sees: outlier coordinates first, then the residual after its online Hadamard.
@@ -81,15 +76,14 @@ def measure_surfaces(
         values = [[float(f"{value:.4g}") for value in row] for row in image.tolist()]
         seen[layer, group].append(Surface(stage, layer, group, kept, len(x), channels, values))
 
-    blocks = blocks_of(model, architecture)
     watched = []
     for layer in layers:
-        for group in groups_of(architecture):
-            if group.name in SURFACE_GROUPS:
-                linear = blocks[layer].get_submodule(group.paths[0])
-                watched.append((linear, partial(see, layer, group.name, linear)))
+        for group in decoder.blocks[layer].quantized_groups():
+            if group.group.name in SURFACE_GROUPS:
+                linear = group.linears[0].module
+                watched.append((linear, partial(see, layer, group.group.name, linear)))
     with watching(watched):
-        run_decoder(model, architecture, window)
+        decoder.run(window)
     return [surfaces[0] for surfaces in seen.values()]
 
 

@@ -9,7 +9,7 @@ import torch
 from quad_kernels import InputQuantization
 from torch import nn
 
-from quad_modifiers.model.architecture import Architecture
+from quad_modifiers.model.decoder import Decoder
 from quad_modifiers.nn.quad_linear import QuadLinear
 from quad_modifiers.tools.evaluation import perplexity
 from quad_modifiers.tools.inspection.measure.groups import INPUT_GRIDS
@@ -31,10 +31,10 @@ class Reference:
     logits: list[torch.Tensor]
 
     @classmethod
-    def of(cls, model: nn.Module, architecture: Architecture, windows: list[torch.Tensor]) -> "Reference":
+    def of(cls, decoder: Decoder, windows: list[torch.Tensor]) -> "Reference":
         """Runs the model as it is."""
         logits: list[torch.Tensor] = []
-        return cls(_window_losses(model, architecture, windows, lambda _, seen: logits.append(seen)), logits)
+        return cls(_window_losses(decoder, windows, lambda _, seen: logits.append(seen)), logits)
 
     @property
     def perplexity(self) -> float:
@@ -48,15 +48,15 @@ class Reference:
 
 
 def _window_losses(
-    model: nn.Module, architecture: Architecture, windows: list[torch.Tensor], see: Callable[[int, torch.Tensor], None]
+    decoder: Decoder, windows: list[torch.Tensor], see: Callable[[int, torch.Tensor], None]
 ) -> torch.Tensor:
     """Returns the mean negative log-likelihood in each window, and shows `see` the logits of each."""
     losses = []
-    head = model.get_submodule(architecture.head)
+    head = decoder.head
     for index, window in enumerate(windows):
         handle = head.register_forward_hook(lambda _, __, logits, i=index: see(i, logits.detach().flatten(0, -2)))
         try:
-            losses.append(perplexity(model, [window], progress=False).nll_per_token)
+            losses.append(perplexity(decoder.model, [window], progress=False).nll_per_token)
         finally:
             handle.remove()
     return torch.tensor(losses, dtype=torch.float64)
@@ -66,8 +66,7 @@ class LossMeter:
     """Measures trials against a reference, each window on its own.
 
     Args:
-        model: with `QuadLinear` linears.
-        architecture: names of its parts.
+        decoder: with `QuadLinear` linears.
         windows: token ids, `[1, length]` each.
         stage: noted in the rows.
         reference: of the same windows; the model as it is now by default.
@@ -75,21 +74,19 @@ class LossMeter:
 
     def __init__(
         self,
-        model: nn.Module,
-        architecture: Architecture,
+        decoder: Decoder,
         windows: list[torch.Tensor],
         stage: Stage,
         reference: Reference | None = None,
     ) -> None:
-        self.model, self.architecture, self.windows, self.stage = model, architecture, windows, stage
-        self.reference = Reference.of(model, architecture, windows) if reference is None else reference
+        self.decoder, self.windows, self.stage = decoder, windows, stage
+        self.reference = Reference.of(decoder, windows) if reference is None else reference
 
     def row(self, part: str, quantized: Quantized, bits: str) -> LossRow:
         """Returns the row of the model as it is at this moment."""
         divergences: list[float] = []
         losses = _window_losses(
-            self.model,
-            self.architecture,
+            self.decoder,
             self.windows,
             lambda index, logits: divergences.append(self.reference.divergence(index, logits)),
         )

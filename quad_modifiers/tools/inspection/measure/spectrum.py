@@ -2,20 +2,18 @@
 
 import torch
 from quad_kernels import RMSNorm, fake_quantize
-from torch import nn
 
 from quad_modifiers.linalg import StreamingGram, extended_basis, outlier_basis, random_rotation
-from quad_modifiers.model.architecture import Architecture
-from quad_modifiers.tools.inspection.measure.groups import INPUT_GRIDS, blocks_of
+from quad_modifiers.model.decoder import Decoder
+from quad_modifiers.tools.inspection.measure.groups import INPUT_GRIDS
 from quad_modifiers.tools.inspection.measure.results import Spectrum
-from quad_modifiers.tools.inspection.measure.watch import run_decoder, watching
+from quad_modifiers.tools.inspection.measure.watch import watching
 
 _TOKENS_PER_NORM = 64  # of the sample behind the errors by rank
 
 
 def measure_spectrum(
-    model: nn.Module,
-    architecture: Architecture,
+    decoder: Decoder,
     calibration: list[torch.Tensor],
     other: torch.Tensor,
     hidden: int,
@@ -27,34 +25,30 @@ def measure_spectrum(
     has made the stream wider, the zeros that this adds are left out.
 
     Args:
-        model: as it runs.
-        architecture: names of its parts.
+        decoder: the model as it runs.
         calibration: windows behind the second moment.
         other: a window behind the errors by rank.
         hidden: width of the original stream.
         rank: one of the ranks to try.
     """
+    model = decoder.model
     width = model.config.hidden_size
     gram = StreamingGram(width, model.device)
-    _run(model, architecture, calibration, gram.add)
+    _run(decoder, calibration, gram.add)
     sample: list[torch.Tensor] = []
-    _run(model, architecture, [other], lambda x: sample.append(x[:: max(1, len(x) // _TOKENS_PER_NORM)]))
+    _run(decoder, [other], lambda x: sample.append(x[:: max(1, len(x) // _TOKENS_PER_NORM)]))
     mean = gram.mean()
     energy = torch.linalg.eigvalsh(mean).flip(0).clamp(min=0)[:hidden]
     shares = (energy / energy.sum()).tolist()
     return Spectrum(shares, gram.tokens, errors_by_rank(mean, torch.cat(sample), candidate_ranks(hidden, rank)))
 
 
-def _run(model: nn.Module, architecture: Architecture, windows: list[torch.Tensor], see) -> None:  # type: ignore[no-untyped-def]
-    normalize = RMSNorm(None, model.config.rms_norm_eps)
-    watched = [
-        (block.get_submodule(norm), lambda x: see(normalize(x.float())))
-        for block in blocks_of(model, architecture)
-        for norm in (architecture.attention_norm, architecture.mlp_norm)
-    ]
+def _run(decoder: Decoder, windows: list[torch.Tensor], see) -> None:  # type: ignore[no-untyped-def]
+    normalize = RMSNorm(None, decoder.model.config.rms_norm_eps)
+    watched = [(norm, lambda x: see(normalize(x.float()))) for block in decoder.blocks for norm in block.norms()]
     with watching(watched):
         for window in windows:
-            run_decoder(model, architecture, window)
+            decoder.run(window)
 
 
 def candidate_ranks(hidden: int, rank: int) -> list[int]:

@@ -13,12 +13,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from quad_modifiers.model.architecture import Architecture
-from quad_modifiers.nn.quad_linear import QuadLinear
-from quad_modifiers.tools.inspection.measure.groups import blocks_of
+from quad_modifiers.model.decoder import Decoder
 from quad_modifiers.tools.inspection.measure.loss import unquantized_inputs
 from quad_modifiers.tools.inspection.measure.results import BlockRow
-from quad_modifiers.tools.inspection.measure.watch import run_decoder
 
 _ROWS_PER_COORDINATE = 4  # embeddings behind the fit
 _MAX_UNEXPLAINED = 0.02  # 8-bit embeddings leave 1e-4, an unrelated model most of it
@@ -38,19 +35,20 @@ class StreamMap:
 
     @classmethod
     @torch.no_grad()
-    def fit(cls, original: nn.Module, other: nn.Module, architecture: Architecture) -> "StreamMap":
+    def fit(cls, original: Decoder, other: Decoder) -> "StreamMap":
         """Recovers the map from the embeddings of both models.
 
         Raises:
             ValueError: if the models have other vocabularies, or no linear map takes one embedding to the other.
         """
-        tables = [model.get_submodule(architecture.embedding) for model in (original, other)]
-        rows = [model.config.vocab_size for model in (original, other)]
+        tables = [decoder.embedding for decoder in (original, other)]
+        models = [decoder.model for decoder in (original, other)]
+        rows = [model.config.vocab_size for model in models]
         if rows[0] != rows[1]:
             raise ValueError(f"the baseline embeds {rows[0]} tokens, the checkpoint {rows[1]}: it was made of another")
-        count = min(rows[0], _ROWS_PER_COORDINATE * original.config.hidden_size)
+        count = min(rows[0], _ROWS_PER_COORDINATE * models[0].config.hidden_size)
         ids = torch.linspace(0, rows[0] - 1, count).long()
-        source, target = (t(ids.to(m.device)).double().cpu() for t, m in zip(tables, (original, other), strict=True))
+        source, target = (t(ids.to(m.device)).double().cpu() for t, m in zip(tables, models, strict=True))
         gram = source.T @ source
         ridge = 1e-9 * gram.diagonal().mean() * torch.eye(len(gram), dtype=gram.dtype)
         there = torch.linalg.solve(gram + ridge, source.T @ target)
@@ -64,27 +62,24 @@ class StreamMap:
 
 
 @torch.no_grad()
-def measure_blocks(
-    original: nn.Module, other: nn.Module, architecture: Architecture, windows: list[torch.Tensor]
-) -> list[BlockRow]:
+def measure_blocks(original: Decoder, other: Decoder, windows: list[torch.Tensor]) -> list[BlockRow]:
     """Returns one row per block.
 
     Raises:
         ValueError: if `other` was not made of `original`.
     """
-    layers = len(blocks_of(original, architecture))
-    if len(blocks_of(other, architecture)) != layers:
-        found = len(blocks_of(other, architecture))
+    layers, found = len(original.blocks), len(other.blocks)
+    if found != layers:
         raise ValueError(f"the baseline has {layers} blocks, the checkpoint {found}: it was made of another model")
-    stream_map = StreamMap.fit(original, other, architecture)
-    linears = [module for module in other.modules() if isinstance(module, QuadLinear)]
+    stream_map = StreamMap.fit(original, other)
+    linears = [linear.module for linear in other.linears()]
     sums, tokens = torch.zeros(layers, 3, dtype=torch.float64), 0
     for window in windows:
-        truth = _streams(original, architecture, window)
-        free = _streams(other, architecture, window, stream_map.back)
-        led = _streams(other, architecture, window, stream_map.back, lead=(truth, stream_map.there))
+        truth = _streams(original, window)
+        free = _streams(other, window, stream_map.back)
+        led = _streams(other, window, stream_map.back, lead=(truth, stream_map.there))
         with unquantized_inputs(linears):
-            weights_only = _streams(other, architecture, window, stream_map.back, lead=(truth, stream_map.there))
+            weights_only = _streams(other, window, stream_map.back, lead=(truth, stream_map.there))
         for layer in range(layers):
             wanted, added = truth[layer + 1], truth[layer + 1] - truth[layer]
             sums[layer, 0] += _summed_error(free[layer + 1], wanted, wanted)
@@ -101,8 +96,7 @@ def _summed_error(stream: torch.Tensor, wanted: torch.Tensor, scale: torch.Tenso
 
 
 def _streams(
-    model: nn.Module,
-    architecture: Architecture,
+    decoder: Decoder,
     window: torch.Tensor,
     back: torch.Tensor | None = None,
     lead: tuple[list[torch.Tensor], torch.Tensor] | None = None,
@@ -110,8 +104,7 @@ def _streams(
     """Returns the stream before the first block and behind every block, `[tokens, d]`, float32.
 
     Args:
-        model: as it runs.
-        architecture: names of its parts.
+        decoder: the model as it runs.
         window: token ids, `[1, length]`.
         back: applied to every stream.
         lead: the original's streams and the map from them: every block gets the original's stream as its input.
@@ -123,10 +116,10 @@ def _streams(
         streams.append(flat if back is None else flat @ back.to(flat.device))
 
     with ExitStack() as stack:
-        for layer, block in enumerate(blocks_of(model, architecture)):
+        for layer, block in enumerate(decoder.blocks):
             given = None if lead is None else lead[0][layer] @ lead[1].to(lead[0][layer].device)
-            stack.enter_context(_hooked(block, keep if layer == 0 else None, given, keep))
-        run_decoder(model, architecture, window)
+            stack.enter_context(_hooked(block.module, keep if layer == 0 else None, given, keep))
+        decoder.run(window)
     return streams
 
 

@@ -7,8 +7,6 @@ from typing import Any
 import torch
 from torch import nn
 
-from quad_modifiers.model.architecture import Architecture
-
 See = Callable[[torch.Tensor], None]
 
 
@@ -29,10 +27,3 @@ def _hook(see: See) -> Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], No
         see(x.flatten(0, -2))
 
     return hook
-
-
-@torch.no_grad()
-def run_decoder(model: nn.Module, architecture: Architecture, window: torch.Tensor) -> None:
-    """Runs the blocks on one window of token ids, `[1, length]`; the head, which nothing here watches, is left out."""
-    decoder = model.get_submodule(architecture.layers.rpartition(".")[0])
-    decoder(input_ids=window.to(model.device), use_cache=False)

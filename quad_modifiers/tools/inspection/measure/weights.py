@@ -6,12 +6,11 @@ import torch
 from quad_kernels import split_input
 from torch import nn
 
-from quad_modifiers.model.architecture import Architecture
+from quad_modifiers.model.decoder import Decoder
 from quad_modifiers.nn.quad_linear import QuadLinear
 from quad_modifiers.quantization.grid import IntegerGrid, WeightScales, dequantize, round_to_grid, search_clip
-from quad_modifiers.tools.inspection.measure.groups import all_linears
 from quad_modifiers.tools.inspection.measure.results import Stage, WeightRow
-from quad_modifiers.tools.inspection.measure.watch import run_decoder, watching
+from quad_modifiers.tools.inspection.measure.watch import watching
 
 GRID = IntegerGrid(4)
 _TINY = torch.finfo(torch.float32).tiny
@@ -35,14 +34,11 @@ class RoundedWeights:
 
 
 @torch.no_grad()
-def measure_weights(
-    model: nn.Module, architecture: Architecture, window: torch.Tensor, rounded: RoundedWeights, stage: Stage
-) -> list[WeightRow]:
+def measure_weights(decoder: Decoder, window: torch.Tensor, rounded: RoundedWeights, stage: Stage) -> list[WeightRow]:
     """Returns one row per linear, the output errors from the inputs of one window.
 
     Args:
-        model: with unquantized `QuadLinear` linears.
-        architecture: names of its parts.
+        decoder: with unquantized `QuadLinear` linears.
         window: token ids, `[1, length]`.
         rounded: finds the scales, and keeps them for later.
         stage: noted in the rows.
@@ -64,9 +60,7 @@ def measure_weights(
         error = change.square().sum() / energy.clamp(min=_TINY)
         rows.append(WeightRow(stage, layer, role, float(error), float(output_error)))
 
-    watched = [
-        (linear, partial(see, layer, role, linear)) for layer, _, role, linear in all_linears(model, architecture)
-    ]
+    watched = [(linear.module, partial(see, linear.layer, linear.role, linear.module)) for linear in decoder.linears()]
     with watching(watched):
-        run_decoder(model, architecture, window)
+        decoder.run(window)
     return rows

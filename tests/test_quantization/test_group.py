@@ -10,7 +10,7 @@ from torch import nn
 from quad_modifiers.nn.input_split import InputQuantization, InputSplit
 from quad_modifiers.nn.quad_linear import QuadLinear
 from quad_modifiers.quantization.grid import IntegerGrid
-from quad_modifiers.quantization.layerwise import InputMoments, WeightQuantization, quantize_group
+from quad_modifiers.quantization.group import InputMoments, WeightQuantization, quantize_group
 
 WIDTH, RANK = 40, 8
 

@@ -1,0 +1,125 @@
+"""The residual stream on its way through a decoder, one block at a time.
+
+A block's weights are float32 while it is worked on, so that a model never has to fit in memory at full precision; its
+products are bfloat16 where that is fast, the residual stream is float32.
+"""
+
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
+from functools import cache, partial
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils._pytree import tree_map
+
+from quad_modifiers.model.decoder import Decoder
+
+
+@dataclass
+class CalibrationBatch:
+    """One batch on its way through the model.
+
+    Attributes:
+        hidden: residual stream, `[batch, tokens, hidden]`, float32.
+        arguments: per block, the keyword arguments it is called with (positions, masks).
+        keep: `[batch, tokens]` bool, False for padding; None if there is none.
+    """
+
+    hidden: torch.Tensor
+    arguments: list[dict[str, Any]]
+    keep: torch.Tensor | None
+
+    def tokens(self, activations: torch.Tensor) -> torch.Tensor:
+        """Returns the activations of real tokens, `[n, width]`.
+
+        What a block has picked out of the batch for one of its parts, such as an expert's tokens, is taken whole.
+        """
+        if self.keep is None or activations.shape[:-1] != self.keep.shape:
+            return activations.flatten(0, -2)
+        return activations[self.keep.to(activations.device)]
+
+
+def working_device() -> torch.device:
+    """The GPU if there is one, else the CPU."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+@cache
+def fast_bfloat16(device: torch.device) -> bool:
+    """Returns whether `device` multiplies bfloat16 faster than float32."""
+    if device.type == "cpu":
+        return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+    return torch.cuda.is_bf16_supported()
+
+
+def fast_products() -> AbstractContextManager[Any]:
+    """Linears and attention in bfloat16 where that is fast; the residual stream stays float32."""
+    device = working_device()
+    return torch.autocast(device.type, torch.bfloat16, enabled=fast_bfloat16(device))
+
+
+@torch.no_grad()
+def first_block_inputs(decoder: Decoder, batches: list[dict[str, torch.Tensor]]) -> list[CalibrationBatch]:
+    """Returns the inputs of the first decoder block for each batch (`input_ids`, optional `attention_mask`).
+
+    The blocks themselves are passed over: each only records the arguments it is called with, which differ between
+    blocks where some attend to a sliding window.
+    """
+    layers, backbone = [block.module for block in decoder.blocks], decoder.backbone
+    device = decoder.embedding.weight.device
+    collected = []
+    for batch in batches:
+        mask = batch.get("attention_mask")
+        keep = None if mask is None or bool(mask.all()) else mask.bool()
+        call: dict[str, Any] = {"input_ids": batch["input_ids"].to(device), "use_cache": False}
+        if mask is not None and keep is not None:
+            call["attention_mask"] = mask.to(device)
+        with _recorded(layers) as seen:
+            backbone(**call)
+        converted: dict[int, torch.Tensor] = {}  # blocks share their arguments: so do the copies
+        arguments = [tree_map(partial(_shared_copy, converted), kwargs) for _, kwargs in seen]
+        collected.append(CalibrationBatch(_to_working(seen[0][0]), arguments, keep))
+    return collected
+
+
+@contextmanager
+def _recorded(layers: list[nn.Module]) -> Iterator[list[tuple[torch.Tensor, dict[str, Any]]]]:
+    """Replaces blocks by identities that record their calls."""
+    seen: list[tuple[torch.Tensor, dict[str, Any]]] = []
+
+    def record(hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        assert not args, "transformers calls decoder blocks with keyword arguments"
+        seen.append((hidden_states, kwargs))
+        return hidden_states
+
+    for layer in layers:
+        layer.forward = record
+    try:
+        yield seen
+    finally:
+        for layer in layers:
+            del layer.forward
+
+
+def _shared_copy(converted: dict[int, torch.Tensor], value: Any) -> Any:
+    if not isinstance(value, torch.Tensor):
+        return value
+    return converted.setdefault(id(value), _to_working(value))
+
+
+def _to_working(value: torch.Tensor) -> torch.Tensor:
+    return value.to(working_device(), torch.float32 if value.is_floating_point() else value.dtype)
+
+
+@contextmanager
+def in_float32(layer: nn.Module) -> Iterator[None]:
+    """Holds a decoder block in float32 on the working device; it returns to the dtype and device it had."""
+    first = next(layer.parameters())
+    dtype, device = first.dtype, first.device
+    layer.to(device=working_device(), dtype=torch.float32)
+    try:
+        yield
+    finally:
+        layer.to(device=device, dtype=dtype)

@@ -1,0 +1,197 @@
+"""A change of basis as a value: which bases and orders, apart from how they are applied."""
+
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+from quad_kernels import InputSplit
+
+from quad_modifiers.linalg import extended_basis, outlier_basis, random_rotation, square_basis
+from quad_modifiers.model.architecture import Space
+from quad_modifiers.model.decoder import Decoder
+from quad_modifiers.model.geometry import ModelGeometry
+from quad_modifiers.passes.statistics import ActivationStatistics
+
+
+class ResidualBasis:
+    """The change of basis of the residual stream.
+
+    Args:
+        basis: Q, `[d, width]`, Q Q^T = I, outlier coordinates first.
+        rank: r.
+    """
+
+    def __init__(self, basis: torch.Tensor, rank: int) -> None:
+        self.basis = basis
+        self.rank = rank
+        self.width = basis.shape[1]
+        self.gain = (basis.shape[1] / basis.shape[0]) ** 0.5
+
+    def read(self, weight: torch.Tensor, norm: torch.Tensor) -> torch.Tensor:
+        """Weight of a reader of the normalized stream: W diag(norm) Q / c, `[out, width]`."""
+        basis = self.basis.to(weight.device)
+        return (weight.detach().double() * norm.detach().double()) @ basis / self.gain
+
+    def write(self, weight: torch.Tensor) -> torch.Tensor:
+        """Weight of a writer to the stream: c Q^T W, `[width, in]`."""
+        return self.gain * (self.basis.to(weight.device).T @ weight.detach().double())
+
+    def write_bias(self, bias: torch.Tensor | None) -> torch.Tensor | None:
+        """Bias of a writer, `[width]`."""
+        return None if bias is None else self.gain * (self.basis.to(bias.device).T @ bias.detach().double())
+
+
+@dataclass(frozen=True)
+class Projection:
+    """A change of basis that leaves the model's function as it is.
+
+    Attributes:
+        residual: basis of the residual stream.
+        heads: rotation of the values of each key-value head, `[kv_heads, head_dim, head_dim]`, float64, by the path of
+            the attention module.
+        orders: permutation of the MLP's channels, outlier channels first, `[channels]`, by the path of the MLP.
+        value_split: division of the inputs that read values (o_proj).
+        channel_split: division of the inputs that read channels (down_proj).
+        origin: how it came about, as the checkpoint remembers it; None for one that cannot be said in its terms.
+    """
+
+    residual: ResidualBasis
+    heads: dict[str, torch.Tensor]
+    orders: dict[str, torch.Tensor]
+    value_split: InputSplit
+    channel_split: InputSplit
+    origin: dict[str, Any] | None = None
+
+    def split(self, reads: Space) -> InputSplit:
+        """Returns how an input of this space is divided."""
+        if reads == "stream":
+            return InputSplit(self.residual.width, self.residual.rank)
+        return self.value_split if reads == "values" else self.channel_split
+
+
+@dataclass(frozen=True)
+class ProjectionSettings:
+    """What `plan_projection` is told; `SVDOutlierProjection` documents the meaning.
+
+    Attributes:
+        rank: outlier coordinates of the residual stream.
+        basis: "extended" or "square".
+        rotation: rotation of what is left.
+        seed: seed of the rotation.
+        online: spaces whose readers get an online Hadamard transform.
+        values_rank: outlier coordinates of each head in what reads values.
+        channels_rank: outlier channels in what reads channels.
+    """
+
+    rank: int = 64
+    basis: Literal["extended", "square"] = "extended"
+    rotation: Literal["hadamard", "random", "none"] = "hadamard"
+    seed: int = 0
+    online: frozenset[Space] = field(default=frozenset({"values", "channels"}))
+    values_rank: int = 0
+    channels_rank: int = 0
+
+    @property
+    def needs_statistics(self) -> bool:
+        """True if activations decide about the basis."""
+        return bool(self.rank or self.values_rank or self.channels_rank)
+
+    def check(self, geometry: ModelGeometry) -> None:
+        """Checks that every rank leaves something to quantize.
+
+        Raises:
+            ValueError: naming the rank that is too large.
+        """
+        geometry.check_rank("rank", self.rank, geometry.hidden, "hidden_size")
+        geometry.check_rank("o_proj_rank_per_head", self.values_rank, geometry.head_dim, "head_dim")
+        geometry.check_rank("down_proj_rank", self.channels_rank, geometry.intermediate, "intermediate_size")
+
+
+def plan_projection(
+    decoder: Decoder, settings: ProjectionSettings, statistics: ActivationStatistics | None
+) -> Projection:
+    """Returns the projection into the outlier basis (QUAD, arXiv 2503.19353, section 3).
+
+    Args:
+        decoder: the model, in its original basis.
+        settings: what is asked for.
+        statistics: second moments of the activations; may be None if `settings.needs_statistics` is False.
+    """
+    geometry = decoder.geometry
+    generator = torch.Generator().manual_seed(settings.seed)
+    basis = _residual_basis(geometry, settings, statistics, generator)
+    heads: dict[str, torch.Tensor] = {}
+    orders: dict[str, torch.Tensor] = {}
+    for group in decoder.groups():
+        if group.group.reads == "values":
+            heads[group.path] = _head_rotations(geometry, settings, statistics, group.path, generator)
+        elif group.group.reads == "channels":
+            orders[group.path] = torch.arange(group.linears[0].module.in_features)
+            if statistics is not None and settings.channels_rank:
+                orders[group.path] = statistics.channels[group.path].argsort(descending=True, stable=True)
+    return Projection(
+        residual=basis,
+        heads=heads,
+        orders=orders,
+        value_split=InputSplit(
+            geometry.heads * geometry.head_dim,
+            settings.values_rank,
+            geometry.head_dim,
+            keep_width=True,
+            hadamard="values" in settings.online,
+        ),
+        channel_split=InputSplit(
+            geometry.intermediate, settings.channels_rank, keep_width=True, hadamard="channels" in settings.online
+        ),
+        origin={
+            "basis": settings.basis,
+            "rank": settings.rank,
+            "hidden_size": geometry.hidden,
+            "rotation": settings.rotation,
+            "seed": settings.seed,
+        },
+    )
+
+
+def outlier_energy(statistics: ActivationStatistics, basis: ResidualBasis) -> float:
+    """Returns the share of the stream's energy in the outlier coordinates of a basis."""
+    outliers = basis.basis[:, : basis.rank].to(statistics.residual)
+    total = torch.trace(outliers.T @ statistics.residual @ outliers) / torch.trace(statistics.residual)
+    return float(total)
+
+
+def _residual_basis(
+    geometry: ModelGeometry,
+    settings: ProjectionSettings,
+    statistics: ActivationStatistics | None,
+    generator: torch.Generator,
+) -> ResidualBasis:
+    size, rank = geometry.hidden, settings.rank
+    if rank == 0 or statistics is None:
+        return ResidualBasis(random_rotation(size, settings.rotation, generator), 0)
+    outliers, complement = outlier_basis(statistics.residual, rank)
+    if settings.basis == "extended":
+        return ResidualBasis(extended_basis(outliers, random_rotation(size, settings.rotation, generator)), rank)
+    rotation = random_rotation(size - rank, settings.rotation, generator)
+    # Nothing to gain while the outliers are in full precision, but checkpoint/export.py rounds them.
+    outlier_rotation = random_rotation(rank, settings.rotation, generator)
+    return ResidualBasis(square_basis(outliers, complement, rotation, outlier_rotation), rank)
+
+
+def _head_rotations(
+    geometry: ModelGeometry,
+    settings: ProjectionSettings,
+    statistics: ActivationStatistics | None,
+    path: str,
+    generator: torch.Generator,
+) -> torch.Tensor:
+    """Rotation of the values of one attention module, `[kv_heads, head_dim, head_dim]`."""
+    kept = settings.values_rank
+    heads = []
+    for head in range(geometry.kv_heads):
+        rotation = random_rotation(geometry.head_dim - kept, settings.rotation, generator)
+        if kept and statistics is not None:
+            outliers, complement = outlier_basis(statistics.heads[path][head], kept)
+            rotation = square_basis(outliers, complement, rotation, torch.eye(kept, dtype=torch.float64))
+        heads.append(rotation)
+    return torch.stack(heads)

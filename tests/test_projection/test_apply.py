@@ -1,0 +1,59 @@
+"""A projection is a value: one written by hand is applied like one that was planned."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from quad_kernels import InputSplit
+
+from quad_modifiers.linalg import extended_basis, outlier_basis, random_rotation
+from quad_modifiers.model.architecture import Architecture
+from quad_modifiers.model.decoder import Decoder
+from quad_modifiers.nn.quad_linear import QuadLinear
+from quad_modifiers.projection.apply import apply_projection
+from quad_modifiers.projection.plan import Projection, ProjectionSettings, ResidualBasis, plan_projection
+
+
+def wrapped(model) -> Decoder:
+    decoder = Decoder(model, Architecture(model.config.model_type))
+    for linear in decoder.linears():
+        linear.replace(QuadLinear(linear.module, linear.role))
+        linear.module.take_bias()
+    return decoder
+
+
+@torch.no_grad()
+def logits_of(model) -> torch.Tensor:
+    return model(torch.randint(3, 320, (3, 20), generator=torch.Generator().manual_seed(9))).logits
+
+
+@pytest.mark.parametrize("model_type", ["llama", "qwen2"])
+def test_a_projection_written_by_hand_keeps_the_function(model_type, make_toy) -> None:
+    model = make_toy(model_type, tie_word_embeddings=True)
+    wanted, decoder = logits_of(model), wrapped(model)
+    generator = torch.Generator().manual_seed(3)
+    paths = {group.path: group.group.reads for group in decoder.groups()}
+    outliers, _ = outlier_basis(torch.eye(64, dtype=torch.float64), 4)
+    heads = torch.stack([random_rotation(16, "random", generator) for _ in range(2)])
+    projection = Projection(
+        residual=ResidualBasis(extended_basis(outliers, random_rotation(64, "random", generator)), 4),
+        heads={path: heads for path, reads in paths.items() if reads == "values"},
+        orders={path: torch.randperm(128, generator=generator) for path, reads in paths.items() if reads == "channels"},
+        value_split=InputSplit(64, 2, 16, keep_width=True),
+        channel_split=InputSplit(128, 5, keep_width=True, hadamard=True),
+    )
+    apply_projection(decoder, projection)
+    torch.testing.assert_close(logits_of(model), wanted, rtol=1e-4, atol=1e-4)
+    assert model.config.hidden_size == 68
+
+
+def test_a_plan_changes_nothing(make_toy) -> None:
+    model = make_toy("llama")
+    decoder = wrapped(model)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    plan = plan_projection(decoder, ProjectionSettings(rank=0), None)
+    assert plan.origin is not None
+    assert plan.origin["rank"] == 0
+    assert model.config.hidden_size == 64
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(tensor, before[name]), name
