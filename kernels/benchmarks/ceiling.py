@@ -8,7 +8,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from quad_kernels import LinearWeight, choose_backend, integer_linear
+from quad_kernels import QuantizedWeight, choose_backend, integer_linear
 from torch.nn import functional as F
 
 from benchmarks.shapes import QUANTIZATION, WEIGHT_BITS, Case, Linear
@@ -61,7 +61,7 @@ def measure_ceiling(device: torch.device, dtype: torch.dtype, size: int, bandwid
     x = torch.randint(-127, 128, (size, size), device=device, dtype=torch.int8)
     weight = torch.randint(-8, 8, (size, size), device=device, dtype=torch.int8)
     prepared = choose_backend(device).prepare_weight(
-        LinearWeight(weight, torch.ones(size, 1, device=device), None, size, size, WEIGHT_BITS), QUANTIZATION
+        QuantizedWeight(weight, torch.ones(size, 1, device=device), None, size, size, WEIGHT_BITS), QUANTIZATION
     )
     scale = torch.ones(size, 1, device=device)
     products: list[Callable[[], Any]] = [

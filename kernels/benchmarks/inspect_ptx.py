@@ -175,8 +175,9 @@ def _integer_linear_case(
     name: str, problem: Any, config: Any, dtype: torch.dtype, capabilities: tuple[int, ...]
 ) -> Iterator[Case]:
     from quad_kernels.integer_linear import launch
+    from quad_kernels.integer_linear.operands import LinearOperands
     from quad_kernels.packing import nibble_bytes
-    from quad_kernels.weight import LinearWeight
+    from quad_kernels.weight import QuantizedWeight
 
     m, n, k, rank = 2047, problem.outputs, problem.inputs, problem.rank  # no power of two divides the number of tokens
 
@@ -185,12 +186,14 @@ def _integer_linear_case(
 
     scale = torch.ones(n, k // problem.group, dtype=dtype)
     zeros = torch.zeros(scale.shape, dtype=torch.int8) if problem.zero_point else None
-    weight = LinearWeight(integers(n, problem.nibbles), scale, zeros, k, n, 4 if problem.nibbles else 8)
+    bits, layout = (4, "nibbles") if problem.nibbles else (8, "int8")
+    weight = QuantizedWeight(integers(n, problem.nibbles), scale, zeros, k, n, bits, layout)
     outliers = (torch.zeros(m, rank, dtype=dtype), torch.zeros(n, rank, dtype=dtype)) if rank else (None, None)
 
     def call() -> None:
         x = integers(m, problem.x_packed)
-        launch.integer_linear(x, torch.ones(m, 1), weight, *outliers, None, dtype, config=config)
+        operands = LinearOperands(x, torch.ones(m, 1), weight, *outliers, bias=None, out_dtype=dtype)
+        launch.integer_linear(operands, config)
 
     row_sums = launch.row_sum_kernel
     launch.row_sum_kernel = _Recorder(row_sums)

@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 from typing import Protocol
 
 import torch
-from quad_kernels import LinearWeight, choose_backend, integer_linear, quantize_activations
+from quad_kernels import QuantizedWeight, choose_backend, integer_linear, quantize_activations
 from torch.nn import functional as F
 
 from benchmarks.shapes import QUANTIZATION, WEIGHT_BITS, Case, Linear
@@ -67,7 +67,7 @@ class QuadLayer:
             -half, half, (outputs, inputs), generator=generator, device=setting.device, dtype=torch.int8
         )
         scale = torch.rand(outputs, 1, generator=generator, device=setting.device).add_(0.5).mul_(0.02)
-        weight = LinearWeight(integers, scale.to(setting.dtype), None, inputs, outputs, WEIGHT_BITS)
+        weight = QuantizedWeight(integers, scale.to(setting.dtype), None, inputs, outputs, WEIGHT_BITS)
         backend = choose_backend(setting.device)
         self.bias = setting.normal(outputs, generator=generator) if linear.bias else None
         outlier_weight = (setting.normal(outputs, rank, generator=generator) * 0.02).to(setting.dtype)

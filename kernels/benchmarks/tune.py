@@ -15,7 +15,7 @@ from multiprocessing import get_context
 from pathlib import Path
 
 import torch
-from quad_kernels import LinearWeight
+from quad_kernels import LinearOperands, QuantizedWeight
 from quad_kernels.integer_linear.config import Config, Problem, candidates, token_bucket
 from quad_kernels.packing import nibble_bytes
 
@@ -56,15 +56,16 @@ def compile_one(shape: Shape, config: Config, device: str, dtype: torch.dtype) -
     where = torch.device(device)
     packed = torch.zeros(shape.outputs, nibble_bytes(shape.inputs), dtype=torch.uint8, device=where)
     scale = torch.ones(shape.outputs, 1, dtype=dtype, device=where)
-    launch = Launch(
-        torch.zeros(shape.tokens, shape.inputs, dtype=torch.int8, device=where),
-        torch.ones(shape.tokens, 1, device=where),
-        LinearWeight(packed, scale, None, shape.inputs, shape.outputs, WEIGHT_BITS),
-        torch.zeros(shape.tokens, shape.rank, dtype=dtype, device=where),
-        torch.zeros(shape.outputs, shape.rank, dtype=dtype, device=where),
-        None,
-        dtype,
+    operands = LinearOperands(
+        x=torch.zeros(shape.tokens, shape.inputs, dtype=torch.int8, device=where),
+        x_scale=torch.ones(shape.tokens, 1, device=where),
+        weight=QuantizedWeight(packed, scale, None, shape.inputs, shape.outputs, WEIGHT_BITS, "nibbles"),
+        outlier=torch.zeros(shape.tokens, shape.rank, dtype=dtype, device=where),
+        outlier_weight=torch.zeros(shape.outputs, shape.rank, dtype=dtype, device=where),
+        bias=None,
+        out_dtype=dtype,
     )
+    launch = Launch(operands)
     try:
         launch(config)
         if where.type == "cuda":

@@ -5,9 +5,9 @@ with a plain PyTorch `reference.py`, which is the truth, and faster implementati
 `quad_kernels.backends` chooses.
 """
 
-import warnings
 from typing import Any
 
+from quad_kernels._renamed import renamed
 from quad_kernels.backends import Backend, BackendError, backends, choose_backend, register_backend
 from quad_kernels.formats import InputQuantization, InputSplit, KVEntries, QuantizedActivations, RMSNorm
 from quad_kernels.functional import (
@@ -21,8 +21,10 @@ from quad_kernels.functional import (
     quantize_kv,
     split_input,
 )
+from quad_kernels.integer_linear.operands import LinearOperands
+from quad_kernels.layouts import WeightLayout
 from quad_kernels.quad_linear import quad_linear
-from quad_kernels.weight import LinearWeight
+from quad_kernels.weight import QuantizedWeight
 
 __all__ = [
     "Backend",
@@ -30,9 +32,11 @@ __all__ = [
     "InputQuantization",
     "InputSplit",
     "KVEntries",
-    "LinearWeight",
+    "LinearOperands",
     "QuantizedActivations",
+    "QuantizedWeight",
     "RMSNorm",
+    "WeightLayout",
     "apply_hadamard",
     "backends",
     "choose_backend",
@@ -48,13 +52,6 @@ __all__ = [
     "split_input",
 ]
 
-_RENAMED = {"int4_linear": "integer_linear"}  # names of version 0.1.0, until the next release
-
 
 def __getattr__(name: str) -> Any:
-    if name not in _RENAMED:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    new = _RENAMED[name]
-    text = f"quad_kernels.{name} is now quad_kernels.{new}; the old name goes with the next release"
-    warnings.warn(text, DeprecationWarning, stacklevel=2)
-    return globals()[new]
+    return renamed(name)

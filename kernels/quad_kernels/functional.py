@@ -18,8 +18,8 @@ from quad_kernels.formats import (
 )
 from quad_kernels.hadamard.construct import HadamardPlan, plan_hadamard
 from quad_kernels.hadamard.reference import apply_hadamard as reference_hadamard
-from quad_kernels.packing import nibble_bytes, unpack_int32
-from quad_kernels.weight import LinearWeight
+from quad_kernels.packing import nibble_bytes
+from quad_kernels.weight import QuantizedWeight
 
 
 def quantize_activations(
@@ -114,7 +114,7 @@ def prepare_weight(
     quantization: InputQuantization | None,
     zero_point: torch.Tensor | None = None,
     backend: str | None = None,
-) -> LinearWeight:
+) -> QuantizedWeight:
     """Turns the tensors of a checkpoint into the layout that the backend of their device reads; done once, at load.
 
     Args:
@@ -129,27 +129,14 @@ def prepare_weight(
     Raises:
         ValueError: if the shapes contradict each other.
     """
-    words = -(-in_features * bits // 32)
-    if weight_packed.shape[1] != words:
-        raise ValueError(
-            f"{in_features} inputs of {bits} bits are {words} words, weight_packed has {weight_packed.shape[1]}"
-        )
-    if weight_scale.shape[0] != weight_packed.shape[0] or in_features % weight_scale.shape[1]:
-        raise ValueError(
-            f"weight_scale {list(weight_scale.shape)} does not fit a weight of {weight_packed.shape[0]} outputs and "
-            f"{in_features} inputs"
-        )
-    out_features = weight_packed.shape[0]
-    zeros = None if zero_point is None else unpack_int32(zero_point.T.contiguous(), bits, out_features).T.contiguous()
-    integers = unpack_int32(weight_packed, bits, in_features)
-    weight = LinearWeight(integers, weight_scale, zeros, in_features, out_features, bits)
+    weight = QuantizedWeight.from_words(weight_packed, weight_scale, bits, in_features, zero_point)
     return choose_backend(weight_packed.device, backend).prepare_weight(weight, quantization)
 
 
 def integer_linear(
     x: torch.Tensor,
     x_scale: torch.Tensor,
-    weight: LinearWeight,
+    weight: QuantizedWeight,
     *,
     outlier: torch.Tensor | None = None,
     outlier_weight: torch.Tensor | None = None,
@@ -195,6 +182,7 @@ def integer_linear(
         weight.in_features,
         weight.out_features,
         weight.bits,
+        weight.layout,
         None if outlier is None else outlier.reshape(-1, outlier.shape[-1]),
         outlier_weight,
         bias,

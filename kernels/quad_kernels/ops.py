@@ -13,8 +13,9 @@ import torch
 
 from quad_kernels.backends import choose_backend
 from quad_kernels.formats import InputQuantization, InputSplit, RMSNorm
+from quad_kernels.integer_linear.operands import LinearOperands
 from quad_kernels.packing import nibble_bytes
-from quad_kernels.weight import LinearWeight
+from quad_kernels.weight import QuantizedWeight
 
 # A decoder has a handful of each, and makes them hundreds of times for a token.
 _input_quantization, _input_split = lru_cache(InputQuantization), lru_cache(InputSplit)
@@ -107,15 +108,17 @@ def integer_linear(
     in_features: int,
     out_features: int,
     bits: int,
+    layout: str,
     outlier: torch.Tensor | None,
     outlier_weight: torch.Tensor | None,
     bias: torch.Tensor | None,
     out_dtype: torch.dtype,
     backend: str,
 ) -> torch.Tensor:
-    """See `quad_kernels.integer_linear`; the fields of the `LinearWeight` one by one."""
-    prepared = LinearWeight(weight, weight_scale, weight_zero_point, in_features, out_features, bits)
-    y = choose_backend(x.device, backend).integer_linear(x, x_scale, prepared, outlier, outlier_weight, bias, out_dtype)
+    """See `quad_kernels.integer_linear`; the fields of the `QuantizedWeight` one by one."""
+    stored = QuantizedWeight(weight, weight_scale, weight_zero_point, in_features, out_features, bits, layout)
+    operands = LinearOperands(x, x_scale, stored, outlier, outlier_weight, bias, out_dtype)
+    y = choose_backend(x.device, backend).integer_linear(operands)
     return y.contiguous()  # callers of a compiled graph rely on the strides of the fake kernel
 
 

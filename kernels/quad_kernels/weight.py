@@ -1,28 +1,34 @@
-"""The quantized weight of a linear layer in the layout of the backend that will read it."""
+"""The quantized weight of a linear layer, in the layout of the backend that will read it."""
 
 from dataclasses import dataclass, replace
-from typing import Literal
 
 import torch
 
-from quad_kernels.packing import pack_int32, pack_nibbles, unpack_nibbles
-
-WeightLayout = Literal["int8", "nibbles", "onednn"]
+from quad_kernels.layouts import find_layout
+from quad_kernels.packing import pack_int32, unpack_int32
 
 
 @dataclass(frozen=True)
-class LinearWeight:
+class QuantizedWeight:
     """Integers and scales of a weight `[out_features, in_features]`.
 
     Attributes:
-        integers: layout int8: `[out, in]`, int8. Layout nibbles: `[out, nibble_bytes(in)]`, uint8, at most 4 bits
-            (`quad_kernels.packing.nibbles` has the order). Layout onednn: opaque, one byte each, for oneDNN's int8
-            product on the CPU.
-        scale: `[out, groups]`, floating point.
-        zero_point: `[out, groups]`, int8, or None on a symmetric grid.
+        integers: integers as `layout` stores them; `[out, in]`, int8, in layout int8.
+        scale: scales, `[out, groups]`, floating point.
+        zero_point: zero points, `[out, groups]`, int8, or None on a symmetric grid.
         in_features: input width.
-        out_features: output channels.
+        out_features: number of output channels.
         bits: width of the integers, 2 to 8.
+        layout: name of the layout of `integers`, one of `quad_kernels.layouts`.
+
+    Example:
+        >>> integers = torch.tensor([[1, -2], [7, -8]], dtype=torch.int8)
+        >>> weight = QuantizedWeight(integers, torch.tensor([[0.5], [2.0]]), None, 2, 2, bits=4)
+        >>> weight.dequantized(torch.float32)
+        tensor([[  0.5000,  -1.0000],
+                [ 14.0000, -16.0000]])
+        >>> weight.to_layout("nibbles").integers.shape
+        torch.Size([2, 64])
     """
 
     integers: torch.Tensor
@@ -31,48 +37,92 @@ class LinearWeight:
     in_features: int
     out_features: int
     bits: int
+    layout: str = "int8"
 
-    @property
-    def layout(self) -> WeightLayout:
-        """How `integers` is stored."""
-        if self.integers.is_mkldnn:
-            return "onednn"
-        return "nibbles" if self.integers.dtype == torch.uint8 else "int8"
+    @classmethod
+    def from_words(
+        cls,
+        weight_packed: torch.Tensor,
+        weight_scale: torch.Tensor,
+        bits: int,
+        in_features: int,
+        zero_point_words: torch.Tensor | None = None,
+    ) -> "QuantizedWeight":
+        """Returns the weight that a checkpoint stores, in layout int8.
+
+        Args:
+            weight_packed: `[out, ceil(in * bits / 32)]`, int32, as compressed-tensors' pack-quantized format has it.
+            weight_scale: `[out, groups]`, floating point.
+            bits: 2, 4 or 8.
+            in_features: input width.
+            zero_point_words: packed along the output channels, `[ceil(out * bits / 32), groups]`, int32, or None.
+
+        Raises:
+            ValueError: if the shapes contradict each other.
+        """
+        words = -(-in_features * bits // 32)
+        if weight_packed.shape[1] != words:
+            raise ValueError(
+                f"{in_features} inputs of {bits} bits are {words} words, weight_packed has {weight_packed.shape[1]}"
+            )
+        if weight_scale.shape[0] != weight_packed.shape[0] or in_features % weight_scale.shape[1]:
+            raise ValueError(
+                f"weight_scale {list(weight_scale.shape)} does not fit a weight of {weight_packed.shape[0]} outputs "
+                f"and {in_features} inputs"
+            )
+        out_features = weight_packed.shape[0]
+        zero_point = None
+        if zero_point_words is not None:
+            zero_point = unpack_int32(zero_point_words.T.contiguous(), bits, out_features).T.contiguous()
+        integers = unpack_int32(weight_packed, bits, in_features)
+        return cls(integers, weight_scale, zero_point, in_features, out_features, bits)
 
     def unpacked(self) -> torch.Tensor:
-        """The integers, `[out, in]`, int8."""
-        if self.layout == "onednn":
-            return self.integers.to_dense().T.contiguous()
-        return unpack_integers(self.integers, self.in_features)
+        """Returns the integers, `[out, in]`, int8."""
+        return find_layout(self.layout).unpack(self.integers, self.in_features)
 
     def dequantized(self, dtype: torch.dtype) -> torch.Tensor:
-        """The weight as floating point, `[out, in]`."""
+        """Returns the weight as floating point, `[out, in]`."""
         values = self.unpacked().float()
         if self.zero_point is not None:
             values -= expand_scales(self.zero_point.float(), self.in_features)
         return values.mul_(expand_scales(self.scale.float(), self.in_features)).to(dtype)
 
-    def to_layout(self, layout: WeightLayout) -> "LinearWeight":
-        """The same weight stored in another layout; more than 4 bits stay int8."""
-        if layout == "nibbles" and self.bits > 4:
-            layout = "int8"
-        if layout == self.layout:
+    def to_layout(self, name: str) -> "QuantizedWeight":
+        """Returns the same weight stored in another layout, in int8 if that layout does not accept it.
+
+        Raises:
+            ValueError: if there is no layout of that name.
+        """
+        if not find_layout(name).accepts(self):
+            name = "int8"
+        if name == self.layout:
             return self
-        integers = self.unpacked()
-        if layout == "nibbles":
-            integers = pack_nibbles(integers)
-        elif layout == "onednn":
-            integers = torch.ops.onednn.qlinear_prepack(integers, None)
-        return replace(self, integers=integers)
+        return replace(self, integers=find_layout(name).pack(self.unpacked()), layout=name)
 
     def to_words(self) -> torch.Tensor:
-        """The integers as the checkpoint stores them, `[out, ceil(in * bits / 32)]`, int32."""
+        """Returns the integers as a checkpoint stores them, `[out, ceil(in * bits / 32)]`, int32."""
         return pack_int32(self.unpacked(), self.bits)
 
+    def zero_point_words(self) -> torch.Tensor | None:
+        """Returns the zero points as a checkpoint stores them, `[ceil(out * bits / 32), groups]`, int32, or None."""
+        if self.zero_point is None:
+            return None
+        return pack_int32(self.zero_point.T.contiguous(), self.bits).T.contiguous()
 
-def unpack_integers(integers: torch.Tensor, columns: int) -> torch.Tensor:
-    """Returns `[..., columns]`, int8, from either layout."""
-    return unpack_nibbles(integers, columns) if integers.dtype == torch.uint8 else integers
+    def rows(self, part: slice) -> "QuantizedWeight":
+        """Returns some of the output channels, as views.
+
+        Raises:
+            ValueError: in another layout than int8, whose rows need not be those of the weight.
+        """
+        if self.layout != "int8":
+            raise ValueError(f"rows need a weight in layout int8, not {self.layout}; call to_layout('int8') first")
+        integers = self.integers[part]
+        zero_point = None if self.zero_point is None else self.zero_point[part]
+        return replace(
+            self, integers=integers, scale=self.scale[part], zero_point=zero_point, out_features=len(integers)
+        )
 
 
 def expand_scales(scale: torch.Tensor, columns: int) -> torch.Tensor:
@@ -80,9 +130,4 @@ def expand_scales(scale: torch.Tensor, columns: int) -> torch.Tensor:
     return scale.repeat_interleave(columns // scale.shape[-1], dim=-1)
 
 
-__all__ = [
-    "LinearWeight",
-    "WeightLayout",
-    "expand_scales",
-    "unpack_integers",
-]
+__all__ = ["QuantizedWeight", "expand_scales"]

@@ -5,7 +5,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from quad_kernels import InputQuantization, LinearWeight, choose_backend, prepare_weight
+from quad_kernels import InputQuantization, QuantizedWeight, choose_backend, prepare_weight
 from quad_kernels.packing import unpack_int32
 from torch import nn
 
@@ -47,7 +47,7 @@ class PackedLinear(nn.Module):
         self.input_quantization = input_quantization
         groups = 1 if group_size is None else in_features // group_size
         per_word = 32 // bits
-        self._prepared: LinearWeight | None = None
+        self._prepared: QuantizedWeight | None = None
         self.weight_packed: torch.Tensor
         self.register_buffer("weight_packed", torch.empty(out_features, -(-in_features // per_word), dtype=torch.int32))
         self.register_buffer("weight_scale", torch.empty(out_features, groups, dtype=dtype))
@@ -62,7 +62,7 @@ class PackedLinear(nn.Module):
             self._prepared = self._repacked()
             self.weight_packed = self.weight_packed.new_empty(0)
 
-    def prepared_weight(self) -> LinearWeight:
+    def prepared_weight(self) -> QuantizedWeight:
         """The weight as the kernels read it."""
         if self._prepared is None:
             if _is_offloaded(self):  # the tensors come for one forward pass and go again
@@ -72,7 +72,7 @@ class PackedLinear(nn.Module):
         scale = self.weight_scale  # trained scales are looked up, not copied
         return self._prepared if self._prepared.scale is scale else replace(self._prepared, scale=scale)
 
-    def _repacked(self) -> LinearWeight:
+    def _repacked(self) -> QuantizedWeight:
         return prepare_weight(
             self.weight_packed,
             self.weight_scale,
@@ -110,7 +110,7 @@ class PackedLinear(nn.Module):
     def dequantized(self, dtype: torch.dtype) -> torch.Tensor:
         """Returns the weight as floating point, `[out, in]`."""
         integers, scale, zero_point = self.integer_weight()
-        weight = LinearWeight(integers, scale, zero_point, self.in_features, self.out_features, self.bits)
+        weight = QuantizedWeight(integers, scale, zero_point, self.in_features, self.out_features, self.bits)
         return weight.dequantized(dtype)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:

@@ -6,7 +6,7 @@ from dataclasses import replace
 from typing import NamedTuple
 
 import torch
-from quad_kernels import InputQuantization, InputSplit, LinearWeight, fake_quantize, quad_linear, split_input
+from quad_kernels import InputQuantization, InputSplit, QuantizedWeight, fake_quantize, quad_linear, split_input
 from torch import nn
 
 
@@ -178,7 +178,7 @@ class QuadLinear(nn.Module):
             y = y + self.bias.float()
         return y.to(x.dtype)
 
-    def _linear_weight(self) -> LinearWeight | None:
+    def _linear_weight(self) -> QuantizedWeight | None:
         """The residual's quantized weight as the kernels read it, None while it is not quantized."""
         prepared = getattr(self.residual, "prepared_weight", None)
         if prepared is not None:
@@ -187,7 +187,7 @@ class QuadLinear(nn.Module):
         if weight is None or bits is None:
             return None
         zero_point = None if weight.zero_point is None else weight.zero_point.to(torch.int8)
-        return LinearWeight(
+        return QuantizedWeight(
             weight.integers, weight.scale, zero_point, self.split.residual_width, self.out_features, bits
         )
 

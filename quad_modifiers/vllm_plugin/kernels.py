@@ -1,12 +1,12 @@
 """The run-time arithmetic of a layer; the only module of this package that knows `quad_kernels`."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from quad_kernels import (
     InputQuantization,
     InputSplit,
-    LinearWeight,
+    QuantizedWeight,
     apply_hadamard,
     choose_backend,
     prepare_weight,
@@ -28,13 +28,15 @@ class LayerPlan:
         split: how the input is divided.
         quantization: of the residual input, None to leave it as it is.
         transform: the online Hadamard, None without one.
-        bits: of the integer weight; None if the product is one of floating-point numbers.
+        bits: width of the integers of the weight; None if the product is one of floating-point numbers.
+        layout: layout of the weight that `prepare_residual` returned.
     """
 
     split: InputSplit
     quantization: InputQuantization | None
     transform: HadamardPlan | None
     bits: int | None
+    layout: str = "int8"
 
 
 def plan_layer(layer: LinearFormat) -> LayerPlan:
@@ -57,8 +59,9 @@ def kernel_key(device: torch.device) -> str:
     """Changes whenever prepared weights get another layout, so that a compiled graph is not reused for it."""
     words = torch.zeros(64, 8, dtype=torch.int32, device=device)
     scale = torch.ones(64, 1, device=device)
-    sample = prepare_weight(words, scale, bits=4, in_features=64, quantization=InputQuantization()).integers
-    return f"{backend_name(device)} {sample.dtype} {sample.layout} {list(sample.shape)}"
+    sample = prepare_weight(words, scale, bits=4, in_features=64, quantization=InputQuantization())
+    stored = sample.integers
+    return f"{backend_name(device)} {sample.layout} {stored.dtype} {stored.layout} {list(stored.shape)}"
 
 
 def prepare_residual(
@@ -67,8 +70,8 @@ def prepare_residual(
     packed: torch.Tensor,
     scale: torch.Tensor,
     zero_point: torch.Tensor | None,
-) -> dict[str, torch.Tensor]:
-    """Turns packed rows into what `apply_layer` reads, by name; done once, at load.
+) -> tuple[LayerPlan, dict[str, torch.Tensor]]:
+    """Turns packed rows into what `apply_layer` reads: the plan with their layout, and tensors by name. Done at load.
 
     No kernel multiplies packed weights by floating-point inputs yet, so weight-only layers are expanded.
 
@@ -89,9 +92,10 @@ def prepare_residual(
         zero_point=words,
     )
     if plan.bits is None:
-        return {"weight": prepared.dequantized(scale.dtype)}
+        return plan, {"weight": prepared.dequantized(scale.dtype)}
+    plan = replace(plan, layout=prepared.layout)
     tensors = {"weight_packed": prepared.integers, "weight_scale": prepared.scale}
-    return tensors if prepared.zero_point is None else {**tensors, "weight_zero_point": prepared.zero_point}
+    return plan, tensors if prepared.zero_point is None else {**tensors, "weight_zero_point": prepared.zero_point}
 
 
 def apply_layer(
@@ -103,13 +107,14 @@ def apply_layer(
     outlier_weight: torch.Tensor | None,
     bias: torch.Tensor | None,
 ) -> torch.Tensor:
-    """Applies a layer to `x`, `[..., in]`; the other tensors are those of `prepare_residual`.
+    """Applies a layer to `x`, `[..., in]`; plan and the other tensors are those of `prepare_residual`.
 
     Returns:
         `[..., out]`, dtype of `x`.
     """
     if plan.bits is not None and plan.quantization is not None and scale is not None:
-        prepared = LinearWeight(weight, scale, zero_point, plan.split.residual_width, scale.shape[0], plan.bits)
+        width, outputs = plan.split.residual_width, scale.shape[0]
+        prepared = QuantizedWeight(weight, scale, zero_point, width, outputs, plan.bits, plan.layout)
         return quad_linear(x, prepared, plan.split, plan.quantization, outlier_weight=outlier_weight, bias=bias)
     outlier, residual = _floating_residual(plan, x)
     y = linear(residual, weight).float()

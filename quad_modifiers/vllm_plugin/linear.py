@@ -108,7 +108,7 @@ class QuadLinearMethod(LinearMethodBase):
         if self.linear.weight is None:
             tensors = {"weight": residual["weight"].data}
         else:
-            tensors = prepare_residual(
+            self.plan, tensors = prepare_residual(
                 self.plan,
                 self.linear.weight,
                 residual["weight_packed"].data,

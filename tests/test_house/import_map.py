@@ -25,6 +25,7 @@ DIVIDED = ("quad_kernels", "quad_modifiers")  # packages whose every module is i
 FLOORS = (
     "quad_kernels.packing",
     "quad_kernels.formats",
+    "quad_kernels.layouts",
     "quad_kernels.weight",
     "quad_kernels.triton_grid",
     "quad_kernels.hadamard",
@@ -35,6 +36,7 @@ FLOORS = (
     "quad_kernels.ops",
     "quad_kernels.functional",
     "quad_kernels.quad_linear",
+    "quad_kernels._renamed",
     "quad_kernels",
     "quad_modifiers._moved",
     "quad_modifiers.version",

@@ -58,17 +58,18 @@ def test_every_case_is_measured_with_its_origin_ceiling_and_shares(tmp_path: Pat
 
 
 def test_a_wrong_kernel_is_reported_and_not_timed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys) -> None:
-    from quad_kernels.backends.onednn_cpu import CpuBackend
+    from quad_kernels import LinearOperands
+    from quad_kernels.backends.onednn_cpu import OneDnnBackend
 
-    right = CpuBackend.integer_linear
+    right = OneDnnBackend.integer_linear
 
-    def wrong(x, x_scale, weight, outlier, *rest):  # type: ignore[no-untyped-def]
-        y = right(x, x_scale, weight, outlier, *rest)
-        if weight.out_features == 512:
+    def wrong(operands: LinearOperands) -> torch.Tensor:
+        y = right(operands)
+        if operands.weight.out_features == 512:
             y[-1, -1] += 0.5 * y.abs().max()
         return y
 
-    monkeypatch.setattr(CpuBackend, "integer_linear", staticmethod(wrong))
+    monkeypatch.setattr(OneDnnBackend, "integer_linear", staticmethod(wrong))
     output = tmp_path / "rows.jsonl"
     assert run("--tokens", "2", "--output", str(output)) == 1
     rows = {row["case"]: row for row in map(json.loads, output.read_text().splitlines())}
@@ -88,13 +89,13 @@ def test_the_gate_sees_a_wrong_quantizer(monkeypatch: pytest.MonkeyPatch, part: 
     from benchmarks import gate
     from benchmarks.methods import QuadLayer, Setting
     from benchmarks.shapes import MODELS
-    from quad_kernels.backends.onednn_cpu import CpuBackend
+    from quad_kernels.backends.onednn_cpu import OneDnnBackend
 
     generator = torch.Generator().manual_seed(0)
     layer = QuadLayer(MODELS["toy"].linears()["qkv"], Setting(torch.device("cpu"), torch.bfloat16, 1), generator)
     x = layer.make_input(5, generator)
     assert gate.check(layer, x, exact=True) is None
-    right = CpuBackend.quantize_activations
+    right = OneDnnBackend.quantize_activations
 
     def wrong(*arguments):  # type: ignore[no-untyped-def]
         outlier, integers, scale = right(*arguments)
@@ -102,7 +103,7 @@ def test_the_gate_sees_a_wrong_quantizer(monkeypatch: pytest.MonkeyPatch, part: 
         changed[-1, -1] += 1
         return outlier, integers, scale
 
-    monkeypatch.setattr(CpuBackend, "quantize_activations", staticmethod(wrong))
+    monkeypatch.setattr(OneDnnBackend, "quantize_activations", staticmethod(wrong))
     assert message in (gate.check(layer, x, exact=True) or "")
 
 
@@ -110,10 +111,10 @@ def test_a_wrong_integer_sum_is_seen_where_the_dtype_hides_it(monkeypatch: pytes
     from benchmarks import gate
     from benchmarks.methods import QuadLayer, Setting
     from benchmarks.shapes import MODELS
-    from quad_kernels.backends.onednn_cpu import CpuBackend
+    from quad_kernels.backends.onednn_cpu import OneDnnBackend
 
-    right = CpuBackend.integer_linear
-    monkeypatch.setattr(CpuBackend, "integer_linear", staticmethod(lambda *a: right(*a) * (1 + 1e-4)))
+    right = OneDnnBackend.integer_linear
+    monkeypatch.setattr(OneDnnBackend, "integer_linear", staticmethod(lambda *a: right(*a) * (1 + 1e-4)))
     generator = torch.Generator().manual_seed(0)
     layer = QuadLayer(MODELS["toy"].linears()["down"], Setting(torch.device("cpu"), torch.bfloat16, 1), generator)
     x = layer.make_input(5, generator)

@@ -25,7 +25,7 @@ def check_equal(device: torch.device, x: torch.Tensor, **arguments: object) -> N
     )
 
 
-@pytest.mark.parametrize("backend", ["reference", "cpu"])
+@pytest.mark.parametrize("backend", ["reference", "onednn"])
 @pytest.mark.parametrize("clip_ratio", [1.0, 0.9])
 def test_definition(backend: str, clip_ratio: float) -> None:
     x = cache(2, 3, 64)
@@ -60,7 +60,7 @@ def test_the_grid_is_the_rounded_one(scale_dtype: torch.dtype) -> None:
     assert bool((error <= 0.5001 * entries.scale.float() + rounding).all())
 
 
-@pytest.mark.parametrize("backend", ["reference", "cpu"])
+@pytest.mark.parametrize("backend", ["reference", "onednn"])
 def test_a_constant_vector_is_exact(backend: str) -> None:
     x = torch.full((2, 8), -3.25)
     assert torch.equal(dequantize_kv(quantize_kv(x, backend=backend), torch.float32, backend=backend), x)

@@ -4,11 +4,17 @@ from __future__ import annotations
 
 import pytest
 import torch
-from quad_kernels import LinearWeight
+from quad_kernels import QuantizedWeight
 from quad_kernels import integer_linear as public_integer_linear
 from quad_kernels.integer_linear.onednn import onednn_takes
 
-LAYOUTS = [("reference", "int8"), ("reference", "nibbles"), ("cpu", "int8"), ("cpu", "nibbles"), ("cpu", "onednn")]
+LAYOUTS = [
+    ("reference", "int8"),
+    ("reference", "nibbles"),
+    ("onednn", "int8"),
+    ("onednn", "nibbles"),
+    ("onednn", "onednn"),
+]
 
 
 @pytest.fixture(params=LAYOUTS, ids="-".join, autouse=True)
@@ -26,10 +32,10 @@ def integer_linear(
     zero_point: torch.Tensor | None = None,
     bits: int = 4,
 ) -> torch.Tensor:
-    plain = LinearWeight(weight, scale, zero_point, weight.shape[1], weight.shape[0], bits)
+    plain = QuantizedWeight(weight, scale, zero_point, weight.shape[1], weight.shape[0], bits)
     if layout == "onednn" and not onednn_takes(plain):
         layout = "int8"
-    prepared = plain.to_layout(layout)  # type: ignore[arg-type]
+    prepared = plain.to_layout(layout)
     assert prepared.layout == ("int8" if layout == "nibbles" and bits > 4 else layout)
     return public_integer_linear(x, x_scale, prepared)
 
@@ -117,7 +123,7 @@ def test_many_tokens_are_worked_off_in_parts(layout: str, x_groups: int, w_group
     """Each token's result is that of the token alone, with everything that a layer can have."""
     tokens, k, out, rank = 300, 64, 24, 8
     x, x_scale = integers((tokens, k), 8), scales((tokens, x_groups))
-    plain = LinearWeight(integers((out, k), 4, seed=2), scales((out, w_groups), seed=3), None, k, out, 4)
+    plain = QuantizedWeight(integers((out, k), 4, seed=2), scales((out, w_groups), seed=3), None, k, out, 4)
     weight = plain.to_layout("onednn" if layout == "onednn" and onednn_takes(plain) else "int8")
     outlier, outlier_weight, bias = scales((tokens, rank), 4), scales((out, rank), 5), scales((out,), 6)
     whole = public_integer_linear(x, x_scale, weight, outlier=outlier, outlier_weight=outlier_weight, bias=bias)

@@ -9,7 +9,7 @@ import torch
 from quad_kernels import (
     InputQuantization,
     InputSplit,
-    LinearWeight,
+    QuantizedWeight,
     RMSNorm,
     choose_backend,
     integer_linear,
@@ -35,7 +35,7 @@ TINY = torch.finfo(torch.float32).tiny
 
 
 def assert_same(x: torch.Tensor, quantization: InputQuantization, split: InputSplit, **options) -> None:
-    own = quantize_activations(x, quantization, split, backend="cpu", **options)
+    own = quantize_activations(x, quantization, split, backend="onednn", **options)
     truth = quantize_reference(x, quantization, split, options.get("norm"), options.get("packed", False))
     for name, a, b in zip(("outlier", "integers", "scale"), own, truth, strict=True):
         assert (a is None) == (b is None), name
@@ -72,7 +72,7 @@ def test_zero_tokens_and_scales_that_are_no_normal_number() -> None:
         x[row] = scale * 7.5
     x[6, 0] = 1e38
     assert_same(x, InputQuantization(4, 1.0), InputSplit(32))
-    scale = quantize_activations(x, InputQuantization(4, 1.0), backend="cpu").scale.flatten()
+    scale = quantize_activations(x, InputQuantization(4, 1.0), backend="onednn").scale.flatten()
     assert (scale[:3] == 0).all()
     assert (scale[3:] > 0).all()
 
@@ -92,7 +92,7 @@ def test_the_input_is_neither_changed_nor_returned() -> None:
         if split.width != 96:
             continue
         before = x.clone()
-        outlier, _, _ = choose_backend("cpu").quantize_activations(x, InputQuantization(), split, None, False)
+        outlier, _, _ = choose_backend("cpu", "onednn").quantize_activations(x, InputQuantization(), split, None, False)
         assert torch.equal(x, before)
         assert outlier is None or outlier.untyped_storage().data_ptr() != x.untyped_storage().data_ptr()
 
@@ -101,7 +101,7 @@ def test_the_input_is_neither_changed_nor_returned() -> None:
 def test_transform_is_the_product_with_the_matrix(size: int) -> None:
     plan = plan_hadamard(size)
     x = torch.randn(3, size, generator=torch.Generator().manual_seed(size))
-    small = small_factors._small_factors(plan.factors)
+    small = small_factors.split_factors(plan.factors)
     assert torch.tensor(small).prod() == torch.tensor(plan.factors).prod()
     if size <= 4864:
         torch.testing.assert_close(
@@ -119,7 +119,7 @@ def test_transform_is_the_product_with_the_matrix(size: int) -> None:
 )
 def test_with_a_transform_few_integers_differ_and_by_one(dtype: torch.dtype, split: InputSplit) -> None:
     x = torch.randn(32, split.width, generator=torch.Generator().manual_seed(2)).to(dtype)
-    outlier, integers, scale = quantize_activations(x, InputQuantization(4, 0.86), split, backend="cpu")
+    outlier, integers, scale = quantize_activations(x, InputQuantization(4, 0.86), split, backend="onednn")
     truth = quantize_reference(x, InputQuantization(4, 0.86), split, None, False)
     assert torch.equal(outlier, truth[0])
     difference = (integers.int() - truth[1].int()).abs()
@@ -135,7 +135,7 @@ def test_with_a_transform_few_integers_differ_and_by_one(dtype: torch.dtype, spl
 
 def test_the_arguments_of_the_tests_matter() -> None:
     x = torch.randn(4, 104)
-    own = quantize_activations(x, InputQuantization(4), SPLITS["stream"], backend="cpu")
+    own = quantize_activations(x, InputQuantization(4), SPLITS["stream"], backend="onednn")
     other = quantize_reference(x, InputQuantization(4, 0.86), SPLITS["stream"], None, False)
     assert not torch.equal(own.integers, other[1])
 
@@ -156,23 +156,23 @@ def test_many_tokens_are_worked_off_in_parts(packed: bool) -> None:
 WIDTH = 64
 
 
-def make_weight() -> LinearWeight:
+def make_weight() -> QuantizedWeight:
     generator = torch.Generator().manual_seed(8)
     integers = torch.randint(-8, 8, (24, WIDTH), dtype=torch.int8, generator=generator)
-    return LinearWeight(integers, torch.rand(24, 1, generator=generator) + 0.1, None, WIDTH, 24, 4)
+    return QuantizedWeight(integers, torch.rand(24, 1, generator=generator) + 0.1, None, WIDTH, 24, 4)
 
 
 @pytest.fixture
 def conversions(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Layouts of the weights that are converted, one for each time."""
     seen: list[str] = []
-    unpacked = LinearWeight.unpacked
+    unpacked = QuantizedWeight.unpacked
 
-    def spy(weight: LinearWeight) -> torch.Tensor:
+    def spy(weight: QuantizedWeight) -> torch.Tensor:
         seen.append(weight.layout)
         return unpacked(weight)
 
-    monkeypatch.setattr(LinearWeight, "unpacked", spy)
+    monkeypatch.setattr(QuantizedWeight, "unpacked", spy)
     return seen
 
 
@@ -191,13 +191,13 @@ def test_weights_are_stored_for_the_product_that_their_inputs_allow(
 ) -> None:
     plain = make_weight()
     weight = prepare_weight(
-        plain.to_words(), plain.scale, bits=4, in_features=WIDTH, quantization=quantization, backend="cpu"
+        plain.to_words(), plain.scale, bits=4, in_features=WIDTH, quantization=quantization, backend="onednn"
     )
     assert weight.layout == ("onednn" if per_token and onednn_takes(plain) else "int8")
     conversions.clear()
     if quantization is not None:
-        _, integers, scale = quantize_activations(torch.randn(300, WIDTH), quantization, backend="cpu")
-        integer_linear(integers, scale, weight, backend="cpu")
+        _, integers, scale = quantize_activations(torch.randn(300, WIDTH), quantization, backend="onednn")
+        integer_linear(integers, scale, weight, backend="onednn")
     assert conversions == [], "the layer converts its weight in every call"
 
 
@@ -207,12 +207,12 @@ def test_a_weight_in_another_layout_is_converted_once_for_all_tokens(
 ) -> None:
     if layout == "onednn" and not onednn_takes(make_weight()):
         pytest.skip("this processor or build has no exact oneDNN product")
-    weight = make_weight().to_layout(layout)  # type: ignore[arg-type]
+    weight = make_weight().to_layout(layout)
     conversions.clear()
     generator = torch.Generator().manual_seed(9)
     x = torch.randint(-8, 8, (300, WIDTH), dtype=torch.int8, generator=generator)
     x_scale = torch.rand(300, groups, generator=generator)
-    y = integer_linear(x, x_scale, weight, backend="cpu")
+    y = integer_linear(x, x_scale, weight, backend="onednn")
     assert conversions == [layout]
     torch.testing.assert_close(y, integer_linear(x, x_scale, make_weight(), backend="reference"), rtol=1e-5, atol=1e-3)
 
@@ -223,5 +223,5 @@ def test_no_tokens(layout: str) -> None:
     if layout == "onednn" and onednn_takes(weight):
         weight = weight.to_layout("onednn")
     x, x_scale = torch.zeros(2, 0, WIDTH, dtype=torch.int8), torch.zeros(2, 0, 1)
-    y = integer_linear(x, x_scale, weight, bias=torch.ones(24), out_dtype=torch.bfloat16, backend="cpu")
+    y = integer_linear(x, x_scale, weight, bias=torch.ones(24), out_dtype=torch.bfloat16, backend="onednn")
     assert (y.shape, y.dtype) == ((2, 0, 24), torch.bfloat16)

@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import replace
 
 import pytest
 import torch
 from quad_kernels import (
+    Backend,
     InputQuantization,
     InputSplit,
-    LinearWeight,
+    QuantizedWeight,
     RMSNorm,
     quad_linear,
     quantize_activations,
     quantize_input,
+    register_backend,
 )
+from quad_kernels.backends import temporary_registrations
 from quad_kernels.hadamard import hadamard_matrix
-from quad_kernels.quad_linear import memo
+from quad_kernels.quad_linear.memo import remembered
 
 OUT = 24
 SPLITS = {
@@ -32,17 +36,17 @@ def draw(*shape: int, seed: int = 0) -> torch.Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
 
-def make_weight(width: int, groups: int = 1, zero_points: bool = False) -> LinearWeight:
+def make_weight(width: int, groups: int = 1, zero_points: bool = False) -> QuantizedWeight:
     generator = torch.Generator().manual_seed(1)
     integers = torch.randint(-8, 8, (OUT, width), dtype=torch.int8, generator=generator)
     scale = torch.rand(OUT, groups, generator=generator) / 10 + 0.01
     zero = torch.randint(-8, 8, (OUT, groups), dtype=torch.int8, generator=generator) if zero_points else None
-    return LinearWeight(integers, scale, zero, width, OUT, 4)
+    return QuantizedWeight(integers, scale, zero, width, OUT, 4)
 
 
 def plain_layer(
     x: torch.Tensor,
-    weight: LinearWeight,
+    weight: QuantizedWeight,
     scale: torch.Tensor,
     split: InputSplit,
     quantization: InputQuantization,
@@ -150,7 +154,7 @@ def test_fused_norm_equals_the_norm_before() -> None:
 @pytest.mark.parametrize("name", ["U-type", "Hadamard"])
 def test_compiled_without_a_graph_break(name: str, layout: str) -> None:
     split = SPLITS[name]
-    weight = make_weight(split.residual_width).to_layout(layout)  # type: ignore[arg-type]
+    weight = make_weight(split.residual_width).to_layout(layout)
     outliers, bias = draw(OUT, split.rank, seed=3), draw(OUT, seed=2)
 
     torch._dynamo.reset()
@@ -178,7 +182,7 @@ def test_ops_are_declared_rightly(name: str, packed: bool, tokens: int) -> None:
     outlier, integers, scale = ops.quantize_activations(*arguments)
     weight = make_weight(split.residual_width)
     outlier_weight = draw(OUT, split.rank)
-    sizes, dtype = (split.residual_width, OUT, 4), torch.bfloat16
+    sizes, dtype = (split.residual_width, OUT, 4, weight.layout), torch.bfloat16
     checked = torch.library.opcheck(
         ops.integer_linear.default,
         (integers, scale, weight.integers, weight.scale, None, *sizes, outlier, outlier_weight, None, dtype, ""),
@@ -210,22 +214,31 @@ def test_parts_that_do_not_fit_are_refused() -> None:
         )
 
 
+class Counting(Backend):
+    """The reference, with a note of every input that it quantizes."""
+
+    name = "counting"
+    priority = 99
+
+    def __init__(self) -> None:
+        self.calls: list[int] = []
+
+    def quantize_activations(self, x, quantization, split, norm, packed):
+        self.calls.append(x.shape[0])
+        return super().quantize_activations(x, quantization, split, norm, packed)
+
+
 class TestSharedInput:
     """q, k and v quantize their common input once."""
 
     split = SPLITS["plain"]
 
     @pytest.fixture
-    def calls(self, monkeypatch: pytest.MonkeyPatch) -> list[int]:
-        calls: list[int] = []
-        original = memo.quantize_activations
-
-        def counting(x: torch.Tensor, *arguments: object, **options: object) -> object:
-            calls.append(1)
-            return original(x, *arguments, **options)  # type: ignore[arg-type]
-
-        monkeypatch.setattr(memo, "quantize_activations", counting)
-        return calls
+    def calls(self) -> Iterator[list[int]]:
+        counting = Counting()
+        with temporary_registrations():
+            register_backend(counting)
+            yield counting.calls
 
     def run(self, x: torch.Tensor, bits: int = 4) -> torch.Tensor:
         with torch.no_grad():
@@ -260,6 +273,6 @@ class TestSharedInput:
     def test_nothing_is_kept_longer_than_the_input(self) -> None:
         x = draw(3, 64)
         self.run(x)
-        assert memo._last.result is not None
+        assert remembered() is not None
         del x
-        assert memo._last.result is None
+        assert remembered() is None

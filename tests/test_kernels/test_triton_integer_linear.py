@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
-from quad_kernels import LinearWeight, integer_linear
+from quad_kernels import LinearOperands, QuantizedWeight, integer_linear
 from quad_kernels.integer_linear.config import SPLITS, TILES, Config
 from quad_kernels.packing import pack_nibbles
 
@@ -29,23 +30,21 @@ def scales(*shape: int, seed: int, dtype: torch.dtype = torch.float32) -> torch.
 
 def linear_weight(
     values: torch.Tensor, bits: int, scale: torch.Tensor | None = None, zero_point: torch.Tensor | None = None
-) -> LinearWeight:
+) -> QuantizedWeight:
     scale = torch.ones(len(values), 1) if scale is None else scale
-    return LinearWeight(values, scale, zero_point, values.shape[1], len(values), bits).to_layout("nibbles")
+    return QuantizedWeight(values, scale, zero_point, values.shape[1], len(values), bits).to_layout("nibbles")
 
 
-def moved(weight: LinearWeight, device: torch.device) -> LinearWeight:
+def moved(weight: QuantizedWeight, device: torch.device) -> QuantizedWeight:
     zero = None if weight.zero_point is None else weight.zero_point.to(device)
-    return LinearWeight(
-        weight.integers.to(device), weight.scale.to(device), zero, weight.in_features, weight.out_features, weight.bits
-    )
+    return replace(weight, integers=weight.integers.to(device), scale=weight.scale.to(device), zero_point=zero)
 
 
 def on(device: torch.device, **tensors: torch.Tensor | None) -> dict[str, Any]:
     return {name: None if tensor is None else tensor.to(device) for name, tensor in tensors.items()}
 
 
-def exact(x: torch.Tensor, weight: LinearWeight) -> torch.Tensor:
+def exact(x: torch.Tensor, weight: QuantizedWeight) -> torch.Tensor:
     """The integer sums, rounded once: float64 holds them exactly."""
     return (x.double() @ weight.unpacked().double().T).float()
 
@@ -57,11 +56,15 @@ def assert_rounded_alike(got: torch.Tensor, wanted: torch.Tensor) -> None:
 
 
 def run_config(
-    config: Config, x: torch.Tensor, x_scale: torch.Tensor, weight: LinearWeight, out_dtype: torch.dtype = torch.float32
+    config: Config,
+    x: torch.Tensor,
+    x_scale: torch.Tensor,
+    weight: QuantizedWeight,
+    out_dtype: torch.dtype = torch.float32,
 ) -> torch.Tensor:
     from quad_kernels.integer_linear import launch
 
-    return launch.integer_linear(x, x_scale, weight, None, None, None, out_dtype, config=config)
+    return launch.integer_linear(LinearOperands(x, x_scale, weight, None, None, None, out_dtype), config)
 
 
 # --- the integer part ---

@@ -1,5 +1,8 @@
 """The interface of a backend. Its methods are the references, so a backend overrides only what it accelerates."""
 
+from collections.abc import Mapping
+from types import MappingProxyType
+
 import torch
 
 from quad_kernels.formats import InputQuantization
@@ -7,8 +10,9 @@ from quad_kernels.hadamard import plan_hadamard
 from quad_kernels.hadamard import reference as hadamard_reference
 from quad_kernels.int4_kv import reference as kv_reference
 from quad_kernels.integer_linear import reference as linear_reference
+from quad_kernels.layouts import WeightLayout
 from quad_kernels.quantize_activations import reference as quantize_reference
-from quad_kernels.weight import LinearWeight
+from quad_kernels.weight import QuantizedWeight
 
 
 class Backend:
@@ -17,30 +21,34 @@ class Backend:
     Inputs have two dimensions: the public functions flatten what they are given.
 
     Attributes:
-        name: by which it is forced.
-        priority: the highest among the backends that can run is chosen.
+        name: name that forces it.
+        aliases: other names that force it, such as an earlier one.
+        priority: rank in the automatic choice, which takes the highest that can run.
         devices: device types for which it is chosen automatically; empty for all.
+        layouts: weight layouts that it brings, by name; they are registered with it.
     """
 
     name: str = "reference"
+    aliases: tuple[str, ...] = ()
     priority: int = 0
     devices: tuple[str, ...] = ()
+    layouts: Mapping[str, WeightLayout] = MappingProxyType({})
 
     def unavailable(self, device: torch.device) -> str | None:
-        """Why it cannot run on `device`, or None if it can."""
+        """Returns why it cannot run on `device`, or None if it can."""
         return None
 
-    def prepare_weight(self, weight: LinearWeight, quantization: InputQuantization | None) -> LinearWeight:
-        """Returns `weight` as this backend reads it best; every backend reads every layout of its devices.
+    def prepare_weight(self, weight: QuantizedWeight, quantization: InputQuantization | None) -> QuantizedWeight:
+        """Returns `weight` as this backend reads it best; what comes in another layout it converts in every call.
 
         Args:
             weight: in any layout.
-            quantization: of the inputs that it will be multiplied with, None if they stay floating point.
+            quantization: quantization of the inputs it will be multiplied with, None if they stay floating point.
         """
         return weight.to_layout("nibbles")
 
     def hadamard(self, x: torch.Tensor) -> torch.Tensor:
-        """The orthonormal transform of the last dimension, `plan_hadamard(x.shape[-1])`."""
+        """Returns the orthonormal transform of the last dimension, `plan_hadamard(x.shape[-1])`."""
         return hadamard_reference.apply_hadamard(x, plan_hadamard(x.shape[-1]))
 
     quantize_activations = staticmethod(quantize_reference.quantize_activations)

@@ -3,11 +3,14 @@
 import importlib
 import logging
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import lru_cache
 
 import torch
 
 from quad_kernels.backends.base import Backend
+from quad_kernels.layouts import register_layout, temporary_layouts
 
 logger = logging.getLogger(__name__)
 
@@ -23,39 +26,82 @@ class BackendError(RuntimeError):
 
 
 def register_backend(backend: Backend) -> None:
-    """Adds a backend; it takes part in the automatic choice from then on.
+    """Adds a backend and its layouts; it takes part in the automatic choice from then on.
 
     Raises:
-        ValueError: if another backend has its name.
+        ValueError: if another backend has its name, or another layout that of one of its layouts.
+        TypeError: if it is written for version 0.1.0 of the interface.
     """
-    known = _backends.get(backend.name)
-    if known is not None and type(known) is not type(backend):
-        raise ValueError(f"a kernel backend named {backend.name!r} exists already: {type(known).__qualname__}")
+    if hasattr(backend, "int4_linear"):
+        raise TypeError(
+            f"the kernel backend {backend.name!r} has a method int4_linear, which is never called; it is "
+            "integer_linear(operands: quad_kernels.LinearOperands) now"
+        )
+    for name in (backend.name, *backend.aliases):
+        known = _named(name)
+        if known is not None and type(known) is not type(backend):
+            raise ValueError(f"a kernel backend named {name!r} exists already: {type(known).__qualname__}")
+    for name, layout in backend.layouts.items():
+        register_layout(name, layout)
     _backends[backend.name] = backend
     _choose.cache_clear()
+
+
+def _named(name: str) -> Backend | None:
+    """Returns the backend of a name or alias, None if there is none."""
+    found = _backends.get(name)
+    return found or next((backend for backend in _backends.values() if name in backend.aliases), None)
 
 
 def register_backend_path(name: str, path: str, origin: str) -> None:
     """Adds a backend that is imported when the first choice is made.
 
     Args:
-        name: of the backend.
+        name: name of the backend.
         path: "module:object", a `Backend` or a subclass.
         origin: what contributes it, for messages.
 
     Raises:
         ValueError: if another backend has its name.
     """
-    if name in _backends or name in _failed or _pending.get(name, (path, origin)) != (path, origin):
+    if _named(name) is not None or name in _failed or _pending.get(name, (path, origin)) != (path, origin):
         raise ValueError(f"a kernel backend named {name!r} exists already; {origin} cannot add another")
     _pending[name] = (path, origin)
     _choose.cache_clear()
 
 
 def backends() -> dict[str, Backend]:
-    """All registered backends by name."""
+    """Returns all registered backends by name.
+
+    Example:
+        >>> sorted(backends())
+        ['onednn', 'reference', 'triton']
+    """
     _import_pending()
     return dict(_backends)
+
+
+@contextmanager
+def temporary_registrations() -> Iterator[None]:
+    """Removes at its end the backends and layouts that were registered inside it; for tests.
+
+    Example:
+        >>> class Mine(Backend):
+        ...     name = "mine"
+        >>> with temporary_registrations():
+        ...     register_backend(Mine())
+        >>> "mine" in backends()
+        False
+    """
+    before = [(table, dict(table)) for table in (_backends, _pending, _failed)]
+    with temporary_layouts():
+        try:
+            yield
+        finally:
+            for table, content in before:
+                table.clear()
+                table.update(content)  # type: ignore[arg-type]
+            _choose.cache_clear()
 
 
 def _import_pending() -> None:
@@ -78,9 +124,9 @@ def choose_backend(device: torch.device | str, name: str | None = None) -> Backe
     """Returns the backend for tensors on `device`; the first choice for each device is logged.
 
     Args:
-        device: where the data lies.
-        name: a backend to force; by default the environment variable QUAD_KERNELS, and without it the backend of
-            highest priority that can run.
+        device: device of the data.
+        name: name or alias of a backend to force; by default the environment variable QUAD_KERNELS, and without it
+            the backend of highest priority that can run.
 
     Raises:
         BackendError: if the backend asked for is unknown or cannot run there, with the reason.
@@ -94,7 +140,7 @@ def _choose(device_type: str, index: int | None, name: str) -> Backend:
     _import_pending()
     device = torch.device(device_type, index) if index is not None else torch.device(device_type)
     if name:
-        forced = _backends.get(name)
+        forced = _named(name)
         if forced is None and name in _failed:
             raise BackendError(f"the kernel backend {name!r} cannot be used; {_failed[name]}")
         if forced is None:
@@ -102,7 +148,7 @@ def _choose(device_type: str, index: int | None, name: str) -> Backend:
         reason = forced.unavailable(device)
         if reason is not None:
             raise BackendError(f"the kernel backend {name!r} cannot run on {device}: {reason}")
-        logger.info("kernels on %s: %s (asked for)", device, name)
+        logger.info("kernels on %s: %s (asked for)", device, forced.name)
         return forced
     passed_over: list[str] = []
     for backend in sorted(_backends.values(), key=lambda b: -b.priority):

@@ -7,7 +7,7 @@ import torch
 
 from quad_kernels.backends.base import Backend
 from quad_kernels.formats import InputQuantization, InputSplit, RMSNorm
-from quad_kernels.weight import LinearWeight
+from quad_kernels.integer_linear.operands import LinearOperands
 
 _MIN_CAPABILITY = (8, 0)
 
@@ -60,21 +60,12 @@ class TritonBackend(Backend):
             whole = InputSplit(residual.shape[1])
             return outlier, *kernel.quantize_activations(residual, quantization, whole, None, packed)[1:]
 
-    def integer_linear(
-        self,
-        x: torch.Tensor,
-        x_scale: torch.Tensor,
-        weight: LinearWeight,
-        outlier: torch.Tensor | None,
-        outlier_weight: torch.Tensor | None,
-        bias: torch.Tensor | None,
-        out_dtype: torch.dtype,
-    ) -> torch.Tensor:
+    def integer_linear(self, operands: LinearOperands) -> torch.Tensor:
         """One kernel; one more before it for the row sums that zero points need."""
         from quad_kernels.integer_linear import launch
 
-        with torch.cuda.device_of(x):
-            return launch.integer_linear(x, x_scale, weight, outlier, outlier_weight, bias, out_dtype)
+        with torch.cuda.device_of(operands.x):
+            return launch.integer_linear(operands)
 
     def hadamard(self, x: torch.Tensor) -> torch.Tensor:
         """One kernel for orders with a power of two of at least 16; other orders run the reference."""

@@ -25,7 +25,7 @@ def apply_hadamard(x: torch.Tensor, plan: HadamardPlan) -> torch.Tensor:
 
 def transform(x: torch.Tensor, plan: HadamardPlan) -> torch.Tensor:
     """The transform of float32 numbers, `[..., plan.size]`, not rounded to another dtype."""
-    factors = _small_factors(plan.factors)
+    factors = split_factors(plan.factors)
     inner = factors[-1]
     with torch.autocast("cpu", enabled=False):
         y = x.reshape(-1, inner) @ hadamard_factor(inner, torch.float32, x.device)
@@ -36,8 +36,8 @@ def transform(x: torch.Tensor, plan: HadamardPlan) -> torch.Tensor:
 
 
 @cache
-def _small_factors(factors: tuple[int, ...]) -> tuple[int, ...]:
-    """The same Kronecker product with its powers of two split evenly, the smaller first."""
+def split_factors(factors: tuple[int, ...]) -> tuple[int, ...]:
+    """Returns the orders of the same Kronecker product with its powers of two split evenly, the smaller first."""
     log2 = sum(order.bit_length() - 1 for order in factors if order & (order - 1) == 0)
     others = tuple(order for order in factors if order & (order - 1))
     count = -(-log2 // _LARGEST_LOG2)

@@ -10,9 +10,9 @@ import triton
 from quad_kernels.integer_linear.autotune import choose_config
 from quad_kernels.integer_linear.config import Config, Problem, token_bucket
 from quad_kernels.integer_linear.kernel import linear_kernel, row_sum_kernel
+from quad_kernels.integer_linear.operands import LinearOperands
 from quad_kernels.integer_linear.workspace import arrival_counters
 from quad_kernels.packing.nibbles import CHUNK, HALF
-from quad_kernels.weight import LinearWeight
 
 OUTLIER_BLOCK, WIDE_OUTLIER_BLOCK = 64, 16  # coordinates per step of the outlier product, in 16 and in 32 bits
 UNROLLED_SLAB = 64 * 64  # elements of a tile up to which the partial sums are read all at once
@@ -21,24 +21,20 @@ LARGEST_GROUP = 2**17 - 1  # of so many products of -128 and -128, which is 16 *
 COMPILED = isinstance(linear_kernel, triton.JITFunction)  # not so in Triton's interpreter
 
 
-def integer_linear(
-    x: torch.Tensor,
-    x_scale: torch.Tensor,
-    weight: LinearWeight,
-    outlier: torch.Tensor | None,
-    outlier_weight: torch.Tensor | None,
-    bias: torch.Tensor | None,
-    out_dtype: torch.dtype,
-    config: Config | None = None,
-) -> torch.Tensor:
-    """See `quad_kernels.integer_linear`; `x` is `[tokens, in]` or packed, int8 or uint8.
+def integer_linear(operands: LinearOperands, config: Config | None = None) -> torch.Tensor:
+    """Returns `[tokens, out]`; see `quad_kernels.integer_linear`.
+
+    Args:
+        operands: what the layer is computed from.
+        config: how the kernel is launched, by default the choice of `autotune.choose_config`.
 
     Raises:
         ValueError: if sums could leave int32.
     """
+    x = operands.x
     if x.shape[0] == 0:
-        return torch.empty(0, weight.out_features, dtype=out_dtype, device=x.device)
-    launch = Launch(x, x_scale, weight, outlier, outlier_weight, bias, out_dtype)
+        return torch.empty(0, operands.weight.out_features, dtype=operands.out_dtype, device=x.device)
+    launch = Launch(operands)
     return launch(config or choose_config(launch.problem, x.device, launch))
 
 
@@ -49,17 +45,9 @@ class Launch:
         problem: what the choice of a configuration depends on.
     """
 
-    def __init__(
-        self,
-        x: torch.Tensor,
-        x_scale: torch.Tensor,
-        weight: LinearWeight,
-        outlier: torch.Tensor | None,
-        outlier_weight: torch.Tensor | None,
-        bias: torch.Tensor | None,
-        out_dtype: torch.dtype,
-    ) -> None:
-        if weight.layout == "onednn":
+    def __init__(self, operands: LinearOperands) -> None:
+        x, x_scale, weight = operands.x, operands.x_scale, operands.weight
+        if weight.layout not in ("int8", "nibbles"):
             weight = weight.to_layout("nibbles")
         self._groups = math.lcm(x_scale.shape[1], weight.scale.shape[1])
         self._group = weight.in_features // self._groups
@@ -70,8 +58,8 @@ class Launch:
         self._x, self._integers = _rows(x), weight.integers.contiguous()
         self._x_scale, self._weight_scale = x_scale.contiguous(), weight.scale.contiguous()
         self._zero_point = weight.zero_point
-        self._outlier, self._outlier_weight = _outlier_operands(outlier, outlier_weight)
-        self._bias, self._out_dtype = bias, out_dtype
+        self._outlier, self._outlier_weight = _outlier_operands(operands.outlier, operands.outlier_weight)
+        self._bias, self._out_dtype = operands.bias, operands.out_dtype
         self.problem = Problem(
             tokens=token_bucket(x.shape[0]),
             outputs=weight.out_features,

@@ -13,47 +13,44 @@ import torch
 
 from quad_kernels.formats import InputQuantization
 from quad_kernels.integer_linear import reference
-from quad_kernels.weight import LinearWeight, WeightLayout, unpack_integers
+from quad_kernels.integer_linear.operands import LinearOperands
+from quad_kernels.layouts import WeightForm, WeightLayout
+from quad_kernels.packing import unpack_integers
+from quad_kernels.weight import QuantizedWeight
 
 _SMALLEST_WIDTH = 16  # _int_mm reads past a weight of one column: its transpose's strides are ambiguous
 _TOKENS_AT_ONCE = 128  # more would stream the float32 sums of a wide layer through memory several times
 _MOST_SINGLE_TOKENS = 4  # up to here one matrix-vector product of _int_mm per token beats its matrix product
 
 
-def integer_linear(
-    x: torch.Tensor,
-    x_scale: torch.Tensor,
-    weight: LinearWeight,
-    outlier: torch.Tensor | None,
-    outlier_weight: torch.Tensor | None,
-    bias: torch.Tensor | None,
-    out_dtype: torch.dtype,
-) -> torch.Tensor:
-    """See `quad_kernels.integer_linear`; `x` is `[tokens, in]` or packed, int8 or uint8."""
-    groups = math.lcm(x_scale.shape[1], weight.scale.shape[1])
+def integer_linear(operands: LinearOperands) -> torch.Tensor:
+    """Returns `[tokens, out]`; see `quad_kernels.integer_linear`."""
+    weight = operands.weight
+    groups = math.lcm(operands.x_scale.shape[1], weight.scale.shape[1])
     if weight.in_features // groups < _SMALLEST_WIDTH:
-        return reference.integer_linear(x, x_scale, weight, outlier, outlier_weight, bias, out_dtype)
-    x = unpack_integers(x, weight.in_features)
-    if groups > 1 or weight.layout == "nibbles":
+        return reference.integer_linear(operands)
+    x = unpack_integers(operands.x, weight.in_features)
+    if groups > 1 or weight.layout != "onednn":
         weight = weight.to_layout("int8")
-    y = x.new_empty(x.shape[0], weight.out_features, dtype=out_dtype)
+    y = x.new_empty(x.shape[0], weight.out_features, dtype=operands.out_dtype)
     for start in range(0, x.shape[0], _TOKENS_AT_ONCE):
         rows = slice(start, start + _TOKENS_AT_ONCE)
-        part = None if outlier is None else outlier[rows]
-        y[rows] = _rows(x[rows], x_scale[rows], weight, part, outlier_weight, bias, groups)
+        y[rows] = _rows(operands, rows, x[rows], weight, groups)
     return y
 
 
-def _rows(
-    x: torch.Tensor,
-    x_scale: torch.Tensor,
-    weight: LinearWeight,
-    outlier: torch.Tensor | None,
-    outlier_weight: torch.Tensor | None,
-    bias: torch.Tensor | None,
-    groups: int,
-) -> torch.Tensor:
-    """The layer for some tokens, float32; the weight in layout int8, or without groups in layout onednn."""
+def _rows(operands: LinearOperands, rows: slice, x: torch.Tensor, weight: QuantizedWeight, groups: int) -> torch.Tensor:
+    """Returns the layer for some tokens, float32.
+
+    Args:
+        operands: of all tokens.
+        rows: the tokens.
+        x: their integers, unpacked, `[tokens, in]`, int8.
+        weight: in layout int8, or without groups in layout onednn.
+        groups: number of groups of inputs that share both scales.
+    """
+    x_scale, bias, outlier_weight = operands.x_scale[rows], operands.bias, operands.outlier_weight
+    outlier = None if operands.outlier is None else operands.outlier[rows]
     if weight.layout == "onednn":
         y = _onednn_product(x, weight)
     elif groups == 1:
@@ -69,14 +66,14 @@ def _rows(
     return y if rest is None else y.add_(rest)
 
 
-def best_layout(weight: LinearWeight, quantization: InputQuantization | None) -> WeightLayout:
-    """The layout of the fastest product with such inputs; oneDNN's is undone in every call where it has no product."""
+def best_layout(weight: QuantizedWeight, quantization: InputQuantization | None) -> str:
+    """Returns the layout of the fastest product with such inputs; oneDNN's is undone where it has no product."""
     per_token = quantization is not None and quantization.groups(weight.in_features) == 1
     return "onednn" if per_token and onednn_takes(weight) else "int8"
 
 
-def onednn_takes(weight: LinearWeight) -> bool:
-    """True if oneDNN's prepacked product can compute with a weight like this one."""
+def onednn_takes(weight: WeightForm) -> bool:
+    """Returns whether oneDNN's prepacked product can compute with a weight like this one."""
     per_channel = weight.scale.shape[1] == 1 and weight.zero_point is None
     return per_channel and weight.in_features >= _SMALLEST_WIDTH and _onednn_is_exact()
 
@@ -85,15 +82,27 @@ def onednn_takes(weight: LinearWeight) -> bool:
 def _onednn_is_exact() -> bool:
     """Tries the largest integers: some builds lack it, and some older processors saturate pairs of products."""
     x, integers = torch.full((2, 64), 127, dtype=torch.int8), torch.full((16, 64), 127, dtype=torch.int8)
-    weight = LinearWeight(integers, torch.ones(16, 1), None, 64, 16, 8)
     try:
-        y = _onednn_product(x, weight.to_layout("onednn"))
+        weight = QuantizedWeight(_prepack(integers), torch.ones(16, 1), None, 64, 16, 8, "onednn")
+        y = _onednn_product(x, weight)
     except (RuntimeError, AttributeError):
         return False
     return bool((y == 64 * 127 * 127).all())
 
 
-def _onednn_product(x: torch.Tensor, weight: LinearWeight) -> torch.Tensor:
+def _prepack(integers: torch.Tensor) -> torch.Tensor:
+    """Returns integers `[out, in]`, int8, in oneDNN's own order: opaque, one byte each."""
+    return torch.ops.onednn.qlinear_prepack(integers, None)
+
+
+def _from_prepacked(stored: torch.Tensor, in_features: int) -> torch.Tensor:
+    return stored.to_dense().T.contiguous()
+
+
+LAYOUTS = {"onednn": WeightLayout(pack=_prepack, unpack=_from_prepacked, accepts=onednn_takes)}
+
+
+def _onednn_product(x: torch.Tensor, weight: QuantizedWeight) -> torch.Tensor:
     """Returns scale * sum over k of x * integers, `[tokens, out]`, float32."""
     return torch.ops.onednn.qlinear_pointwise(
         x.view(torch.uint8) ^ 128,  # two's complement to an offset of 128
@@ -118,7 +127,7 @@ def _zeros(count: int) -> torch.Tensor:
         return torch.zeros(count, dtype=torch.int64)
 
 
-def _grouped_product(x: torch.Tensor, x_scale: torch.Tensor, weight: LinearWeight, groups: int) -> torch.Tensor:
+def _grouped_product(x: torch.Tensor, x_scale: torch.Tensor, weight: QuantizedWeight, groups: int) -> torch.Tensor:
     """One integer product per group of coordinates that share both scales; `[tokens, out]`, both scales applied."""
 
     def per_group(values: torch.Tensor) -> torch.Tensor:

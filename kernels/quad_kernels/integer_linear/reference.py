@@ -2,30 +2,25 @@
 
 import torch
 
-from quad_kernels.weight import LinearWeight, expand_scales, unpack_integers
+from quad_kernels.integer_linear.operands import LinearOperands
+from quad_kernels.packing import unpack_integers
+from quad_kernels.weight import QuantizedWeight, expand_scales
 
 _EXACT_FLOAT32 = 2**24  # sums of integers up to here are exact in float32, whatever the order of summation
 
 
-def integer_linear(
-    x: torch.Tensor,
-    x_scale: torch.Tensor,
-    weight: LinearWeight,
-    outlier: torch.Tensor | None,
-    outlier_weight: torch.Tensor | None,
-    bias: torch.Tensor | None,
-    out_dtype: torch.dtype,
-) -> torch.Tensor:
-    """See `quad_kernels.integer_linear`; `x` is `[tokens, in]` or packed, int8 or uint8."""
-    y = _scaled_sum(unpack_integers(x, weight.in_features), x_scale, weight)
+def integer_linear(operands: LinearOperands) -> torch.Tensor:
+    """Returns `[tokens, out]`; see `quad_kernels.integer_linear`."""
+    weight, outlier, outlier_weight, bias = operands.weight, operands.outlier, operands.outlier_weight, operands.bias
+    y = _scaled_sum(unpack_integers(operands.x, weight.in_features), operands.x_scale, weight)
     if outlier is not None and outlier_weight is not None:
         y += outlier.float() @ outlier_weight.float().T
     if bias is not None:
         y += bias.float()
-    return y.to(out_dtype)
+    return y.to(operands.out_dtype)
 
 
-def _scaled_sum(x: torch.Tensor, x_scale: torch.Tensor, weight: LinearWeight) -> torch.Tensor:
+def _scaled_sum(x: torch.Tensor, x_scale: torch.Tensor, weight: QuantizedWeight) -> torch.Tensor:
     k = weight.in_features
     narrow, wide = x.float(), weight.unpacked().float()
     if weight.zero_point is not None:

@@ -7,8 +7,9 @@ import torch
 from quad_kernels.integer_linear.autotune import SECONDS, tune_problem
 from quad_kernels.integer_linear.config import Config, Problem, token_bucket
 from quad_kernels.integer_linear.launch import Launch
+from quad_kernels.integer_linear.operands import LinearOperands
 from quad_kernels.packing import nibble_bytes
-from quad_kernels.weight import LinearWeight
+from quad_kernels.weight import QuantizedWeight
 
 
 def tune(
@@ -47,14 +48,16 @@ def tune(
             integers = torch.randint(0, 256, (outputs, nibble_bytes(inputs)), dtype=torch.uint8, device=device)
         groups = inputs // group_size if group_size else 1
         scale = torch.rand(outputs, groups, device=device).to(dtype)
-        launch = Launch(
-            torch.randint(-8, 8, (tokens, inputs), dtype=torch.int8, device=device),
-            torch.rand(tokens, 1, device=device),
-            LinearWeight(integers, scale, None, inputs, outputs, weight_bits),
-            torch.randn(tokens, rank, device=device, dtype=dtype) if rank else None,
-            torch.randn(outputs, rank, device=device, dtype=dtype) if rank else None,
-            None,
-            dtype,
+        layout = "int8" if weight_bits > 4 else "nibbles"
+        operands = LinearOperands(
+            x=torch.randint(-8, 8, (tokens, inputs), dtype=torch.int8, device=device),
+            x_scale=torch.rand(tokens, 1, device=device),
+            weight=QuantizedWeight(integers, scale, None, inputs, outputs, weight_bits, layout),
+            outlier=torch.randn(tokens, rank, device=device, dtype=dtype) if rank else None,
+            outlier_weight=torch.randn(outputs, rank, device=device, dtype=dtype) if rank else None,
+            bias=None,
+            out_dtype=dtype,
         )
+        launch = Launch(operands)
         tuned[launch.problem] = tune_problem(launch.problem, device, launch, seconds)
     return tuned

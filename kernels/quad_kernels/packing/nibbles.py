@@ -34,3 +34,8 @@ def unpack_nibbles(packed: torch.Tensor, columns: int) -> torch.Tensor:
     """Inverse of `pack_nibbles`: `[..., columns]`, int8, from uint8 `[..., nibble_bytes(columns)]`."""
     chunks = packed.view(torch.int8).unflatten(-1, (-1, HALF))
     return torch.cat([(chunks << 4) >> 4, chunks >> 4], dim=-1).flatten(-2)[..., :columns].contiguous()
+
+
+def unpack_integers(integers: torch.Tensor, columns: int) -> torch.Tensor:
+    """Returns `[..., columns]`, int8, from int8 (as it is) or from nibbles, uint8: the two forms of activations."""
+    return unpack_nibbles(integers, columns) if integers.dtype == torch.uint8 else integers

@@ -6,12 +6,12 @@ from quad_kernels.formats import InputQuantization, InputSplit, RMSNorm
 from quad_kernels.functional import integer_linear, quantize_activations
 from quad_kernels.quad_linear.autograd import QuadLinearFunction
 from quad_kernels.quad_linear.memo import quantize_once
-from quad_kernels.weight import LinearWeight
+from quad_kernels.weight import QuantizedWeight
 
 
 def quad_linear(
     x: torch.Tensor,
-    weight: LinearWeight,
+    weight: QuantizedWeight,
     split: InputSplit,
     quantization: InputQuantization,
     *,

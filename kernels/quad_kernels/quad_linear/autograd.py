@@ -8,7 +8,7 @@ from quad_kernels.formats import InputQuantization, InputSplit
 from quad_kernels.functional import integer_linear, quantize_activations, split_input
 from quad_kernels.hadamard import plan_hadamard, reference
 from quad_kernels.quad_linear.memo import quantize_once
-from quad_kernels.weight import LinearWeight, expand_scales
+from quad_kernels.weight import QuantizedWeight, expand_scales
 
 
 class QuadLinearFunction(torch.autograd.Function):
@@ -24,7 +24,7 @@ class QuadLinearFunction(torch.autograd.Function):
         weight_scale: torch.Tensor,
         outlier_weight: torch.Tensor | None,
         bias: torch.Tensor | None,
-        weight: LinearWeight,
+        weight: QuantizedWeight,
         split: InputSplit,
         quantization: InputQuantization,
         backend: str | None,
@@ -90,7 +90,7 @@ def _input_gradient(
     return gradient.flatten(-2).to(x.dtype)
 
 
-def _residual_gradient(weight: LinearWeight, grad: torch.Tensor) -> torch.Tensor:
+def _residual_gradient(weight: QuantizedWeight, grad: torch.Tensor) -> torch.Tensor:
     """`grad` times the dequantized weight.
 
     One scale per output channel goes to the gradient instead of the weight: fewer numbers, and the integers are exact
@@ -110,7 +110,7 @@ def _clipped(x: torch.Tensor, x_scale: torch.Tensor, split: InputSplit, bits: in
 
 
 def _scale_gradient(
-    weight: LinearWeight, grad: torch.Tensor, integers: torch.Tensor, x_scale: torch.Tensor
+    weight: QuantizedWeight, grad: torch.Tensor, integers: torch.Tensor, x_scale: torch.Tensor
 ) -> torch.Tensor:
     """Sum over tokens and the group's inputs of grad * x * integer weight, `[out, groups]`, float32."""
     x = integers.float() * expand_scales(x_scale, weight.in_features)

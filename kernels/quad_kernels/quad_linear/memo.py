@@ -37,6 +37,11 @@ def quantize_once(
     return result
 
 
+def remembered() -> QuantizedActivations | None:
+    """Returns the result that this thread keeps, None if its input is gone."""
+    return _last.result
+
+
 def _forget(source: "weakref.ReferenceType[torch.Tensor]") -> None:
     if _last.source is source:
         _last.source = _last.result = None
