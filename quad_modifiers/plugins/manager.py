@@ -163,41 +163,54 @@ class QuadPluginManager(pluggy.PluginManager):
             yield distribution, result
 
 
-_lock = threading.RLock()
-_manager: QuadPluginManager | None = None
-_building = False
+class SharedManager:
+    """The manager of a process, built on first use.
+
+    Attributes:
+        building: True while it is being built.
+    """
+
+    def __init__(self) -> None:
+        self.building = False
+        self._lock = threading.RLock()
+        self._manager: QuadPluginManager | None = None
+
+    def get(self) -> QuadPluginManager:
+        """See `get_plugin_manager`."""
+        with self._lock:
+            if self._manager is not None:
+                return self._manager
+            if self.building:
+                raise PluginError(
+                    "a plugin asked for the plugin manager while plugins were being imported; do that inside a function"
+                )
+            self.building = True
+            try:
+                self._manager = build_plugin_manager()
+            finally:
+                self.building = False
+            return self._manager
+
+
+shared = SharedManager()
 
 
 def get_plugin_manager() -> QuadPluginManager:
     """Returns the manager with the built-in plugin and every installed one, built on the first call.
 
     Raises:
-        PluginError: if an installed plugin is not valid, or a plugin asks for the manager while it is
-        imported.
+        PluginError: if an installed plugin is not valid, or a plugin asks for the manager while it is imported.
     """
-    global _manager, _building
     # Its import hook registers what the plugins bring, which loads them; were it a plugin that imports transformers
     # first, the hook would find the manager half-built.
     import transformers  # noqa: F401
 
-    with _lock:
-        if _manager is not None:
-            return _manager
-        if _building:
-            raise PluginError(
-                "a plugin asked for the plugin manager while plugins were being imported; do that inside a function"
-            )
-        _building = True
-        try:
-            _manager = build_plugin_manager()
-        finally:
-            _building = False
-        return _manager
+    return shared.get()
 
 
 def plugins_are_loading() -> bool:
-    """True while the manager is being built."""
-    return _building
+    """Returns whether the manager is being built."""
+    return shared.building
 
 
 def build_plugin_manager() -> QuadPluginManager:

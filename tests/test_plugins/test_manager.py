@@ -10,15 +10,17 @@ from pathlib import Path
 
 import pytest
 
+from quad_modifiers import plugins
 from quad_modifiers.plugins import (
     Distribution,
     PluginError,
     PluginWarning,
     QuadPluginManager,
     failed_plugins,
+    get_plugin_manager,
     hookimpl,
 )
-from quad_modifiers.plugins.manager import BLOCK_VARIABLE
+from quad_modifiers.plugins.manager import BLOCK_VARIABLE, SharedManager, plugins_are_loading
 
 MakePlugin = Callable[..., types.ModuleType]
 
@@ -120,16 +122,14 @@ def test_blocked_distribution_is_not_imported(
     assert failed_plugins(manager) == []
 
 
-def test_plugin_that_asks_for_the_manager_while_imported(
-    manager: QuadPluginManager, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    from quad_modifiers.plugins import manager as manager_module
-
-    monkeypatch.setattr(manager_module, "_manager", None)
-    monkeypatch.setattr(manager_module, "_building", True)
+def test_plugin_that_asks_for_the_manager_while_imported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(plugins.manager, "shared", SharedManager())
     text = "from quad_modifiers.plugins import get_plugin_manager\nget_plugin_manager()"
+    installed_entry_point(tmp_path, monkeypatch, text)
     with pytest.warns(PluginWarning, match="crook-dist.*asked for the plugin manager while"):
-        manager.load_entry_point(installed_entry_point(tmp_path, monkeypatch, text))
+        built = get_plugin_manager()
+    assert get_plugin_manager() is built
+    assert not plugins_are_loading()
 
 
 def test_two_distributions_may_use_one_entry_point_name(
