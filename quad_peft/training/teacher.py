@@ -24,7 +24,7 @@ from quad_peft.training.losses import without_head
 
 logger = logging.getLogger(__name__)
 
-_SHARD = 64  # samples in a file: what an interruption can lose
+SAMPLES_PER_FILE = 64  # what an interruption can lose
 
 
 class Teacher(Protocol):
@@ -75,7 +75,7 @@ class CachedTeacher:
         return nn.utils.rnn.pad_sequence(rows, batch_first=True).to(device)
 
     def _read(self, place: int) -> torch.Tensor:
-        with safe_open(_shard_file(self.folder, place // _SHARD), framework="pt") as shard:
+        with safe_open(_shard_file(self.folder, place // SAMPLES_PER_FILE), framework="pt") as shard:
             states: torch.Tensor = shard.get_tensor(str(place))
         return states
 
@@ -105,7 +105,7 @@ def cache_teacher(model: Any, samples: Sequence[torch.Tensor], folder: Path) -> 
     """
     own = folder / f"teacher-{_key(model, samples)}"
     own.mkdir(parents=True, exist_ok=True)
-    count = -(-len(samples) // _SHARD)
+    count = -(-len(samples) // SAMPLES_PER_FILE)
     missing = [index for index in range(count) if not _shard_file(own, index).is_file()]
     if missing:
         width, size = model.get_output_embeddings().weight.shape[1], model.dtype.itemsize
@@ -114,7 +114,9 @@ def cache_teacher(model: Any, samples: Sequence[torch.Tensor], folder: Path) -> 
         logger.info("teacher: last hidden states of %d samples, %.1f MB", len(samples), tokens * width * size / 1e6)
     for index in tqdm(missing, desc="teacher", unit="file", leave=False, disable=not missing):
         states = {
-            str(index * _SHARD + offset): last_hidden_states(model, {"input_ids": sample.unsqueeze(0).to(model.device)})
+            str(index * SAMPLES_PER_FILE + offset): last_hidden_states(
+                model, {"input_ids": sample.unsqueeze(0).to(model.device)}
+            )
             .squeeze(0)
             .cpu()
             .contiguous()
@@ -125,7 +127,7 @@ def cache_teacher(model: Any, samples: Sequence[torch.Tensor], folder: Path) -> 
 
 
 def _shard(samples: Sequence[torch.Tensor], index: int) -> Sequence[torch.Tensor]:
-    return samples[index * _SHARD : (index + 1) * _SHARD]
+    return samples[index * SAMPLES_PER_FILE : (index + 1) * SAMPLES_PER_FILE]
 
 
 def _shard_file(folder: Path, index: int) -> Path:

@@ -348,7 +348,7 @@ def test_a_corrected_original_needs_no_cleaning_up(checkpoint, original, make_to
         finetune(checkpoint, tmp_path / "a", original=tmp_path / "typo", **arguments)
     assert list(tmp_path.iterdir()) == []
     with monkeypatch.context() as patch:  # as when the original does not fit into memory
-        patch.setattr("quad_peft.training.finetuning._teacher", None)
+        patch.setattr("quad_peft.training.finetuning.tune", None)
         with pytest.raises(TypeError):
             finetune(checkpoint, tmp_path / "a", **arguments)
     finetune(checkpoint, tmp_path / "a", original=original, **arguments)

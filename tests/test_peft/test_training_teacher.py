@@ -5,9 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from quad_peft.training import teacher as module
 from quad_peft.training.data import Collator
-from quad_peft.training.teacher import LiveTeacher, cache_teacher
+from quad_peft.training.teacher import SAMPLES_PER_FILE, LiveTeacher, cache_teacher
 
 
 def samples(count: int = 5) -> list[torch.Tensor]:
@@ -39,27 +38,26 @@ def test_cached_equals_live(make_toy, tmp_path) -> None:
     torch.testing.assert_close(cached, LiveTeacher(model).hidden_states(batch)[keep])
 
 
-def test_an_interrupted_cache_goes_on(make_toy, tmp_path, monkeypatch) -> None:
-    monkeypatch.setattr(module, "_SHARD", 2)
-    model, texts = make_toy(), samples(5)
-    written = []
-    write = module._write
+def test_an_interrupted_cache_continues(make_toy, tmp_path) -> None:
+    model, texts = make_toy(), samples(2 * SAMPLES_PER_FILE + 3)
+    run = []
 
-    def failing(states, file):
-        if len(written) == 2:
+    def interrupt(*_: object) -> None:
+        run.append(1)
+        if len(run) == len(texts):  # in the middle of the third file
             raise KeyboardInterrupt
-        written.append(file.name)
-        write(states, file)
 
-    monkeypatch.setattr(module, "_write", failing)
+    hook = model.register_forward_pre_hook(interrupt)
     with pytest.raises(KeyboardInterrupt):
         cache_teacher(model, texts, tmp_path)
-    monkeypatch.setattr(module, "_write", lambda states, file: (written.append(file.name), write(states, file)))
+    run.clear()
     cached = cache_teacher(model, texts, tmp_path)
-    assert written == [f"states-{i:05d}.safetensors" for i in range(3)]
-    states = cached.hidden_states(batch_of((4, texts[4])))
-    assert torch.equal(cached.head(states), model(texts[4][None]).logits)
-    assert [p.name for p in cached.folder.iterdir() if p.name.startswith(".")] == []
+    hook.remove()
+    assert len(run) == 3, "the files that are complete are not made again"
+    assert sorted(file.name for file in cached.folder.iterdir()) == [f"states-{i:05d}.safetensors" for i in range(3)]
+    for place in (4, len(texts) - 1):
+        states = cached.hidden_states(batch_of((place, texts[place])))
+        assert torch.equal(cached.head(states), model(texts[place][None]).logits)
 
 
 def test_other_weights_or_texts_are_another_cache(make_toy, tmp_path) -> None:
