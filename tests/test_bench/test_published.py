@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -42,8 +43,8 @@ def test_whole_run_and_once_more(
 ) -> None:
     monkeypatch.setattr(published, "SETTINGS", {"plain": Setting(4, 8)})
     monkeypatch.setattr(published, "TUNED", {"tuned": "plain"})
-    monkeypatch.setattr(published, "_ACCUMULATION", 1)  # a few steps for few samples, and large enough to be seen
-    monkeypatch.setattr(published, "_LEARNING_RATE", 1e-2)
+    few = replace(published.TUNING, accumulation=1, learning_rate=1e-2)  # a few steps, large enough to be seen
+    monkeypatch.setattr(published, "TUNING", few)
     text = tmp_path / "text.txt"
     text.write_text("\n\n".join(f"Sentence {number} of a text about number {number * 7}." for number in range(300)))
     instructions = tmp_path / "instructions.jsonl"

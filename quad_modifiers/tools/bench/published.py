@@ -30,7 +30,6 @@ SAMPLES, LENGTH = 128, 2048
 TASKS = ("piqa", "hellaswag", "arc_easy", "arc_challenge", "winogrande", "lambada_openai")
 _MADE_WITH = ("model", "damping", "calibration", "instructions", "samples", "length")
 _C4 = "hf://datasets/allenai/c4/en/c4-train.00000-of-01024.json.gz"
-_TUNING_LENGTH, _BATCH, _ACCUMULATION, _LEARNING_RATE, _WARMUP_STEPS = 1024, 4, 32, 1e-5, 50
 
 
 @dataclass(frozen=True)
@@ -66,6 +65,28 @@ SETTINGS = {
     "quad_w4a4": Setting(RANK, 4),
     "quad_w4a4a8": Setting(RANK, 8),
 }
+
+
+@dataclass(frozen=True)
+class TuningSetting:
+    """How the paper trains on instructions.
+
+    Attributes:
+        length: tokens of a sample, at most.
+        batch_size: samples in a forward pass.
+        accumulation: forward passes in a step.
+        learning_rate: largest learning rate.
+        warmup_steps: steps until it is reached.
+    """
+
+    length: int = 1024
+    batch_size: int = 4
+    accumulation: int = 32
+    learning_rate: float = 1e-5
+    warmup_steps: int = 50
+
+
+TUNING = TuningSetting()
 # The setting whose outlier weights are then trained on instructions; it is compressed once.
 TUNED = {"quad_w4a4a8_tuned": "quad_w4a4a8"}
 
@@ -169,14 +190,14 @@ def _tune(name: str, folder: Path, options: argparse.Namespace) -> None:
     untuned, adapter = _checkpoint(TUNED[name], options), Path(options.output, f"{name}.adapter")
     if not adapter.is_dir():
         texts = local_texts(options.instructions) if options.instructions else _instructions()
-        steps = math.ceil(len(texts) / (_BATCH * _ACCUMULATION))
+        steps = math.ceil(len(texts) / (TUNING.batch_size * TUNING.accumulation))
         settings = TuningSettings(
-            batch_size=_BATCH,
-            accumulation=_ACCUMULATION,
-            learning_rate=_LEARNING_RATE,
-            warmup=min(0.5, _WARMUP_STEPS / steps),
+            batch_size=TUNING.batch_size,
+            accumulation=TUNING.accumulation,
+            learning_rate=TUNING.learning_rate,
+            warmup=min(0.5, TUNING.warmup_steps / steps),
         )
-        finetune(untuned, adapter, data=texts, settings=settings, length=_TUNING_LENGTH, packed=False, resume=True)
+        finetune(untuned, adapter, data=texts, settings=settings, length=TUNING.length, packed=False, resume=True)
     merge(untuned, adapter, folder)
 
 
