@@ -68,7 +68,7 @@ def test_rows_on_a_toy(toy_checkpoint: Callable[..., Path], monkeypatch: pytest.
         task = average(91.0, 81.0).model_copy(update={"task": "a"})
         return Evaluation(format_version=1, comparisons=[task], average=average(90.0, 80.0))
 
-    monkeypatch.setattr("quad_modifiers.tools.evaluation.evaluator", evaluate)
+    monkeypatch.setattr("quad_modifiers.tools.evaluation.evaluator.evaluate", evaluate)
     merged = []
 
     def merge(quad: Path, adapter: Path, output: Path) -> None:
