@@ -34,7 +34,7 @@ _MINIMUM_WINDOWS = 4
 _MINIMUM_TOKENS = 1024
 # Larger data sets are sampled by document before anything is tokenized: this many characters at least, or this many
 # per token asked for.
-_CHARACTER_LIMIT = 8_000_000
+CHARACTER_LIMIT = 8_000_000
 _CHARACTERS_PER_TOKEN = 32
 
 
@@ -122,7 +122,7 @@ def _rows(
     if isinstance(found, Documents):
         if tokenizer is None:
             raise ValueError("calibration text needs a tokenizer; give one, or give token ids instead of text")
-        sample = _sampled_documents(found.texts, count * length, generator)
+        sample = sampled_documents(found.texts, count * length, generator)
         found = TokenStream(token_stream(tokenizer, sample))
     windows = found.windows(length)
     if not windows:
@@ -133,9 +133,21 @@ def _rows(
     return _drawn(windows, count, generator)
 
 
-def _sampled_documents(texts: Sequence[str], tokens: int, generator: torch.Generator) -> list[str]:
-    """Returns all documents, or as many drawn at random as give `tokens` tokens several times over."""
-    limit = max(_CHARACTER_LIMIT, _CHARACTERS_PER_TOKEN * tokens)
+def sampled_documents(
+    texts: Sequence[str], tokens: int, generator: torch.Generator, character_limit: int = CHARACTER_LIMIT
+) -> list[str]:
+    """Returns all documents, or as many drawn at random as give `tokens` tokens several times over.
+
+    Args:
+        texts: documents; only those drawn are read.
+        tokens: number of tokens wanted.
+        generator: source of the draws.
+        character_limit: number of characters below which nothing is left out.
+
+    Raises:
+        TypeError: if a document is not a string.
+    """
+    limit = max(character_limit, _CHARACTERS_PER_TOKEN * tokens)
     order = torch.randperm(len(texts), generator=generator).tolist()
     drawn: dict[int, str] = {}
     characters = 0

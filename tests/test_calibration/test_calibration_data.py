@@ -6,6 +6,7 @@ import torch
 from torch.utils.data import DataLoader
 
 from quad_modifiers.data import as_dataloader, calibration_windows
+from quad_modifiers.data.calibration import sampled_documents
 
 TEXTS = [
     f"Document {index}: the bridge was measured {index * 7} times by engineer {index}. " * 6 for index in range(40)
@@ -68,8 +69,7 @@ def test_one_window_of_each_stretch_is_drawn(windows_of):
     assert places != sorted(places)
 
 
-def test_large_data_is_sampled_by_document(windows_of, monkeypatch):
-    monkeypatch.setattr("quad_modifiers.data.calibration._CHARACTER_LIMIT", 100)
+def test_large_data_is_sampled_by_document():
     seen = set()
 
     class Counting(list):
@@ -77,9 +77,9 @@ def test_large_data_is_sampled_by_document(windows_of, monkeypatch):
             seen.add(index)
             return super().__getitem__(index)
 
-    windows = windows_of(Counting(TEXTS), num_samples=4, sequence_length=8)
-    assert layout(windows) == int64_windows(4, 8)
-    assert 0 < len(seen) < len(TEXTS)
+    drawn = sampled_documents(Counting(TEXTS), 4 * 8, torch.Generator().manual_seed(0), character_limit=100)
+    assert drawn == [TEXTS[index] for index in sorted(seen)]
+    assert 4 * 8 < sum(map(len, drawn)) < sum(map(len, TEXTS)) / 2
 
 
 def test_plain_text_file(windows_of, tmp_path):
