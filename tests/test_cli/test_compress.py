@@ -93,7 +93,7 @@ def test_bad_input(
     message: str,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("quad_modifiers.compression._load", None)  # none of these takes loading the weights
+    monkeypatch.setattr("transformers.AutoModelForCausalLM.from_pretrained", None)  # no weights are loaded before
     given = {"model": toy_checkpoint("llama"), "recipe": recipe, "-o": tmp_path / "out", **change}
     more = [
         item for name, value in given.items() if name.startswith("-") for item in (name, str(value).format(text=text))

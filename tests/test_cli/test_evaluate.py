@@ -90,7 +90,8 @@ def test_results_are_not_replaced_by_less(quad, model: Path, text: Path) -> None
 def test_bad_input(
     quad, model: Path, arguments: tuple[str, ...], code: int, message: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("quad_modifiers.tools.evaluation.evaluator._measure", None)  # nothing is measured before
+    for measuring in ("run_task", "perplexity"):  # nothing is measured before
+        monkeypatch.setattr(f"quad_modifiers.tools.evaluation.evaluator.{measuring}", None)
     done = quad("eval", *(each.format(model=model) for each in arguments))
     assert (done.code, done.out) == (code, "")
     assert message in done.err

@@ -11,7 +11,6 @@ from quad_kernels import InputQuantization, RMSNorm, fake_quantize
 from quad_modifiers.model.architecture import Architecture
 from quad_modifiers.model.decoder import Decoder
 from quad_modifiers.nn.quad_linear import QuadLinear
-from quad_modifiers.passes.statistics import collect_statistics
 from quad_modifiers.tools.evaluation import perplexity
 from quad_modifiers.tools.inspection.measure import trials
 from quad_modifiers.tools.inspection.measure.groups import INPUT_GRIDS
@@ -37,11 +36,24 @@ def wrapped(model):
 
 
 class TestSpectrum:
-    def test_is_that_of_the_projection(self, make_toy, windows, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr("quad_modifiers.passes.calibration_stream.fast_bfloat16", lambda _: False)
+    def test_is_that_of_the_stream_before_both_norms(self, make_toy, windows) -> None:
         model = make_toy("llama")
-        statistics = collect_statistics(decoder(model), [{"input_ids": w} for w in windows])
-        expected = torch.linalg.eigvalsh(statistics.residual).flip(0)
+        moment = torch.zeros(64, 64, dtype=torch.float64)
+
+        def add(norm: torch.nn.Module, inputs: tuple[torch.Tensor]) -> None:
+            stream = inputs[0].flatten(0, 1).double()
+            stream = stream / (stream.square().mean(-1, keepdim=True) + norm.variance_epsilon).sqrt()
+            moment.add_(stream.T @ stream)
+
+        norms = [
+            norm for layer in model.model.layers for norm in (layer.input_layernorm, layer.post_attention_layernorm)
+        ]
+        hooks = [norm.register_forward_pre_hook(add) for norm in norms]
+        for window in windows:
+            model(window)
+        for hook in hooks:
+            hook.remove()
+        expected = torch.linalg.eigvalsh(moment).flip(0)
         found = measure_spectrum(decoder(model), windows, windows[0], 64, 8)
         torch.testing.assert_close(
             torch.tensor(found.energy), (expected / expected.sum()).float(), rtol=1e-3, atol=1e-6

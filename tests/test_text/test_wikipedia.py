@@ -1,3 +1,4 @@
+import importlib.machinery
 import importlib.util
 import subprocess
 import sys
@@ -46,10 +47,12 @@ def test_missing_gensim_names_the_extra(monkeypatch):
         wikipedia_articles("calibration")
 
 
-def test_missing_file_says_so(monkeypatch):
+def test_missing_file_says_so(monkeypatch, tmp_path):
     wikipedia._all_articles.cache_clear()
-    monkeypatch.setattr(wikipedia, "_DUMP_GLOB", "nothing-like-it-*.bz2")
-    with pytest.raises(FileNotFoundError, match="gensim has no nothing-like-it"):
+    empty = importlib.machinery.ModuleSpec("gensim", None, is_package=True)
+    empty.submodule_search_locations = [str(tmp_path)]
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: empty)
+    with pytest.raises(FileNotFoundError, match="gensim has no enwiki-latest"):
         wikipedia_articles("calibration")
 
 
