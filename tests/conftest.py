@@ -65,6 +65,15 @@ def rotate(weight, basis): return weight @ basis  # offline, in float64, cast ba
 In 1867 the young engineer measured the bridge twice, wrote 3.14159 in the margin, and went home.
 """
 
+TOY_RECIPE = """
+quad_stage:
+  quad_modifiers:
+    SVDOutlierProjection: {rank: 8}
+    DynamicActQuant: {u_type_bits: 4, d_type_bits: 8}
+    OutlierSplitGPTQ: {bits: 4}
+"""
+_WORDS = ["seven", "wizards", "mixed", "one", "jug", "of", "potent", "black", "liquid", "then", "measured", "twice"]
+
 ToyFactory = Callable[..., PreTrainedModel]
 CheckpointFactory = Callable[..., Path]
 
@@ -128,6 +137,38 @@ def toy_checkpoint(
         return made[key]
 
     return checkpoint
+
+
+@pytest.fixture(scope="session")
+def quad_checkpoint(
+    tmp_path_factory: pytest.TempPathFactory, make_toy: ToyFactory, toy_tokenizer: PreTrainedTokenizerFast
+) -> Path:
+    """Returns a QUAD checkpoint of a toy, with tokenizer, made by `TOY_RECIPE`; never write to it."""
+    pytest.importorskip("llmcompressor")
+    from quad_modifiers import oneshot
+
+    ids = torch.randint(3, VOCABULARY, (8, 48), generator=torch.Generator().manual_seed(5))
+    folder = tmp_path_factory.mktemp("quad") / "toy-quad"
+    oneshot(make_toy(), TOY_RECIPE, dataset=ids, num_calibration_samples=8, max_seq_length=48, output_dir=folder)
+    toy_tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def recipe(tmp_path: Path) -> Path:
+    """Returns a file with `TOY_RECIPE`."""
+    file = tmp_path / "toy.yaml"
+    file.write_text(TOY_RECIPE)
+    return file
+
+
+@pytest.fixture
+def text(tmp_path: Path) -> Path:
+    """Returns a file of words drawn at random, to calibrate with or to measure a perplexity on."""
+    file = tmp_path / "text.txt"
+    picks = torch.randint(len(_WORDS), (600,), generator=torch.Generator().manual_seed(0)).tolist()
+    file.write_text(" ".join(_WORDS[pick] for pick in picks))
+    return file
 
 
 @pytest.fixture(scope="session")

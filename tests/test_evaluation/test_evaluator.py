@@ -36,8 +36,10 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, str]]:
     return made
 
 
-def test_a_checkpoint_beside_its_original(quad_toy: Path, toy_checkpoint: Any, text: Path, tmp_path: Path) -> None:
-    found = evaluate(quad_toy, TASKS, toy_checkpoint("llama"), limit=4, text=text, window_length=32, seed=3)
+def test_a_checkpoint_beside_its_original(
+    quad_checkpoint: Path, toy_checkpoint: Any, text: Path, tmp_path: Path
+) -> None:
+    found = evaluate(quad_checkpoint, TASKS, toy_checkpoint("llama"), limit=4, text=text, window_length=32, seed=3)
     assert found.baseline == toy_checkpoint("llama").name
     choice, words = found.comparisons
     assert (choice.task, choice.metric, choice.items, choice.chance) == ("quad_continuation", "acc_norm", 4, 0.25)

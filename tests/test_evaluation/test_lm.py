@@ -40,16 +40,16 @@ def by_hand(model: Any, tokenizer: Any) -> list[float]:
     return found
 
 
-def test_a_quad_checkpoint_is_loaded_as_one(quad_toy: Path) -> None:
-    lm = QuadLM(str(quad_toy))
+def test_a_quad_checkpoint_is_loaded_as_one(quad_checkpoint: Path) -> None:
+    lm = QuadLM(str(quad_checkpoint))
     containers = [module for module in lm.model.modules() if isinstance(module, QuadLinear)]
     assert len(containers) == 14
     assert all(container.quantize_input for container in containers)
     assert likelihoods(lm) == pytest.approx(by_hand(lm.model, lm.tokenizer), rel=1e-4)
 
 
-def test_batches_do_not_change_the_scores(quad_toy: Path, toy_checkpoint: Any) -> None:
-    for folder in (quad_toy, toy_checkpoint("qwen2")):
+def test_batches_do_not_change_the_scores(quad_checkpoint: Path, toy_checkpoint: Any) -> None:
+    for folder in (quad_checkpoint, toy_checkpoint("qwen2")):
         one, many = (likelihoods(QuadLM(str(folder), batch_size=size)) for size in (1, 5))
         assert many == pytest.approx(one, rel=1e-5)
 
