@@ -20,7 +20,7 @@ from quad_modifiers.nn.quad_linear import QuadLinear
 from quad_modifiers.output_folder import check_space, check_target, complete_or_absent
 from quad_modifiers.plugins import architectures
 from quad_modifiers.recipe import check_recipe, is_recipe_text, resolve_recipe
-from quad_modifiers.reporting import file_size, table
+from quad_modifiers.reporting import SUMMARY, file_size, table
 
 logger = logging.getLogger(__name__)
 
@@ -225,4 +225,4 @@ def _log_summary(model: PreTrainedModel, before: int, folder: Path | None, secon
     if folder is not None:
         size = sum(os.path.getsize(file) for file in folder.glob("*.safetensors"))
         rows.insert(2, ("size on disk", f"{file_size(size)} ({100 * size / before:.0f} %)"))
-    logger.info("done\n%s", table(("", ""), rows))
+    logger.info("done\n%s", table(("", ""), rows), extra={SUMMARY: True})

@@ -8,6 +8,7 @@ from typing import TypeVar
 from tqdm import tqdm
 
 Item = TypeVar("Item")
+SUMMARY = "quad_summary"  # marks the log record that closes a run; a caller with a table of its own can drop it
 
 
 def layer_progress(items: Sequence[Item], description: str) -> Iterator[Item]:

@@ -7,6 +7,8 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, redirect_stdout
 from typing import TYPE_CHECKING, TextIO
 
+from quad_modifiers.reporting import SUMMARY
+
 if TYPE_CHECKING:
     from rich.console import Console
 
@@ -56,8 +58,8 @@ def show_warning(
 
 
 @contextmanager
-def log_on_stderr(leave_out: str | None = None) -> Iterator[None]:
-    """Shows the INFO lines of this project on stderr, but not those of the function named `leave_out`.
+def log_on_stderr(summaries: bool = True) -> Iterator[None]:
+    """Shows the INFO lines of this project on stderr; `summaries=False` leaves out those that close a run.
 
     What libraries print goes to stderr too: stdout is for the result. llm-compressor logs to stdout, and to what is
     stdout when it is imported, so that has to happen inside; of its log only warnings are shown.
@@ -66,7 +68,7 @@ def log_on_stderr(leave_out: str | None = None) -> Iterator[None]:
     packages = [logging.getLogger(name) for name in ("quad_modifiers", "quad_peft")]
     handler = logging.StreamHandler()
     handler.setFormatter(logging.Formatter("%(message)s"))
-    handler.addFilter(lambda record: record.funcName != leave_out)
+    handler.addFilter(lambda record: summaries or not hasattr(record, SUMMARY))
     levels = [package.level for package in packages]
     for package in packages:
         package.addHandler(handler)

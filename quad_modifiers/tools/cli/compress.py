@@ -52,7 +52,7 @@ def compress(
     from quad_modifiers.tools.cli.footprint import peak_memory
 
     start = time.perf_counter()
-    with log_on_stderr(leave_out="_log_summary"):
+    with log_on_stderr(summaries=False):
         oneshot(
             model,
             recipe,
