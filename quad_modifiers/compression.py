@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from quad_modifiers.checkpoint.locate import check_weights, model_folder
+from quad_modifiers.checkpoint.opened import Opened, load_tokenizer, open_checkpoint
 from quad_modifiers.data.calibration import CalibrationSource, as_dataloader, calibration_windows
 from quad_modifiers.data.windows import warn_of_length
 from quad_modifiers.model.architecture import find_architecture
@@ -79,11 +79,10 @@ def oneshot(
             recipe = str(resolve_recipe(recipe))
         if output_dir is not None:
             check_target(Path(output_dir))
-        if isinstance(model, (str, Path)):
-            model = str(model_folder(model) or model)
-        _check_model(model, _needs_known_architecture(recipe), max_seq_length)
+        source = open_checkpoint(model) if isinstance(model, (str, Path)) else model
+        _check_model(source, _needs_known_architecture(recipe), max_seq_length)
         start = time.perf_counter()
-        processor = _tokenizer(model, tokenizer)
+        processor = _tokenizer(source, tokenizer)
         windows = calibration_windows(
             dataset,
             processor,
@@ -94,7 +93,7 @@ def oneshot(
             dataset_config_name=dataset_config_name,
             seed=seed,
         )
-        loaded = _load(model)
+        loaded: PreTrainedModel = source.load() if isinstance(source, Opened) else source.eval()
         before = _parameter_bytes(loaded)
         if output_dir is not None:
             check_space(Path(output_dir), before)  # 4-bit recipes need less than the original
@@ -156,39 +155,30 @@ def _needs_known_architecture(recipe: Any) -> bool:
     return any(getattr(type(modifier), "needs_known_architecture", False) for modifier in parsed.modifiers)
 
 
-def _check_model(model: str | PreTrainedModel, known_only: bool, length: int) -> None:
-    if isinstance(model, str):
-        config = AutoConfig.from_pretrained(model)
-    elif isinstance(model, PreTrainedModel):
-        config = model.config
-    else:
+def _check_model(model: Opened | PreTrainedModel, known_only: bool, length: int) -> None:
+    if not isinstance(model, (Opened, PreTrainedModel)):
         raise TypeError(f"model must be a folder, a hub id or a transformers model, not {type(model).__name__}")
-    if getattr(config, "quantization_config", None) is not None:
+    if getattr(model.config, "quantization_config", None) is not None:
         raise ValueError(
-            f"{model if isinstance(model, str) else 'the model'} is already quantized; start from the original"
+            f"{model.name if isinstance(model, Opened) else 'the model'} is already quantized; start from the original"
         )
     if isinstance(model, PreTrainedModel) and _quantized_linears(model):
         raise ValueError("the model was quantized in memory already; load the original again")
     if known_only:
-        find_architecture(config, architectures())
-    if isinstance(model, str):
-        check_weights(model)
-    warn_of_length(config, length)
-
-
-def _load(model: str | PreTrainedModel) -> PreTrainedModel:
-    loaded = AutoModelForCausalLM.from_pretrained(model, dtype="auto") if isinstance(model, str) else model
-    return loaded.eval()
+        find_architecture(model.config, architectures())
+    if isinstance(model, Opened):
+        model.check_weights()
+    warn_of_length(model.config, length)
 
 
 def _tokenizer(
-    model: str | PreTrainedModel, tokenizer: str | Path | PreTrainedTokenizerBase | None
+    model: Opened | PreTrainedModel, tokenizer: str | Path | PreTrainedTokenizerBase | None
 ) -> PreTrainedTokenizerBase | None:
     if isinstance(tokenizer, PreTrainedTokenizerBase):
         return tokenizer
-    source = model if isinstance(model, str) else model.config._name_or_path
+    source = model.name if isinstance(model, Opened) else model.config._name_or_path
     try:
-        return AutoTokenizer.from_pretrained(str(tokenizer or source))
+        return load_tokenizer(tokenizer or source)
     except (OSError, ValueError) as error:
         if tokenizer is not None:
             raise

@@ -16,18 +16,17 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM
 
 from quad_modifiers.checkpoint.dequantize import dense_weight
 from quad_modifiers.checkpoint.describe import RoleFormats, config_groups
-from quad_modifiers.checkpoint.format import QUANT_METHOD, LinearFormat, QuadFormat, read_format
+from quad_modifiers.checkpoint.format import LinearFormat, QuadFormat
 from quad_modifiers.checkpoint.models import TRIPWIRE_FIELD
+from quad_modifiers.checkpoint.opened import Opened, open_checkpoint
 from quad_modifiers.checkpoint.save import packed_tensors, write_tensors
 from quad_modifiers.model.architecture import Architecture
 from quad_modifiers.nn.packed_table import PackedHead, PackedTable
 from quad_modifiers.nn.quad_linear import IntegerWeight, QuadLinear
 from quad_modifiers.output_folder import check_space, check_target, complete_or_absent
-from quad_modifiers.plugins import architectures
 from quad_modifiers.quantization.grid import IntegerGrid, round_to_grid, search_clip
 
 logger = logging.getLogger(__name__)
@@ -70,8 +69,8 @@ def export_compressed_tensors(
     """
     source, target = Path(source_folder), Path(target_folder)
     check_target(target)
-    config, quad = _read_config(source)
-    architecture = _known(quad)
+    opened, quad = _open(source)
+    architecture = opened.architecture
     size = _group_size(quad, group_size)
     problems = _problems(quad, size)
     if problems:
@@ -79,10 +78,10 @@ def export_compressed_tensors(
             f"{source} cannot be written as compressed-tensors: {'; '.join(problems)}. Compress the original model "
             f"with the recipe {PORTABLE_RECIPE!r} instead"
         )
-    model = AutoModelForCausalLM.from_pretrained(source, dtype="auto")
+    model = opened.load()
     _check_finite(model)
     tensors, formats = _tensors(model, architecture, quad, size)
-    content = _config(config, architecture, quad, formats, model)
+    content = _config(opened.inventory().config, architecture, quad, formats, model)
     needed = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
     check_space(target, needed)
     with complete_or_absent(target) as temporary:
@@ -95,30 +94,13 @@ def export_compressed_tensors(
     return target
 
 
-def _read_config(source: Path) -> tuple[dict[str, Any], QuadFormat]:
-    file = source / "config.json"
-    if not file.is_file():
+def _open(source: Path) -> tuple[Opened, QuadFormat]:
+    if not (source / "config.json").is_file():
         raise FileNotFoundError(f"there is no checkpoint in {source}: config.json is missing")
-    try:
-        config = json.loads(file.read_text())
-    except ValueError as error:
-        raise ValueError(f"{file} is no JSON ({error}); get the checkpoint again") from error
-    section = config.get("quantization_config") or {}
-    if section.get("quant_method") == "compressed-tensors":
+    opened = open_checkpoint(source)
+    if opened.quantized == "compressed-tensors":
         raise ValueError(f"{source} is a compressed-tensors checkpoint already; it needs no export")
-    if section.get("quant_method") != QUANT_METHOD:
-        raise ValueError(f"{source} is no QUAD checkpoint: its quant_method is {section.get('quant_method')!r}")
-    return config, read_format(section.get("quad"))
-
-
-def _known(quad: QuadFormat) -> Architecture:
-    known = architectures()
-    if quad.base_model_type not in known:
-        raise ValueError(
-            f"the checkpoint's base model type {quad.base_model_type!r} is not supported here; supported are "
-            f"{', '.join(sorted(known))}"
-        )
-    return known[quad.base_model_type]
+    return opened, opened.need_quad()
 
 
 def _group_size(quad: QuadFormat, wanted: int | None) -> int:

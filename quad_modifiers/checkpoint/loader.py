@@ -17,6 +17,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from quad_modifiers.checkpoint.dequantize import dequantize_model
 from quad_modifiers.checkpoint.format import QUANT_METHOD, LinearFormat, QuadFormat, read_format
 from quad_modifiers.checkpoint.models import quad_model_type, register_models
+from quad_modifiers.checkpoint.opened import stored_architecture
 from quad_modifiers.checkpoint.tables import install_tables
 from quad_modifiers.model.architecture import Architecture
 from quad_modifiers.model.decoder import Decoder, PlacedLinear
@@ -102,7 +103,7 @@ class QuadHfQuantizer(HfQuantizer):
 
     def _dequantize(self, model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
         quad = read_format(self.quantization_config.content.get("quad"))
-        return dequantize_model(model, architectures()[quad.base_model_type], dtype)
+        return dequantize_model(model, stored_architecture(quad), dtype)
 
     def is_serializable(self, *args: Any, **kwargs: Any) -> bool:
         """A loaded model can be saved again as it is."""
@@ -115,18 +116,13 @@ class QuadHfQuantizer(HfQuantizer):
 
 
 def _architecture(model: nn.Module, quad: QuadFormat) -> Architecture:
-    known = architectures()
-    if quad.base_model_type not in known:
-        raise ValueError(
-            f"the checkpoint's base model type {quad.base_model_type!r} is not supported here; supported are "
-            f"{', '.join(sorted(known))}"
-        )
+    architecture = stored_architecture(quad)
     if model.config.model_type != quad_model_type(quad.base_model_type):
         raise ValueError(
             f"the checkpoint's base model type is {quad.base_model_type!r}, but it is being loaded as "
             f"{type(model).__name__}; use AutoModelForCausalLM"
         )
-    return known[quad.base_model_type]
+    return architecture
 
 
 def _install(place: PlacedLinear, quad: QuadFormat) -> None:

@@ -11,6 +11,7 @@ from llmcompressor.modifiers import Modifier
 from torch import nn
 
 from quad_modifiers.checkpoint.contribute import contributions_of
+from quad_modifiers.checkpoint.opened import find_tokenizer
 from quad_modifiers.checkpoint.save import attach_saver
 from quad_modifiers.data.calibration import calibration_windows
 from quad_modifiers.model.architecture import find_architecture
@@ -175,14 +176,12 @@ def calibration_batches(state: State) -> list[dict[str, torch.Tensor]]:
     return batches
 
 
-def _tokenizer_of(model: nn.Module):  # type: ignore[no-untyped-def]
-    from transformers import AutoTokenizer
-
+def _tokenizer_of(model: nn.Module) -> Any:
     source = model.config._name_or_path
-    try:
-        return AutoTokenizer.from_pretrained(source)
-    except (OSError, ValueError) as error:
+    found = find_tokenizer(source)
+    if found is None:
         raise ValueError(
             f"no dataset was given and no tokenizer was found beside the model ({source!r}), so the default text "
             "cannot be tokenized; give `dataset` as token ids, or `tokenizer` with quad_modifiers.oneshot"
-        ) from error
+        )
+    return found

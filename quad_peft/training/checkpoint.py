@@ -1,73 +1,16 @@
-"""Loading the checkpoint to tune, and writing it with an adapter merged."""
-
-from __future__ import annotations
+"""`merge`: writes a checkpoint with its adapter merged."""
 
 import logging
 import shutil
 from pathlib import Path
-from typing import Any
 
-from quad_modifiers.checkpoint.format import QUANT_METHOD
-from quad_modifiers.checkpoint.locate import check_weights, model_folder
+from quad_modifiers.checkpoint.opened import find_tokenizer, open_checkpoint
 from quad_modifiers.output_folder import check_target, complete_or_absent
 from quad_modifiers.records.tuning_record import TUNING_NAME, read_tuning
 
 logger = logging.getLogger(__name__)
 
 _ADAPTER_CONFIG = "adapter_config.json"
-
-
-def check_quad_checkpoint(checkpoint: str | Path) -> None:
-    """Checks, by its config.json alone, that a folder or Hub id holds a QUAD checkpoint.
-
-    Raises:
-        FileNotFoundError: if there is no such folder.
-        ValueError: if it holds another model.
-    """
-    section = getattr(read_config(checkpoint), "quantization_config", None)
-    method = section.get("quant_method") if isinstance(section, dict) else getattr(section, "quant_method", None)
-    if method != QUANT_METHOD:
-        raise ValueError(
-            f"{checkpoint} is no QUAD checkpoint (its quant_method is {method!r}); make one with `quad compress`"
-        )
-
-
-def read_config(model: str | Path) -> Any:
-    """Returns the config of a folder or Hub id.
-
-    Raises:
-        FileNotFoundError: if there is no such folder, or it has no config.json or no weights.
-        ValueError: if its config.json is damaged.
-    """
-    from transformers import AutoConfig
-
-    import quad_modifiers  # noqa: F401  (teaches transformers the format)
-
-    config = AutoConfig.from_pretrained(str(model_folder(model) or model))
-    check_weights(Path(model).expanduser())
-    return config
-
-
-def load_checkpoint(checkpoint: str | Path) -> Any:
-    """Returns the model of a QUAD checkpoint; its weights stay packed.
-
-    Raises:
-        FileNotFoundError, ValueError: see `check_quad_checkpoint`.
-    """
-    from transformers import AutoModelForCausalLM
-
-    check_quad_checkpoint(checkpoint)
-    return AutoModelForCausalLM.from_pretrained(str(checkpoint), dtype="auto")
-
-
-def load_tokenizer(checkpoint: str | Path) -> Any:
-    """Returns the tokenizer beside a checkpoint, None if there is none."""
-    from transformers import AutoTokenizer
-
-    try:
-        return AutoTokenizer.from_pretrained(str(checkpoint))
-    except (OSError, ValueError):
-        return None
 
 
 def merge(checkpoint: str | Path, adapter: str | Path, output: str | Path) -> None:
@@ -90,28 +33,29 @@ def merge(checkpoint: str | Path, adapter: str | Path, output: str | Path) -> No
 
     adapter, output = Path(adapter), Path(output)
     check_target(output)
-    checkpoint = str(model_folder(checkpoint) or checkpoint)
-    check_quad_checkpoint(checkpoint)
+    opened = open_checkpoint(checkpoint)
+    opened.need_quad()
+    opened.check_weights()
     if not (adapter / _ADAPTER_CONFIG).is_file():
         raise FileNotFoundError(f"{adapter} has no {_ADAPTER_CONFIG}; it is no adapter")
     read_tuning(adapter)  # a damaged record is noticed now, not when the result is published
-    model = PeftModel.from_pretrained(load_checkpoint(checkpoint), str(adapter)).merge_and_unload()
+    model = PeftModel.from_pretrained(opened.load(), str(adapter)).merge_and_unload()
     with complete_or_absent(output) as temporary:
         model.save_pretrained(temporary)
-        tokenizer = load_tokenizer(checkpoint)
+        tokenizer = find_tokenizer(opened.name)
         if tokenizer is None:
-            logger.warning("%s has no tokenizer, so %s has none", checkpoint, output)
+            logger.warning("%s has no tokenizer, so %s has none", opened.name, output)
         else:
             tokenizer.save_pretrained(temporary)
-        recipe = _file_of(checkpoint, "recipe.yaml")
+        recipe = _file_of(opened.name, "recipe.yaml")
         for file in (recipe, adapter / TUNING_NAME):
             if file is not None and file.is_file():
                 shutil.copyfile(file, temporary / file.name)
     logger.info("wrote %s", output)
 
 
-def _file_of(checkpoint: str | Path, name: str) -> Path | None:
+def _file_of(model: str, name: str) -> Path | None:
     from transformers.utils import cached_file
 
-    found = cached_file(str(checkpoint), name, _raise_exceptions_for_missing_entries=False)
+    found = cached_file(model, name, _raise_exceptions_for_missing_entries=False)
     return None if found is None else Path(found)

@@ -10,10 +10,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from quad_modifiers.checkpoint.locate import model_folder
+from quad_modifiers.checkpoint.opened import find_tokenizer, open_checkpoint
 from quad_modifiers.output_folder import check_target, complete_or_absent
 from quad_modifiers.records.tuning_record import TUNING_NAME, Tuning
-from quad_peft.training.checkpoint import check_quad_checkpoint, load_checkpoint, load_tokenizer, read_config
 from quad_peft.training.curve import write_curve
 from quad_peft.training.data import TrainingData, training_data
 from quad_peft.training.record import model_name, tuning_record
@@ -96,11 +95,12 @@ def finetune(
 
     output, settings = Path(output), settings or TuningSettings()
     check_target(output)
-    checkpoint = str(model_folder(checkpoint) or checkpoint)
-    check_quad_checkpoint(checkpoint)
+    opened = open_checkpoint(checkpoint)
+    opened.need_quad()
+    opened.check_weights()
     if original is not None:
-        _check_original(original, read_config(checkpoint))
-    model, tokenizer = load_checkpoint(checkpoint), load_tokenizer(checkpoint)
+        _check_original(original, opened.config)
+    model, tokenizer = opened.load(), find_tokenizer(opened.name)
     found = training_data(
         data,
         tokenizer,
@@ -237,7 +237,10 @@ def _open_folder(folder: Path, identity: dict[str, Any], resume: bool) -> None:
 
 def _check_original(original: Any, checkpoint: Any) -> None:
     """Checks by their configs that an original can be the checkpoint's own, before weights are loaded."""
-    config = read_config(original) if isinstance(original, (str, Path)) else original.config
+    if isinstance(original, (str, Path)):
+        original = open_checkpoint(original)
+        original.check_weights()
+    config = original.config
     for name in ("vocab_size", "num_hidden_layers"):
         mine, theirs = getattr(checkpoint, name), getattr(config, name, None)
         if mine != theirs:
@@ -251,9 +254,7 @@ def _teacher(original: Any, data: TrainingData, cache: str | Path | None) -> Tea
     if original is None:
         return None
     if isinstance(original, (str, Path)):
-        from transformers import AutoModelForCausalLM
-
-        original = AutoModelForCausalLM.from_pretrained(str(model_folder(original) or original), dtype="auto")
+        original = open_checkpoint(original).load()
     original.eval()
     return LiveTeacher(original) if cache is None else cache_teacher(original, data.samples, Path(cache))
 

@@ -32,6 +32,12 @@ def compress(model: Any, recipe: Any = RECIPE, **arguments: Any) -> Any:
     return oneshot(model, recipe, **settings)
 
 
+def forbid_loading(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fails a test that gets as far as the text, which comes before the weights, or as the weights of a folder."""
+    for name in ("compression.calibration_windows", "checkpoint.opened.Opened.load"):
+        monkeypatch.setattr(f"quad_modifiers.{name}", lambda *_, **__: pytest.fail("loading was started"))
+
+
 @pytest.fixture
 def no_work(monkeypatch: pytest.MonkeyPatch) -> None:
     """Neither the statistics nor the quantization of a block may start."""
@@ -47,8 +53,7 @@ def no_work(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture
 def no_loading(no_work: None, monkeypatch: pytest.MonkeyPatch) -> None:
     """The weights may not even be read, nor text tokenized."""
-    for name in ("_load", "calibration_windows"):
-        monkeypatch.setattr(f"quad_modifiers.compression.{name}", lambda *_, **__: pytest.fail("loading was started"))
+    forbid_loading(monkeypatch)
 
 
 def unchanged(model: torch.nn.Module, before: dict[str, torch.Tensor]) -> bool:
@@ -137,7 +142,7 @@ def test_unsupported_architecture(from_disk, no_loading, tmp_path: Path) -> None
 def test_already_quantized_model(make_toy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     compress(make_toy(num_hidden_layers=1), RTN, output_dir=tmp_path / "plain")
     compress(make_toy(num_hidden_layers=1), RECIPE, output_dir=tmp_path / "quad")
-    monkeypatch.setattr("quad_modifiers.compression._load", lambda *_: pytest.fail("loading was started"))
+    forbid_loading(monkeypatch)
     for name in ("plain", "quad"):
         with pytest.raises(ValueError, match="already quantized; start from the original"):
             compress(str(tmp_path / name))

@@ -208,7 +208,7 @@ class TestBadInput:
             inspect_model(make_checkpoint(8), tmp_path / "out", **option)
 
     def test_nothing_is_loaded_before(self, make_checkpoint, toy_checkpoint, tmp_path: Path, monkeypatch) -> None:
-        monkeypatch.setattr("quad_modifiers.tools.inspection.opening.Candidate.load", None)
+        monkeypatch.setattr("quad_modifiers.checkpoint.opened.Opened.load", None)
         for model in (make_checkpoint(8), toy_checkpoint("llama")):
             with pytest.raises(FileNotFoundError, match=r"nothing\.txt"):
                 inspect_model(model, tmp_path / "out", dataset="./nothing.txt")

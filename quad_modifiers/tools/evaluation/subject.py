@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from quad_modifiers.checkpoint.locate import check_weights, model_folder, tokenizer_of
+from quad_modifiers.checkpoint.opened import open_checkpoint, tokenizer_of
 from quad_modifiers.tools.evaluation.cache import fingerprint
 
 if TYPE_CHECKING:
@@ -20,7 +20,7 @@ class Subject:
 
     Args:
         model: the model.
-        tokenizer: of a loaded model, if it is not where its weights come from; unused for a folder or a Hub id.
+        tokenizer: tokenizer of a loaded model, if it is not where its weights come from; unused for a folder or Hub id.
         batch_size: requests in a forward pass.
         device: "cpu", "cuda", ...; the GPU if there is one by default. Loaded models stay where they are.
 
@@ -36,10 +36,14 @@ class Subject:
         batch_size: int = 16,
         device: str | None = None,
     ) -> None:
-        self.folder = model_folder(model) if isinstance(model, (str, Path)) else None
-        self.model = str(self.folder or model) if isinstance(model, (str, Path)) else model
-        if self.folder is not None:
-            check_weights(self.folder)
+        self.folder: Path | None = None
+        self.model: str | PreTrainedModel
+        if isinstance(model, (str, Path)):
+            opened = open_checkpoint(model)
+            opened.check_weights()
+            self.model, self.folder, self.config = opened.name, opened.folder, opened.config
+        else:
+            self.model, self.config = model, model.config
         self._tokenizer = None if isinstance(self.model, str) else tokenizer
         self.device = _usable(device) if device else "cuda" if torch.cuda.is_available() else "cpu"
         self._batch_size = batch_size
@@ -66,15 +70,6 @@ class Subject:
 
         config = cached_file(self.model, "config.json")  # in a folder that is named for the commit
         return f"{self.model}@{Path(config).parent.name}"
-
-    @property
-    def config(self) -> Any:
-        """The config of the model; loading it does not load the model."""
-        if not isinstance(self.model, str):
-            return self.model.config
-        from transformers import AutoConfig
-
-        return AutoConfig.from_pretrained(self.model)
 
     @property
     def tokenizer(self) -> Any:

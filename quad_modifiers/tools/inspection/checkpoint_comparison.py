@@ -7,21 +7,22 @@ from pathlib import Path
 
 import torch
 
-from quad_modifiers.checkpoint.locate import tokenizer_of
+from quad_modifiers.checkpoint.opened import Opened, open_checkpoint
 from quad_modifiers.data import CalibrationSource
 from quad_modifiers.data.windows import warn_of_length
+from quad_modifiers.model.decoder import Decoder
 from quad_modifiers.output_folder import check_target
 from quad_modifiers.recipe.document import parse_recipe
 from quad_modifiers.records.evaluation_record import Evaluation, read_evaluation, task_scores
 from quad_modifiers.records.inventory import read_inventory
 from quad_modifiers.records.score_cells import perplexity_cells, score_cells
 from quad_modifiers.records.widths import width_tags
+from quad_modifiers.tools.inspection.baseline import need_same_type, need_unquantized
 from quad_modifiers.tools.inspection.compared import Comparison, Entry, Score
 from quad_modifiers.tools.inspection.evaluation_text import TextOptions
 from quad_modifiers.tools.inspection.measure.loss import LossMeter, Reference
 from quad_modifiers.tools.inspection.measure.results import BlockRow, LossRow
 from quad_modifiers.tools.inspection.measure.stream import measure_blocks
-from quad_modifiers.tools.inspection.opening import Candidate, Opened, look_at, need_same_type, need_unquantized
 
 logger = logging.getLogger(__name__)
 
@@ -67,24 +68,24 @@ def compare_checkpoints(
     found = Comparison(entries, None, None, None)
     if baseline is not None:
         text = TextOptions(dataset, text_column, 0, eval_windows, seq_length, seed)
-        found = _against(look_at(baseline), folders, entries, text)
+        found = _against(open_checkpoint(baseline, known_only=True), folders, entries, text)
     if output_dir is not None:
         compare_report.write(found, Path(output_dir))
     return found
 
 
-def _against(original: Candidate, folders: list[Path], entries: list[Entry], text: TextOptions) -> Comparison:
+def _against(original: Opened, folders: list[Path], entries: list[Entry], text: TextOptions) -> Comparison:
     """Runs every checkpoint beside the original."""
     need_unquantized(original, "the baseline")
     warn_of_length(original.config, text.seq_length)
     for folder in folders:
-        need_same_type(look_at(folder), original)
-    windows = text.windows(tokenizer_of(original.name), held_out=True)
-    opened = original.load()
-    reference = Reference.of(opened.decoder, windows.measured)
+        need_same_type(open_checkpoint(folder, known_only=True), original)
+    windows = text.windows(original.tokenizer(), held_out=True)
+    decoder = Decoder(original.load(), original.architecture)
+    reference = Reference.of(decoder, windows.measured)
     measured = []
     for folder, entry in zip(folders, entries, strict=True):
-        loss, blocks = _measure(opened, reference, folder, windows.measured)
+        loss, blocks = _measure(original, decoder, reference, folder, windows.measured)
         measured.append(replace(entry, loss=loss, blocks=blocks))
     return Comparison(measured, original.name, reference.perplexity, windows.settings)
 
@@ -115,12 +116,13 @@ def _names(folders: list[Path]) -> list[str]:
 
 
 def _measure(
-    opened: Opened, reference: Reference, folder: Path, windows: list[torch.Tensor]
+    original: Opened, first: Decoder, reference: Reference, folder: Path, windows: list[torch.Tensor]
 ) -> tuple[LossRow, list[BlockRow]]:
-    logger.info("%s against %s", folder, opened.name)
-    decoder = look_at(folder).load().decoder
+    logger.info("%s against %s", folder, original.name)
+    opened = open_checkpoint(folder, known_only=True)
+    decoder = Decoder(opened.load(), opened.architecture)
     try:
-        blocks = measure_blocks(opened.decoder, decoder, windows)
+        blocks = measure_blocks(first, decoder, windows)
     except ValueError as error:
         raise ValueError(f"{folder}: {error}") from error
     meter = LossMeter(decoder, windows, "after", reference)

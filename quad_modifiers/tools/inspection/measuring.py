@@ -8,8 +8,10 @@ from typing import Any
 
 from tqdm import tqdm
 
-from quad_modifiers.checkpoint.locate import tokenizer_of
+from quad_modifiers.checkpoint.opened import Opened, open_checkpoint
 from quad_modifiers.data.windows import warn_of_length
+from quad_modifiers.model.decoder import Decoder
+from quad_modifiers.tools.inspection.baseline import need_same_type, need_unquantized
 from quad_modifiers.tools.inspection.evaluation_text import TextOptions
 from quad_modifiers.tools.inspection.measure.inputs import measure_inputs, measure_surfaces
 from quad_modifiers.tools.inspection.measure.loss import LossMeter, Reference, unquantized_inputs
@@ -31,7 +33,6 @@ from quad_modifiers.tools.inspection.measure.trials import (
     weight_trials,
 )
 from quad_modifiers.tools.inspection.measure.weights import RoundedWeights, measure_weights
-from quad_modifiers.tools.inspection.opening import Candidate, Opened, look_at, need_same_type, need_unquantized
 from quad_modifiers.tools.inspection.projected import project, projection_of
 from quad_modifiers.tools.inspection.recommendation import recommend
 
@@ -49,23 +50,23 @@ def measure(
     text: TextOptions,
 ) -> Inspection:
     """Returns the numbers of `inspect_model`, which documents arguments and errors."""
-    candidate = look_at(model)
-    warn_of_length(candidate.config, text.seq_length)
-    if candidate.quad is not None:
+    opened = open_checkpoint(model, known_only=True)
+    warn_of_length(opened.config, text.seq_length)
+    if opened.quad is not None:
         if recipe is not None or rank is not None:
             raise ValueError(
-                f"{candidate.name} is a QUAD checkpoint, which has its projection; leave --recipe and --rank away"
+                f"{opened.name} is a QUAD checkpoint, which has its projection; leave --recipe and --rank away"
             )
-        original = None if baseline is None else look_at(baseline)
+        original = None if baseline is None else open_checkpoint(baseline, known_only=True)
         if original is not None:
             need_unquantized(original, "the baseline")
-            need_same_type(candidate, original)
-        found = _Checkpoint(candidate, original, layers, text).measure()
+            need_same_type(opened, original)
+        found = _Checkpoint(opened, original, layers, text).measure()
     else:
-        need_unquantized(candidate, "what is inspected must be a QUAD checkpoint, or else it")
+        need_unquantized(opened, "what is inspected must be a QUAD checkpoint, or else it")
         if baseline is not None:
-            raise ValueError(f"{candidate.name} is an unquantized model, its own baseline; leave --baseline away")
-        found = _Model(candidate, recipe or DEFAULT_RECIPE, rank, layers, text).measure()
+            raise ValueError(f"{opened.name} is an unquantized model, its own baseline; leave --baseline away")
+        found = _Model(opened, recipe or DEFAULT_RECIPE, rank, layers, text).measure()
     return replace(found, recommendation=recommend(found))
 
 
@@ -73,23 +74,23 @@ class _Model:
     """An unquantized model, before and after a projection in memory."""
 
     def __init__(
-        self, candidate: Candidate, recipe: str, rank: int | None, layers: Sequence[int] | None, text: TextOptions
+        self, opened: Opened, recipe: str, rank: int | None, layers: Sequence[int] | None, text: TextOptions
     ) -> None:
         self.recipe, self.projection = recipe, projection_of(recipe, rank)
-        self.layers = _chosen(layers, candidate)
-        self.tokenizer = tokenizer_of(candidate.name)
+        self.layers = _chosen(layers, opened)
+        self.tokenizer = opened.tokenizer()
         self.text = text.windows(self.tokenizer, held_out=False)
-        self.opened = candidate.load()
+        self.opened, self.decoder = opened, Decoder(opened.load(), opened.architecture)
 
     def measure(self) -> Inspection:
         """Returns all numbers."""
-        decoder, windows = self.opened.decoder, self.text.measured
-        hidden, projection = decoder.geometry.hidden, self.projection
-        subject = _subject(self.opened, "model", hidden, projection.rank, projection.basis)
         from quad_modifiers.modifiers.base import prepared_decoder  # imports llm-compressor
 
+        decoder, windows = self.decoder, self.text.measured
+        hidden, projection = decoder.geometry.hidden, self.projection
+        subject = _subject(self.opened, decoder, "model", hidden, projection.rank, projection.basis)
         projection.check(decoder)
-        decoder = prepared_decoder(decoder.model)
+        prepared_decoder(decoder.model)
         logger.info("inspecting %s: spectrum of the residual stream", self.opened.name)
         spectrum = measure_spectrum(decoder, self.text.calibration, windows[0], hidden, projection.rank)
         reference = Reference.of(decoder, windows)
@@ -111,7 +112,7 @@ class _Model:
         )
 
     def _stage(self, stage: Stage, reference: Reference) -> "_Measured":
-        decoder, windows = self.opened.decoder, self.text.measured
+        decoder, windows = self.decoder, self.text.measured
         logger.info("%s the projection: inputs and weights", stage)
         rounded = RoundedWeights()
         inputs = measure_inputs(decoder, windows, stage)
@@ -141,24 +142,26 @@ class _Checkpoint:
     """A QUAD checkpoint, against its original where that is given."""
 
     def __init__(
-        self, candidate: Candidate, original: Candidate | None, layers: Sequence[int] | None, text: TextOptions
+        self, opened: Opened, original: Opened | None, layers: Sequence[int] | None, text: TextOptions
     ) -> None:
-        self.layers = _chosen(layers, candidate)
-        self.text = text.windows(tokenizer_of(candidate.name), held_out=True)
-        self.opened, self.original = candidate.load(), None if original is None else original.load()
+        self.layers = _chosen(layers, opened)
+        self.text = text.windows(opened.tokenizer(), held_out=True)
+        self.opened, self.original = opened, original
+        self.decoder = Decoder(opened.load(), opened.architecture)
+        self.original_decoder = None if original is None else Decoder(original.load(), original.architecture)
 
     def measure(self) -> Inspection:
         """Returns all numbers."""
-        decoder, windows = self.opened.decoder, self.text.measured
+        decoder, windows = self.decoder, self.text.measured
         subject = self._subject()
         logger.info("inspecting %s: spectrum and inputs", self.opened.name)
         spectrum = measure_spectrum(decoder, self.text.calibration, windows[0], subject.hidden, subject.rank)
         inputs = measure_inputs(decoder, windows, "after")
         surfaces = measure_surfaces(decoder, windows[0], self.layers, "after")
         blocks, reference = [], None
-        if self.original is not None:
+        if self.original is not None and self.original_decoder is not None:
             logger.info("against %s", self.original.name)
-            first = self.original.decoder
+            first = self.original_decoder
             blocks = measure_blocks(first, decoder, windows)
             inputs = measure_inputs(first, windows, "before") + inputs
             surfaces = measure_surfaces(first, windows[0], self.layers, "before") + surfaces
@@ -178,10 +181,9 @@ class _Checkpoint:
         )
 
     def _subject(self) -> Subject:
-        quad = self.opened.quad
-        assert quad is not None
+        quad = self.opened.need_quad()
         basis = quad.residual_basis
-        hidden = self.opened.model.config.hidden_size if basis is None else basis.hidden_size
+        hidden = self.opened.config.hidden_size if basis is None else basis.hidden_size
         rank, kind = (0, None) if basis is None else (basis.rank, basis.basis)
         bits: dict[str, int | None] = {}
         for role, group in self.opened.architecture.roles().items():
@@ -189,7 +191,7 @@ class _Checkpoint:
             bits.setdefault(group.name, None if entry is None else entry.bits)
         file = Path(self.opened.name) / "recipe.yaml"
         return replace(
-            _subject(self.opened, "checkpoint", hidden, rank, kind),
+            _subject(self.opened, self.decoder, "checkpoint", hidden, rank, kind),
             recipe=file.read_text(encoding="utf-8") if file.is_file() else None,
             baseline=None if self.original is None else self.original.name,
             input_bits=bits,
@@ -197,7 +199,7 @@ class _Checkpoint:
 
     def _losses(self, reference: Reference | None) -> tuple[list[LossRow], Reference]:
         """Weights alone and everything against the original; then the inputs of one part at a time."""
-        decoder, windows = self.opened.decoder, self.text.measured
+        decoder, windows = self.decoder, self.text.measured
         linears = list(decoder.linears())
         everything = [linear.module for linear in linears]
         with unquantized_inputs(everything):
@@ -216,26 +218,25 @@ def _progress(items: list[Any], description: str) -> Iterator[Any]:
     return iter(tqdm(items, desc=description, unit="part", leave=False))
 
 
-def _chosen(layers: Sequence[int] | None, candidate: Candidate) -> list[int]:
+def _chosen(layers: Sequence[int] | None, opened: Opened) -> list[int]:
     """Returns the blocks whose surfaces are drawn.
 
     Raises:
         ValueError: if the model has no such block.
     """
-    count = candidate.config.num_hidden_layers
+    count = opened.config.num_hidden_layers
     if layers is None:
         return sorted({count // 4, count // 2})
     for layer in layers:
         if not 0 <= layer < count:
-            raise ValueError(f"{candidate.name} has no block {layer}; choose 0 to {count - 1}")
+            raise ValueError(f"{opened.name} has no block {layer}; choose 0 to {count - 1}")
     return sorted(set(layers))
 
 
-def _subject(opened: Opened, kind: Any, hidden: int, rank: int, basis: str | None) -> Subject:
-    model = opened.model
-    config = model.config
+def _subject(opened: Opened, decoder: Decoder, kind: Any, hidden: int, rank: int, basis: str | None) -> Subject:
+    config = opened.config
     ends = 2 * config.vocab_size * hidden
-    linears = [linear.module for linear in opened.decoder.linears()]
+    linears = [linear.module for linear in decoder.linears()]
     inside = sum(linear.in_features * linear.out_features for linear in linears)
     return Subject(
         opened.name,

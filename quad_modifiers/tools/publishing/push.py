@@ -5,6 +5,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+from quad_modifiers.checkpoint.opened import find_tokenizer
 from quad_modifiers.tools.publishing.publication import Published, publish
 
 _QUAD_TYPE = "quad_"  # how the `model_type` of a loaded QUAD checkpoint begins
@@ -52,7 +53,8 @@ def push_to_hub(
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch) / "checkpoint"
         model.save_pretrained(folder, max_shard_size=max_shard_size)
-        tokenizer = tokenizer if tokenizer is not None else _tokenizer_of(source)
+        if tokenizer is None and source:
+            tokenizer = find_tokenizer(source)
         if tokenizer is not None:
             tokenizer.save_pretrained(folder)
         if str(model.config.model_type).startswith(_QUAD_TYPE):
@@ -72,17 +74,6 @@ def push_to_hub(
             overwrite=overwrite,
             needs_tokenizer=False,
         )
-
-
-def _tokenizer_of(source: str) -> Any:
-    from transformers import AutoTokenizer
-
-    if not source:
-        return None
-    try:
-        return AutoTokenizer.from_pretrained(source)
-    except (OSError, ValueError):
-        return None
 
 
 def _keep_recipe(source: Path, folder: Path) -> None:

@@ -1,0 +1,26 @@
+"""What must hold between a model and the one that it is compared with, as far as their configs tell."""
+
+from quad_modifiers.checkpoint.opened import Opened
+
+
+def need_same_type(candidate: Opened, original: Opened) -> None:
+    """Checks that one can be made of the other.
+
+    Raises:
+        ValueError: if the model types differ.
+    """
+    mine, theirs = candidate.architecture.model_type, original.architecture.model_type
+    if mine != theirs:
+        raise ValueError(f"{candidate.name} is made of a {mine} model, but the baseline is a {theirs} model")
+
+
+def need_unquantized(candidate: Opened, what: str) -> None:
+    """Checks that a model is in full precision.
+
+    Raises:
+        ValueError: if it is quantized, naming the method.
+    """
+    if candidate.quantized is not None:
+        raise ValueError(
+            f"{candidate.name} is quantized ({candidate.quantized}), but {what} must be the unquantized original"
+        )
