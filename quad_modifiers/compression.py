@@ -203,7 +203,7 @@ def _parameter_bytes(model: torch.nn.Module) -> int:
 
 
 def _quantized_linears(model: torch.nn.Module) -> int:
-    return sum(isinstance(m, QuadLinear) and m.weight_bits() is not None for m in model.modules())
+    return sum(isinstance(m, QuadLinear) and m.is_quantized for m in model.modules())
 
 
 def _log_summary(model: PreTrainedModel, before: int, folder: Path | None, seconds: float) -> None:

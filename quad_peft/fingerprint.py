@@ -41,6 +41,6 @@ def _layers(model: nn.Module) -> Iterator[tuple[str, str, list[torch.Tensor]]]:
             outlier, scale = adapted[id(module)].original_weights()
         else:
             outlier = None if module.outlier is None else module.outlier.weight
-            scale = getattr(module.residual, "weight_scale", None)
+            scale = module.weight_scale
         tensors = [tensor for tensor in (outlier, scale) if tensor is not None]
         yield name.removesuffix(_WRAPPED).removeprefix("base_model.model."), str(module.split), tensors

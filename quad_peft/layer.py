@@ -8,6 +8,7 @@ from peft.tuners.lora import LoraLayer
 from peft.tuners.tuners_utils import check_adapters_to_merge
 from torch import nn
 
+from quad_modifiers.nn.forward import changed_outlier_weight, changed_weight_scale, linear_forward
 from quad_modifiers.nn.quad_linear import QuadLinear
 from quad_peft.config import OutlierLoraConfig
 from quad_peft.selector import OutlierSelector
@@ -86,7 +87,8 @@ class QuadLoraLayer(nn.Module, LoraLayer):
             return self._mixed_batch_forward(x, adapter_names=adapter_names)
         names = [name for name in self.active_adapters if name in self.lora_A]
         outlier, scale = self._changes([name for name in names if self._is_outlier(name)])
-        result = self.base_layer(x, outlier_change=outlier, scale_change=scale)
+        with self.base_layer.present() as parts:
+            result = linear_forward(x, parts.with_change(outlier, scale))
         for name in names:
             if not self._is_outlier(name):
                 inner = self.lora_dropout[name](self._cast_input_dtype(x, self.lora_A[name].weight.dtype))
@@ -109,8 +111,10 @@ class QuadLoraLayer(nn.Module, LoraLayer):
         base = self.get_base_layer()
         with torch.no_grad():
             outlier, scale = self._changes(names)
-            merged = base.changed_outlier_weight(outlier)
-            merged_scale = None if scale is None else base.changed_weight_scale(scale)
+            merged = None if base.outlier is None else base.outlier.weight
+            if merged is not None and outlier is not None:
+                merged = changed_outlier_weight(merged, outlier)
+            merged_scale = None if scale is None else changed_weight_scale(self._weight_scale(), scale)
         for tensor in (merged, merged_scale):
             if safe_merge and tensor is not None and not bool(torch.isfinite(tensor).all()):
                 raise ValueError(f"the adapters {', '.join(names)} hold NaN or infinite values; nothing was merged")
@@ -149,7 +153,7 @@ class QuadLoraLayer(nn.Module, LoraLayer):
             base.residual.weight_scale = scale
 
     def _weight_scale(self) -> torch.Tensor:
-        scale = getattr(self.get_base_layer().residual, "weight_scale", None)
+        scale = self.get_base_layer().weight_scale
         if scale is None:
             raise ValueError(f"{self.get_base_layer().role} has no quantized weight, so it has no scales to train")
         return scale

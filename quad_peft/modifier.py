@@ -8,12 +8,11 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 import torch
 from llmcompressor.core import State
 from pydantic import Field, PrivateAttr
-from torch import nn
 
 from quad_modifiers.data.token_rows import unpadded
 from quad_modifiers.model.decoder import Decoder
 from quad_modifiers.modifiers.base import Batches, QuadModifier
-from quad_modifiers.nn.quad_linear import QuadLinear
+from quad_modifiers.nn.from_compressed_tensors import scheme_of
 from quad_modifiers.passes.calibration_stream import working_device
 from quad_modifiers.records.tuning_record import TUNING_NAME
 
@@ -96,14 +95,12 @@ class OutlierLoRA(QuadModifier):
             ValueError: if the model has no outlier weights, or a stock modifier quantizes inputs.
             NonFiniteError: if the loss becomes NaN.
         """
-        from quad_peft.training.in_memory import packed_residuals
-
         model = decoder.model
-        _check_quantized(model)
+        _pack_stock_weights(decoder)
         logger.info("OutlierLoRA: %s, %d samples", self.loss, len(self._data.training_samples) if self._data else 0)
         flags = {parameter: parameter.requires_grad for parameter in model.parameters()}
         device = model.device
-        with packed_residuals(model), torch.enable_grad():
+        with torch.enable_grad():
             self._train(decoder)
         model.to(device).eval()
         for parameter, flag in flags.items():
@@ -188,8 +185,23 @@ def _check_installed() -> None:
         )
 
 
-def _check_quantized(model: nn.Module) -> None:
-    if not any(isinstance(module, QuadLinear) and module.weight_bits() for module in model.modules()):
+def _pack_stock_weights(decoder: Decoder) -> None:
+    """Packs what a stock quantizer has left, so that the model trains as its checkpoint will run.
+
+    Raises:
+        ValueError: if nothing is quantized, or if llm-compressor's own quantization of inputs is in the way, which has
+            no gradient.
+    """
+    containers = {linear.name: linear.module for linear in decoder.linears()}
+    if not any(container.is_quantized for container in containers.values()):
         raise ValueError(
             "OutlierLoRA makes up for quantization, but no weight is quantized; put OutlierSplitGPTQ before it"
         )
+    for name, container in containers.items():
+        scheme = scheme_of(container.residual)
+        if scheme is not None and scheme.input_activations is not None:
+            raise ValueError(
+                f"{name}: its inputs are quantized by a stock modifier, through which nothing can be trained; use "
+                "DynamicActQuant and OutlierSplitGPTQ"
+            )
+        container.residual = container.packed() or container.residual

@@ -82,11 +82,12 @@ class QuantizedWeight:
         return find_layout(self.layout).unpack(self.integers, self.in_features)
 
     def dequantized(self, dtype: torch.dtype) -> torch.Tensor:
-        """Returns the weight as floating point, `[out, in]`."""
-        values = self.unpacked().float()
+        """Returns the weight as floating point, `[out, in]`, computed in float32, for float64 in float64."""
+        wide = torch.float64 if dtype == torch.float64 else torch.float32
+        values = self.unpacked().to(wide)
         if self.zero_point is not None:
-            values -= expand_scales(self.zero_point.float(), self.in_features)
-        return values.mul_(expand_scales(self.scale.float(), self.in_features)).to(dtype)
+            values -= expand_scales(self.zero_point.to(wide), self.in_features)
+        return values.mul_(expand_scales(self.scale.to(wide), self.in_features)).to(dtype)
 
     def to_layout(self, name: str) -> "QuantizedWeight":
         """Returns the same weight stored in another layout, in int8 if that layout does not accept it.

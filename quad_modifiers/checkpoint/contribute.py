@@ -5,17 +5,43 @@ from typing import Any
 
 from torch import nn
 
+from quad_modifiers.model.decoder import Decoder
+
+
+class CheckpointSection:
+    """A part of a checkpoint that belongs to no single linear; a plugin brings kinds of its own.
+
+    A modifier that changes a model beyond its linears registers buffers or modules on it, which are saved with it, and
+    contributes a section under the name of a subclass. docs/developer/plugins.md has an example.
+    """
+
+    @classmethod
+    def install(cls, decoder: Decoder, section: dict[str, Any]) -> None:
+        """Makes a stock model what the modifier made of it, its tensors still to be filled from the checkpoint.
+
+        Args:
+            decoder: the stock model.
+            section: what the modifier contributed.
+
+        Raises:
+            ValueError: if the section is damaged.
+        """
+        raise NotImplementedError(f"{cls.__name__} has no `install`")
+
 
 @dataclass
 class Contributions:
     """Contributions to a checkpoint that is still to be written.
 
     Attributes:
-        sections: content for the `quad` section of config.json, by field; the format checks it.
+        basis: how the residual stream was projected, None if it was not.
+        sections: content for `quad.sections` of config.json by name; each name is a kind that a plugin brings
+            (`CheckpointSection`), which makes room for its tensors when the checkpoint is loaded.
         files: texts of files beside the weights, by name.
     """
 
-    sections: dict[str, Any] = field(default_factory=dict)
+    basis: dict[str, Any] | None = None
+    sections: dict[str, dict[str, Any]] = field(default_factory=dict)
     files: dict[str, str] = field(default_factory=dict)
 
 

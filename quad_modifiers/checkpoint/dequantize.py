@@ -18,7 +18,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from quad_modifiers.model.architecture import Architecture
 from quad_modifiers.model.decoder import Decoder
 from quad_modifiers.nn.packed_table import PackedTable, TiedHead
-from quad_modifiers.nn.quad_linear import QuadLinear, expand_scales
+from quad_modifiers.nn.quad_linear import QuadLinear
 
 
 @torch.no_grad()
@@ -63,19 +63,19 @@ def dequantize_model(model: nn.Module, architecture: Architecture, dtype: torch.
 def dense_weight(container: QuadLinear) -> torch.Tensor:
     """Returns the matrix that the container applies to an unquantized input, `[out, in]`, float64."""
     split = container.split
-    quantized = container.integer_weight()
-    if quantized is None:
-        residual = container.residual.weight.double()
-    else:
-        residual = quantized.integers.double()
-        columns = residual.shape[1]
-        if quantized.zero_point is not None:
-            residual = residual - expand_scales(quantized.zero_point.double(), columns)
-        residual = residual * expand_scales(quantized.scale.double(), columns)
+    packed = container.packed()
+    residual = container.residual.weight.double() if packed is None else packed.dequantized(torch.float64)
     if split.hadamard:
         residual = _undo_hadamard(residual)
-    if not split.rank:
-        return residual
+    weight = _with_outliers(residual, container) if split.rank else residual
+    for term in container.terms():
+        weight = weight + term.dense().to(weight)
+    return weight
+
+
+def _with_outliers(residual: torch.Tensor, container: QuadLinear) -> torch.Tensor:
+    """The weight on the unsplit input, from that on the residual coordinates."""
+    split = container.split
     outliers = split.outlier_index(residual.device)
     weight = residual.new_empty(residual.shape[0], split.width)
     if split.keep_width:

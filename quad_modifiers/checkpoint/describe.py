@@ -2,8 +2,10 @@
 
 from typing import Any
 
+from quad_modifiers.checkpoint.contribute import Contributions
 from quad_modifiers.checkpoint.format import (
     QUANT_METHOD,
+    BasisFormat,
     InputFormat,
     LinearFormat,
     QuadFormat,
@@ -12,13 +14,13 @@ from quad_modifiers.checkpoint.format import (
 )
 from quad_modifiers.checkpoint.tables import is_packed
 from quad_modifiers.model.decoder import Decoder
-from quad_modifiers.nn.from_compressed_tensors import scheme_of
+from quad_modifiers.nn.from_compressed_tensors import check_storable, scheme_of
 from quad_modifiers.nn.quad_linear import QuadLinear
 
 RoleFormats = dict[str, LinearFormat]
 
 
-def describe_linears(decoder: Decoder) -> tuple[bool, RoleFormats]:
+def describe_linears(decoder: Decoder, contributed: Contributions) -> tuple[bool, RoleFormats]:
     """Returns whether plain compressed-tensors can express the model, and the format of each role.
 
     Roles are described once: in every block they must be alike.
@@ -39,7 +41,7 @@ def describe_linears(decoder: Decoder) -> tuple[bool, RoleFormats]:
                     "checkpoint format needs the same settings in every layer"
                 )
     packed_ends = is_packed(decoder.embedding) or is_packed(decoder.head)
-    return not packed_ends and all(_is_plain(f) for f in formats.values()), formats
+    return not packed_ends and not contributed.sections and all(_is_plain(f) for f in formats.values()), formats
 
 
 def _refuse_other_quantization(decoder: Decoder) -> None:
@@ -58,11 +60,11 @@ def _refuse_other_quantization(decoder: Decoder) -> None:
 def _is_plain(linear: LinearFormat) -> bool:
     # compressed-tensors has no clip ratio, and its packed format no quantized input without a quantized weight.
     input_is_stock = linear.input is None or (linear.input.clip_ratio == 1.0 and linear.weight is not None)
-    return linear.outliers_per_block == 0 and not linear.hadamard and input_is_stock
+    return linear.outliers_per_block == 0 and not linear.hadamard and not linear.terms and input_is_stock
 
 
 def _describe(module: QuadLinear, where: str) -> LinearFormat:
-    split = module.split
+    split, terms = module.split, {term.kind: term.section() for term in module.terms()}
     return LinearFormat(
         outliers_per_block=split.outliers,
         block=split.block,
@@ -73,6 +75,7 @@ def _describe(module: QuadLinear, where: str) -> LinearFormat:
         bias=module.bias is not None,
         weight=_weight_format(module, where),
         input=_input_format(module, where),
+        **({"terms": terms} if terms else {}),
     )
 
 
@@ -94,19 +97,17 @@ def _input_format(module: QuadLinear, where: str) -> InputFormat | None:
 
 
 def _weight_format(module: QuadLinear, where: str) -> WeightFormat | None:
-    if module.integer_weight() is None:
-        return None
-    arguments = module.residual.quantization_scheme.weights
-    if arguments.type != "int" or arguments.num_bits not in (2, 4, 8) or arguments.strategy not in ("channel", "group"):
-        raise ValueError(
-            f"{where}: weights of {arguments.num_bits} bits, type {arguments.type}, strategy {arguments.strategy} "
-            "cannot be stored; use int, 2, 4 or 8 bits, per channel or group"
-        )
-    return WeightFormat(bits=arguments.num_bits, group_size=arguments.group_size, symmetric=bool(arguments.symmetric))
+    check_storable(module.residual, where)
+    packed = module.packed()
+    return (
+        None
+        if packed is None
+        else WeightFormat(bits=packed.bits, group_size=packed.group_size, symmetric=packed.symmetric)
+    )
 
 
 def quantization_config(
-    decoder: Decoder, plain: bool, linears: RoleFormats, sections: dict[str, Any]
+    decoder: Decoder, plain: bool, linears: RoleFormats, contributed: Contributions
 ) -> dict[str, Any] | None:
     """Returns `quantization_config` of config.json, or None for a plain model with nothing quantized.
 
@@ -114,7 +115,7 @@ def quantization_config(
         decoder: the compressed model.
         plain: whether plain compressed-tensors can express it.
         linears: format of each role.
-        sections: what modifiers contribute to the `quad` section, by field.
+        contributed: what modifiers want to be stored.
     """
     architecture = decoder.architecture
     ends = ((architecture.embedding, decoder.embedding), (architecture.head, decoder.head))
@@ -131,17 +132,13 @@ def quantization_config(
         "kv_cache_scheme": None,
     }
     if not plain:
-        packed = {
-            key: TableFormat()
-            for key, path in (("embedding", architecture.embedding), ("head", architecture.head))
-            if path in tables
-        }
-        config["quad"] = QuadFormat(
-            format_version=2 if packed else 1,
+        config["quad"] = QuadFormat.lowest(
             base_model_type=architecture.model_type,
+            residual_basis=None if contributed.basis is None else BasisFormat(**contributed.basis),
             linears=linears,
-            **packed,
-            **{"residual_basis": None, **sections},
+            embedding=TableFormat() if architecture.embedding in tables else None,
+            head=TableFormat() if architecture.head in tables else None,
+            sections=contributed.sections,
         ).section()
     return config
 

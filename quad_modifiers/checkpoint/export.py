@@ -10,11 +10,12 @@ import json
 import logging
 import math
 import shutil
-from dataclasses import dataclass
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from quad_kernels import QuantizedWeight
 from torch import nn
 
 from quad_modifiers.checkpoint.dequantize import dense_weight
@@ -22,10 +23,11 @@ from quad_modifiers.checkpoint.describe import RoleFormats, config_groups
 from quad_modifiers.checkpoint.format import LinearFormat, QuadFormat
 from quad_modifiers.checkpoint.models import TRIPWIRE_FIELD
 from quad_modifiers.checkpoint.opened import Opened, open_checkpoint
-from quad_modifiers.checkpoint.save import packed_tensors, write_tensors
+from quad_modifiers.checkpoint.save import write_tensors
 from quad_modifiers.model.architecture import Architecture
+from quad_modifiers.nn.packed_linear import PackedLinear
 from quad_modifiers.nn.packed_table import PackedHead, PackedTable
-from quad_modifiers.nn.quad_linear import IntegerWeight, QuadLinear
+from quad_modifiers.nn.quad_linear import QuadLinear
 from quad_modifiers.output_folder import check_space, check_target, complete_or_absent
 from quad_modifiers.quantization.grid import IntegerGrid, round_to_grid, search_clip
 
@@ -133,7 +135,7 @@ def _problems(quad: QuadFormat, size: int) -> list[str]:
 
 
 def _linear_problems(linear: LinearFormat, size: int) -> list[str]:
-    problems = []
+    problems = [f"the term {kind!r} has no place in the format" for kind in linear.terms]
     if linear.hadamard:
         problems.append("online Hadamards need transforms, which stock runtimes do not apply (online_rotation: [])")
     if linear.input is not None and linear.input.clip_ratio != 1.0:
@@ -183,9 +185,7 @@ def _tensors(
             tensors[f"{name}.weight"] = dense_weight(container).to(dtype)
         else:
             merged = merged_weight(container, quad.linears[container.role], size)
-            bits = container.weight_bits()
-            assert bits is not None
-            tensors.update(packed_tensors(merged, bits, name))
+            tensors.update(PackedLinear.of(merged, merged.scale.dtype).state_dict(prefix=f"{name}."))
         if container.bias is not None:
             tensors[f"{name}.bias"] = container.bias.data
     formats = {role: _plain_format(linear, size) for role, linear in quad.linears.items()}
@@ -205,7 +205,7 @@ def _plain_format(linear: LinearFormat, size: int) -> LinearFormat:
     return linear.model_copy(update=update)
 
 
-def merged_weight(container: QuadLinear, linear: LinearFormat, size: int) -> IntegerWeight:
+def merged_weight(container: QuadLinear, linear: LinearFormat, size: int) -> QuantizedWeight:
     """Returns one integer weight for outliers and residual, in the order of the input coordinates.
 
     Args:
@@ -216,66 +216,53 @@ def merged_weight(container: QuadLinear, linear: LinearFormat, size: int) -> Int
     Returns:
         integers `[out, in]`, scales and zero points `[out, in / size]`.
     """
-    residual = container.integer_weight()
-    assert residual is not None
+    packed = container.packed()
+    assert packed is not None
     assert linear.weight is not None
-    split = container.split
-    columns = residual.integers.shape[1]
-    parts = [_Grouped.of(residual, columns, size)]
+    split, residual = container.split, packed.quantized_weight()
+    parts = [_regrouped(residual, size)]
+    groups = torch.arange(split.width // size)
     if not split.rank:
-        return parts[0].weight()
+        return _joined(parts, groups, size)
     assert container.outlier is not None
     grid = IntegerGrid(linear.weight.bits, size, linear.weight.symmetric)
-    parts.append(_Grouped.rounded(container.outlier.weight.float(), grid, residual.scale.dtype))
+    parts.append(_rounded(container.outlier.weight.float(), grid, residual.scale.dtype))
     # Where each group of the merged weight comes from: a group of the residual, or after those one of the outliers.
-    groups = torch.arange(split.width // size)
     is_outlier = groups * size % split.block < split.outliers
     origin = torch.empty_like(groups)
-    origin[is_outlier] = torch.arange(int(is_outlier.sum())) + columns // size
+    origin[is_outlier] = torch.arange(int(is_outlier.sum())) + residual.in_features // size
     origin[~is_outlier] = groups[~is_outlier] if split.keep_width else torch.arange(int((~is_outlier).sum()))
-    return _Grouped.joined(parts).take(origin).weight()
+    return _joined(parts, origin, size)
 
 
-@dataclass(frozen=True)
-class _Grouped:
-    """A weight by groups: integers `[out, groups, size]`, scale and zero point `[out, groups]`."""
+def _regrouped(weight: QuantizedWeight, size: int) -> QuantizedWeight:
+    """The same weight with one scale per `size` inputs."""
+    repeat = weight.in_features // size // weight.scale.shape[1]
+    zero = weight.zero_point
+    return replace(
+        weight,
+        scale=weight.scale.repeat_interleave(repeat, dim=1),
+        zero_point=None if zero is None else zero.repeat_interleave(repeat, dim=1),
+    )
 
-    integers: torch.Tensor
-    scale: torch.Tensor
-    zero_point: torch.Tensor | None
 
-    @classmethod
-    def of(cls, weight: IntegerWeight, columns: int, size: int) -> "_Grouped":
-        repeat = columns // size // weight.scale.shape[1]
-        zero = weight.zero_point
-        return cls(
-            weight.integers.unflatten(1, (-1, size)),
-            weight.scale.repeat_interleave(repeat, dim=1),
-            None if zero is None else zero.repeat_interleave(repeat, dim=1),
-        )
+def _rounded(weight: torch.Tensor, grid: IntegerGrid, dtype: torch.dtype) -> QuantizedWeight:
+    """A full-precision weight rounded to a grid, with scales of its own."""
+    scales = search_clip(weight, grid, dtype)
+    integers = round_to_grid(weight, scales.expand(weight.shape[1]), grid).to(torch.int8)
+    zero = None if grid.symmetric else scales.zero_point.to(torch.int8)
+    out, columns = weight.shape
+    return QuantizedWeight(integers, scales.scale.to(dtype), zero, columns, out, grid.bits)
 
-    @classmethod
-    def rounded(cls, weight: torch.Tensor, grid: IntegerGrid, dtype: torch.dtype) -> "_Grouped":
-        scales = search_clip(weight, grid, dtype)
-        integers = round_to_grid(weight, scales.expand(weight.shape[1]), grid).to(torch.int8)
-        zero = None if grid.symmetric else scales.zero_point.to(torch.int8)
-        return cls(integers.unflatten(1, (-1, grid.group_size)), scales.scale.to(dtype), zero)
 
-    @classmethod
-    def joined(cls, parts: "list[_Grouped]") -> "_Grouped":
-        zeros = [part.zero_point for part in parts if part.zero_point is not None]
-        return cls(
-            torch.cat([part.integers for part in parts], dim=1),
-            torch.cat([part.scale for part in parts], dim=1),
-            torch.cat(zeros, dim=1) if zeros else None,
-        )
-
-    def take(self, groups: torch.Tensor) -> "_Grouped":
-        zero = self.zero_point
-        return _Grouped(self.integers[:, groups], self.scale[:, groups], None if zero is None else zero[:, groups])
-
-    def weight(self) -> IntegerWeight:
-        return IntegerWeight(self.integers.flatten(1), self.scale, self.zero_point)
+def _joined(parts: list[QuantizedWeight], groups: torch.Tensor, size: int) -> QuantizedWeight:
+    """Weights side by side, of whose groups of `size` inputs the given ones are taken in order."""
+    integers = torch.cat([part.integers for part in parts], dim=1).unflatten(1, (-1, size))[:, groups].flatten(1)
+    scale = torch.cat([part.scale for part in parts], dim=1)[:, groups]
+    zeros = [part.zero_point for part in parts if part.zero_point is not None]
+    zero_point = torch.cat(zeros, dim=1)[:, groups] if zeros else None
+    out, columns = integers.shape
+    return QuantizedWeight(integers, scale, zero_point, columns, out, parts[0].bits)
 
 
 def _config(

@@ -1,17 +1,15 @@
 """The `quad` section of `quantization_config` in config.json, versioned and checked.
 
 Everything a runtime must know about the containers, beside what compressed-tensors' own config groups say about the
-packed weights. Fields that later methods will use are part of the format already and refused while unknown: a reader
-never ignores what it does not understand.
+packed weights. A reader never ignores what it does not understand: unknown fields, terms and sections are refused.
 """
 
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from quad_kernels import InputQuantization, InputSplit
 
-from quad_modifiers.nn.input_split import InputQuantization, InputSplit
-
-FORMAT_VERSIONS = (1, 2)
+FORMAT_VERSIONS = (1, 2, 3)
 QUANT_METHOD = "quad"
 
 
@@ -40,7 +38,10 @@ class WeightFormat(_Strict):
 
 
 class LinearFormat(_Strict):
-    """One role, such as q_proj, the same in every block."""
+    """One role, such as q_proj, the same in every block.
+
+    `terms` has the sections of further terms of the linear by kind; docs/developer/plugins.md says how to add a kind.
+    """
 
     outliers_per_block: int = Field(ge=0)
     block: int = Field(ge=1)
@@ -51,6 +52,7 @@ class LinearFormat(_Strict):
     bias: bool
     weight: WeightFormat | None
     input: InputFormat | None
+    terms: dict[str, dict[str, Any]] = Field(default={})
 
     def split(self) -> InputSplit:
         """As the module uses it."""
@@ -58,7 +60,7 @@ class LinearFormat(_Strict):
 
 
 class BasisFormat(_Strict):
-    """How the residual stream was projected; for people and for reproducing, not needed to run."""
+    """How the residual stream was projected: a record that no runtime needs."""
 
     basis: Literal["extended", "square"]
     rank: int
@@ -68,7 +70,7 @@ class BasisFormat(_Strict):
 
 
 class OutlierFormat(_Strict):
-    """Storage of the outlier weights: 16 means the model's dtype (8 bits are reserved for ResQ)."""
+    """Storage of the outlier weights in versions 1 and 2: 16 means the model's dtype."""
 
     bits: Literal[16] = 16
 
@@ -80,31 +82,55 @@ class TableFormat(_Strict):
 
 
 class QuadFormat(_Strict):
-    """The whole section; `embedding` and `head` are the fields that version 2 adds."""
+    """The whole section. A checkpoint has the lowest version that can hold it, so that older readers read it too.
 
-    format_version: Literal[1, 2] = 1
+    Version 2 adds `embedding` and `head`. Version 3 adds `terms` of linears and `sections`, whose kinds plugins
+    bring, and leaves out what the first two reserved.
+    """
+
+    format_version: Literal[1, 2, 3] = 1
     base_model_type: str
     residual_basis: BasisFormat | None
-    outlier: OutlierFormat = OutlierFormat()
     linears: dict[str, LinearFormat]
     embedding: TableFormat | None = None
     head: TableFormat | None = None
+    sections: dict[str, dict[str, Any]] = Field(default={})
+    outlier: OutlierFormat = OutlierFormat()
     low_rank: None = None
     kv_cache: None = None
 
     @model_validator(mode="after")
     def _check_version(self) -> "QuadFormat":
-        added = self.model_fields_set & _ADDED_IN_2
-        if self.format_version == 1 and added:
-            raise ValueError(f"version 1 has no field {min(added)!r}")
+        unknown = self.model_fields_set & _ABSENT[self.format_version]
+        if self.format_version < 3 and any("terms" in linear.model_fields_set for linear in self.linears.values()):
+            unknown |= {"terms"}
+        if unknown:
+            raise ValueError(f"version {self.format_version} has no field {min(unknown)!r}")
         return self
 
+    @classmethod
+    def lowest(cls, **fields: Any) -> "QuadFormat":
+        """Returns the section in the lowest version that holds its fields; empty ones are left out.
+
+        Raises:
+            ValueError: if a field has no place in the format.
+        """
+        fields = {name: value for name, value in fields.items() if value or name == "residual_basis"}
+        named = any(linear.terms for linear in fields["linears"].values()) or "sections" in fields
+        version = 3 if named else 2 if fields.keys() & {"embedding", "head"} else 1
+        return cls(format_version=version, **fields)
+
     def section(self) -> dict[str, Any]:
-        """As it stands in config.json: every field of its version."""
-        return self.model_dump(exclude=_ADDED_IN_2 if self.format_version == 1 else None)
+        """Returns the content for config.json: every field of its version."""
+        content = self.model_dump(exclude=_ABSENT[self.format_version])
+        if self.format_version < 3:
+            for linear in content["linears"].values():
+                del linear["terms"]
+        return content
 
 
-_ADDED_IN_2 = {"embedding", "head"}
+_ABSENT = {1: {"embedding", "head", "sections"}, 2: {"sections"}, 3: {"outlier", "low_rank", "kv_cache"}}
+"""Fields that a version does not have."""
 
 
 def read_format(section: Any) -> QuadFormat:
@@ -119,7 +145,7 @@ def read_format(section: Any) -> QuadFormat:
     if version not in FORMAT_VERSIONS:
         raise ValueError(
             f"the checkpoint has QUAD format version {version!r}, this package reads versions "
-            f"{' and '.join(map(str, FORMAT_VERSIONS))}; upgrade with `pip install -U quad-modifiers`"
+            f"{', '.join(map(str, FORMAT_VERSIONS))}; upgrade with `pip install -U quad-modifiers`"
         )
     try:
         return QuadFormat.model_validate(section)

@@ -1,10 +1,11 @@
 """Loads QUAD checkpoints through transformers' quantizer interface; llm-compressor is not needed."""
 
 import logging
+from collections.abc import Collection
+from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
 from torch import nn
 from transformers.quantizers import HfQuantizer, auto
 from transformers.quantizers.auto import (
@@ -15,20 +16,28 @@ from transformers.quantizers.auto import (
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from quad_modifiers.checkpoint.dequantize import dequantize_model
-from quad_modifiers.checkpoint.format import QUANT_METHOD, LinearFormat, QuadFormat, read_format
+from quad_modifiers.checkpoint.format import QUANT_METHOD, QuadFormat, read_format
 from quad_modifiers.checkpoint.models import quad_model_type, register_models
 from quad_modifiers.checkpoint.opened import stored_architecture
 from quad_modifiers.checkpoint.tables import install_tables
+from quad_modifiers.checkpoint.tensors import (
+    format_of,
+    model_tensors,
+    refuse,
+    tensor_problem,
+    tied_names,
+    value_problem,
+)
 from quad_modifiers.model.architecture import Architecture
 from quad_modifiers.model.decoder import Decoder, PlacedLinear
 from quad_modifiers.nn.packed_linear import PackedLinear
-from quad_modifiers.nn.packed_table import PackedTable
+from quad_modifiers.nn.packed_shapes import TensorSpec
 from quad_modifiers.nn.quad_linear import QuadLinear
 from quad_modifiers.plugins import architectures
+from quad_modifiers.plugins.checkpoint_parts import load_section, load_term
+from quad_modifiers.records.inventory import read_header
 
 logger = logging.getLogger(__name__)
-
-_LISTED = 5  # tensors named in one error message
 
 
 class QuadQuantizationConfig(QuantizationConfigMixin):
@@ -64,36 +73,29 @@ class QuadHfQuantizer(HfQuantizer):
     """Puts the containers of a QUAD checkpoint in place of a stock model's linears and checks every tensor."""
 
     requires_calibration = True
+    _expected: dict[str, TensorSpec]
 
     def _process_model_before_weight_loading(self, model: nn.Module, **kwargs: Any) -> None:
         quad = read_format(self.quantization_config.content.get("quad"))
         architecture = _architecture(model, quad)
         decoder = Decoder(model, architecture)
+        for name, content in quad.sections.items():
+            load_section(name).install(decoder, content)
+        self._expected = model_tensors(decoder, quad)
         for linear in decoder.linears():
             _install(linear, quad)
         install_tables(decoder, quad)
         files = kwargs.get("checkpoint_files")
         if files:
-            check_tensors(model, files)
+            check_tensors(self._expected, files, tied_names(model))
 
     def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> None:
-        for name, module in model.named_modules():
-            if not isinstance(module, (PackedLinear, PackedTable)) or module.weight_scale.is_meta:
-                continue
-            scale = module.weight_scale
-            if not bool((torch.isfinite(scale) & (scale >= 0)).all()):
-                raise ValueError(
-                    f"{name}.weight_scale holds NaN, infinite or negative values; the checkpoint is damaged"
-                )
-            if isinstance(module, PackedTable):
-                shape = [module.rows, module.columns]
-            else:
-                shape = [module.out_features, module.in_features]
-            if module.weight_shape.tolist() != shape:
-                raise ValueError(
-                    f"{name}.weight_shape says {module.weight_shape.tolist()}, config.json says {shape}; the "
-                    "checkpoint is damaged"
-                )
+        for name, spec in self._expected.items():
+            if name.endswith((".weight_scale", ".weight_shape")):  # what no header tells
+                tensor = model.get_buffer(name)
+                problem = None if tensor.is_meta else value_problem(name, tensor, spec)
+                if problem is not None:
+                    raise ValueError(f"{problem}; the checkpoint is damaged")
         if self.quantization_config.dequantize:
             self._dequantize(model)
             return
@@ -103,6 +105,8 @@ class QuadHfQuantizer(HfQuantizer):
 
     def _dequantize(self, model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
         quad = read_format(self.quantization_config.content.get("quad"))
+        if quad.sections:
+            raise ValueError(f"a model with {', '.join(quad.sections)} has no plain form; load it without dequantize")
         return dequantize_model(model, stored_architecture(quad), dtype)
 
     def is_serializable(self, *args: Any, **kwargs: Any) -> bool:
@@ -126,11 +130,7 @@ def _architecture(model: nn.Module, quad: QuadFormat) -> Architecture:
 
 
 def _install(place: PlacedLinear, quad: QuadFormat) -> None:
-    role = place.role
-    linear: LinearFormat | None = quad.linears.get(role)
-    if linear is None:
-        raise ValueError(f"the checkpoint does not describe {role}; its quantization_config is damaged")
-    old = place.module
+    role, linear, old = place.role, format_of(quad, place.role), place.module
     dtype, device = old.weight.dtype, old.weight.device
     split, quantization = linear.split(), None if linear.input is None else linear.input.settings()
     with torch.device(device):
@@ -148,54 +148,38 @@ def _install(place: PlacedLinear, quad: QuadFormat) -> None:
                 dtype,
                 quantization,
             )
-        container = QuadLinear.from_parts(role, split, residual, linear.bias, dtype)
+        container = QuadLinear(residual, role, split)
+        container.allocate(linear.bias, dtype)
+        for kind, section in linear.terms.items():
+            container.add_term(load_term(kind).unset(section, split, linear.out_features, dtype))
     container.input_quantization = quantization
     container.quantize_input = quantization is not None
     container.requires_grad_(False)
     place.replace(container)
 
 
-def check_tensors(model: nn.Module, files: list[str]) -> None:
-    """Compares the tensors in safetensors files with those the model needs, by name, shape and kind of number.
+def check_tensors(expected: dict[str, TensorSpec], files: list[str], optional: Collection[str] = ()) -> None:
+    """Compares the tensors in safetensors files with those that a model needs, by name, shape and kind of number.
+
+    Args:
+        expected: tensors that the model needs, by name.
+        files: paths of the safetensors files.
+        optional: names of tensors that may be there and are not read, such as a tied head.
 
     Raises:
-        ValueError: naming missing, surplus and mis-shaped tensors.
+        ValueError: naming missing, surplus and mis-shaped tensors, or a file that cannot be read.
     """
     found: dict[str, tuple[tuple[int, ...], str]] = {}
     for file in files:
         try:
-            with safe_open(file, framework="pt") as handle:
-                for name in handle.keys():  # noqa: SIM118  (no mapping)
-                    part = handle.get_slice(name)
-                    found[name] = tuple(part.get_shape()), part.get_dtype()
-        except Exception as error:
+            header = read_header(Path(file))
+            found |= {name: (tuple(entry["shape"]), entry["dtype"]) for name, entry in header.items()}
+        except (OSError, ValueError, KeyError, TypeError) as error:
             raise ValueError(f"{file} cannot be read as safetensors ({error}); download it again") from error
-    needed = {name: tensor for name, tensor in model.state_dict().items() if name not in _tied(model)}
-    problems = [f"{name} is missing" for name in needed if name not in found]
-    problems += [
-        f"{name} is not part of the model" for name in found if name not in needed and name not in _tied(model)
-    ]
-    for name in needed.keys() & found.keys():
-        shape, kind = found[name]
-        if shape != tuple(needed[name].shape):
-            problems.append(f"{name} has shape {list(shape)}, needed is {list(needed[name].shape)}")
-        elif not _fits(kind, needed[name]):
-            problems.append(f"{name} has dtype {kind}, needed is {needed[name].dtype}")
-    if problems:
-        more = f" and {len(problems) - _LISTED} more problems" if len(problems) > _LISTED else ""
-        raise ValueError(f"the checkpoint does not fit its config: {'; '.join(sorted(problems)[:_LISTED])}{more}")
-
-
-def _fits(kind: str, needed: torch.Tensor) -> bool:
-    """Floating point is cast to the model's dtype; integers are words of bits and must be of the right width."""
-    if needed.is_floating_point():
-        return kind.startswith(("F", "BF"))
-    return kind == f"I{8 * needed.element_size()}"
-
-
-def _tied(model: nn.Module) -> set[str]:
-    """Names of tensors that a tied model shares and its checkpoint leaves out."""
-    return set(getattr(model, "_tied_weights_keys", None) or ()) if model.config.tie_word_embeddings else set()
+    problems = [f"{name} is missing" for name in expected if name not in found]
+    checked = (tensor_problem(name, *found[name], expected.get(name)) for name in found if name not in optional)
+    problems += [problem for problem in checked if problem is not None]
+    refuse(sorted(problems))
 
 
 def register_loader() -> None:

@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 from huggingface_hub import split_torch_state_dict_into_shards
-from quad_kernels.packing import pack_int32
 from safetensors.torch import save_file
 from torch import nn
 
@@ -21,7 +20,7 @@ from quad_modifiers.checkpoint.describe import describe_linears, quantization_co
 from quad_modifiers.checkpoint.models import push_to_hub, quad_model_type, register_models, set_tripwire
 from quad_modifiers.model.architecture import Architecture
 from quad_modifiers.model.decoder import Decoder
-from quad_modifiers.nn.quad_linear import IntegerWeight, QuadLinear
+from quad_modifiers.nn.quad_linear import QuadLinear
 from quad_modifiers.output_folder import check_space, check_target, complete_or_absent
 
 logger = logging.getLogger(__name__)
@@ -101,11 +100,11 @@ def save_checkpoint(
     """
     check_target(folder)
     decoder, contributions = Decoder(model, architecture), contributions_of(model)
-    plain, linears = describe_linears(decoder)
+    plain, linears = describe_linears(decoder, contributions)
     tensors = dict(_tensors(model, plain))
     if model.config.tie_word_embeddings:
         tensors = {name: tensor for name, tensor in tensors.items() if not name.startswith(f"{architecture.head}.")}
-    config = _config(decoder, plain, linears, contributions.sections)
+    config = _config(decoder, plain, linears, contributions)
     size = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
     folder.parent.mkdir(parents=True, exist_ok=True)
     check_space(folder, size)
@@ -127,45 +126,21 @@ def save_checkpoint(
 
 
 def _tensors(model: nn.Module, plain: bool) -> Iterator[tuple[str, torch.Tensor]]:
-    containers = {name: module for name, module in model.named_modules() if isinstance(module, QuadLinear)}
+    """Yields the tensors of a checkpoint; those of a stock quantizer in our terms."""
+    containers = {f"{name}.": module for name, module in model.named_modules() if isinstance(module, QuadLinear)}
+    residuals = tuple(f"{name}residual." for name in containers)
     for name, tensor in model.state_dict().items():
-        owner = next(
-            (c for c in (name.rpartition(".")[0], name.rpartition(".")[0].rpartition(".")[0]) if c in containers), None
-        )
-        if owner is None:
+        if not name.startswith(residuals):
             yield name, tensor.contiguous()
     for name, module in containers.items():
-        residual = name if plain else f"{name}.residual"
-        yield from _residual_tensors(module, residual)
-        if module.outlier is not None:
-            yield f"{name}.outlier.weight", module.outlier.weight.data.contiguous()
-        if module.bias is not None:
-            yield f"{name}.bias", module.bias.data.contiguous()
+        packed, prefix = module.packed(), name if plain else f"{name}residual."
+        if packed is None:
+            yield f"{prefix}weight", module.residual.weight.data.contiguous()
+        else:
+            yield from packed.state_dict(prefix=prefix).items()
 
 
-def _residual_tensors(module: QuadLinear, prefix: str) -> Iterator[tuple[str, torch.Tensor]]:
-    quantized, bits = module.integer_weight(), module.weight_bits()
-    if quantized is None or bits is None:
-        yield f"{prefix}.weight", module.residual.weight.data.contiguous()
-    else:
-        yield from packed_tensors(quantized, bits, prefix).items()
-
-
-def packed_tensors(weight: IntegerWeight, bits: int, prefix: str) -> dict[str, torch.Tensor]:
-    """Returns the tensors of a quantized weight as compressed-tensors' `pack-quantized` names and lays them out."""
-    tensors = {
-        f"{prefix}.weight_packed": pack_int32(weight.integers, bits).contiguous(),
-        f"{prefix}.weight_scale": weight.scale.data.contiguous(),
-        f"{prefix}.weight_shape": torch.tensor(weight.integers.shape, dtype=torch.int64),
-    }
-    if weight.zero_point is not None:
-        # compressed-tensors packs zero points along the output channels
-        packed = pack_int32(weight.zero_point.to(torch.int8).T.contiguous(), bits).T
-        tensors[f"{prefix}.weight_zero_point"] = packed.contiguous()
-    return tensors
-
-
-def _config(decoder: Decoder, plain: bool, linears: dict[str, Any], sections: dict[str, Any]) -> dict[str, Any]:
+def _config(decoder: Decoder, plain: bool, linears: dict[str, Any], contributed: Contributions) -> dict[str, Any]:
     model, architecture = decoder.model, decoder.architecture
     config = model.config.to_dict()
     config.pop("_name_or_path", None)
@@ -178,7 +153,7 @@ def _config(decoder: Decoder, plain: bool, linears: dict[str, Any], sections: di
             f"Quad{name.removeprefix('Quad')}" for name in config.get("architectures") or [type(model).__name__]
         ]
         set_tripwire(config)
-    config["quantization_config"] = quantization_config(decoder, plain, linears, sections)
+    config["quantization_config"] = quantization_config(decoder, plain, linears, contributed)
     if config["quantization_config"] is None:
         del config["quantization_config"]
     return config

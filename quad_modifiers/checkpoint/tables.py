@@ -4,6 +4,7 @@ import torch
 from torch import nn
 
 from quad_modifiers.checkpoint.format import QuadFormat
+from quad_modifiers.checkpoint.tensors import packed_tables
 from quad_modifiers.model.decoder import Decoder
 from quad_modifiers.nn.packed_table import PackedEmbedding, PackedHead, PackedTable, TiedHead
 
@@ -17,19 +18,14 @@ def install_tables(decoder: Decoder, quad: QuadFormat) -> None:
     """Puts unset packed tables in place of a stock embedding and head, as the format says.
 
     Raises:
-        ValueError: if head and embedding share one tensor and only one of them is quantized.
+        ValueError: see `packed_tables`.
     """
-    tied = bool(decoder.model.config.tie_word_embeddings)
-    if tied and (quad.embedding is None) != (quad.head is None):
-        raise ValueError(
-            "the checkpoint says that head and embedding share one tensor, but only one of them is quantized; its "
-            "config.json is damaged"
-        )
-    if quad.embedding is not None:
+    embedding, head = packed_tables(decoder, quad)
+    if embedding:
         decoder.replace_embedding(_unset(PackedEmbedding, decoder.embedding.weight))
-    if quad.head is not None and not tied:
+    if head:
         decoder.replace_head(_unset(PackedHead, decoder.head.weight))
-    if quad.head is not None and tied:
+    if quad.head is not None and decoder.model.config.tie_word_embeddings:
         tie_head(decoder)
 
 

@@ -67,16 +67,23 @@ class QuadModifier(Modifier):
         raise NotImplementedError(f"{type(self).__name__} has no `run`")
 
     def contribute(
-        self, decoder: Decoder, sections: dict[str, Any] | None = None, files: dict[str, str] | None = None
+        self,
+        decoder: Decoder,
+        *,
+        basis: dict[str, Any] | None = None,
+        sections: dict[str, dict[str, Any]] | None = None,
+        files: dict[str, str] | None = None,
     ) -> None:
         """Declares what the checkpoint of this model is to hold.
 
         Args:
             decoder: the model.
-            sections: content for the `quad` section of config.json, by field.
+            basis: how the residual stream was projected.
+            sections: content for `quad.sections` of config.json, by the name of a `CheckpointSection`.
             files: texts of files beside the weights, by name.
         """
         held = contributions_of(decoder.model)
+        held.basis = held.basis if basis is None else basis
         held.sections |= sections or {}
         held.files |= files or {}
 

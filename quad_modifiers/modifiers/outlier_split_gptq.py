@@ -5,22 +5,15 @@ import re
 import time
 from typing import Any, ClassVar, Literal
 
-import torch
-from compressed_tensors.quantization import (
-    QuantizationArgs,
-    QuantizationScheme,
-    QuantizationStatus,
-    QuantizationStrategy,
-    QuantizationType,
-)
 from llmcompressor.core import State
-from pydantic import Field, PrivateAttr, model_validator
-from torch import nn
+from pydantic import Field, PrivateAttr
+from quad_kernels import QuantizedWeight
 
 from quad_modifiers.model.decoder import Decoder, PlacedLinear
 from quad_modifiers.modifiers.base import Batches, QuadModifier
+from quad_modifiers.nn.packed_linear import PackedLinear
 from quad_modifiers.passes.weight_pass import quantize_blocks
-from quad_modifiers.quantization.grid import IntegerGrid, WeightScales
+from quad_modifiers.quantization.grid import IntegerGrid
 from quad_modifiers.quantization.group import LinearReport, WeightQuantization
 from quad_modifiers.reporting import layer_progress, table
 
@@ -71,12 +64,6 @@ class OutlierSplitGPTQ(QuadModifier):
     error_correction: float = Field(default=0.0, ge=0.0, le=1.0)
     ignore: list[str] = Field(default=["lm_head"])
 
-    @model_validator(mode="after")
-    def _check_bits(self) -> "OutlierSplitGPTQ":
-        if self.bits == 8 and not self.symmetric:
-            raise ValueError("bits 8 needs symmetric true: 9-bit differences do not survive in bfloat16 weights")
-        return self
-
     _reports: list[LinearReport] = PrivateAttr(default_factory=list)
     _seconds: float = PrivateAttr(default=0.0)
 
@@ -86,7 +73,7 @@ class OutlierSplitGPTQ(QuadModifier):
         data = batches() if self.method == "gptq" else None
         logger.info("OutlierSplitGPTQ: %s, %d bits, %s", self.method, self.bits, self._granularity())
         start = time.perf_counter()
-        done = quantize_blocks(decoder, data, self._settings(), self._freeze, self._is_ignored)
+        done = quantize_blocks(decoder, data, self._settings(), _install, self._is_ignored)
         for _ in layer_progress(decoder.blocks, "quantizing"):
             self._reports += next(done)
         self._seconds = time.perf_counter() - start
@@ -143,21 +130,8 @@ class OutlierSplitGPTQ(QuadModifier):
                 except ValueError as error:
                     raise ValueError(f"{linear.name}: {error}") from error
 
-    def _freeze(self, linear: PlacedLinear, scales: WeightScales) -> None:
-        """Stores the scales beside the residual weight, in the terms of compressed-tensors."""
-        residual = linear.module.residual
-        dtype = residual.weight.dtype
-        residual.weight_scale = nn.Parameter(scales.scale.to(dtype), requires_grad=False)
-        if not self.symmetric:
-            residual.weight_zero_point = nn.Parameter(scales.zero_point.to(torch.int8), requires_grad=False)
-        residual.quantization_scheme = QuantizationScheme(
-            targets=["Linear"],
-            weights=QuantizationArgs(
-                num_bits=self.bits,
-                type=QuantizationType.INT,
-                symmetric=self.symmetric,
-                group_size=self.group_size,
-                strategy=QuantizationStrategy.CHANNEL if self.group_size is None else QuantizationStrategy.GROUP,
-            ),
-        )
-        residual.quantization_status = QuantizationStatus.FROZEN
+
+def _install(linear: PlacedLinear, weight: QuantizedWeight) -> None:
+    """Puts the packed weight in the place of the residual linear."""
+    container = linear.module
+    container.residual = PackedLinear.of(weight, weight.scale.dtype, container.input_quantization)

@@ -80,7 +80,7 @@ class SVDOutlierProjection(QuadModifier):
         """Plans the projection and rewrites the model."""
         projection = self.plan(decoder, batches)
         apply_projection(decoder, projection)
-        self.contribute(decoder, sections={"residual_basis": projection.origin})
+        self.contribute(decoder, basis=projection.origin)
         reallocate_parameters(decoder.model)
 
     def plan(self, decoder: Decoder, batches: Batches) -> Projection:

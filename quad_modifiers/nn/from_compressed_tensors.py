@@ -5,6 +5,9 @@ The only module that knows compressed-tensors' marks on a module: scheme, status
 
 from typing import Any
 
+import torch
+from quad_kernels import QuantizedWeight
+from quad_kernels.weight import expand_scales
 from torch import nn
 
 
@@ -20,3 +23,47 @@ def reallocate_parameters(model: nn.Module) -> None:
 def scheme_of(module: nn.Module) -> Any:
     """Returns the quantization scheme that a stock modifier attached to a module, None without one."""
     return getattr(module, "quantization_scheme", None)
+
+
+def is_frozen(module: nn.Module) -> bool:
+    """Returns whether a stock modifier has quantized the weight of a module."""
+    scheme = scheme_of(module)
+    return scheme is not None and scheme.weights is not None and module.quantization_status == "frozen"
+
+
+def stock_quantized_weight(linear: nn.Module) -> QuantizedWeight | None:
+    """Returns the integers of a linear whose weight llm-compressor has frozen, None for one that it has not.
+
+    llm-compressor keeps the rounded weight as floating point; the integers are found by dividing by the scales, which
+    is exact for up to 4 bits, and for 8 without zero points.
+
+    Args:
+        linear: with compressed-tensors' scheme, status and scales.
+    """
+    if not is_frozen(linear):
+        return None
+    weights, columns = scheme_of(linear).weights, linear.in_features
+    zero_point = None if weights.symmetric else linear.weight_zero_point
+    integers = linear.weight.float() / expand_scales(linear.weight_scale.float(), columns)
+    if zero_point is not None:
+        integers = integers + expand_scales(zero_point.float(), columns)
+        zero_point = zero_point.to(torch.int8)
+    half = 2 ** (weights.num_bits - 1)
+    integers = integers.round_().clamp_(-half, half - 1).to(torch.int8)
+    return QuantizedWeight(integers, linear.weight_scale, zero_point, columns, linear.out_features, weights.num_bits)
+
+
+def check_storable(linear: nn.Module, where: str) -> None:
+    """Checks that a checkpoint can hold the weights of a linear, should llm-compressor have frozen them.
+
+    Raises:
+        ValueError: naming the linear and the scheme.
+    """
+    if not is_frozen(linear):
+        return
+    arguments = scheme_of(linear).weights
+    if arguments.type != "int" or arguments.num_bits not in (2, 4, 8) or arguments.strategy not in ("channel", "group"):
+        raise ValueError(
+            f"{where}: weights of {arguments.num_bits} bits, type {arguments.type}, strategy {arguments.strategy} "
+            "cannot be stored; use int, 2, 4 or 8 bits, per channel or group"
+        )

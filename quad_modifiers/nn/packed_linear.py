@@ -6,18 +6,17 @@ from typing import Any
 
 import torch
 from quad_kernels import InputQuantization, QuantizedWeight, choose_backend, prepare_weight
-from quad_kernels.packing import unpack_int32
 from torch import nn
 
-from quad_modifiers.nn.quad_linear import IntegerWeight
+from quad_modifiers.nn.packed_shapes import packed_shapes
 
 
 class PackedLinear(nn.Module):
     """A quantized linear without bias that holds its weight in integers.
 
     It is loaded, moved and saved in the checkpoint's layout (buffers `weight_packed`, ...). The first forward pass, or
-    `prepare`, repacks it for the kernels of the device it lies on, and frees the checkpoint's words; `state_dict`, `to`
-    and `integer_weight` bring them back. The integers are the same in both.
+    `prepare`, repacks it for the kernels of its device and frees the checkpoint's words; `state_dict` and `to` bring
+    them back. The integers are the same in both.
 
     Args:
         in_features: input width.
@@ -45,16 +44,47 @@ class PackedLinear(nn.Module):
         self.bits = bits
         self.group_size = group_size
         self.input_quantization = input_quantization
-        groups = 1 if group_size is None else in_features // group_size
-        per_word = 32 // bits
         self._prepared: QuantizedWeight | None = None
         self.weight_packed: torch.Tensor
-        self.register_buffer("weight_packed", torch.empty(out_features, -(-in_features // per_word), dtype=torch.int32))
-        self.register_buffer("weight_scale", torch.empty(out_features, groups, dtype=dtype))
-        self.register_buffer("weight_shape", torch.tensor([out_features, in_features], dtype=torch.int64))
-        zero_point = None if symmetric else torch.empty(-(-out_features // per_word), groups, dtype=torch.int32)
-        self.register_buffer("weight_zero_point", zero_point)
+        shapes = packed_shapes(out_features, in_features, bits, group_size, symmetric, dtype)
+        for name, spec in shapes.items():
+            value = torch.empty(spec.shape, dtype=spec.dtype) if spec.value is None else torch.tensor(spec.value)
+            self.register_buffer(name, value)
+        if symmetric:
+            self.register_buffer("weight_zero_point", None)
         self.register_state_dict_pre_hook(_restore_words)
+
+    @classmethod
+    def of(
+        cls, weight: QuantizedWeight, dtype: torch.dtype, input_quantization: InputQuantization | None = None
+    ) -> "PackedLinear":
+        """Returns a linear of a quantized weight.
+
+        Args:
+            weight: in any layout.
+            dtype: of the scales.
+            input_quantization: of the inputs, None if they stay floating point.
+        """
+        groups = weight.scale.shape[1]
+        group_size = None if groups == 1 else weight.in_features // groups
+        with torch.device(weight.scale.device):
+            linear = cls(
+                weight.in_features,
+                weight.out_features,
+                weight.bits,
+                group_size,
+                weight.zero_point is None,
+                dtype,
+                input_quantization,
+            )
+        linear.weight_packed, linear.weight_scale = weight.to_words(), weight.scale.detach().to(dtype)
+        linear.weight_zero_point = weight.zero_point_words()
+        return linear
+
+    @property
+    def symmetric(self) -> bool:
+        """True without zero points."""
+        return self.weight_zero_point is None
 
     def prepare(self) -> None:
         """Repacks the weight for the kernels of its device; does nothing while its tensors are not loaded."""
@@ -97,21 +127,17 @@ class PackedLinear(nn.Module):
         self.restore_words()
         return super().__getstate__()
 
-    def integer_weight(self) -> IntegerWeight:
-        """Unpacks the weight; integers `[out, in]`, int8."""
+    def quantized_weight(self) -> QuantizedWeight:
+        """Returns the weight in layout int8."""
         if self._prepared is not None:
-            return IntegerWeight(self._prepared.unpacked(), self.weight_scale, self._prepared.zero_point)
-        zero_point = None
-        if self.weight_zero_point is not None:
-            zero_point = unpack_int32(self.weight_zero_point.T, self.bits, self.out_features).T
-        integers = unpack_int32(self.weight_packed, self.bits, self.in_features)
-        return IntegerWeight(integers, self.weight_scale, zero_point)
+            return replace(self._prepared.to_layout("int8"), scale=self.weight_scale)
+        return QuantizedWeight.from_words(
+            self.weight_packed, self.weight_scale, self.bits, self.in_features, self.weight_zero_point
+        )
 
     def dequantized(self, dtype: torch.dtype) -> torch.Tensor:
         """Returns the weight as floating point, `[out, in]`."""
-        integers, scale, zero_point = self.integer_weight()
-        weight = QuantizedWeight(integers, scale, zero_point, self.in_features, self.out_features, self.bits)
-        return weight.dequantized(dtype)
+        return self.quantized_weight().dequantized(dtype)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Applies the dequantized weight to floating-point inputs `[..., in]` (weight-only quantization)."""

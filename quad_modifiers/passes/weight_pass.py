@@ -7,14 +7,14 @@ quantized so far (input quantization included). Otherwise only the second.
 from collections.abc import Callable, Iterator
 
 import torch
+from quad_kernels import QuantizedWeight
 
 from quad_modifiers.model.decoder import Block, Decoder, PlacedGroup, PlacedLinear
 from quad_modifiers.passes.calibration_stream import CalibrationBatch, first_block_inputs, in_float32
 from quad_modifiers.passes.runners import BlockRunner, runner_of
-from quad_modifiers.quantization.grid import WeightScales
 from quad_modifiers.quantization.group import InputMoments, LinearReport, WeightQuantization, quantize_group
 
-Finish = Callable[[PlacedLinear, WeightScales], None]
+Finish = Callable[[PlacedLinear, QuantizedWeight], None]
 
 
 @torch.no_grad()
@@ -36,7 +36,7 @@ def quantize_blocks(
     """
     stream = [] if batches is None else first_block_inputs(decoder, batches)
     original = [batch.hidden for batch in stream] if settings.error_correction else None
-    scale_dtype = next(decoder.linears()).module.residual.weight.dtype
+    scale_dtype = next(decoder.linears()).module.qweight.dtype
     for block in decoder.blocks:
         work = _BlockWork(block, settings, scale_dtype, skipped)
         with in_float32(block.module):
@@ -44,8 +44,8 @@ def quantize_blocks(
                 work.round_to_nearest()
             else:
                 work.run(runner_of(block, decoder.architecture), stream, original)
-        for linear, scales in work.finished:
-            finish(linear, scales)
+        for linear, weight in work.finished:
+            finish(linear, weight)
         yield work.reports
 
 
@@ -53,7 +53,7 @@ class _BlockWork:
     """Quantizes one block.
 
     Attributes:
-        finished: the quantized linears and their scales.
+        finished: the quantized linears and their weights.
         reports: what the quantization of each group did.
     """
 
@@ -61,7 +61,7 @@ class _BlockWork:
         self, block: Block, settings: WeightQuantization, scale_dtype: torch.dtype, skipped: Callable[[str], bool]
     ) -> None:
         self.block, self.settings, self.scale_dtype, self.skipped = block, settings, scale_dtype, skipped
-        self.finished: list[tuple[PlacedLinear, WeightScales]] = []
+        self.finished: list[tuple[PlacedLinear, QuantizedWeight]] = []
         self.reports: list[LinearReport] = []
 
     def round_to_nearest(self) -> None:
@@ -125,6 +125,6 @@ class _BlockWork:
         if not chosen:
             return
         linears = [linear.module for linear in chosen]
-        scales, report = quantize_group(linears, moments, self.settings, self.scale_dtype, group.names)
-        self.finished += zip(chosen, scales, strict=True)
+        weights, report = quantize_group(linears, moments, self.settings, self.scale_dtype, group.names)
+        self.finished += zip(chosen, weights, strict=True)
         self.reports.append(report)

@@ -58,6 +58,15 @@ class ContributedBackend:
 
 
 @dataclass(frozen=True)
+class ContributedPart:
+    """A kind of part of a checkpoint; `path` is "module:Class" and not imported yet."""
+
+    name: str
+    path: str
+    distribution: Distribution
+
+
+@dataclass(frozen=True)
 class PluginRow:
     """One line of the plugin table; `contributes` holds lines such as "modifier WeightClip"."""
 
@@ -106,6 +115,31 @@ def kernel_backends(manager: QuadPluginManager | None = None) -> dict[str, Contr
     return table
 
 
+def linear_terms(manager: QuadPluginManager | None = None) -> dict[str, ContributedPart]:
+    """Returns the contributed kinds of terms of a linear by name, without importing them.
+
+    Raises:
+        PluginError: if a plugin returns no mapping of names to "module:Class", or two claim one name.
+    """
+    return _parts(manager, "quad_modifiers_linear_terms", "linear term")
+
+
+def checkpoint_sections(manager: QuadPluginManager | None = None) -> dict[str, ContributedPart]:
+    """Returns the contributed sections of a checkpoint by name, without importing them.
+
+    Raises:
+        PluginError: if a plugin returns no mapping of names to "module:Class", or two claim one name.
+    """
+    return _parts(manager, "quad_modifiers_checkpoint_sections", "checkpoint section")
+
+
+def _parts(manager: QuadPluginManager | None, hook_name: str, kind: str) -> dict[str, ContributedPart]:
+    table: dict[str, ContributedPart] = {}
+    for distribution, name, path in _import_paths(manager, hook_name, "module:Class"):
+        _claim(table, name, ContributedPart(name, path, distribution), kind)
+    return table
+
+
 def architectures(manager: QuadPluginManager | None = None) -> dict[str, Architecture]:
     """Return the contributed architecture mappings by `model_type`.
 
@@ -150,6 +184,8 @@ def plugin_table(manager: QuadPluginManager | None = None) -> list[PluginRow]:
         ("architecture", _architectures(manager)),
         ("recipe", recipe_files(manager)),
         ("kernel backend", kernel_backends(manager)),
+        ("linear term", linear_terms(manager)),
+        ("checkpoint section", checkpoint_sections(manager)),
     ]
     for kind, table in kinds:
         for name, contributed in table.items():

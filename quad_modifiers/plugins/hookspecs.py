@@ -46,3 +46,19 @@ def quad_modifiers_recipe_folders() -> Sequence[Path]:  # type: ignore[empty-bod
 @hookspec
 def quad_modifiers_kernel_backends() -> Mapping[str, str]:  # type: ignore[empty-body]
     """Return the kernel backends by name: ``{"my_gpu": "my_package.kernels:backend"}``."""
+
+
+@hookspec
+def quad_modifiers_linear_terms() -> Mapping[str, str]:  # type: ignore[empty-body]
+    """Returns the kinds of terms of a linear by name: ``{"low_rank": "my_package.low_rank:LowRank"}``.
+
+    The class is a `quad_modifiers.nn.term.LinearTerm` of that `kind`; the name stands in checkpoints.
+    """
+
+
+@hookspec
+def quad_modifiers_checkpoint_sections() -> Mapping[str, str]:  # type: ignore[empty-body]
+    """Returns the sections of a checkpoint by name: ``{"key_basis": "my_package.keys:KeyBasis"}``.
+
+    The class is a `quad_modifiers.checkpoint.contribute.CheckpointSection`; the name stands in checkpoints.
+    """

@@ -4,10 +4,9 @@ import math
 from dataclasses import dataclass
 
 import torch
-from quad_kernels import fake_quantize, split_input
+from quad_kernels import InputQuantization, QuantizedWeight, fake_quantize, split_input
 
 from quad_modifiers.linalg import StreamingGram
-from quad_modifiers.nn.input_split import InputQuantization
 from quad_modifiers.nn.quad_linear import QuadLinear
 from quad_modifiers.quantization.gptq import GptqResult, quantize_columns
 from quad_modifiers.quantization.grid import (
@@ -107,10 +106,11 @@ def quantize_group(
     settings: WeightQuantization,
     scale_dtype: torch.dtype,
     name: str,
-) -> tuple[list[WeightScales], LinearReport]:
+) -> tuple[list[QuantizedWeight], LinearReport]:
     """Quantizes linears that share their input, as one stacked weight.
 
-    Afterwards each residual weight holds the dequantized values and each outlier weight has absorbed error.
+    Afterwards each residual weight holds the dequantized values and each outlier weight has absorbed error. The block
+    goes on with them in float32; the integers themselves are returned.
 
     Args:
         linears: in float32.
@@ -118,6 +118,9 @@ def quantize_group(
         settings: how to quantize.
         scale_dtype: storage dtype of the scales.
         name: for errors and the report.
+
+    Returns:
+        The quantized weight of each linear, its scales in `scale_dtype`, and what the quantization did.
 
     Raises:
         ValueError: naming the linears if their moments or weights cannot be used.
@@ -135,7 +138,8 @@ def quantize_group(
             raise ValueError(f"{name}: {problem}") from problem
         hessian = moments.hessian.to(weight)
         relative = float(result.loss.sum() / ((weight @ hessian) * weight).sum().clamp(min=1e-30))
-    return _write_back(linears, result, columns), LinearReport(name, relative, result.damping, result.attempts)
+    weights = _write_back(linears, result, columns, settings.grid, scale_dtype)
+    return weights, LinearReport(name, relative, result.damping, result.attempts)
 
 
 def _stacked(linear: QuadLinear) -> torch.Tensor:
@@ -143,9 +147,14 @@ def _stacked(linear: QuadLinear) -> torch.Tensor:
     return torch.cat([part.float() for part in parts], dim=1)
 
 
-def _write_back(linears: list[QuadLinear], result: GptqResult, columns: int) -> list[WeightScales]:
+def _write_back(
+    linears: list[QuadLinear], result: GptqResult, columns: int, grid: IntegerGrid, scale_dtype: torch.dtype
+) -> list[QuantizedWeight]:
     values = dequantize(result.integers, result.scales.expand(columns))
-    scales = []
+    integers, scale = result.integers.to(torch.int8), result.scales.scale.to(scale_dtype)
+    zero_point = None if grid.symmetric else result.scales.zero_point.to(torch.int8)
+    whole = QuantizedWeight(integers, scale, zero_point, columns, len(integers), grid.bits)
+    weights = []
     start = 0
     for linear in linears:
         rows = slice(start, start + linear.out_features)
@@ -153,8 +162,8 @@ def _write_back(linears: list[QuadLinear], result: GptqResult, columns: int) -> 
         linear.residual.weight.copy_(values[rows])
         if linear.outlier is not None:
             linear.outlier.weight.copy_(result.outlier[rows])
-        scales.append(WeightScales(result.scales.scale[rows].clone(), result.scales.zero_point[rows].clone()))
-    return scales
+        weights.append(whole.rows(rows))
+    return weights
 
 
 def _round_to_nearest(

@@ -52,9 +52,16 @@ class QuadConfig(QuantizationConfig):
         """Reads `quantization_config`.
 
         Raises:
-            ValueError: if it is damaged or of a version that this package does not know.
+            ValueError: if it is damaged, of an unknown version, or has parts that are not served.
         """
-        return cls(read_format(config.get("quad")))
+        quad = read_format(config.get("quad"))
+        unserved = sorted({kind for linear in quad.linears.values() for kind in linear.terms} | quad.sections.keys())
+        if unserved:
+            raise ValueError(
+                f"the checkpoint has {', '.join(map(repr, unserved))}, which the vLLM plugin does not compute "
+                "yet; load it with transformers"
+            )
+        return cls(quad)
 
     def get_quant_method(self, layer: torch.nn.Module, prefix: str) -> QuantizeMethodBase | None:
         """The method of a decoder linear, or of a packed embedding or head; None leaves a layer as it is.

@@ -1,17 +1,22 @@
 """vLLM's linear method for the split linears of a QUAD checkpoint."""
 
+from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
+from quad_kernels import QuantizedWeight
 from quad_kernels.packing import unpack_int32
 from torch import nn
-from torch.nn.functional import pad
+from torch.nn.functional import linear, pad
 from vllm.distributed import tensor_model_parallel_all_gather
 from vllm.logger import init_logger
 from vllm.model_executor.layers.linear import LinearMethodBase
 
 from quad_modifiers.checkpoint.format import LinearFormat, WeightFormat
-from quad_modifiers.vllm_plugin.kernels import apply_layer, backend_name, plan_layer, prepare_residual
+from quad_modifiers.nn.forward import Apply, LinearParts, linear_forward
+from quad_modifiers.nn.packed_shapes import packed_shapes
+from quad_modifiers.vllm_plugin.kernels import backend_name, prepare_rows
 from quad_modifiers.vllm_plugin.layout import (
     Rows,
     ShardId,
@@ -36,7 +41,9 @@ class QuadLinearMethod(LinearMethodBase):
         self.linear = linear
         self.out_features = out_features
         self.prefix = prefix
-        self.plan = plan_layer(linear)
+        self.split = linear.split()
+        self.input_quantization = None if linear.input is None else linear.input.settings()
+        self.weight: QuantizedWeight | None = None  # its tensors are parameters of the layer
         self.rows: list[Rows] = []
         self.gathers_input = False
 
@@ -68,7 +75,7 @@ class QuadLinearMethod(LinearMethodBase):
             self.rows = column_parallel_rows(
                 self.out_features, output_partition_sizes, layer.tp_rank, layer.tp_size, self.prefix
             )
-        out, split = sum(rows.count for rows in self.rows), self.plan.split
+        out, split = sum(rows.count for rows in self.rows), self.split
         layer.residual, layer.outlier = nn.Module(), nn.Module()
         if self.linear.weight is None:
             self._register(layer.residual, "weight", torch.empty(out, split.residual_width, dtype=params_dtype))
@@ -78,13 +85,13 @@ class QuadLinearMethod(LinearMethodBase):
             self._register(layer.outlier, "weight", torch.empty(out, split.rank, dtype=params_dtype))
 
     def _register_packed(self, residual: nn.Module, weight: WeightFormat, out: int, dtype: torch.dtype) -> None:
-        width = self.plan.split.residual_width
-        groups = 1 if weight.group_size is None else width // weight.group_size
-        words = -(-width * weight.bits // 32)
-        self._register(residual, "weight_packed", torch.zeros(out, words, dtype=torch.int32))
-        self._register(residual, "weight_scale", torch.empty(out, groups, dtype=dtype))
-        if not weight.symmetric:
-            self._register(residual, "weight_zero_point", torch.zeros(out, groups, dtype=torch.int8))
+        width = self.split.residual_width
+        specs = packed_shapes(out, width, weight.bits, weight.group_size, weight.symmetric, dtype)
+        words, scale = specs["weight_packed"], specs["weight_scale"]
+        self._register(residual, "weight_packed", torch.zeros(words.shape, dtype=words.dtype))
+        self._register(residual, "weight_scale", torch.empty(scale.shape, dtype=scale.dtype))
+        if not weight.symmetric:  # unpacked while they are loaded: the rank's rows need not fill whole words
+            self._register(residual, "weight_zero_point", torch.zeros(scale.shape, dtype=torch.int8))
 
     def _register(self, module: nn.Module, name: str, tensor: torch.Tensor) -> None:
         parameter = nn.Parameter(tensor, requires_grad=False)
@@ -104,25 +111,39 @@ class QuadLinearMethod(LinearMethodBase):
 
     def process_weights_after_loading(self, layer: nn.Module) -> None:
         """Replaces the checkpoint's tensors by those that the kernel backend reads."""
-        residual = dict(layer.residual.named_parameters())
-        if self.linear.weight is None:
-            tensors = {"weight": residual["weight"].data}
+        stored = {name: parameter.data for name, parameter in layer.residual.named_parameters()}
+        weight = stored["weight"] if self.linear.weight is None else prepare_rows(self.linear, stored)
+        if isinstance(weight, QuantizedWeight):
+            self.weight = weight
+            tensors = {
+                "weight_packed": weight.integers,
+                "weight_scale": weight.scale,
+                "weight_zero_point": weight.zero_point,
+            }
         else:
-            self.plan, tensors = prepare_residual(
-                self.plan,
-                self.linear.weight,
-                residual["weight_packed"].data,
-                residual["weight_scale"].data,
-                residual["weight_zero_point"].data if "weight_zero_point" in residual else None,
-            )
-        if self.plan.split.rank:
+            tensors = {"weight": weight}
+        if self.split.rank:
             tensors["outlier_weight"] = layer.outlier.weight.data
         del layer.residual, layer.outlier
-        for name in ("weight", "weight_packed", "weight_scale", "weight_zero_point", "outlier_weight"):
-            if name in tensors:
-                layer.register_parameter(name, nn.Parameter(tensors[name], requires_grad=False))
-        device = next(iter(tensors.values())).device
+        for name, tensor in tensors.items():
+            if tensor is not None:
+                layer.register_parameter(name, nn.Parameter(tensor, requires_grad=False))
+        device = next(layer.parameters()).device
         logger.info_once("QUAD linears on %s: kernel backend %r", device.type, backend_name(device))
+
+    def _parts(self, layer: nn.Module, bias: torch.Tensor | None) -> LinearParts:
+        residual: QuantizedWeight | Apply
+        if self.weight is None:
+            residual = partial(linear, weight=layer.weight)
+        else:  # the layer's own tensors: vLLM may have moved them
+            residual = replace(
+                self.weight,
+                integers=layer.weight_packed,
+                scale=layer.weight_scale,
+                zero_point=getattr(layer, "weight_zero_point", None),
+            )
+        outlier_weight = getattr(layer, "outlier_weight", None)
+        return LinearParts(self.split, residual, self.input_quantization, outlier_weight, bias)
 
     def apply(self, layer: nn.Module, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
         """Applies the layer to `[..., in]`, or to this rank's part of it in a row-parallel layer.
@@ -132,15 +153,7 @@ class QuadLinearMethod(LinearMethodBase):
         if self.gathers_input:
             x = tensor_model_parallel_all_gather(x)
             bias = self._own_bias(layer)
-        y = apply_layer(
-            self.plan,
-            x,
-            layer.weight if self.plan.bits is None else layer.weight_packed,
-            getattr(layer, "weight_scale", None),
-            getattr(layer, "weight_zero_point", None),
-            getattr(layer, "outlier_weight", None),
-            bias,
-        )
+        y = linear_forward(x, self._parts(layer, bias))
         if self.gathers_input:
             rows = self.rows[0]
             y = pad(y, (rows.start, self.out_features[0] - rows.start - rows.count))

@@ -12,10 +12,11 @@ from vllm.model_executor.models.mistral import MistralForCausalLM
 from vllm.model_executor.models.qwen3 import Qwen3ForCausalLM
 from vllm.platforms import current_platform
 
+from quad_modifiers.checkpoint.tensors import expected_tensors
 from quad_modifiers.plugins import architectures
 from quad_modifiers.vllm_plugin.config import QuadConfig
 from quad_modifiers.vllm_plugin.kernels import kernel_key
-from quad_modifiers.vllm_plugin.tensors import checked_tensors, expected_tensors
+from quad_modifiers.vllm_plugin.tensors import checked_tensors
 
 
 class CheckedWeights:

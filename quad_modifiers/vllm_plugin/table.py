@@ -6,6 +6,7 @@ import torch
 from torch import nn
 from vllm.model_executor.layers.quantization.base_config import QuantizeMethodBase
 
+from quad_modifiers.nn.packed_shapes import packed_shapes
 from quad_modifiers.nn.packed_table import BITS, PackedEmbedding, PackedHead
 
 
@@ -30,11 +31,9 @@ class QuadTableMethod(QuantizeMethodBase):
         **extra: Any,
     ) -> None:
         """Creates the rank's rows of the checkpoint's tensors."""
-        rows = sum(output_partition_sizes)
-        for name, tensor in (
-            ("weight_packed", torch.zeros(rows, -(-input_size * BITS // 32), dtype=torch.int32)),
-            ("weight_scale", torch.zeros(rows, 1, dtype=params_dtype)),
-        ):
+        specs = packed_shapes(sum(output_partition_sizes), input_size, BITS, None, True, params_dtype)
+        for name in ("weight_packed", "weight_scale"):
+            tensor = torch.zeros(specs[name].shape, dtype=specs[name].dtype)
             parameter = nn.Parameter(tensor, requires_grad=False)
             parameter.output_dim, parameter.weight_loader = 0, extra["weight_loader"]
             layer.register_parameter(name, parameter)

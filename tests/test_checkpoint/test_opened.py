@@ -52,3 +52,9 @@ def test_a_tokenizer_that_is_not_there(compressed) -> None:
 def test_a_hub_id_has_no_inventory() -> None:
     with pytest.raises(ValueError, match="owner/name is not a folder"):
         Opened("owner/name", None, None, None, None).inventory()
+
+
+def test_the_share_of_embedding_and_head(toy_checkpoint) -> None:
+    inventory = open_checkpoint(toy_checkpoint("llama")).inventory()
+    assert inventory.embeddings == 2 * 320 * 64 * 4
+    assert inventory.total > inventory.embeddings

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
+from quad_kernels import InputQuantization
 
-from quad_modifiers.nn.input_split import InputQuantization
 from quad_modifiers.nn.quad_linear import QuadLinear
 
 pytest.importorskip("llmcompressor")

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
-from quad_kernels import fake_quantize, quantize_input, split_input
+from quad_kernels import InputQuantization, InputSplit, fake_quantize, quantize_input, split_input
 from quad_kernels.hadamard import hadamard_matrix
 from torch import nn
 
-from quad_modifiers.nn.input_split import InputQuantization, InputSplit
 from quad_modifiers.nn.quad_linear import QuadLinear
 
 SPLITS = {

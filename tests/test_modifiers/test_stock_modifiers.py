@@ -6,9 +6,9 @@ import logging
 
 import pytest
 import torch
+from quad_kernels import InputQuantization
 from torch.utils.data import DataLoader
 
-from quad_modifiers.nn.input_split import InputQuantization
 from quad_modifiers.nn.quad_linear import QuadLinear
 
 pytest.importorskip("llmcompressor")

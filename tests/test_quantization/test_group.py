@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-from quad_kernels import fake_quantize, split_input
+from quad_kernels import InputQuantization, InputSplit, fake_quantize, split_input
 from torch import nn
 
-from quad_modifiers.nn.input_split import InputQuantization, InputSplit
 from quad_modifiers.nn.quad_linear import QuadLinear
 from quad_modifiers.quantization.grid import IntegerGrid
 from quad_modifiers.quantization.group import InputMoments, WeightQuantization, quantize_group

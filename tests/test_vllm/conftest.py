@@ -15,8 +15,9 @@ from safetensors.torch import save_file
 import quad_modifiers  # noqa: F401  (teaches transformers the format)
 from quad_modifiers.checkpoint.format import InputFormat, LinearFormat, QuadFormat, TableFormat, WeightFormat
 from quad_modifiers.checkpoint.models import quad_config_class, set_tripwire
+from quad_modifiers.checkpoint.tensors import expected_tensors
 from quad_modifiers.model.architecture import BUILTIN_ARCHITECTURES
-from quad_modifiers.vllm_plugin.tensors import TensorSpec, expected_tensors
+from quad_modifiers.nn.packed_shapes import TensorSpec
 
 KNOWN = {architecture.model_type: architecture for architecture in BUILTIN_ARCHITECTURES}
 W4, A4 = WeightFormat(bits=4), InputFormat(bits=4, clip_ratio=0.9)

@@ -1,0 +1,91 @@
+"""The arithmetic of a linear as a sum of parts; transformers and vLLM both call it."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import NamedTuple
+
+import torch
+from quad_kernels import InputQuantization, InputSplit, QuantizedWeight, fake_quantize, quad_linear, split_input
+from torch import nn
+
+Apply = Callable[[torch.Tensor], torch.Tensor]
+
+
+class LinearParts(NamedTuple):
+    """What a linear is made of: y = residual(x_residual) + outlier(x_outlier) + terms(x) + bias.
+
+    Attributes:
+        split: division of the input into outlier and residual coordinates.
+        residual: quantized weight, or a function that applies a weight to floating-point inputs `[..., n]`.
+        input_quantization: quantization of the residual input, None to leave it as it is.
+        outlier_weight: full-precision weight of the outlier coordinates, `[out, rank]`, None for rank 0.
+        bias: `[out]`, or None.
+        terms: functions of the unsplit input whose results are added.
+    """
+
+    split: InputSplit
+    residual: QuantizedWeight | Apply
+    input_quantization: InputQuantization | None = None
+    outlier_weight: torch.Tensor | None = None
+    bias: torch.Tensor | None = None
+    terms: Sequence[Apply] = ()
+
+    def with_change(self, outlier: torch.Tensor | None, scale: torch.Tensor | None) -> "LinearParts":
+        """Returns the parts with changes of an adapter, which are summed in float32.
+
+        Args:
+            outlier: added to the outlier weight, `[out, rank]`, float32, or None.
+            scale: added to the residual's weight scale, `[out, groups]`, float32, or None.
+        """
+        parts = self
+        if outlier is not None and self.outlier_weight is not None:
+            parts = parts._replace(outlier_weight=changed_outlier_weight(self.outlier_weight, outlier))
+        if scale is not None:
+            assert isinstance(self.residual, QuantizedWeight), "only a quantized weight has scales to change"
+            weight = replace(self.residual, scale=changed_weight_scale(self.residual.scale, scale))
+            parts = parts._replace(residual=weight)
+        return parts
+
+
+def changed_outlier_weight(weight: torch.Tensor, change: torch.Tensor) -> torch.Tensor:
+    """Returns an outlier weight plus `change`, summed in float32, in the weight's dtype."""
+    return (weight.float() + change).to(weight.dtype)
+
+
+def changed_weight_scale(scale: torch.Tensor, change: torch.Tensor) -> torch.Tensor:
+    """Returns weight scales plus `change`, in the scale's dtype, never negative."""
+    return (scale.float() + change).clamp(min=0).to(scale.dtype)
+
+
+def linear_forward(x: torch.Tensor, parts: LinearParts) -> torch.Tensor:
+    """Applies a linear to `[..., in]`.
+
+    A quantized weight with quantized inputs is one call of the kernels, outliers and bias included; everything else
+    is computed part by part, the sum in float32.
+
+    Returns:
+        `[..., out]`, dtype of `x`.
+    """
+    weight, quantization = parts.residual, parts.input_quantization
+    if quantization is not None and isinstance(weight, QuantizedWeight):
+        y = quad_linear(x, weight, parts.split, quantization, outlier_weight=parts.outlier_weight, bias=parts.bias)
+        return _with_terms(y, x, parts) if parts.terms else y
+    outlier, residual = split_input(x, parts.split)
+    if quantization is not None:
+        residual = fake_quantize(residual, quantization)
+    if isinstance(weight, QuantizedWeight):
+        y = nn.functional.linear(residual, weight.dequantized(x.dtype)).float()
+    else:
+        y = weight(residual).float()
+    if outlier is not None and parts.outlier_weight is not None:
+        y = y + nn.functional.linear(outlier, parts.outlier_weight).float()
+    if parts.bias is not None:
+        y = y + parts.bias.float()
+    return _with_terms(y, x, parts).to(x.dtype)
+
+
+def _with_terms(y: torch.Tensor, x: torch.Tensor, parts: LinearParts) -> torch.Tensor:
+    dtype = y.dtype
+    for term in parts.terms:
+        y = y.float() + term(x).float()
+    return y.to(dtype)

@@ -1,0 +1,50 @@
+"""Imports the kinds of checkpoint parts that plugins bring, when a checkpoint has one."""
+
+import importlib
+from typing import Any
+
+from quad_modifiers.nn.term import LinearTerm
+from quad_modifiers.plugins.contributions import ContributedPart, checkpoint_sections, linear_terms
+from quad_modifiers.plugins.manager import PluginError, failed_plugins
+
+_RESERVED = ("residual", "outlier", "bias")
+
+
+def load_term(kind: str) -> type[LinearTerm]:
+    """Returns the class of a kind of linear term.
+
+    Raises:
+        PluginError: if no plugin brings it, or what it brings is not a term of that kind.
+    """
+    found = _load(linear_terms(), kind, "a linear has the term")
+    if not (isinstance(found, type) and issubclass(found, LinearTerm)) or found.kind != kind or kind in _RESERVED:
+        raise PluginError(
+            f"{linear_terms()[kind].path} is not a LinearTerm of the kind {kind!r}, or that name is one of "
+            f"{', '.join(_RESERVED)}"
+        )
+    return found
+
+
+def load_section(name: str) -> Any:
+    """Returns the class of a checkpoint section, a `quad_modifiers.checkpoint.contribute.CheckpointSection`.
+
+    Raises:
+        PluginError: if no plugin brings it.
+    """
+    return _load(checkpoint_sections(), name, "it has the section")
+
+
+def _load(known: dict[str, ContributedPart], name: str, what: str) -> Any:
+    if name not in known:
+        failures = "".join(f"; {failure}" for failure in failed_plugins())
+        raise PluginError(
+            f"the checkpoint cannot be read: {what} {name!r}, which no installed package knows; install the plugin "
+            f"that it was made with{failures}"
+        )
+    module, _, attribute = known[name].path.partition(":")
+    try:
+        return getattr(importlib.import_module(module), attribute)
+    except Exception as error:  # foreign code may raise anything; named here, the cause stays chained
+        raise PluginError(
+            f"{known[name].distribution}: {known[name].path} cannot be imported: {type(error).__name__}: {error}"
+        ) from error
