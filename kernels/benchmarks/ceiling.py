@@ -48,10 +48,10 @@ def measure_ceiling(device: torch.device, dtype: torch.dtype, size: int, bandwid
     """Measures the rates.
 
     Args:
-        device: to measure.
-        dtype: of the floating point product.
-        size: of the square products.
-        bandwidth_bytes: of the buffers that are copied and read; a multiple of the last-level cache.
+        device: device to measure.
+        dtype: dtype of the floating-point product.
+        size: rows and columns of the square products.
+        bandwidth_bytes: bytes of the buffers that are copied and read; a multiple of the last-level cache.
     """
     source = torch.ones(bandwidth_bytes // 4, device=device)
     target = torch.empty_like(source)
@@ -107,7 +107,7 @@ def least_seconds(case: Case, tokens: int, dtype: torch.dtype, ceiling: Ceiling)
     """Time of the QUAD linears of a case at the measured rates: the longer of traffic and arithmetic.
 
     Traffic: the input once, the weights at their 4 bits with scales, outlier weights and bias, the output once; not the
-    quantized input, which an ideal kernel would keep on the chip. What lies between linears is left out.
+    quantized input, which an ideal kernel would keep on the chip. What runs between linears is not counted.
     """
     bandwidth = max(ceiling.copy_bytes, ceiling.read_bytes)
     return sum(

@@ -132,7 +132,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 layer.transform()
                 layers.append((layer, list(_configs(layer, options.tokens).values())))
         _compile(layers)
-    except Exception as error:  # whatever it is, the benchmark goes on without the peer
+    except Exception as error:  # whatever it is, the benchmark continues without the peer
         print(f"humming-kernels cannot be compiled here: {describe(error)}")
         return 1
     print(f"humming-kernels: compiled {len(layers)} layers in {time.perf_counter() - start:.0f} s")

@@ -47,11 +47,11 @@ class Case:
     """One kernel as it is launched.
 
     Attributes:
-        name: in the table.
+        name: name in the table.
         kernel: the `triton.jit` function.
         arguments: every argument by name: tensors (for pointers), numbers, None, and the constexprs.
         options: num_warps, num_stages and so on.
-        capabilities: where it runs; empty for everywhere.
+        capabilities: compute capabilities where it runs; empty for everywhere.
     """
 
     name: str

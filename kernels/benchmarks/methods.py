@@ -19,7 +19,7 @@ class Layer(Protocol):
     """A linear layer in some arithmetic.
 
     Attributes:
-        copies: of its weights.
+        copies: number of copies of its weights.
     """
 
     copies: int
@@ -36,8 +36,8 @@ class Setting:
     """Where and in what the layers run.
 
     Attributes:
-        device: of all tensors.
-        dtype: of the model.
+        device: device of all tensors.
+        dtype: dtype of the model.
         rotated_bytes: the copies of a layer's weights take at least this together; a multiple of the last-level cache.
         warm: one copy only, which stays in the caches as far as it fits.
     """
@@ -166,7 +166,7 @@ class Int8Layer:
 
 
 def case_method(name: str, case: Case, layers: list[Layer], tokens: int, generator: torch.Generator) -> Method:
-    """The whole of a case as one method; what lies between two linears is the same PyTorch code for all methods."""
+    """The whole of a case as one method; between two linears there is the same PyTorch code for all methods."""
     inputs = [layer.make_input(tokens, generator) for layer in layers]
     call: Callable[[int], torch.Tensor]
     if case.kind == "linear":

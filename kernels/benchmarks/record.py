@@ -56,10 +56,10 @@ def last_level_cache(device: torch.device) -> int:
 
 
 def read_rows(path: Path) -> list[Row]:
-    """The rows of a file; none if there is no file.
+    """Returns the rows of a file; none if there is no file.
 
     Raises:
-        ValueError: for a line that is no JSON.
+        ValueError: for a line that is not JSON.
     """
     if not path.exists():
         return []

@@ -19,7 +19,7 @@ class Linear:
     Attributes:
         inputs: input width of the original.
         outputs: output channels of the original.
-        split: of the QUAD layer's input.
+        split: division of the QUAD layer's input.
         quad_outputs: output channels of the QUAD layer; those that write to the widened residual stream have more.
         bias: whether it has one.
     """
@@ -37,10 +37,10 @@ class Case:
 
     Attributes:
         model: name of the model.
-        name: of the layer or module within it.
+        name: name of the layer or module within it.
         kind: `linear`; `attention`: fused q, k, v and then o, without the attention between them; `mlp`: fused gate and
             up, SiLU and product, down.
-        linears: in the order in which they run.
+        linears: linears in the order in which they run.
     """
 
     model: str

@@ -22,10 +22,10 @@ class Method:
     """Something to time.
 
     Attributes:
-        name: in the table.
+        name: name in the table.
         call: runs it once on one of the copies of its weights, given by number.
-        copies: of its weights. Calls rotate through them, so that weights come from memory as they do in a model,
-            where the other layers have displaced them from the caches.
+        copies: number of copies of its weights. Calls rotate through them, so that weights come from memory as in a
+            model, where the other layers have displaced them from the caches.
     """
 
     name: str

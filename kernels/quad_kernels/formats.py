@@ -15,11 +15,11 @@ class InputSplit:
     with zeros where the outliers were, so that the online Hadamard has a convenient size.
 
     Attributes:
-        width: coordinates of the input.
+        width: number of coordinates of the input.
         outliers: outlier coordinates per block, 0 for none.
-        block: coordinates per block; divides `width`. 0 stands for `width`.
-        keep_width: the residual keeps `width` coordinates (outliers zeroed) instead of dropping them.
-        hadamard: an online Hadamard is applied to the residual.
+        block: coordinates per block, a divisor of `width`; 0 means `width`.
+        keep_width: True if the residual keeps `width` coordinates, outliers zeroed, instead of dropping them.
+        hadamard: True if an online Hadamard is applied to the residual.
     """
 
     width: int
@@ -73,7 +73,7 @@ class InputQuantization:
     """Dynamic symmetric integer quantization of the residual part of an input.
 
     Attributes:
-        bits: 2 to 8.
+        bits: width of the integers, 2 to 8.
         clip_ratio: share of the largest magnitude that the grid covers; 1.0 is the grid of compressed-tensors.
         group_size: coordinates per scale, None for one scale per token.
     """
@@ -95,8 +95,8 @@ class RMSNorm:
     transformers' Llama does.
 
     Attributes:
-        weight: `[width]`, dtype of x, or None for all ones.
-        eps: added to the mean square.
+        weight: factors of the coordinates, `[width]`, dtype of x, or None for all ones.
+        eps: number that is added to the mean square.
     """
 
     weight: torch.Tensor | None

@@ -1,7 +1,6 @@
 """The public functions: they check their arguments, flatten them and call the op, which chooses the backend.
 
-Two more public functions stand elsewhere: `quad_kernels.quad_linear`, the complete layer, and
-`quad_kernels.hadamard.plan_hadamard`.
+The complete layer, `quad_kernels.quad_linear`, is built on them.
 """
 
 import torch
@@ -31,7 +30,7 @@ def quantize_activations(
     packed: bool = False,
     backend: str | None = None,
 ) -> QuantizedActivations:
-    """Normalises (if asked), splits off the outliers, transforms and quantizes the rest, in one pass where possible.
+    """Returns the outliers of `x`, and the rest quantized: split, transformed and rounded in one pass where possible.
 
     Each token (or each group of a token) gets its own symmetric grid: scale = clip_ratio * absmax / ((2^bits - 1) / 2),
     integers from -2^(bits-1) to 2^(bits-1) - 1, round to nearest even. A clip ratio of 1 is the grid of
@@ -41,17 +40,23 @@ def quantize_activations(
         x: `[..., width]`, float32, bfloat16 or float16.
         quantization: bits, clip ratio and group size; a group size divides the residual width.
         split: how `x` is divided; None quantizes all of it.
-        norm: computed on `x` first; its output is rounded to the dtype of `x`, as a separate norm would.
-        packed: return 4-bit integers packed (`quad_kernels.packing.nibbles` has the order).
+        norm: norm that is applied to `x` first; its output is rounded to the dtype of `x`, as a separate norm would.
+        packed: True for 4-bit integers packed in bytes (`quad_kernels.packing.nibbles` has the order).
         backend: name of a backend; by default the environment variable QUAD_KERNELS or the best for the device.
 
     Returns:
-        Outliers, integers and scales. A zero token gets scale 0 and integers 0, and so does one whose scale is no
+        Outliers, integers and scales. A zero token gets scale 0 and integers 0, and so does one whose scale is not a
         normal float32.
 
     Raises:
         ValueError: for a group size that does not divide the residual, a width that is not the split's, or `packed`
             with more than 4 bits.
+
+    Example:
+        >>> x = torch.tensor([[100.0, 3.0, -7.5, 1.0]])
+        >>> outlier, integers, scale = quantize_activations(x, InputQuantization(bits=4), InputSplit(4, outliers=1))
+        >>> outlier, integers, scale
+        (tensor([[100.]]), tensor([[ 3, -8,  1]], dtype=torch.int8), tensor([[1.]]))
     """
     width = x.shape[-1]
     split = InputSplit(width) if split is None else split
@@ -85,7 +90,15 @@ def quantize_activations(
 
 
 def split_input(x: torch.Tensor, split: InputSplit) -> tuple[torch.Tensor | None, torch.Tensor]:
-    """Returns outliers `[..., rank]` (None for rank 0) and residual `[..., residual_width]`, dtype of `x`."""
+    """Returns outliers `[..., rank]` (None for rank 0) and residual `[..., residual_width]`, dtype of `x`.
+
+    Unlike `InputSplit.divide` it also applies the online Hadamard, if the split has one. Differentiable.
+
+    Example:
+        >>> x = torch.tensor([[1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 7.0, 8.0]])
+        >>> split_input(x, InputSplit(8, outliers=1, block=4))
+        (tensor([[1., 5.]]), tensor([[2., 3., 4., 6., 7., 8.]]))
+    """
     outlier, residual = split.divide(x)
     if split.hadamard:
         residual = apply_hadamard(residual, plan_hadamard(split.residual_width))
@@ -93,13 +106,26 @@ def split_input(x: torch.Tensor, split: InputSplit) -> tuple[torch.Tensor | None
 
 
 def quantize_input(x: torch.Tensor, quantization: InputQuantization) -> tuple[torch.Tensor, torch.Tensor]:
-    """Returns integers (int8) and scales (float32) of all of `x`; see `quantize_activations`."""
+    """Returns integers `[..., n]`, int8, and scales `[..., groups]`, float32, of all of `x`, `[..., n]`.
+
+    `quantize_activations` does the same after a split.
+
+    Example:
+        >>> integers, scale = quantize_input(torch.tensor([[3.0, -7.5, 1.0]]), InputQuantization(bits=4))
+        >>> integers * scale
+        tensor([[ 3., -8.,  1.]])
+    """
     _, integers, scale = quantize_activations(x, quantization)
     return integers, scale
 
 
 def fake_quantize(x: torch.Tensor, quantization: InputQuantization) -> torch.Tensor:
-    """Returns x rounded to its grid, dtype of `x`."""
+    """Returns `x`, `[..., n]`, rounded to its grid, dtype of `x`.
+
+    Example:
+        >>> fake_quantize(torch.tensor([[3.1, -7.5, 0.9]]), InputQuantization(bits=4))
+        tensor([[ 3., -8.,  1.]])
+    """
     integers, scale = quantize_input(x, quantization)
     repeat = x.shape[-1] // scale.shape[-1]
     return (integers * scale.repeat_interleave(repeat, dim=-1)).to(x.dtype)
@@ -115,19 +141,28 @@ def prepare_weight(
     zero_point: torch.Tensor | None = None,
     backend: str | None = None,
 ) -> QuantizedWeight:
-    """Turns the tensors of a checkpoint into the layout that the backend of their device reads; done once, at load.
+    """Returns the weight of a checkpoint in the layout that the backend of its device reads; done once, at load.
 
     Args:
         weight_packed: `[out, ceil(in * bits / 32)]`, int32, as compressed-tensors' pack-quantized format has it.
         weight_scale: `[out, groups]`, floating point.
         bits: 2, 4 or 8.
         in_features: input width.
-        quantization: of the inputs that the weight will be multiplied with, None if they stay floating point.
-        zero_point: packed along the output channels, `[ceil(out * bits / 32), groups]`, int32, or None.
+        quantization: quantization of the inputs of the layer, None if they stay floating point.
+        zero_point: zero points, packed along the output channels, `[ceil(out * bits / 32), groups]`, int32, or None.
         backend: name of a backend; by default as in `quad_kernels.choose_backend`.
 
     Raises:
         ValueError: if the shapes contradict each other.
+
+    Example:
+        >>> from quad_kernels.packing import pack_int32
+        >>> words = pack_int32(torch.tensor([[1, -2, 7, -8]], dtype=torch.int8), bits=4)
+        >>> weight = prepare_weight(
+        ...     words, torch.tensor([[0.5]]), bits=4, in_features=4, quantization=None, backend="reference"
+        ... )
+        >>> weight.layout, weight.dequantized(torch.float32)
+        ('nibbles', tensor([[ 0.5000, -1.0000,  3.5000, -4.0000]]))
     """
     weight = QuantizedWeight.from_words(weight_packed, weight_scale, bits, in_features, zero_point)
     return choose_backend(weight_packed.device, backend).prepare_weight(weight, quantization)
@@ -152,11 +187,11 @@ def integer_linear(
     Args:
         x: integers, `[..., in]`, int8 (up to 8 bits used), or packed, `[..., nibble_bytes(in)]`, uint8.
         x_scale: `[..., 1]` or `[..., x_groups]`, float32.
-        weight: from `prepare_weight`.
+        weight: quantized weight in any layout; that of `prepare_weight` is the fastest.
         outlier: `[..., rank]`, floating point, or None.
         outlier_weight: `[out, rank]`, dtype of `outlier`.
         bias: `[out]`.
-        out_dtype: of the result.
+        out_dtype: dtype of the result.
         backend: name of a backend; by default the environment variable QUAD_KERNELS or the best for the device.
 
     Returns:
@@ -164,6 +199,13 @@ def integer_linear(
 
     Raises:
         ValueError: if the shapes do not fit.
+
+    Example:
+        >>> integers = torch.tensor([[1, -2], [7, -8]], dtype=torch.int8)
+        >>> weight = QuantizedWeight(integers, torch.tensor([[0.5], [1.0]]), None, 2, 2, bits=4)
+        >>> x, x_scale = torch.tensor([[4, 1]], dtype=torch.int8), torch.tensor([[0.5]])
+        >>> integer_linear(x, x_scale, weight, bias=torch.tensor([10.0, 0.0]))
+        tensor([[10.5000, 10.0000]])
     """
     columns = x.shape[-1]
     wanted = nibble_bytes(weight.in_features) if x.dtype == torch.uint8 else weight.in_features
@@ -197,7 +239,7 @@ def apply_hadamard(x: torch.Tensor, plan: HadamardPlan, *, backend: str | None =
 
     Args:
         x: `[..., size]`, floating point.
-        plan: from `plan_hadamard(size)`.
+        plan: transform for that size, from `quad_kernels.hadamard.plan_hadamard`.
         backend: name of a backend; by default the environment variable QUAD_KERNELS or the best for the device.
 
     Returns:
@@ -205,6 +247,10 @@ def apply_hadamard(x: torch.Tensor, plan: HadamardPlan, *, backend: str | None =
 
     Raises:
         ValueError: if the last dimension of `x` is not `plan.size`.
+
+    Example:
+        >>> apply_hadamard(torch.tensor([[1.0, 0.0, 0.0, 0.0]]), plan_hadamard(4))
+        tensor([[0.5000, 0.5000, 0.5000, 0.5000]])
     """
     if x.shape[-1] != plan.size:
         raise ValueError(f"the last dimension of x is {x.shape[-1]}, the transform is for {plan.size}")
@@ -220,7 +266,7 @@ def quantize_kv(
     scale_dtype: torch.dtype | None = None,
     backend: str | None = None,
 ) -> KVEntries:
-    """Rounds each vector of `head_dim` coordinates to 16 equidistant points between its extremes.
+    """Returns each vector of `head_dim` coordinates rounded to 16 equidistant points between its extremes.
 
     Scale and zero are rounded to `scale_dtype` first, the integers are those of the rounded grid.
 
@@ -236,6 +282,11 @@ def quantize_kv(
 
     Raises:
         ValueError: for an odd `head_dim`, or a `scale_dtype` or `clip_ratio` that is not supported.
+
+    Example:
+        >>> entries = quantize_kv(torch.tensor([[0.0, 15.0, 7.2, 1.0]]))
+        >>> entries.integers, entries.scale, entries.zero
+        (tensor([[112,  31]], dtype=torch.uint8), tensor([1.]), tensor([0.]))
     """
     head_dim = x.shape[-1]
     scale_dtype = scale_dtype or x.dtype
@@ -255,6 +306,10 @@ def dequantize_kv(entries: KVEntries, dtype: torch.dtype, *, backend: str | None
 
     Raises:
         ValueError: if the shapes do not fit.
+
+    Example:
+        >>> dequantize_kv(quantize_kv(torch.tensor([[0.0, 15.0, 7.2, 1.0]])), torch.float32)
+        tensor([[ 0., 15.,  7.,  1.]])
     """
     integers, scale, zero = entries
     if scale.shape != integers.shape[:-1] or zero.shape != scale.shape:

@@ -1,4 +1,4 @@
-"""Triton functions that several kernels share: where a coordinate of a split input lies, and rounding to a grid."""
+"""Triton functions that several kernels share: places of the coordinates of a split input, and rounding to a grid."""
 
 import triton
 import triton.language as tl
@@ -47,7 +47,7 @@ def magnitude_bits(x: tl.tensor) -> tl.tensor:
 
 @triton.jit
 def scale_of(largest: tl.tensor, clip_ratio: tl.tensor, BITS: tl.constexpr) -> tl.tensor:
-    """Scale of a token from its largest `magnitude_bits`; 0 if it is no normal number, NaN and inf stay."""
+    """Scale of a token from its largest `magnitude_bits`; 0 if it is not a normal number, NaN and inf stay."""
     HALF_RANGE: tl.constexpr = (2**BITS - 1) / 2
     scale = tl.div_rn(largest.to(tl.float32, bitcast=True) * clip_ratio, HALF_RANGE)
     return tl.where(scale < 1.1754943508222875e-38, 0.0, scale)

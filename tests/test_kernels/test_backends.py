@@ -154,7 +154,7 @@ def test_a_contributed_backend_is_imported_at_the_first_choice(module: ModuleTyp
     [
         ("no_such_module:Thing", "my-dist 1.0: ModuleNotFoundError: No module named 'no_such_module'"),
         ("module_with_kernels:Nothing", "my-dist 1.0: AttributeError"),
-        ("module_with_kernels:text", "my-dist 1.0: TypeError: module_with_kernels:text is no quad_kernels.Backend"),
+        ("module_with_kernels:text", "my-dist 1.0: TypeError: module_with_kernels:text is not a quad_kernels.Backend"),
         ("module_with_kernels:Doubling", "my-dist 1.0: TypeError: .* of the name 'mine'"),
     ],
 )

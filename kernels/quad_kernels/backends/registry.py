@@ -31,6 +31,14 @@ def register_backend(backend: Backend) -> None:
     Raises:
         ValueError: if another backend has its name, or another layout that of one of its layouts.
         TypeError: if it is written for version 0.1.0 of the interface.
+
+    Example:
+        >>> class Exact(Backend):
+        ...     name = "exact"
+        >>> with temporary_registrations():
+        ...     register_backend(Exact())
+        ...     choose_backend("cpu", "exact").name
+        'exact'
     """
     if hasattr(backend, "int4_linear"):
         raise TypeError(
@@ -59,7 +67,7 @@ def register_backend_path(name: str, path: str, origin: str) -> None:
     Args:
         name: name of the backend.
         path: "module:object", a `Backend` or a subclass.
-        origin: what contributes it, for messages.
+        origin: distribution that contributes it, for messages.
 
     Raises:
         ValueError: if another backend has its name.
@@ -113,7 +121,7 @@ def _import_pending() -> None:
             found = getattr(importlib.import_module(module), attribute)
             backend = found() if isinstance(found, type) else found
             if not isinstance(backend, Backend) or backend.name != name:
-                raise TypeError(f"{path} is no quad_kernels.Backend of the name {name!r}")
+                raise TypeError(f"{path} is not a quad_kernels.Backend of the name {name!r}")
             register_backend(backend)
         except Exception as error:  # foreign code: whatever it raises must not stop the other backends
             _failed[name] = f"{origin}: {type(error).__name__}: {error}"
@@ -130,6 +138,10 @@ def choose_backend(device: torch.device | str, name: str | None = None) -> Backe
 
     Raises:
         BackendError: if the backend asked for is unknown or cannot run there, with the reason.
+
+    Example:
+        >>> choose_backend("cpu", "reference").name
+        'reference'
     """
     device = torch.device(device)
     return _choose(device.type, device.index, name or os.environ.get(ENVIRONMENT_VARIABLE, ""))

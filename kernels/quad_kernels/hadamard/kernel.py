@@ -1,4 +1,4 @@
-"""Triton kernel of the online Hadamard transform, alone or with the quantizer behind it; launch.py runs it.
+"""Triton kernel of the online Hadamard transform, alone or with the quantizer after it; launch.py runs it.
 
 README.md in this folder has the factors and the error.
 """

@@ -81,7 +81,7 @@ def factors(
 
 
 def _leading_factors(plan: HadamardPlan) -> int:
-    """Number of factors up to the last one that is no power of two."""
+    """Number of factors up to the last one that is not a power of two."""
     return max((i + 1 for i, order in enumerate(plan.factors) if order & (order - 1)), default=0)
 
 

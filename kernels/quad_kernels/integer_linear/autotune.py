@@ -5,8 +5,6 @@ Triton and state of the kernel's source. Serving never tunes by itself; `tune` d
 for every new problem.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 import logging
@@ -29,7 +27,7 @@ CACHE_VARIABLE = "QUAD_KERNELS_CACHE"
 MOST_CONFIGS = 8  # measured for one problem
 SECONDS = 20.0  # after which no further configuration of a problem is compiled and measured
 
-_OFFLINE = Device(processors=132, shared_memory=227 * 1024, hopper=True)  # stands in where the interpreter runs
+_OFFLINE = Device(processors=132, shared_memory=227 * 1024, hopper=True)  # taken where the interpreter runs
 _chosen: dict[tuple[Problem, int | None], Config] = {}
 
 
@@ -132,7 +130,7 @@ def _read(path: Path) -> dict[Problem, Config]:
 
 def _whole(value: object) -> int:
     if not isinstance(value, int):
-        raise ValueError(f"{value!r} is no integer")
+        raise ValueError(f"{value!r} is not an integer")
     return value
 
 

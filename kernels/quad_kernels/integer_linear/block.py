@@ -1,7 +1,5 @@
 """The innermost part of the Triton kernel: a block of inputs, unpacked in registers, multiplied and scaled."""
 
-from __future__ import annotations
-
 import triton
 import triton.language as tl
 

@@ -1,7 +1,5 @@
 """Tile sizes of the Triton kernel: what a choice depends on, the candidates, and a model that ranks them unmeasured."""
 
-from __future__ import annotations
-
 from collections import Counter
 from typing import NamedTuple
 
@@ -18,8 +16,8 @@ class Config(NamedTuple):
         block_n: output channels per tile.
         block_k: inputs per step; with nibbles a multiple of their chunk.
         split_k: programs that share a tile, each with a range of inputs.
-        warps: per program.
-        stages: of the software pipeline.
+        warps: warps per program.
+        stages: stages of the software pipeline.
     """
 
     block_m: int
@@ -40,7 +38,7 @@ class Problem(NamedTuple):
         group: inputs that share both scales; `inputs` for one scale per token and channel.
         rank: outlier coordinates.
         nibbles: the weight is stored as nibbles, else int8.
-        x_packed: so are the activations.
+        x_packed: the activations are packed as nibbles as well.
         zero_point: the weight has zero points.
         wide: the outliers are float32, which no tensor core multiplies exactly.
     """
@@ -174,7 +172,7 @@ def _block_bytes(config: Config, problem: Problem) -> tuple[int, int]:
 
 
 def estimated_cycles(config: Config, problem: Problem, device: Device) -> float:
-    """Cycles of the busiest multiprocessor by a simple model: it ranks candidates and is no prediction of a time."""
+    """Cycles of the busiest multiprocessor by a simple model: it ranks candidates and does not predict a time."""
     tiles_m = -(-problem.tokens // config.block_m)
     tiles = tiles_m * -(-problem.outputs // config.block_n)
     steps = -(-problem.inputs // config.block_k) / config.split_k

@@ -1,7 +1,5 @@
 """Triton kernels of the integer linear layer; README.md in this folder derives them, launch.py runs them."""
 
-from __future__ import annotations
-
 import triton
 import triton.language as tl
 
@@ -78,7 +76,7 @@ def _store_outlier_product(
     BLOCK_R: tl.constexpr,
     SPLIT_K: tl.constexpr,
 ) -> None:
-    """Leaves the outlier product behind the SPLIT_K slabs of partial sums, for the program that finishes the tile."""
+    """Leaves the outlier product after the SPLIT_K slabs of partial sums, for the program that finishes the tile."""
     product = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
     product = _add_outliers(
         product, outlier, outlier_weight, first_m, first_n, tokens, outputs, rank, outlier_stride, BLOCK_R

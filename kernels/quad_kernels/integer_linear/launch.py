@@ -1,7 +1,5 @@
 """Launches of the Triton kernels of the integer linear layer."""
 
-from __future__ import annotations
-
 import math
 
 import torch
@@ -16,7 +14,7 @@ from quad_kernels.packing.nibbles import CHUNK, HALF
 
 OUTLIER_BLOCK, WIDE_OUTLIER_BLOCK = 64, 16  # coordinates per step of the outlier product, in 16 and in 32 bits
 UNROLLED_SLAB = 64 * 64  # elements of a tile up to which the partial sums are read all at once
-TILE_BAND = 8  # tiles along the tokens that are worked off together
+TILE_BAND = 8  # tiles along the tokens that run at the same time
 LARGEST_GROUP = 2**17 - 1  # of so many products of -128 and -128, which is 16 * -8, the sum still is an int32
 COMPILED = isinstance(linear_kernel, triton.JITFunction)  # not so in Triton's interpreter
 
@@ -25,8 +23,8 @@ def integer_linear(operands: LinearOperands, config: Config | None = None) -> to
     """Returns `[tokens, out]`; see `quad_kernels.integer_linear`.
 
     Args:
-        operands: what the layer is computed from.
-        config: how the kernel is launched, by default the choice of `autotune.choose_config`.
+        operands: operands of the layer.
+        config: configuration of the launch, by default the choice of `autotune.choose_config`.
 
     Raises:
         ValueError: if sums could leave int32.
@@ -42,7 +40,7 @@ class Launch:
     """The operands of one layer, ready for the kernel; a call runs it in a given configuration.
 
     Attributes:
-        problem: what the choice of a configuration depends on.
+        problem: properties that the choice of a configuration depends on.
     """
 
     def __init__(self, operands: LinearOperands) -> None:
@@ -146,7 +144,7 @@ def _blocks_per_group(group: int, block: int, masked: bool) -> int:
 
 
 def _rows(x: torch.Tensor) -> torch.Tensor:
-    """The same values with columns next to each other; rows may lie apart."""
+    """Returns the same values with neighbouring columns adjacent in memory; rows may have any distance."""
     return x if x.stride(1) == 1 else x.contiguous()
 
 

@@ -43,10 +43,10 @@ def _rows(operands: LinearOperands, rows: slice, x: torch.Tensor, weight: Quanti
     """Returns the layer for some tokens, float32.
 
     Args:
-        operands: of all tokens.
-        rows: the tokens.
-        x: their integers, unpacked, `[tokens, in]`, int8.
-        weight: in layout int8, or without groups in layout onednn.
+        operands: operands of all tokens.
+        rows: range of the tokens.
+        x: integers of those tokens, unpacked, `[tokens, in]`, int8.
+        weight: weight in layout int8, or without groups in layout onednn.
         groups: number of groups of inputs that share both scales.
     """
     x_scale, bias, outlier_weight = operands.x_scale[rows], operands.bias, operands.outlier_weight
@@ -161,7 +161,7 @@ def _product(
 def _integer_product(x: torch.Tensor, integers: torch.Tensor) -> torch.Tensor:
     """Returns x integers^T, `[tokens, out]`, int32.
 
-    With the weight as the left operand oneDNN reads it row by row as it lies in memory: on 2 cores with AVX512-VNNI
+    With the weight as the left operand oneDNN reads it row by row in the order of memory: on 2 cores with AVX512-VNNI
     and 4096 x 4096 that takes a third to two thirds of the time of the other order.
     """
     if x.shape[0] <= _MOST_SINGLE_TOKENS:

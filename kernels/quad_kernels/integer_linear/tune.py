@@ -27,11 +27,11 @@ def tune(
     Args:
         shapes: tokens, output channels and input width of each; tokens are rounded up to a power of two.
         rank: outlier coordinates.
-        group_size: of the weight's scales, None for one per channel.
+        group_size: inputs per scale of the weight, None for one scale per channel.
         weight_bits: 4 for nibbles, 8 for int8.
-        dtype: of outliers, outlier weight and output.
+        dtype: dtype of outliers, outlier weight and output.
         device: a CUDA device.
-        seconds: for one problem; at least one configuration is measured.
+        seconds: time limit for one problem; at least one configuration is measured.
 
     Returns:
         The fastest configuration of each problem.

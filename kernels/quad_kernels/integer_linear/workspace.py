@@ -1,7 +1,5 @@
 """Counters by which the programs that share a tile find out which of them comes last."""
 
-from __future__ import annotations
-
 import torch
 
 _PER_STREAM = 1 << 14

@@ -20,16 +20,16 @@ def quad_linear(
     norm: RMSNorm | None = None,
     backend: str | None = None,
 ) -> torch.Tensor:
-    """Applies a QUAD linear layer (QUAD paper, section 4.1).
+    """Returns a QUAD linear layer of `x` (QUAD paper, section 4.1).
 
     Args:
         x: `[..., split.width]`, float32, bfloat16 or float16.
-        weight: of the residual, from `prepare_weight`; `weight.in_features == split.residual_width`.
-        split: how the input is divided.
-        quantization: of the residual input.
+        weight: weight of the residual, from `prepare_weight`; `weight.in_features == split.residual_width`.
+        split: division of the input.
+        quantization: quantization of the residual input.
         outlier_weight: `[out, split.rank]`, None for rank 0.
         bias: `[out]` or None.
-        norm: computed on `x` first, in the same pass.
+        norm: norm that is applied to `x` first, in the same pass.
         backend: name of a backend; by default the environment variable QUAD_KERNELS or the best for the device.
 
     Returns:
@@ -38,6 +38,14 @@ def quad_linear(
 
     Raises:
         ValueError: if the parts do not fit each other; NotImplementedError for gradients through `norm`.
+
+    Example:
+        >>> integers = torch.tensor([[1, -2, 0], [7, -8, 1]], dtype=torch.int8)
+        >>> weight = QuantizedWeight(integers, torch.tensor([[0.5], [1.0]]), None, 3, 2, bits=4)
+        >>> x = torch.tensor([[100.0, 3.0, -7.5, 1.0]])
+        >>> outlier_weight = torch.tensor([[0.01], [0.02]])
+        >>> quad_linear(x, weight, InputSplit(4, outliers=1), InputQuantization(4), outlier_weight=outlier_weight)
+        tensor([[10.5000, 88.0000]])
     """
     if weight.in_features != split.residual_width:
         raise ValueError(f"the weight has {weight.in_features} inputs, the split's residual {split.residual_width}")

@@ -35,7 +35,7 @@ def quantize(x: torch.Tensor, quantization: InputQuantization) -> tuple[torch.Te
     # By a tensor: CUDA would multiply by the rounded inverse of a number.
     scale = largest * quantization.clip_ratio / torch.full_like(largest, (2**bits - 1) / 2)
     scale = torch.where(scale < torch.finfo(scale.dtype).tiny, torch.zeros_like(scale), scale)
-    # A division, as in compressed-tensors: at clip ratio 1 the largest value lies on a tie, which a product with the
+    # A division, as in compressed-tensors: at clip ratio 1 the largest value is a tie, which a product with the
     # inverse would round the other way. x / inf is the 0 of an all-zero token.
     divisor = torch.where(scale > 0, scale, torch.full_like(scale, torch.inf)).unsqueeze(-1)
     integers = (grouped / divisor).round_().clamp_(-(2 ** (bits - 1)), 2 ** (bits - 1) - 1)
