@@ -97,7 +97,7 @@ def test_saved_after_use_it_is_the_same_checkpoint(loaded, compressed, logits_of
     assert torch.equal(logits_of(loaded), compressed.logits), "saving must not disturb the model"
 
 
-@pytest.mark.parametrize("name", ["cpu", "reference"])
+@pytest.mark.parametrize("name", ["onednn", "reference"])
 def test_a_forced_backend_computes_the_same(name: str, compressed, logits_of, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("QUAD_KERNELS", name)
     model = AutoModelForCausalLM.from_pretrained(compressed.folder)
