@@ -119,7 +119,7 @@ def test_scales_in_bfloat16_are_widened_first(layout: str) -> None:
 
 
 @pytest.mark.parametrize(("x_groups", "w_groups"), [(1, 1), (2, 4)])
-def test_many_tokens_are_worked_off_in_parts(layout: str, x_groups: int, w_groups: int) -> None:
+def test_many_tokens_are_computed_in_parts(layout: str, x_groups: int, w_groups: int) -> None:
     """Each token's result is that of the token alone, with everything that a layer can have."""
     tokens, k, out, rank = 300, 64, 24, 8
     x, x_scale = integers((tokens, k), 8), scales((tokens, x_groups))

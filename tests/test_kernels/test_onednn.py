@@ -141,7 +141,7 @@ def test_the_arguments_of_the_tests_matter() -> None:
 
 
 @pytest.mark.parametrize("packed", [False, True])
-def test_many_tokens_are_worked_off_in_parts(packed: bool) -> None:
+def test_many_tokens_are_computed_in_parts(packed: bool) -> None:
     """Each token's result is that of the token alone."""
     split, quantization = InputSplit(96, 8, 48, keep_width=True, hadamard=True), InputQuantization(4, 0.86)
     x = torch.randn(300, 96, generator=torch.Generator().manual_seed(7)).bfloat16()
