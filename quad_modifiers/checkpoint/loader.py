@@ -1,7 +1,7 @@
 """Loads QUAD checkpoints through transformers' quantizer interface; llm-compressor is not needed."""
 
 import logging
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from quad_modifiers.checkpoint.dequantize import dequantize_model
 from quad_modifiers.checkpoint.format import QUANT_METHOD, QuadFormat, read_format
-from quad_modifiers.checkpoint.models import quad_model_type, register_models
+from quad_modifiers.checkpoint.models import publish_by, quad_model_type, register_models
 from quad_modifiers.checkpoint.opened import stored_architecture
 from quad_modifiers.checkpoint.tables import install_tables
 from quad_modifiers.checkpoint.tensors import (
@@ -182,8 +182,14 @@ def check_tensors(expected: dict[str, TensorSpec], files: list[str], optional: C
     refuse(sorted(problems))
 
 
-def register_loader() -> None:
-    """Registers the quantizer and the model classes with transformers; calling it again changes nothing."""
+def register_loader(push_to_hub: Callable[..., Any] | None = None) -> None:
+    """Registers the quantizer and the model classes with transformers; calling it again changes nothing.
+
+    Args:
+        push_to_hub: function behind the models' `push_to_hub`; None keeps the one that was given before.
+    """
+    if push_to_hub is not None:
+        publish_by(push_to_hub)
     register_models(sorted(architectures()))
     if QUANT_METHOD not in AUTO_QUANTIZATION_CONFIG_MAPPING:
         register_quantization_config(QUANT_METHOD)(QuadQuantizationConfig)

@@ -8,6 +8,7 @@ holds the same text where a number belongs, which stock config classes refuse wi
 
 import json
 import warnings
+from collections.abc import Callable
 from typing import Any
 
 from huggingface_hub.dataclasses import strict
@@ -17,6 +18,8 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 INSTALL_HINT = "pip install quad-modifiers, then import quad_modifiers"
 TRIPWIRE_FIELD = "initializer_range"  # only a new, untrained model needs it
+
+_publish: Callable[..., Any] | None = None
 
 
 def quad_model_type(base: str) -> str:
@@ -40,11 +43,16 @@ def set_tripwire(config: dict[str, Any]) -> None:
     config[TRIPWIRE_FIELD] = f"this is a QUAD checkpoint: {INSTALL_HINT}"
 
 
+def publish_by(publish: Callable[..., Any]) -> None:
+    """Sets the function behind `push_to_hub`: publishing is a tool, which stands above this module."""
+    global _publish
+    _publish = publish
+
+
 def push_to_hub(model: Any, repo_id: str, **arguments: Any) -> Any:
     """Stands in for `PreTrainedModel.push_to_hub`; see `quad_modifiers.tools.publishing.push_to_hub`."""
-    from quad_modifiers.tools.publishing import push_to_hub as publish_model
-
-    return publish_model(model, repo_id, **arguments)
+    assert _publish is not None, "the import of transformers connects quad_modifiers, which sets it"
+    return _publish(model, repo_id, **arguments)
 
 
 def _register(base: str) -> None:

@@ -58,6 +58,7 @@ FLOORS = (
     "quad_modifiers.builtin",
     "quad_modifiers.compression",
     "quad_modifiers.vllm_plugin",
+    "quad_modifiers.connect",
     "quad_modifiers",
     "quad_peft",
     "quad_modifiers.tools",

@@ -11,8 +11,6 @@ import torch
 from lm_eval.api.registry import register_model
 from lm_eval.models.huggingface import HFLM
 
-import quad_modifiers  # noqa: F401  (teaches transformers the checkpoint format)
-
 
 @register_model("quad")
 class QuadLM(HFLM):

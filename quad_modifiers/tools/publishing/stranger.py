@@ -88,9 +88,7 @@ def look(folder: Path) -> Impression:
     import time
 
     import torch
-    from transformers import AutoModelForCausalLM
-
-    import quad_modifiers  # noqa: F401  (registers the format)
+    from transformers import AutoModelForCausalLM  # knows the format: `main` was imported from quad_modifiers
 
     start = time.perf_counter()
     model, info = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True)
