@@ -10,21 +10,21 @@ from quad_modifiers.tools.demo.__main__ import main
 
 @pytest.fixture
 def packaged(monkeypatch):
-    """A model of two parts in two packages that exist nowhere, and a converter that only copies."""
+    """The two parts of a model in two packages that exist nowhere."""
     parts = [b"GGUF" + bytes(1000), b"second" * 100]
     whole = b"".join(parts)
     model = models.PackagedModel(
         "Toy", ("quad-no-such-part1==1", "quad-no-such-part2==1"), ".bin", len(whole), hashlib.sha256(whole).hexdigest()
     )
     monkeypatch.setitem(models.MODELS, "toy", model)
-
-    def convert(gguf: Path, folder: Path) -> None:
-        folder.mkdir()
-        for name in models._COMPLETE_FILES:
-            (folder / name).write_bytes(gguf.read_bytes())
-
-    monkeypatch.setattr(models, "_convert", convert)
     return parts
+
+
+def copy(gguf: Path, folder: Path) -> None:
+    """A converter that only copies."""
+    folder.mkdir()
+    for name in models.COMPLETE_FILES:
+        (folder / name).write_bytes(gguf.read_bytes())
 
 
 def downloader(parts):
@@ -40,26 +40,26 @@ def downloader(parts):
 
 
 def test_parts_are_joined_in_order_and_nothing_else_is_left(tmp_path, packaged):
-    folder = models.fetch("toy", tmp_path / "new" / "toy", downloader(packaged))
+    folder = models.fetch("toy", tmp_path / "new" / "toy", downloader(packaged), copy)
     assert (folder / "model.safetensors").read_bytes() == b"".join(packaged)
     assert [entry.name for entry in folder.parent.iterdir()] == ["toy"]
 
 
 def test_a_complete_folder_is_left_alone(tmp_path, packaged):
-    folder = models.fetch("toy", tmp_path / "toy", downloader(packaged))
+    folder = models.fetch("toy", tmp_path / "toy", downloader(packaged), copy)
     assert models.fetch("toy", folder, None) == folder
 
 
 def test_wrong_content_is_refused_and_leaves_nothing(tmp_path, packaged):
     with pytest.raises(ValueError, match=r"Toy came out as .* expected"):
-        models.fetch("toy", tmp_path / "toy", downloader([packaged[0], b"other"]))
+        models.fetch("toy", tmp_path / "toy", downloader([packaged[0], b"other"]), copy)
     assert not list(tmp_path.iterdir())
 
 
 def test_a_folder_with_something_else_is_refused(tmp_path, packaged):
     (tmp_path / "mine.txt").write_text("mine")
     with pytest.raises(FileExistsError, match="not empty"):
-        models.fetch("toy", tmp_path, downloader(packaged))
+        models.fetch("toy", tmp_path, downloader(packaged), copy)
 
 
 def test_failed_download_says_what_pip_said(tmp_path, packaged, monkeypatch):

@@ -26,17 +26,15 @@ def test_run_compares_and_reuses(toy_checkpoint, toy_tokenizer, compressed, monk
     toy_tokenizer.save_pretrained(folder)
     toy_tokenizer.chat_template = None
     monkeypatch.setattr(demo, "fetch", lambda name, model_folder: model_folder)
-    monkeypatch.setattr(demo, "_WINDOW_LENGTH", 16)
-    monkeypatch.setattr(demo, "_WINDOW_COUNT", 2)
     monkeypatch.setattr(demo, "wikipedia_articles", lambda part: [f"{part} text about bridges. " * 20])
 
-    demo.run("smollm2", folder, "some.yaml", tmp_path / "out")
+    demo.run("smollm2", folder, "some.yaml", tmp_path / "out", window_length=16, window_count=2)
     report = capsys.readouterr().out
     assert "ratio 1.000" in report
     assert "layers 1.00x smaller" in report
     assert "peak memory" in report
 
-    demo.run("smollm2", folder, "some.yaml", tmp_path / "out")
+    demo.run("smollm2", folder, "some.yaml", tmp_path / "out", window_length=16, window_count=2)
     assert compressed == ["some.yaml"]
     assert "reused" in capsys.readouterr().out
 
@@ -44,9 +42,9 @@ def test_run_compares_and_reuses(toy_checkpoint, toy_tokenizer, compressed, monk
 def test_force_replaces_only_when_complete(toy_checkpoint, compressed, monkeypatch, tmp_path):
     output = tmp_path / "out"
     original = toy_checkpoint("llama")
-    demo._compress(original, "a", output, force=False)
+    demo.compress(original, "a", output, force=False)
     (output / "old").touch()
-    demo._compress(original, "b", output, force=True)
+    demo.compress(original, "b", output, force=True)
     assert not (output / "old").exists()
     assert [entry.name for entry in tmp_path.iterdir()] == ["out"]
 
@@ -55,12 +53,12 @@ def test_force_replaces_only_when_complete(toy_checkpoint, compressed, monkeypat
 
     monkeypatch.setattr(quad_modifiers, "oneshot", fail)
     with pytest.raises(ValueError, match="no"):
-        demo._compress(original, "c", output, force=True)
+        demo.compress(original, "c", output, force=True)
     assert (output / "config.json").is_file()
 
 
 def test_a_folder_that_is_no_checkpoint_is_never_replaced(toy_checkpoint, compressed, tmp_path):
     (tmp_path / "mine.txt").touch()
     with pytest.raises(FileExistsError, match="holds no checkpoint"):
-        demo._compress(toy_checkpoint("llama"), "a", tmp_path, force=True)
+        demo.compress(toy_checkpoint("llama"), "a", tmp_path, force=True)
     assert not compressed

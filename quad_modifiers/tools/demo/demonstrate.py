@@ -20,8 +20,6 @@ from quad_modifiers.tools.evaluation import Perplexity, perplexity
 logger = logging.getLogger(__name__)
 
 _DEFAULT_FOLDERS = {"smollm2": "outputs/SmolLM2-135M", "qwen": "outputs/Qwen2.5-Coder-0.5B"}
-_WINDOW_LENGTH = 512
-_WINDOW_COUNT = 32
 _PROMPT = "Why is the sky blue? Answer in one sentence."
 _NEW_TOKENS = 40
 
@@ -44,7 +42,16 @@ class Measured:
     generated: str
 
 
-def run(name: str, model_folder: Path | None, recipe: str, output: Path, *, force: bool = False) -> None:
+def run(
+    name: str,
+    model_folder: Path | None,
+    recipe: str,
+    output: Path,
+    *,
+    force: bool = False,
+    window_length: int = 512,
+    window_count: int = 32,
+) -> None:
     """Compress the named demonstration model by `recipe` into `output`, and print both models' numbers.
 
     The compression comes first in the process, so that its peak memory is its own.
@@ -55,21 +62,24 @@ def run(name: str, model_folder: Path | None, recipe: str, output: Path, *, forc
         recipe: path or name of a recipe.
         output: where the compressed checkpoint goes; one that is there is reused.
         force: compress again although `output` exists.
+        window_length: tokens in a window of held-out text.
+        window_count: windows that the perplexity is measured on.
 
     Raises:
         FileExistsError: `output` exists and is no checkpoint.
     """
     original = fetch(name, model_folder or Path(_DEFAULT_FOLDERS[name]))
-    compression = _compress(original, recipe, output, force=force)
+    compression = compress(original, recipe, output, force=force)
     tokenizer = AutoTokenizer.from_pretrained(original)
     held_out = wikipedia_articles("held_out")
-    windows = token_windows(tokenizer, held_out, _WINDOW_LENGTH, _WINDOW_COUNT, seed=0)
+    windows = token_windows(tokenizer, held_out, window_length, window_count, seed=0)
+    text = f"{window_count} held-out Wikipedia windows of {window_length} tokens"
     before = _measure(original, tokenizer, windows)
     after = _measure(output, tokenizer, windows)
-    print(_report(original, output, before, after, compression))
+    print(_report(original, output, text, before, after, compression))
 
 
-def _compress(original: Path, recipe: str, output: Path, *, force: bool) -> Compression | None:
+def compress(original: Path, recipe: str, output: Path, *, force: bool) -> Compression | None:
     """Compress `original` into `output`; None where the checkpoint that is there is reused."""
     if output.exists() and any(output.iterdir()):
         if not (output / "config.json").is_file():
@@ -113,7 +123,9 @@ def _peak_bytes() -> int:
     return peak if sys.platform == "darwin" else peak * 1024
 
 
-def _report(original: Path, output: Path, before: Measured, after: Measured, compression: Compression | None) -> str:
+def _report(
+    original: Path, output: Path, text: str, before: Measured, after: Measured, compression: Compression | None
+) -> str:
     """Returns the closing table."""
     ratio = after.perplexity.value / before.perplexity.value
     layers_before = before.tensor_bytes - before.embedding_bytes
@@ -123,7 +135,7 @@ def _report(original: Path, output: Path, before: Measured, after: Measured, com
         f"original    {original}",
         f"compressed  {output}",
         "",
-        f"perplexity, {_WINDOW_COUNT} held-out Wikipedia windows of {_WINDOW_LENGTH} tokens",
+        f"perplexity, {text}",
         f"  before    {before.perplexity}",
         f"  after     {after.perplexity}   ratio {ratio:.3f}",
         "size of the tensors",

