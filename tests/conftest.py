@@ -73,6 +73,13 @@ quad_stage:
     OutlierSplitGPTQ: {bits: 4}
 """
 _WORDS = ["seven", "wizards", "mixed", "one", "jug", "of", "potent", "black", "liquid", "then", "measured", "twice"]
+_QUAD_RECIPE = """
+quad_stage:
+  quad_modifiers:
+    SVDOutlierProjection: {rank: 8, o_proj_rank_per_head: 2, down_proj_rank: 4}
+    DynamicActQuant: {u_type_bits: 4, d_type_bits: 8}
+    OutlierSplitGPTQ: {bits: 4}
+"""
 
 ToyFactory = Callable[..., PreTrainedModel]
 CheckpointFactory = Callable[..., Path]
@@ -169,6 +176,36 @@ def text(tmp_path: Path) -> Path:
     picks = torch.randint(len(_WORDS), (600,), generator=torch.Generator().manual_seed(0)).tolist()
     file.write_text(" ".join(_WORDS[pick] for pick in picks))
     return file
+
+
+@pytest.fixture(scope="session")
+def make_quad_toy(
+    tmp_path_factory: pytest.TempPathFactory, make_toy: ToyFactory
+) -> Callable[..., tuple[PreTrainedModel, Path]]:
+    """Returns `make_quad_toy(recipe=..., model_type="llama", **make_toy_arguments)`: a compressed model and its folder.
+
+    The default recipe uses every feature of the format. Each call compresses anew, into a folder of its own.
+    """
+    pytest.importorskip("llmcompressor")
+    from quad_modifiers import oneshot
+
+    ids = torch.randint(3, VOCABULARY, (8, 48), generator=torch.Generator().manual_seed(5))
+
+    def compress(
+        recipe: Any = _QUAD_RECIPE, model_type: str = "llama", **arguments: Any
+    ) -> tuple[PreTrainedModel, Path]:
+        folder = tmp_path_factory.mktemp("compressed") / "toy-quad"
+        model = oneshot(
+            make_toy(model_type, **arguments),
+            recipe,
+            dataset=ids,
+            num_calibration_samples=8,
+            max_seq_length=48,
+            output_dir=folder,
+        )
+        return model, folder
+
+    return compress
 
 
 @pytest.fixture(scope="session")

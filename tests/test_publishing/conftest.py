@@ -19,20 +19,11 @@ from urllib.parse import parse_qs, unquote, urlsplit
 import huggingface_hub.constants
 import huggingface_hub.utils._http as hub_http
 import pytest
-import torch
 import yaml
 from safetensors.torch import load_file, save_file
 
 TOKEN = "hf_of_the_stub"
 PART_BYTES = 64 * 1024  # small parts, so that a toy's weights take several
-IDS = torch.randint(3, 320, (8, 48), generator=torch.Generator().manual_seed(5))
-RECIPE = """
-quad_stage:
-  quad_modifiers:
-    SVDOutlierProjection: {rank: 8, o_proj_rank_per_head: 2, down_proj_rank: 4}
-    DynamicActQuant: {u_type_bits: 4, d_type_bits: 8}
-    OutlierSplitGPTQ: {bits: 4}
-"""
 
 
 @dataclass
@@ -302,12 +293,8 @@ def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Hub]:
 
 
 @pytest.fixture(scope="session")
-def _published_toy(tmp_path_factory: pytest.TempPathFactory, make_toy: Callable[..., Any], toy_tokenizer: Any) -> Path:
-    pytest.importorskip("llmcompressor")
-    from quad_modifiers import oneshot
-
-    folder = tmp_path_factory.mktemp("publishing") / "toy-quad"
-    oneshot(make_toy("llama"), RECIPE, dataset=IDS, num_calibration_samples=8, max_seq_length=48, output_dir=folder)
+def _published_toy(make_quad_toy: Callable[..., tuple[Any, Path]], toy_tokenizer: Any) -> Path:
+    _, folder = make_quad_toy()
     toy_tokenizer.save_pretrained(folder)
     return folder
 
