@@ -1,6 +1,6 @@
 """The pluggy manager: the project's own plugin first, then every distribution's entry points, one by one.
 
-A plugin that cannot be imported is left out with a `PluginWarning`; whatever is wrong with a plugin that was
+A plugin that cannot be imported is left out with a `PluginWarning`; anything wrong with a plugin that was
 imported is a `PluginError`. Both name the distribution that is at fault.
 """
 
@@ -32,7 +32,7 @@ class PluginError(ValueError):
 
 
 class PluginWarning(UserWarning):
-    """A plugin was left out or contributes nothing; the rest goes on without it."""
+    """A plugin was left out or contributes nothing; the rest continues without it."""
 
 
 @dataclass(frozen=True)
@@ -71,8 +71,7 @@ class QuadPluginManager(pluggy.PluginManager):
         """Registers `plugin` (a module or any object with hook implementations) as part of `distribution`.
 
         Raises:
-            PluginError: if a hook is unknown, has wrong arguments or is not marked, or the plugin is there
-            already.
+            PluginError: if a hook is unknown, has wrong arguments or is not marked, or the plugin is there already.
         """
         plugin_name = f"{distribution.name}:{entry_point}"
         self._distributions[plugin_name] = distribution
@@ -83,17 +82,14 @@ class QuadPluginManager(pluggy.PluginManager):
             reason = " ".join(str(error).split())
             raise PluginError(
                 f"{distribution}: entry point {entry_point!r} is not a valid plugin: {reason}. Hooks must be "
-                f"{', '.join(self.hook_names())} and take no arguments; correct the plugin, or leave it out "
-                "with "
+                f"{', '.join(self.hook_names())} and take no arguments; correct the plugin, or leave it out with "
                 f"{BLOCK_VARIABLE}={distribution.name}"
             ) from error
         if not self.get_hookcallers(plugin):
             warnings.warn(
-                f"{distribution}: entry point {entry_point!r} contributes nothing: no function is marked "
-                "with "
-                "@hookimpl, or its module was still being imported; let the entry point name a module of its "
-                "own "
-                "that the package's __init__ does not import",
+                f"{distribution}: entry point {entry_point!r} contributes nothing: no function is marked with "
+                "@hookimpl, or its module was still being imported; let the entry point name a module of its own that "
+                "the package's __init__ does not import",
                 PluginWarning,
                 stacklevel=2,
             )

@@ -30,7 +30,7 @@ def load_modifier(name: str, manager: QuadPluginManager | None = None) -> "type[
     Raises:
         PluginImportError: if the module or the class cannot be imported.
         PluginError: if no plugin contributes `name`, the name is one of llm-compressor's own, or the class
-            is no modifier or has another name.
+            is not a modifier or has another name.
     """
     manager = manager or get_plugin_manager()
     table = modifier_paths(manager)
@@ -109,9 +109,8 @@ def _import_modifier(contributed: ContributedModifier) -> "type[Modifier]":
 
     if contributed.name in stock_modifiers():
         raise PluginError(
-            f"{contributed.distribution}: modifier {contributed.name!r} has the name of one of "
-            "llm-compressor's own, "
-            f"which it would silently replace; rename it, or leave the plugin out with "
+            f"{contributed.distribution}: modifier {contributed.name!r} has the name of one of llm-compressor's own, "
+            "which it would silently replace; rename it, or leave the plugin out with "
             f"{BLOCK_VARIABLE}={contributed.distribution.name}"
         )
     module_name, _, class_name = contributed.path.partition(":")
@@ -119,8 +118,7 @@ def _import_modifier(contributed: ContributedModifier) -> "type[Modifier]":
         modifier_class = getattr(importlib.import_module(module_name), class_name)
     except Exception as error:  # someone else's module may raise anything; named here, the cause stays chained
         raise PluginImportError(
-            f"{contributed.distribution}: modifier {contributed.name!r} cannot be imported from "
-            f"{contributed.path!r}: "
+            f"{contributed.distribution}: modifier {contributed.name!r} cannot be imported from {contributed.path!r}: "
             f"{type(error).__name__}: {error}"
         ) from error
     if not isinstance(modifier_class, type) or not issubclass(modifier_class, Modifier):
@@ -129,9 +127,8 @@ def _import_modifier(contributed: ContributedModifier) -> "type[Modifier]":
         )
     if modifier_class.__name__ != contributed.name:
         raise PluginError(
-            f"{contributed.distribution}: modifier {contributed.name!r} is a class named "
-            f"{modifier_class.__name__!r}; the two must be equal, because recipes are saved under the class "
-            "name"
+            f"{contributed.distribution}: modifier {contributed.name!r} is a class named {modifier_class.__name__!r}; "
+            "the two must be equal, because recipes are saved under the class name"
         )
     return modifier_class
 
@@ -140,7 +137,6 @@ def _refuse_other_class(name: str, modifier_class: "type[Modifier]") -> None:
     existing = directly_registered_modifiers().get(name)
     if existing is not None and existing is not modifier_class:
         raise PluginError(
-            f"modifier {name!r} of module {modifier_class.__module__} is registered with llm-compressor "
-            "already, by "
+            f"modifier {name!r} of module {modifier_class.__module__} is registered with llm-compressor already, by "
             f"module {existing.__module__}; a name must be unique: rename one of the two"
         )

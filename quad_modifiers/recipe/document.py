@@ -134,7 +134,7 @@ def _read_group(group: str, node: yaml.MappingNode, document: RecipeDocument) ->
 
 
 def _report_duplicates(node: yaml.Node, document: RecipeDocument, seen: set[int]) -> None:
-    """Reports every key that stands twice in one mapping, of which YAML silently keeps the last."""
+    """Reports every key that occurs twice in one mapping, of which YAML silently keeps the last."""
     if id(node) in seen:
         return
     seen.add(id(node))
@@ -144,7 +144,7 @@ def _report_duplicates(node: yaml.Node, document: RecipeDocument, seen: set[int]
         if name in first and name != "<<":
             document.report(
                 key,
-                f"{name!r} stands twice (first in line {_line(first[name])}); YAML silently keeps only the last",
+                f"{name!r} occurs twice (first in line {_line(first[name])}); YAML silently keeps only the last",
                 "Remove one of the two; to run one modifier twice, put it into a second group of the stage",
             )
         first.setdefault(name, key)

@@ -1,4 +1,4 @@
-"""The rules about which modifiers may stand together in a recipe, and in which order.
+"""The rules about which modifiers may be combined in a recipe, and in which order.
 
 A modifier class says what it does in `recipe_role: ClassVar[str]`, one of `ROLES`; llm-compressor's own are
 told by their class. A rule is applied only where at least one of the modifiers is not llm-compressor's own:
@@ -40,10 +40,7 @@ STOCK_ROLES = {
 FORBIDDEN_ORDER = {
     (QUANTIZE_WEIGHTS, PROJECT): "the projection would rotate weights that are quantized already",
     (QUANTIZE_ACTIVATIONS, PROJECT): "the projection changes the inputs that the quantizer was set up for",
-    (
-        PROJECT,
-        SMOOTH,
-    ): "smoothing would scale channels of the rotated basis, where no channel stands out any more",
+    (PROJECT, SMOOTH): "smoothing would scale channels of the rotated basis, where no channel stands out any more",
     (QUANTIZE_WEIGHTS, SMOOTH): "smoothing would scale weights that are quantized already",
     (TUNE, PROJECT): "the projection would rotate weights that were tuned for the old basis",
     (TUNE, QUANTIZE_WEIGHTS): "quantizing the weights would undo what was tuned",
@@ -108,8 +105,7 @@ def nothing_quantized(placed: Sequence[PlacedModifier]) -> list[Problem]:
         Problem(
             placed[0].line,
             f"nothing is quantized: the recipe has only {names}",
-            "Add OutlierSplitGPTQ for 4-bit weights and DynamicActQuant for 4-bit inputs, unless a prepared "
-            "model in "
+            "Add OutlierSplitGPTQ for 4-bit weights and DynamicActQuant for 4-bit inputs, unless a prepared model in "
             "full precision is what you want",
             "warning",
         )
@@ -120,7 +116,7 @@ def _unknown_role(placed: PlacedModifier) -> Iterator[Problem]:
     for role in placed.roles - set(ROLES):
         yield Problem(
             placed.line,
-            f"{placed.name}.recipe_role is {role!r}, which is no role",
+            f"{placed.name}.recipe_role is {role!r}, which is not a role",
             f"Set the class attribute to one of {', '.join(ROLES)}, or None",
         )
 
@@ -130,7 +126,7 @@ def _wrong_order(first: PlacedModifier, second: PlacedModifier) -> Iterator[Prob
         if roles[0] in first.roles and roles[1] in second.roles:
             yield Problem(
                 second.line,
-                f"{second.name} stands after {first.name}{_in_line(first)}, but {reason}",
+                f"{second.name} comes after {first.name}{_in_line(first)}, but {reason}",
                 f"Move {second.name} before {first.name}",
             )
             return
@@ -165,9 +161,8 @@ def _two_quantizers(first: PlacedModifier, second: PlacedModifier) -> Iterator[P
             what = part.replace("_", " ")
             yield Problem(
                 second.line,
-                f"{second.name} quantizes the {what} of linears that "
-                f"{first.name}{_in_line(first)} "
-                f"quantizes too, such as {min(both)}",
+                f"{second.name} quantizes the {what} of linears that {first.name}{_in_line(first)} quantizes too, "
+                f"such as {min(both)}",
                 "Remove one of the two, or keep their layers apart with targets and ignore"
                 if part == "weights"
                 else f"Remove one of the two, or choose a scheme without {what}, such as W4A16",
@@ -184,8 +179,7 @@ def _quantized_outlier(first: PlacedModifier, second: PlacedModifier) -> Iterato
     if containers:
         yield Problem(
             second.line,
-            f"{second.name} targets {min(containers)}, which {first.name}{_in_line(first)} makes a container "
-            "without "
+            f"{second.name} targets {min(containers)}, which {first.name}{_in_line(first)} makes a container without "
             "a weight of its own",
             'Name the residual linear in it, for example "re:.*q_proj.residual$"',
         )
@@ -193,8 +187,7 @@ def _quantized_outlier(first: PlacedModifier, second: PlacedModifier) -> Iterato
         remedy = ", ".join(f'"{each}"' if ":" in each else each for each in _ignore_with_outlier(ignore))
         yield Problem(
             second.line,
-            f"{second.name} would quantize the outlier linears too, which {first.name}{_in_line(first)} "
-            "keeps in full "
+            f"{second.name} would quantize the outlier linears too, which {first.name}{_in_line(first)} keeps in full "
             "precision",
             f"Write ignore: [{remedy}]",
         )

@@ -17,7 +17,7 @@ def resolve_recipe(name_or_path: str | Path, manager: "QuadPluginManager | None"
     recipe `quad_w4a4` of the installed package or of a plugin.
 
     Raises:
-        FileNotFoundError: if there is no such file and no recipe of that name.
+        FileNotFoundError: if there is neither such a file nor a recipe of that name.
         PluginError: if a plugin's recipe folder is missing, or two plugins claim one recipe name.
     """
     path = Path(name_or_path).expanduser()
@@ -43,7 +43,7 @@ def read_recipe(path: Path) -> str:
     """Returns the text of a recipe file.
 
     Raises:
-        ValueError: if it is no UTF-8 text.
+        ValueError: if it is not UTF-8 text.
     """
     try:
         return path.read_text(encoding="utf-8")

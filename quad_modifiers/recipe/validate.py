@@ -35,8 +35,8 @@ def validate_recipe(text_or_path: str | Path, manager: QuadPluginManager | None 
     No model is loaded. llm-compressor is imported, because its modifier classes say which fields exist.
 
     Raises:
-        FileNotFoundError: if there is no such file and no recipe of that name.
-        ValueError: if the file is no UTF-8 text.
+        FileNotFoundError: if there is neither such a file nor a recipe of that name.
+        ValueError: if the file is not UTF-8 text.
         PluginError: if an installed plugin is not valid.
     """
     manager = manager or get_plugin_manager()
@@ -66,9 +66,8 @@ def validate_modifiers(modifiers: "Sequence[Modifier]") -> list[Problem]:
     for position, each in enumerate(modifiers):
         if not isinstance(each, Modifier):
             raise TypeError(
-                f"element {position} of the recipe is a {type(each).__name__}, but must be a Modifier; to "
-                "use a "
-                "recipe file, give its path alone, not in a list"
+                f"element {position} of the recipe is a {type(each).__name__}, but must be a Modifier; to use a recipe "
+                "file, give its path alone, not in a list"
             )
     if not modifiers:
         return [Problem(None, "the recipe contains no modifier", "Give at least one modifier")]
@@ -86,7 +85,7 @@ def check_recipe(
 
     Raises:
         RecipeError: if the recipe has an error; lists every problem as "file:line: message. remedy".
-        FileNotFoundError: if there is no such file and no recipe of that name.
+        FileNotFoundError: if there is neither such a file nor a recipe of that name.
         TypeError: if `recipe` is of no such type.
         PluginError: if an installed plugin is not valid.
     """
@@ -125,8 +124,7 @@ def _modifiers_of(recipe: object) -> list[Any]:
     if isinstance(recipe, (Modifier, list, tuple)):
         return list(tree_leaves(recipe))
     raise TypeError(
-        "a recipe must be a path, a recipe name, YAML text, a modifier, a list of modifiers or a Recipe, "
-        "not "
+        "a recipe must be a path, a recipe name, YAML text, a modifier, a list of modifiers or a Recipe, not "
         f"{type(recipe).__name__}"
     )
 

@@ -95,7 +95,7 @@ def test_recipe_in_the_wrong_order(no_loading, make_toy) -> None:
     OutlierSplitGPTQ: {bits: 4}
     SVDOutlierProjection: {rank: 8}
 """
-    with pytest.raises(RecipeError, match=r":4: SVDOutlierProjection stands after OutlierSplitGPTQ"):
+    with pytest.raises(RecipeError, match=r":4: SVDOutlierProjection comes after OutlierSplitGPTQ"):
         compress(make_toy(), recipe)
 
 

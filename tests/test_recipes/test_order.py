@@ -64,7 +64,7 @@ def test_sensible_company(manager: QuadPluginManager, modifiers: tuple[str, ...]
         (
             (WEIGHTS, PROJECTION),
             4,
-            "SVDOutlierProjection stands after OutlierSplitGPTQ (line 3)",
+            "SVDOutlierProjection comes after OutlierSplitGPTQ (line 3)",
             "before Outlier",
         ),
         ((ACTIVATIONS, PROJECTION, WEIGHTS), 4, "after DynamicActQuant (line 3)", "before DynamicActQuant"),
@@ -72,18 +72,18 @@ def test_sensible_company(manager: QuadPluginManager, modifiers: tuple[str, ...]
         (
             (PROJECTION, SMOOTH, WEIGHTS),
             4,
-            "SmoothQuantModifier stands after SVDOutlierProjection",
+            "SmoothQuantModifier comes after SVDOutlierProjection",
             "before SVD",
         ),
-        ((PROJECTION, "AWQModifier: {}", STOCK_SPLIT), 4, "AWQModifier stands after SVDOut", "before SVD"),
+        ((PROJECTION, "AWQModifier: {}", STOCK_SPLIT), 4, "AWQModifier comes after SVDOut", "before SVD"),
         (
             ("Tuner: {}", PROJECTION),
             4,
-            "SVDOutlierProjection stands after Tuner",
+            "SVDOutlierProjection comes after Tuner",
             "before Tuner",
         ),
-        (("Tuner: {}", WEIGHTS), 4, "OutlierSplitGPTQ stands after Tuner", "before Tuner"),
-        (("Tuner: {}", ACTIVATIONS), 4, "DynamicActQuant stands after Tuner", "before Tuner"),
+        (("Tuner: {}", WEIGHTS), 4, "OutlierSplitGPTQ comes after Tuner", "before Tuner"),
+        (("Tuner: {}", ACTIVATIONS), 4, "DynamicActQuant comes after Tuner", "before Tuner"),
         ((PROJECTION, PROJECTION, WEIGHTS), 4, "second projection", "Keep one"),
         (("SpinQuantModifier: {}", WEIGHTS), 3, "SpinQuantModifier rotates plain linears", "rank: 0"),
         ((ACTIVATIONS, "QuIPModifier: {}"), 4, "QuIPModifier", "before DynamicActQuant"),
@@ -141,7 +141,7 @@ def test_modifiers_built_in_python_follow_the_same_rules(stand_ins: dict[str, ty
     (warning,) = check_recipe(projection())
     assert warning.severity == "warning"
     for recipe in ([weights(), projection()], Recipe.create_instance([weights(), projection()])):
-        with pytest.raises(RecipeError, match="<recipe>: SVDOutlierProjection stands after OutlierSplitGPTQ, but"):
+        with pytest.raises(RecipeError, match="<recipe>: SVDOutlierProjection comes after OutlierSplitGPTQ, but"):
             check_recipe(recipe)
 
 

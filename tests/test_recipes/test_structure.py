@@ -68,11 +68,11 @@ CASES = {
     ),
     "group-field": (GOOD + "      group: quad\n", 6, "has the field 'group'", "name of the group|Remove it"),
     "two-stages": (GOOD + GOOD.replace("quad_stage", "more_stage"), 8, "a second stage", "one stage"),
-    "duplicate-field": (GOOD + "      bits: 8\n", 8, "'bits' stands twice (first in line 7)", "Remove one"),
+    "duplicate-field": (GOOD + "      bits: 8\n", 8, "'bits' occurs twice (first in line 7)", "Remove one"),
     "duplicate-modifier": (
         GOOD + "    DynamicActQuant:\n      u_type_bits: 8\n",
         8,
-        "'DynamicActQuant' stands twice (first in line 5)",
+        "'DynamicActQuant' occurs twice (first in line 5)",
         "a second group",
     ),
 }
