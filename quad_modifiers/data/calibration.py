@@ -1,4 +1,4 @@
-"""The windows of token ids that calibrate a model, from whatever the user has."""
+"""The windows of token ids that calibrate a model, from any kind of text or token ids."""
 
 import logging
 from collections.abc import Iterable, Sequence
@@ -66,16 +66,17 @@ def calibration_windows(
         text_column: the column that holds the text.
         splits: the split of a `datasets` name or DatasetDict ("train[:5%]", or {"calibration": ...}).
         dataset_config_name: the configuration of a `datasets` name.
-        seed: which documents and windows are drawn.
+        seed: seed that chooses documents and windows.
 
     Returns:
         One int64 tensor [1, length] per window, on the CPU.
 
     Raises:
-        TypeError: `dataset` is of no kind listed, or holds something else than text or token ids.
-        ValueError: no data; fewer than four windows or 1024 tokens where more were asked; a missing column or split.
-        FileNotFoundError: no such local file.
-        ImportError: a package that the data set needs is not installed.
+        TypeError: if `dataset` is of no kind listed, or holds something other than text or token ids.
+        ValueError: if there is no data, fewer than four windows or 1024 tokens where more were asked, or no such column
+            or split.
+        FileNotFoundError: if there is no such local file.
+        ImportError: if a package that the data set needs is not installed.
     """
     if num_samples < 1 or sequence_length < 2:
         raise ValueError(
@@ -164,7 +165,7 @@ def sampled_documents(
 def _drawn(rows: list[torch.Tensor], count: int, generator: torch.Generator) -> list[torch.Tensor]:
     """Returns one of each of `count` equal stretches of `rows`, in random order; all rows where there are no more.
 
-    That way every kind of text is drawn as often as there is of it, whatever the seed.
+    That way every kind of text is drawn in proportion to its share, for every seed.
     """
     if len(rows) <= count:
         return rows

@@ -15,8 +15,8 @@ def calibration_texts() -> list[str]:
     code, and some more on prose (docs/concepts/quality.md). The held-out halves are left for measuring.
 
     Raises:
-        ImportError: gensim, which has the articles, is not installed.
-        FileNotFoundError: this Python ships without the sources of its standard library.
+        ImportError: if gensim, which has the articles, is not installed.
+        FileNotFoundError: if this Python ships without the sources of its standard library.
     """
     articles, modules = wikipedia_articles("calibration"), stdlib_code("calibration")[::_MODULE_STEP]
     placed = [((index + 0.5) / len(texts), text) for texts in (articles, modules) for index, text in enumerate(texts)]

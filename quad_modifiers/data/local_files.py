@@ -17,10 +17,10 @@ def local_texts(path: str | Path, text_column: str = "text") -> list[str]:
         text_column: the field that holds the text; unused for plain text.
 
     Raises:
-        FileNotFoundError: no file of that name.
-        ImportError: a .csv or .parquet file without the `datasets` package.
-        ValueError: unknown suffix, a bad line (named by its number), no such column (the columns are named), or no
-            text at all.
+        FileNotFoundError: if there is no file of that name.
+        ImportError: for a .csv or .parquet file without the `datasets` package.
+        ValueError: for an unknown suffix, a bad line (named by its number), no such column (the columns are named), or
+            no text at all.
     """
     path = Path(path)
     if not path.is_file():

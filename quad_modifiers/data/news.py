@@ -12,8 +12,8 @@ def news_articles() -> list[str]:
     """Returns the articles, one string each, in the order of the file.
 
     Raises:
-        ImportError: gensim is not installed.
-        FileNotFoundError: the installed gensim does not contain the articles.
+        ImportError: if gensim is not installed.
+        FileNotFoundError: if the installed gensim does not contain the articles.
     """
     path = gensim_test_data() / _FILE
     if not path.is_file():

@@ -51,7 +51,7 @@ class TokenRows:
 
     Attributes:
         rows: [tokens] each, int64, on the CPU, without padding; can be iterated once.
-        ordered: a DataLoader yields them: which ones and in which order was chosen there, and they may never end.
+        ordered: True for the rows of a DataLoader, which has chosen them and their order, and may never end.
     """
 
     rows: Iterable[torch.Tensor]
@@ -66,8 +66,8 @@ class Purpose:
     """What the data is for: how errors call it and its options, and which split is taken unasked.
 
     Attributes:
-        name: such as "calibration".
-        usual_splits: those looked for where none is named, the first found is taken.
+        name: name of the split, such as "calibration".
+        usual_splits: splits to look for where none is named; the first found is taken.
         split_option: the caller's name for the choice of a split.
         config_option: the caller's name for the configuration of a named data set.
     """
@@ -81,23 +81,23 @@ class Purpose:
 def resolve(
     source: Any, purpose: Purpose, *, text_column: str, splits: Splits | None, config_name: str | None
 ) -> Resolved:
-    """Returns what `source` stands for.
+    """Returns the text or token ids that `source` names.
 
     Args:
         source: None for `calibration_texts()`; a local file; a `datasets` name or folder; a Dataset or DatasetDict with
             a text column or `input_ids`; a list of strings; token ids, [tokens], [samples, tokens] or a list of them;
             or a DataLoader of dicts with `input_ids`.
-        purpose: what it is for.
+        purpose: purpose of the text, for messages.
         text_column: field or column of the text.
         splits: the split of a `datasets` name or DatasetDict; also a list of one, or a mapping whose key is the first
             of the purpose's usual splits.
         config_name: the configuration of a `datasets` name.
 
     Raises:
-        TypeError: `source` is of no kind listed, or holds something else than text or token ids.
-        ValueError: no text in a file, a missing column or split, a name that cannot be loaded.
-        FileNotFoundError: no such local file.
-        ImportError: a package that the data set needs is not installed.
+        TypeError: if `source` is of no kind listed, or holds something other than text or token ids.
+        ValueError: if a file has no text, a column or split is missing, or a name cannot be loaded.
+        FileNotFoundError: if there is no such local file.
+        ImportError: if a package that the data set needs is not installed.
     """
     if source is None:
         return Documents(calibration_texts())
@@ -128,8 +128,8 @@ def load_named(name: str | Path, config_name: str | None, splits: Splits | None,
     """Returns the named data set, from the hub, its local cache or a local folder.
 
     Raises:
-        ImportError: the package `datasets` is not installed.
-        ValueError: it cannot be loaded, or `splits` does not choose one split.
+        ImportError: if the package `datasets` is not installed.
+        ValueError: if it cannot be loaded, or `splits` does not choose one split.
     """
     try:
         from datasets import load_dataset
@@ -155,7 +155,7 @@ def chosen_split(splits: Splits | None, purpose: Purpose) -> str | None:
     """Returns the one split that `splits` names: a string, a list of one, or the purpose's entry of a mapping.
 
     Raises:
-        ValueError: it names none or several.
+        ValueError: if it names none or several.
     """
     if splits is None or isinstance(splits, str):
         return splits
@@ -175,7 +175,7 @@ def single_split(dataset: "Dataset | DatasetDict", splits: Splits | None, purpos
     """Returns the split that `splits` names; without it, the first of the usual ones, or the only one.
 
     Raises:
-        ValueError: no such split, or several and none of the usual names.
+        ValueError: if there is no such split, or there are several and none of the usual names.
     """
     if not isinstance(dataset, Mapping):
         return dataset

@@ -79,8 +79,8 @@ def stdlib_code(part: TextPart) -> list[str]:
         part: "calibration" for the first half of the modules, "held_out" for the second half.
 
     Raises:
-        ValueError: `part` is neither of the two.
-        FileNotFoundError: this Python ships without the sources of its standard library.
+        ValueError: if `part` is neither of the two.
+        FileNotFoundError: if this Python ships without the sources of its standard library.
     """
     return list(half_of(_all_sources(), part))
 

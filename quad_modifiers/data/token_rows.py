@@ -19,7 +19,7 @@ def loader_rows(loader: Any) -> Iterator[torch.Tensor]:
     """Yields the token ids of each sample of a DataLoader, without padding.
 
     Raises:
-        TypeError: it does not yield mappings with `input_ids`.
+        TypeError: if it does not yield mappings with `input_ids`.
     """
     for batch in loader:
         if not isinstance(batch, Mapping) or "input_ids" not in batch:
@@ -32,8 +32,8 @@ def unpadded(ids: Any, mask: Any | None, where: str) -> Iterator[torch.Tensor]:
     """Yields each sample of `ids` ([tokens] or [batch, tokens]) as [tokens], int64, masked positions removed.
 
     Raises:
-        TypeError: the ids are not integers.
-        ValueError: the shape is neither of the two, or differs from the mask's.
+        TypeError: if the ids are not integers.
+        ValueError: if the shape is neither of the two, or differs from the mask's.
     """
     rows = torch.as_tensor(ids)
     if rows.numel() and (rows.is_floating_point() or rows.is_complex() or rows.dtype == torch.bool):

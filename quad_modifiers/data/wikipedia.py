@@ -35,9 +35,9 @@ def wikipedia_articles(part: TextPart) -> list[str]:
         One string per article, wiki mark-up removed, at least 1000 characters each.
 
     Raises:
-        ValueError: `part` is neither of the two.
-        ImportError: gensim is not installed.
-        FileNotFoundError: the installed gensim does not contain the articles.
+        ValueError: if `part` is neither of the two.
+        ImportError: if gensim is not installed.
+        FileNotFoundError: if the installed gensim does not contain the articles.
     """
     return list(half_of(_all_articles(), part))
 
@@ -46,7 +46,7 @@ def half_of(texts: tuple[str, ...], part: TextPart) -> tuple[str, ...]:
     """Returns the first ("calibration") or the second ("held_out") half of `texts`.
 
     Raises:
-        ValueError: `part` is neither of the two.
+        ValueError: if `part` is neither of the two.
     """
     middle = len(texts) // 2
     if part == "calibration":
@@ -93,7 +93,7 @@ def gensim_test_data() -> Path:
     """Returns the folder of test data inside the installed gensim package.
 
     Raises:
-        ImportError: gensim is not installed.
+        ImportError: if gensim is not installed.
     """
     spec = importlib.util.find_spec("gensim")
     if spec is None or not spec.submodule_search_locations:

@@ -35,13 +35,13 @@ def token_windows(
         count: windows to return, all of them by default.
         seed: when given, the `count` windows are drawn at random without replacement (and come in the order drawn);
             otherwise they are the first ones.
-        fewer: return all windows of a text that has less than `count`.
+        fewer: True to return all windows of a text that has fewer than `count`.
 
     Returns:
         [count, length], int64.
 
     Raises:
-        ValueError: `length` or `count` is not positive, there is no text, or it has fewer windows than asked, with
+        ValueError: if `length` or `count` is not positive, there is no text, or it has fewer windows than asked, with
             `fewer` none at all.
     """
     if length < 1 or (count is not None and count < 1):
@@ -81,8 +81,8 @@ def token_stream(tokenizer: "PreTrainedTokenizerBase", texts: Sequence[str]) -> 
     """Returns the tokens of all texts joined with a blank line: [tokens], int64, no special tokens added.
 
     Raises:
-        ValueError: there is no text, or only white space.
-        TypeError: `texts` is one string, or holds something that is not a string.
+        ValueError: if there is no text, or only white space.
+        TypeError: if `texts` is one string, or holds something that is not a string.
     """
     if isinstance(texts, str):
         raise TypeError("texts must be a sequence of documents, not one string; wrap it in a list")

@@ -26,7 +26,7 @@ class PerplexityResult(_Strict):
     """One perplexity.
 
     Attributes:
-        text: what was measured on, for people: "WikiText-2 test", "held-out Wikipedia articles of gensim".
+        text: name of the text for readers: "WikiText-2 test", "held-out Wikipedia articles of gensim".
         window_length: tokens in a window.
         tokens: predicted tokens.
         value: exp of the mean negative log-likelihood.
@@ -50,12 +50,12 @@ class Comparison(_Strict):
     Attributes:
         task: lm-eval's name of a task or group; "average" for the mean over several.
         metric: the metric that is compared: an accuracy, or "word_perplexity".
-        items: how many were asked.
+        items: number of items asked.
         value: the score.
-        stderr: its standard error over items.
+        stderr: standard error of `value` over items.
         chance: score of guessing; null for a perplexity.
         baseline: the original's score.
-        baseline_stderr: its standard error.
+        baseline_stderr: standard error of `baseline`.
         percent: 100 value / baseline, for an accuracy.
         percent_above_chance: 100 (value - chance) / (baseline - chance); null if the original is no better than chance.
         difference: value - baseline.
@@ -97,15 +97,15 @@ class Evaluation(_Strict):
         perplexity: perplexities.
         results: lm-eval's `results` of this checkpoint.
         baseline_results: lm-eval's `results` of the original.
-        tasks: what was asked for: names of tasks, groups and tags.
-        comparisons: each task, or group with a score, that has an accuracy or a word perplexity.
+        tasks: names of the tasks, groups and tags that were asked for.
+        comparisons: one for each task, or group with a score, that has an accuracy or a word perplexity.
         average: the mean over the accuracies among them, each task counting alike.
         n_shot: lm-eval's `n-shot`: examples in the prompt, by task.
-        versions: lm-eval's `versions`: of the tasks.
+        versions: lm-eval's `versions` of the tasks.
         limit: items asked of each task, if not all.
-        seed: of few-shot examples, windows and bootstrap.
-        packages: versions of what measured, by package.
-        machine: what it was measured on.
+        seed: seed of few-shot examples, windows and bootstrap.
+        packages: versions of the packages that measured.
+        machine: name of the machine that measured.
     """
 
     format_version: Literal[1]
@@ -171,8 +171,8 @@ def check_replaceable(
     """Refuses to replace results by others that would not cover them, before these are measured.
 
     Args:
-        file: where the new results will be written.
-        tasks: that will be measured.
+        file: file that the new results will replace.
+        tasks: names of the tasks that will be measured.
         limit: items of each task, None for all.
         text: name of the text and tokens of a window that a perplexity will be measured on, if any.
         baseline: name of the model that will be measured beside, if any.
@@ -199,7 +199,7 @@ def check_replaceable(
 
 
 def task_scores(evaluation: Evaluation) -> Iterator[TaskScore]:
-    """Yields every number among the task results that is no standard error."""
+    """Yields every number among the task results that is not a standard error."""
     for task, metrics in evaluation.results.items():
         for key, value in metrics.items():
             metric, comma, rule = key.partition(",")

@@ -28,10 +28,10 @@ class Inventory:
 
     Attributes:
         config: config.json.
-        format: what a reader needs for it: "QUAD, version 1", "compressed-tensors, pack-quantized", "unquantized".
+        format: format that a reader must know: "QUAD, version 1", "compressed-tensors, pack-quantized", "unquantized".
         bytes_of: bytes by kind, the keys of `KIND_NAMES`; kinds that do not occur are left out.
         tensors: number of tensors.
-        dtype: of what is not quantized, in safetensors' notation such as "BF16".
+        dtype: dtype of the tensors that are not quantized, in safetensors' notation such as "BF16".
     """
 
     config: dict[str, Any]
@@ -83,7 +83,7 @@ def weight_files(folder: Path) -> list[Path]:
 
     Raises:
         FileNotFoundError: if there is none, or one of the index is missing.
-        ValueError: if the index is damaged, or files lie there that the index does not know.
+        ValueError: if the index is damaged, or the folder holds files that the index does not list.
     """
     index = folder / INDEX_NAME
     found = sorted(folder.glob("*.safetensors"))
@@ -91,7 +91,7 @@ def weight_files(folder: Path) -> list[Path]:
         if (folder / SINGLE_NAME).is_file() and len(found) == 1:
             return found
         if not found:
-            raise FileNotFoundError(f"{folder} has no weights ({SINGLE_NAME} or {INDEX_NAME}); it is no checkpoint")
+            raise FileNotFoundError(f"{folder} has no weights ({SINGLE_NAME} or {INDEX_NAME}); it is not a checkpoint")
         names = ", ".join(file.name for file in found[:3])
         raise FileNotFoundError(f"{folder} holds {names} but no {INDEX_NAME}; the checkpoint is incomplete")
     weight_map = read_json(index).get("weight_map")
@@ -123,7 +123,7 @@ def read_header(file: Path) -> dict[str, dict[str, Any]]:
         entries = {name: entry for name, entry in header.items() if name != "__metadata__"}
         needed = 8 + length + max((entry["data_offsets"][1] for entry in entries.values()), default=0)
     except (ValueError, struct.error, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{file} is no readable safetensors file ({error}); copy it again") from error
+        raise ValueError(f"{file} is not a readable safetensors file ({error}); copy it again") from error
     if size != needed:
         raise ValueError(f"{file} has {size} bytes, its header says {needed}; it is truncated or damaged")
     return entries
@@ -134,16 +134,16 @@ def read_json(file: Path) -> dict[str, Any]:
 
     Raises:
         FileNotFoundError: if there is no such file.
-        ValueError: if it is no JSON object.
+        ValueError: if it is not a JSON object.
     """
     if not file.is_file():
-        raise FileNotFoundError(f"{file.parent} has no {file.name}; it is no checkpoint, or an incomplete one")
+        raise FileNotFoundError(f"{file.parent} has no {file.name}; it is not a checkpoint, or an incomplete one")
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise ValueError(f"{file} is no JSON ({error}); the checkpoint is damaged") from error
+        raise ValueError(f"{file} is not JSON ({error}); the checkpoint is damaged") from error
     if not isinstance(content, dict):
-        raise ValueError(f"{file} holds no JSON object; the checkpoint is damaged")
+        raise ValueError(f"{file} does not hold a JSON object; the checkpoint is damaged")
     return content
 
 

@@ -19,7 +19,7 @@ class TunedQuality(_Strict):
     """Means over the validation samples: text like that trained on, but held back.
 
     Attributes:
-        perplexity: of the checkpoint.
+        perplexity: perplexity of the checkpoint.
         divergence: KL(original || checkpoint) in nats per token; None if the original was not at hand.
     """
 
@@ -34,21 +34,21 @@ class Tuning(_Strict):
         format_version: 1; a reader refuses any other.
         loss: "distillation" from the original model, or "next_token".
         original: name of the original model; None for "next_token".
-        temperature: of the distillation.
-        data: what was trained on, for people.
-        samples, tokens: trained on.
-        validation_samples: held back.
-        steps: of the optimizer.
-        best_step: whose weights these are, the best on the validation samples; 0 if none was better than the start.
+        temperature: temperature of the distillation.
+        data: name of the training text, for readers.
+        samples, tokens: numbers of samples and tokens in the training text.
+        validation_samples: number of samples held back.
+        steps: number of optimizer steps.
+        best_step: step with the best validation, whose weights these are; 0 if none was better than the start.
         batch_size: samples in a step.
-        learning_rate: largest.
-        seed: of the order of the samples.
-        trainable_parameters: numbers that were trained.
+        learning_rate: largest learning rate.
+        seed: seed that orders the samples.
+        trainable_parameters: number of trained parameters.
         weight_scales: the scales of the quantized weights were trained too.
         before, after: quality on the validation samples.
-        original_perplexity: of the original model on them, if it was at hand.
-        seconds: it took.
-        packages: versions.
+        original_perplexity: perplexity of the original model on the validation samples, if it was at hand.
+        seconds: duration of the training.
+        packages: versions of the packages.
     """
 
     format_version: Literal[1] = 1
