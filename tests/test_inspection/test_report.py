@@ -189,7 +189,7 @@ class TestBadInput:
             ({"rank": 64}, r"rank \(64\) must be smaller than hidden_size \(64\)"),
             ({"layers": [0, 2]}, "has no block 2; choose 0 to 1"),
             ({"eval_windows": 0}, "samples, eval_windows and seq_length must be at least"),
-            ({"baseline": "./elsewhere"}, "is an unquantized model, its own baseline; leave --baseline away"),
+            ({"baseline": "./elsewhere"}, "is an unquantized model, its own baseline; omit --baseline"),
             ({"seq_length": 100_000}, "not enough for one window of 100000"),
         ],
         ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
@@ -204,7 +204,7 @@ class TestBadInput:
 
     @pytest.mark.parametrize("option", [{"recipe": "quad_w4a4"}, {"rank": 4}])
     def test_options_of_models_with_a_checkpoint(self, option, make_checkpoint, tmp_path: Path) -> None:
-        with pytest.raises(ValueError, match="has its projection; leave --recipe and --rank away"):
+        with pytest.raises(ValueError, match="has its projection; omit --recipe and --rank"):
             inspect_model(make_checkpoint(8), tmp_path / "out", **option)
 
     def test_nothing_is_loaded_before(self, make_checkpoint, toy_checkpoint, tmp_path: Path, monkeypatch) -> None:

@@ -55,7 +55,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _measure_rows(options: argparse.Namespace) -> None:
-    """Appends each measured row to the results; interrupted, `--missing` goes on with the next."""
+    """Appends each measured row to the results; after an interruption, `--missing` continues with the next."""
     speed = options.what == "gptq-speed"
     items = 0 if speed else options.items
     wanted = [

@@ -4,7 +4,7 @@
     python -m quad_modifiers.tools.bench.published Qwen/Qwen2.5-7B -o outputs/published-qwen
 
 Compresses with each setting, evaluates beside the original, and prints one table. Each checkpoint and each measured
-part is kept, so the same command goes on after an interruption. It needs the Hub, and for these models a GPU; with
+part is kept, so the same command resumes after an interruption. It needs the Hub, and for these models a GPU; with
 --calibration, --instructions, --perplexity and --tasks it runs on local text.
 
 What cannot be as published: the outlier columns take part in GPTQ, as everywhere in this package; projection and GPTQ
@@ -38,7 +38,7 @@ class Setting:
 
     Attributes:
         rank: outlier dimensions; 0 is QuaRot.
-        d_type_bits: of the inputs of o_proj and down_proj.
+        d_type_bits: bits of the inputs of o_proj and down_proj.
     """
 
     rank: int
@@ -76,7 +76,7 @@ class TuningSetting:
         batch_size: samples in a forward pass.
         accumulation: forward passes in a step.
         learning_rate: largest learning rate.
-        warmup_steps: steps until it is reached.
+        warmup_steps: steps until the largest learning rate.
     """
 
     length: int = 1024
@@ -122,7 +122,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _check_same_run(options: argparse.Namespace) -> None:
-    """Records what the checkpoints of a folder are made with; refuses to go on with others.
+    """Records what the checkpoints of a folder are made with; refuses to continue with others.
 
     Raises:
         ValueError: naming the options that differ.

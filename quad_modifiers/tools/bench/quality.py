@@ -35,15 +35,15 @@ class Measurement:
     Attributes:
         row: key in `ROWS`.
         model: "smollm2" or "qwen".
-        seed: of calibration windows and rotation.
+        seed: seed of calibration windows and rotation.
         samples: calibration windows of 512 tokens.
-        perplexity: on held-out Wikipedia articles.
+        perplexity: perplexity on held-out Wikipedia articles.
         stderr: standard error of the mean negative log-likelihood, nats.
         tokens: predicted tokens.
-        seconds: of the compression, evaluation excluded.
+        seconds: duration of the compression, evaluation excluded.
         peak_bytes: peak resident memory of the process until the compression was done.
         checkpoint_bytes: size of the weight files, 0 where none was written.
-        other_perplexities: on half as many windows of news and of Python code, by name.
+        other_perplexities: perplexities on half as many windows of news and of Python code, by name.
         tasks: the offline tasks beside the original, and their average, in the form of evaluation.json (`Comparison`);
             empty where they were not run.
     """
@@ -75,11 +75,11 @@ def measure_here(
     Args:
         row: key in `ROWS`.
         model: "smollm2" or "qwen".
-        folder: where the original is, or is put.
-        seed: of calibration windows and, in tuning, of the order of the samples.
+        folder: folder of the original, fetched if it is missing.
+        seed: seed of calibration windows and, in tuning, of the order of the samples.
         samples: calibration windows.
-        items: of each offline task, None for all, 0 to leave the tasks out.
-        windows: of held-out articles.
+        items: number of items of each offline task; None for all, 0 to leave the tasks out.
+        windows: number of windows of held-out articles.
     """
     chosen = ROWS[row]
     original = fetch(model, folder)

@@ -40,7 +40,7 @@ class Row:
     """One line of a table.
 
     Attributes:
-        title: as printed.
+        title: title in the table.
         recipe: name or text of a recipe; None measures the model as it is.
         tuned: the checkpoint is then distilled from the original and merged, as `quad finetune --merge` does.
     """

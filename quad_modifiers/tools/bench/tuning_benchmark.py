@@ -28,7 +28,7 @@ def measure_tuning(
     Args:
         original: folder of the original model.
         checkpoint: folder of its QUAD checkpoint.
-        windows: how many windows of 512 tokens of each of `TEXTS`, drawn with seed 0.
+        windows: number of windows of 512 tokens of each of `TEXTS`, drawn with seed 0.
         adapter: folder of an adapter; without one, the checkpoint alone is measured.
     """
     from quad_peft.training.data import Collator, Samples

@@ -18,11 +18,11 @@ class Peer(NamedTuple):
     """One thing to train.
 
     Attributes:
-        title: for people.
-        quad: on the QUAD checkpoint; else on the original model.
-        outlier: an outlier adapter; else a stock LoRA.
-        distilled: from the original model; else on the next token.
-        rank: of the LoRA; None for as many parameters as the outlier adapter has.
+        title: title in the table.
+        quad: True to train on the QUAD checkpoint, False on the original model.
+        outlier: True for an outlier adapter, False for a stock LoRA.
+        distilled: True to distil from the original model, False to train on the next token.
+        rank: rank of the LoRA; None for as many parameters as the outlier adapter has.
     """
 
     title: str
@@ -46,7 +46,7 @@ def compare_tuning(original: str, checkpoint: str, steps: int) -> Iterator[dict[
     Args:
         original: folder of the original model.
         checkpoint: folder of its QUAD checkpoint.
-        steps: of 4 windows.
+        steps: number of steps, of 4 windows each.
     """
     for peer in PEERS:
         for rate in OUTLIER_RATES if peer.outlier else LORA_RATES:

@@ -91,7 +91,7 @@ def _sizes(model: str, output: Path) -> list[tuple[str, str]]:
     try:
         before = None if folder is None else read_inventory(folder)
     except (OSError, ValueError):
-        before = None  # weights that are stored twice, or unlike ours; the checkpoint is written all the same
+        before = None  # weights that are stored twice, or unlike ours; the checkpoint is complete without
     if before is not None:
         shrunk = (before.total - before.embeddings) / max(after.total - after.embeddings, 1)
         rows[1:1] = [

@@ -1,4 +1,4 @@
-"""What a command took: peak memory of this process, and where the original model lies."""
+"""What a command took: peak memory of this process, and the folder of the original model."""
 
 import sys
 from pathlib import Path

@@ -48,7 +48,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Runs `quad` and returns its exit code.
 
     Args:
-        arguments: without the program's name; those of the process by default.
+        arguments: arguments without the program's name; those of the process by default.
     """
     given = list(sys.argv[1:] if arguments is None else arguments) or ["--help"]
     debug = _DEBUG in given

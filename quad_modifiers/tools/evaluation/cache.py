@@ -1,7 +1,7 @@
-"""Results that are kept, so that an interrupted evaluation goes on where it stopped and a baseline runs once.
+"""Results that are kept, so that an interrupted evaluation resumes where it stopped and a baseline runs once.
 
 A result is kept under everything that it depends on: the content of the model's files, what was asked, the versions of
-the packages that computed. Results lie in `$QUAD_EVALUATION_CACHE`, by default `~/.cache/quad_modifiers/evaluation`.
+the packages that computed. Results are in `$QUAD_EVALUATION_CACHE`, by default `~/.cache/quad_modifiers/evaluation`.
 """
 
 import json

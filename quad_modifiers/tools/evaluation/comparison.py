@@ -36,16 +36,16 @@ def compare(task: str, run: TaskRun, baseline: TaskRun | None, seed: int = 0) ->
     """Returns a task's score and, if the original was measured, what is left of its score.
 
     Args:
-        task: its name.
-        run: of the model.
-        baseline: of the original, over the same items.
-        seed: of the bootstrap.
+        task: name of the task.
+        run: results of the model.
+        baseline: results of the original, over the same items.
+        seed: seed of the bootstrap.
 
     Returns:
         None if the task has no metric that can be compared, or its value is infinite.
 
     Raises:
-        ValueError: the two runs are not over the same items.
+        ValueError: if the two runs are not over the same items.
     """
     if run.metric is None or not run.values:
         return None
@@ -72,12 +72,12 @@ def average(runs: Sequence[TaskRun], baselines: Sequence[TaskRun] | None, seed: 
     would dominate on which the original is close to guessing.
 
     Args:
-        runs: of the model.
-        baselines: of the original, in the same order, over the same items; None if it was not measured.
-        seed: of the bootstrap.
+        runs: results of the model.
+        baselines: results of the original, in the same order, over the same items; None if not measured.
+        seed: seed of the bootstrap.
 
     Returns:
-        None if there are less than two accuracies.
+        None if there are fewer than two accuracies.
     """
     chosen = [index for index, run in enumerate(runs) if run.values and run.metric not in (None, WORD_PERPLEXITY)]
     if len(chosen) < 2:
@@ -95,7 +95,7 @@ def ratio_interval(nll: Sequence[float], baseline_nll: Sequence[float], seed: in
     Args:
         nll: mean negative log-likelihood of each window, in nats.
         baseline_nll: the same of the original.
-        seed: of the bootstrap.
+        seed: seed of the bootstrap.
     """
     if len(nll) < 2:
         return None

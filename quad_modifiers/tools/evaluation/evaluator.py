@@ -45,32 +45,32 @@ def evaluate(
 ) -> Evaluation:
     """Evaluates a model on lm-eval's tasks and its perplexity on a text.
 
-    Each finished part is kept on the disk under the content of the model's files: after an interruption the same call
-    goes on where it stopped, and a baseline is measured once. Parts of a model in memory are not kept.
+    Each finished part is kept on disk under the content of the model's files: after an interruption the same call
+    resumes where it stopped, and a baseline is measured once. Parts of a model in memory are not kept.
 
     Args:
         model: folder of a QUAD, compressed-tensors or ordinary checkpoint, a Hub id, or a loaded model.
         tasks: names of tasks, groups or tags of lm-eval, and of the offline tasks, which are the default.
         baseline: the original model, to compare with; measured after `model` has left the memory.
         limit: items of each task and windows of the text, for a quick look.
-        seed: of few-shot examples, of the choice of windows and of the bootstrap.
+        seed: seed of few-shot examples, the choice of windows and the bootstrap.
         batch_size: requests in one forward pass.
         device: "cpu", "cuda", ...; the GPU if there is one by default.
-        text: what perplexity is measured on: a text or jsonl file, "wikipedia" for held-out articles; None for none.
+        text: text for the perplexity: a text or jsonl file, "wikipedia" for held-out articles; None for none.
         window_length: tokens of a window.
-        windows: how many; by default all of a file, 40 of the articles.
+        windows: number of windows; by default all of a file, 40 of the articles.
         text_column: column of the text in a jsonl, csv or parquet file.
-        tokenizer: for models in memory, if it is not where their weights come from.
-        fresh: measure again what was kept.
+        tokenizer: tokenizer of models in memory, if it is not where their weights come from.
+        fresh: True to measure again what was kept.
 
     Returns:
         The content of evaluation.json; `quad_modifiers.records.evaluation_record.write_evaluation` writes it.
 
     Raises:
-        FileNotFoundError: no such model or text file.
-        ValueError: an unknown task (with close names), no task and no text, a limit or batch size below 1, a negative
-            seed, a text that is too short, a device that this machine does not have.
-        RuntimeError: the data of a task cannot be loaded.
+        FileNotFoundError: if there is no such model or text file.
+        ValueError: for an unknown task (with close names), no task and no text, a limit or batch size below 1, a
+            negative seed, a text that is too short, a device that this machine does not have.
+        RuntimeError: if the data of a task cannot be loaded.
     """
     for name, number in (("limit", limit), ("batch_size", batch_size), ("windows", windows)):
         if number is not None and number < 1:
@@ -107,7 +107,7 @@ class _Half:
 
 
 class _Kept:
-    """Results of one model that are kept on the disk."""
+    """Results of one model that are kept on disk."""
 
     def __init__(self, subject: Subject, seed: int, fresh: bool) -> None:
         identity = subject.identity

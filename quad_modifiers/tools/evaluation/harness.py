@@ -35,7 +35,7 @@ class LoadedTask:
     """What counts as one task, ready to be run on any number of models.
 
     Attributes:
-        name: of a task, or of a group for which lm-eval computes a score.
+        name: name of a task, or of a group for which lm-eval computes a score.
         tasks: lm-eval's task objects by name; one, unless it is a group.
         groups: lm-eval's group objects by name.
     """
@@ -58,12 +58,12 @@ def load_tasks(names: Sequence[str]) -> list[LoadedTask]:
     """Returns lm-eval's tasks by name, with their data.
 
     Args:
-        names: of tasks, groups and tags. A group for which lm-eval computes a score is one task; other groups, and
-            tags, stand for their members.
+        names: names of tasks, groups and tags. A group for which lm-eval computes a score is one task; other groups,
+            and tags, mean their members.
 
     Raises:
-        ValueError: no task is named, one is named twice, or lm-eval knows no such task (with the names that are close).
-        RuntimeError: the data of a task cannot be loaded, for want of a network for example.
+        ValueError: if no task is named, one is named twice, or lm-eval does not know it (close names follow).
+        RuntimeError: if the data of a task cannot be loaded, for example without a network.
     """
     if not names:
         raise ValueError(f"no task is named; there are {', '.join(OFFLINE_TASKS)}, and those of lm-eval")

@@ -38,7 +38,7 @@ _LINE_CHARACTERS: Range = (16, 80)
 
 
 def last_word_items() -> list[Item]:
-    """Returns passages without their last word, which stands in them before: reading the passage decides it.
+    """Returns passages without their last word, which occurs in them before: reading the passage decides it.
 
     Each item has `context` and `word`.
     """
@@ -57,7 +57,7 @@ def continuation_items() -> list[Item]:
 def code_items() -> list[Item]:
     """Returns six lines of Python with four lines to go on.
 
-    The wrong ones stand elsewhere in the same module with the same indentation. Each item has `context` (which ends
+    The wrong ones occur elsewhere in the same module with the same indentation. Each item has `context` (which ends
     with a line break), `choices` and `label`.
     """
     calibration = {tuple(window) for source in stdlib_code("calibration") for window in _line_windows(source)}
@@ -65,7 +65,7 @@ def code_items() -> list[Item]:
 
 
 def documents() -> list[Item]:
-    """Returns the first sentences of each article, up to 250 words; articles with less than 100 are left out.
+    """Returns the first sentences of each article, up to 250 words; articles with fewer than 100 are left out.
 
     Each item has `text`.
     """

@@ -36,7 +36,7 @@ class QuadLM(HFLM):
     def _create_model(self, pretrained: str, **arguments: Any) -> None:
         """Loads without the warning that the checkpoint's own quantization config, which `HFLM` passes on, is there.
 
-        Passing None instead is no way out: transformers then takes the checkpoint for an unquantized one.
+        Passing None instead would not do: transformers then takes the checkpoint for an unquantized one.
         """
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="You passed `quantization_config`")

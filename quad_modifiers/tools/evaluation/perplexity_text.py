@@ -18,12 +18,12 @@ class PerplexityText:
     """A text and how it is cut.
 
     Attributes:
-        name: for people.
+        name: name of the text for readers.
         texts: the documents, joined by blank lines.
         length: tokens of a window.
         count: windows, drawn at random; None takes all of them, in order.
-        seed: of the draw.
-        fewer: where the text has less than `count`, take all.
+        seed: seed of the draw.
+        fewer: True to take all windows of a text that has fewer than `count`.
     """
 
     name: str
@@ -37,7 +37,7 @@ class PerplexityText:
         """Returns the windows: [count, length], int64.
 
         Raises:
-            ValueError: the text is too short.
+            ValueError: if the text is too short.
         """
         seed = None if self.count is None else self.seed
         return token_windows(tokenizer, self.texts, self.length, self.count, seed=seed, fewer=self.fewer)
@@ -63,13 +63,13 @@ def perplexity_text(
             package that never calibrate.
         length: tokens of a window.
         count: windows; by default all of a file, 40 of Wikipedia.
-        limit: at most so many windows.
-        seed: of the choice of windows.
-        text_column: of a jsonl, csv or parquet file.
+        limit: largest number of windows.
+        seed: seed that chooses the windows.
+        text_column: column of the text in a jsonl, csv or parquet file.
 
     Raises:
-        FileNotFoundError: no such file.
-        ValueError: a length below 2, or an unknown format of file.
+        FileNotFoundError: if there is no such file.
+        ValueError: for a length below 2 or an unknown format of file.
     """
     if length < 2:
         raise ValueError(f"the length of a window must be at least 2 tokens, not {length}")

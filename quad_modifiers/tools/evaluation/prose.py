@@ -3,7 +3,7 @@
 import re
 
 _MARKUP = re.compile(r"[\[\]{}|<>=]|''|https?:")
-# A stop behind two lower-case letters, digits or brackets: "U.S. Army", "Dr. No" and "J. Smith" stay whole.
+# A stop after two lower-case letters, digits or brackets: "U.S. Army", "Dr. No" and "J. Smith" stay whole.
 _SENTENCE_END = re.compile(r"(?<=[a-z0-9)][a-z0-9)][.!?]) (?=[A-Z])")
 
 

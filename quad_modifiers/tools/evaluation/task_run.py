@@ -21,10 +21,10 @@ class TaskRun:
 
     Attributes:
         results: lm-eval's `results`, by task and group.
-        versions: lm-eval's `versions`: of the tasks.
+        versions: lm-eval's `versions` of the tasks.
         n_shot: lm-eval's `n-shot`.
         metric: the metric that counts, among `ACCURACIES` or `WORD_PERPLEXITY`; None if the task has none of them.
-        values: of that metric, by item; for a perplexity the log-likelihood of each document, in nats.
+        values: values of that metric, by item; for a perplexity the log-likelihood of each document, in nats.
         weights: words of each document for a perplexity, else empty.
         chance: accuracy of guessing: the mean of 1 / choices; 0 where the answer is free.
     """
@@ -43,9 +43,9 @@ def run_task(lm: Any, task: LoadedTask, limit: int | None = None, seed: int = 0)
 
     Args:
         lm: an lm-eval model.
-        task: from `load_tasks`.
+        task: task that `load_tasks` returned.
         limit: items of each task, the first ones; all by default.
-        seed: of the choice of few-shot examples and of whatever a task leaves to chance.
+        seed: seed that chooses few-shot examples and everything a task leaves to chance.
     """
     import numpy
     import torch

@@ -45,18 +45,18 @@ def perplexity(
 ) -> Perplexity:
     """Returns the perplexity of `model`, each window on its own, without context from its neighbours.
 
-    The first token of a window is given, the others are predicted. Log-softmax runs in float32 whatever the dtype of
+    The first token of a window is given, the others are predicted. Log-softmax runs in float32 for any dtype of
     the model. Two models compared on the same windows have strongly correlated errors: the error of their ratio is
     smaller than `stderr` says.
 
     Args:
-        model: a causal language model; put in evaluation mode for the duration of the call.
+        model: causal language model; it is in evaluation mode for the duration of the call.
         windows: [count, length] token ids, or a sequence of [1, length].
         batch_size: windows per forward pass.
-        progress: show a progress bar.
+        progress: True to show a progress bar.
 
     Raises:
-        ValueError: no window, fewer than two tokens a window, `batch_size` below 1, an id outside the model's
+        ValueError: for no window, fewer than two tokens a window, `batch_size` below 1, an id outside the model's
             vocabulary, or logits that are NaN or infinite.
     """
     stacked = _stack(windows)

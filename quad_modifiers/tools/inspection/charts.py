@@ -68,7 +68,7 @@ def charts(found: Inspection) -> list[Chart]:
             Chart(
                 "block-error",
                 "Each block against the original's",
-                "Error of the residual stream behind each block (accumulated), and of what the block itself adds when "
+                "Error of the residual stream after each block (accumulated), and of what the block itself adds when "
                 "it is given the original's stream, with its inputs quantized and without: the distance between the "
                 "last two is due to the inputs, the rest to the weights.",
                 partial(plots.draw_block_error, found),

@@ -44,7 +44,7 @@ def compare_checkpoints(
     baseline each checkpoint runs on a few windows beside it, one checkpoint in memory at a time.
 
     Args:
-        checkpoints: at least two folders with checkpoints, QUAD or other ones.
+        checkpoints: at least two folders with checkpoints, QUAD or other.
         output_dir: folder for the report, new or empty; None writes nothing.
         baseline: folder or Hub id of the original that all were made of.
         dataset: text to run on, as `calibration_windows` takes it; by default the half of gensim's Wikipedia articles
@@ -52,12 +52,12 @@ def compare_checkpoints(
         text_column: column of the text in `dataset`.
         eval_windows: windows of text.
         seq_length: tokens in a window.
-        seed: of the choice of windows.
+        seed: seed that chooses the windows.
 
     Raises:
-        FileExistsError: `output_dir` exists and is not empty.
-        FileNotFoundError: there is no such folder, or it holds no checkpoint.
-        ValueError: fewer than two checkpoints, one of them twice, or one that was not made of the baseline.
+        FileExistsError: if `output_dir` exists and is not empty.
+        FileNotFoundError: if there is no such folder, or it is not a checkpoint.
+        ValueError: for fewer than two checkpoints, one of them twice, or one that was not made of the baseline.
     """
     if output_dir is not None:
         from quad_modifiers.tools.inspection import compare_report  # now: it needs matplotlib

@@ -49,7 +49,7 @@ def charts(found: Comparison) -> list[Chart]:
             Chart(
                 "block-error",
                 "Error of the residual stream, by block",
-                "Squared error of the stream behind each block, against the original's on the same text and in its "
+                "Squared error of the stream after each block, against the original's on the same text and in its "
                 "basis, mean over tokens; everything before the block is quantized as well. Lower is better.",
                 partial(_blocks, found, lambda row: row.accumulated),
             ),
@@ -79,7 +79,7 @@ def comparison_page(found: Comparison, charts: Sequence[Section]) -> str:
     )
     sections = [Section("table", "Side by side", caption, table(header, rows)), *charts]
     if recipes:
-        sections.append(Section("recipes", "Recipes", "As they stand in the checkpoints.", recipes))
+        sections.append(Section("recipes", "Recipes", "As the checkpoints hold them.", recipes))
     smallest = min(found.entries, key=lambda entry: entry.total)
     cards = [(f"{smallest.total / 1e6:.1f} MB", f"smallest: {smallest.name}")]
     measured_entries = [entry for entry in found.entries if entry.loss is not None]

@@ -9,14 +9,14 @@ NUMBERS_NAME = "comparison.json"
 
 @dataclass(frozen=True)
 class Score:
-    """A result that stands in the checkpoint's evaluation.json.
+    """A result from the checkpoint's evaluation.json.
 
     Attributes:
         what: text, window length and tokens of a perplexity, or task, metric and items: only like is beside like.
-        is_perplexity: lower is better.
-        value: the result.
-        stderr: its standard error, if known.
-        baseline: the original's, if measured.
+        is_perplexity: True for a perplexity, where lower is better.
+        value: measured value.
+        stderr: standard error of `value`, if known.
+        baseline: value of the original, if measured.
         remark: "no difference seen" if the difference from the original is within its interval.
     """
 
@@ -33,17 +33,17 @@ class Entry:
     """One checkpoint.
 
     Attributes:
-        name: of its folder; unique in a comparison.
-        folder: where it lies.
-        format: what a reader needs for it.
+        name: name of the folder; unique in a comparison.
+        folder: path of the folder.
+        format: format that a reader must know.
         widths: bits such as "w4a4a8" (weights, U-type and D-type inputs), where they are uniform.
-        modifiers: of its recipe, in order; empty if it has none.
-        rank, basis: of the projection; rank 0 and None without one.
+        modifiers: modifiers of the recipe, in order; empty without a recipe.
+        rank, basis: rank and basis of the projection; 0 and None without one.
         bytes_of: size of the tensors by kind.
         scores: results that were measured before.
-        loss: against the baseline, if there is one.
-        blocks: likewise, by block.
-        recipe: text of its recipe.yaml.
+        loss: loss against the baseline, if there is one.
+        blocks: errors against the baseline by block, if there is one.
+        recipe: text of recipe.yaml.
     """
 
     name: str

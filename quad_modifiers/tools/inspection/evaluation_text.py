@@ -43,9 +43,9 @@ class TextOptions:
         """Draws the windows.
 
         Args:
-            tokenizer: of the model.
-            held_out: of the default text, measure on the held-out Wikipedia articles, because the others calibrated
-                what is measured. Of a data set of the user's, other windows are drawn than those that calibrate here.
+            tokenizer: tokenizer of the model.
+            held_out: True to measure on the held-out Wikipedia articles of the default text, because the others
+                calibrated what is measured. From the user's own data set, windows are drawn that do not calibrate here.
 
         Raises:
             ValueError: if there is not enough text.

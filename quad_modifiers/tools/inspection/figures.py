@@ -48,9 +48,9 @@ class Chart:
 
     Attributes:
         name: file name of the PNG, without its ending.
-        title: its heading.
-        caption: what it shows and what to look for.
-        draw: makes the figure.
+        title: heading above the chart.
+        caption: text that says what the chart shows and what to look for.
+        draw: function that makes the figure.
     """
 
     name: str
@@ -82,7 +82,7 @@ def draw(chart: Chart) -> Drawn:
 
 
 def _inline(svg: str, chart: Chart) -> str:
-    """Returns an SVG that can stand inside an HTML page: no prologue, no metadata, names of its own, no addresses."""
+    """Returns an SVG that can be embedded in an HTML page: no prologue, no metadata, names of its own, no addresses."""
     svg = svg[svg.index("<svg") :]
     svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.S)
     svg = re.sub(r' xmlns(:\w+)?="[^"]*"', "", svg)

@@ -42,25 +42,25 @@ def inspect_model(
         output_dir: folder for the report; new or empty.
         baseline: original of a checkpoint.
         recipe: name or path of the recipe whose projection is applied to an unquantized model; quad_w4a4 by default.
-        rank: instead of the recipe's.
+        rank: rank in place of the recipe's.
         layers: blocks whose activations are drawn; by default one at a quarter of the depth and one in the middle.
         dataset: text, as `calibration_windows` takes it; by default
             `quad_modifiers.data.calibration_texts()`, and held-out Wikipedia articles to measure a checkpoint on.
         text_column: column of the text in `dataset`.
-        samples: windows behind the spectrum and the projection.
+        samples: number of windows for the spectrum and the projection.
         eval_windows: other windows, which everything else is measured on.
         seq_length: tokens in a window.
-        seed: of the choice of windows.
+        seed: seed that chooses the windows.
 
     Returns:
         The numbers.
 
     Raises:
-        FileExistsError: `output_dir` exists and is not empty.
-        FileNotFoundError: there is no such model or recipe.
-        ValueError: the model is of no supported architecture or quantized by another method; an argument that does not
-            fit it; not enough text.
-        ModuleNotFoundError: matplotlib, or for an unquantized model llm-compressor, is not installed.
+        FileExistsError: if `output_dir` exists and is not empty.
+        FileNotFoundError: if there is no such model or recipe.
+        ValueError: if the model is of no supported architecture or quantized by another method, an argument does not
+            fit it, or there is not enough text.
+        ModuleNotFoundError: if matplotlib, or for an unquantized model llm-compressor, is not installed.
     """
     from quad_modifiers.tools.inspection.charts import charts
 
@@ -147,7 +147,7 @@ def _cards(found: Inspection) -> list[tuple[str, str]]:
 
 
 def _with_table(section: Section, found: Inspection) -> Section:
-    """Adds the numbers behind the losses, which people want to read off."""
+    """Adds the numbers of the losses, which the chart does not show exactly."""
     if section.name != "loss-parts":
         return section
     rows = [

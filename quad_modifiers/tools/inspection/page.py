@@ -1,4 +1,4 @@
-"""One HTML file that needs nothing beside itself: style and charts are inside, there is no script."""
+"""One HTML file that needs no other: style and charts are inside, there is no script."""
 
 from collections.abc import Iterable, Sequence
 from html import escape
@@ -79,10 +79,10 @@ def page(title: str, subtitle: str, cards: Sequence[tuple[str, str]], sections: 
     """Returns the page.
 
     Args:
-        title: of the page.
-        subtitle: a line under it.
-        cards: (value, what it is) of the numbers to begin with.
-        sections: in order.
+        title: title of the page.
+        subtitle: line under the title.
+        cards: (value, name) of each number at the top.
+        sections: sections of the page, in order.
     """
     listed = list(sections)
     return _PAGE.substitute(
@@ -135,5 +135,5 @@ def figure(svg: str) -> str:
 
 
 def preformatted(text: str) -> str:
-    """Returns text as it stands."""
+    """Returns text unchanged, in a fixed-width font."""
     return f"<pre>{escape(text)}</pre>"

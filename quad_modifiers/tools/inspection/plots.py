@@ -174,7 +174,7 @@ PART_TITLES = {"qkv": "q, k, v", "o": "o_proj", "gate_up": "gate, up", "down": "
 
 
 def _part_rows(found: Inspection) -> list[tuple[str, list[LossRow]]]:
-    """Returns (label, rows of both sides) for every part that is no run of blocks and not empty."""
+    """Returns (label, rows of both sides) for every part that is neither a run of blocks nor empty."""
     labelled: dict[str, list[LossRow]] = {}
     for row in found.losses:
         if row.part != "nothing" and not row.part.startswith("block"):

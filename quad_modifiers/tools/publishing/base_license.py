@@ -19,10 +19,10 @@ class License:
     """A license as the Hub's metadata name it; `name` and `link` go with the identifier "other".
 
     Attributes:
-        identifier: such as "apache-2.0".
-        name: of a license that has no identifier.
-        link: to its text.
-        source: where it was found, for people.
+        identifier: identifier of the Hub, such as "apache-2.0".
+        name: name of a license that has no identifier.
+        link: link to the text of the license.
+        source: place where the license was found, for readers.
     """
 
     identifier: str
@@ -38,8 +38,8 @@ def find_license(given: str | None, own: dict[str, Any], base_model: str | None,
     the license is "unknown".
 
     Args:
-        given: identifier by argument.
-        own: metadata of the card that lies in the folder.
+        given: identifier that the caller named.
+        own: metadata of the folder's card.
         base_model: Hub id.
         api: the Hub.
     """

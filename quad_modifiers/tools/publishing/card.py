@@ -1,6 +1,6 @@
 """The model card: README.md of a published checkpoint.
 
-A card of ours is generated as a whole. Its sections stand between markers, so that people can edit around them: later
+A card of ours is generated as a whole. Its sections are between markers, so that people can edit around them: later
 runs replace what is between the markers and nothing else. A card that somebody wrote by hand keeps its text; it gets
 the metadata that it lacks, and a section where its author put the markers of one.
 """
@@ -37,11 +37,11 @@ def build_card(
 
     Args:
         folder: the checkpoint.
-        inventory: what it holds.
-        repo_id: where it is published, "org/name".
+        inventory: content of the folder.
+        repo_id: repository on the Hub, "org/name".
         base_model: Hub id of the original model, if known.
-        license: of the original model.
-        evaluation: measured results, if there are any.
+        license: license of the original model.
+        evaluation: measured results, None without any.
 
     Raises:
         ValueError: if the card in the folder has broken metadata or markers.
@@ -143,14 +143,14 @@ def _check_markers(file: Path, text: str) -> set[str]:
     """Returns the names of the sections in a card.
 
     Raises:
-        ValueError: if a marker has no partner, stands twice, or stands inside another section.
+        ValueError: if a marker has no partner, occurs twice, or is inside another section.
     """
     found: set[str] = set()
     inside: str | None = None
     for match in _MARKER.finditer(text):
         closing, name = bool(match[1]), match[2]
         if closing != (inside is not None) or (closing and name != inside) or (not closing and name in found):
-            raise ValueError(f"{file}: the marker {match[0]} has no partner or stands twice; correct the card")
+            raise ValueError(f"{file}: the marker {match[0]} has no partner or occurs twice; correct the card")
         inside = None if closing else name
         found.add(name)
     if inside is not None:

@@ -6,17 +6,7 @@ from quad_modifiers.records.inventory import Inventory, read_inventory
 
 CARD_NAME = "README.md"
 _TOKENIZERS = ("tokenizer.json", "tokenizer.model", "spiece.model", "vocab.json")
-_EXECUTED = (
-    ".py",
-    ".pkl",
-    ".pickle",
-    ".pt",
-    ".pth",
-    ".bin",
-    ".ckpt",
-    ".so",
-    ".dll",
-)  # or may be
+_EXECUTED = (".py", ".pkl", ".pickle", ".pt", ".pth", ".bin", ".ckpt", ".so", ".dll")  # or may be
 _UNFINISHED = (".tmp", ".part", ".partial", ".incomplete", ".lock")
 
 
@@ -25,14 +15,14 @@ def check_contents(folder: Path, needs_tokenizer: bool = True) -> Inventory:
 
     Args:
         folder: a checkpoint.
-        needs_tokenizer: refuse one without a tokenizer.
+        needs_tokenizer: True to refuse a folder without a tokenizer.
 
     Returns:
         What the folder holds.
 
     Raises:
         FileNotFoundError: naming what is missing.
-        ValueError: naming the file that is damaged or does not belong into a published checkpoint.
+        ValueError: naming the file that is damaged or does not belong in a published checkpoint.
     """
     if not folder.is_dir():
         raise FileNotFoundError(f"there is no folder {folder}")
@@ -53,7 +43,7 @@ def check_contents(folder: Path, needs_tokenizer: bool = True) -> Inventory:
 
 
 def files_to_publish(folder: Path) -> list[Path]:
-    """Returns the files of a folder and its subfolders, sorted; hidden files and folders stay at home."""
+    """Returns the files of a folder and its subfolders, sorted; hidden ones are left out."""
     return sorted(
         path
         for path in folder.rglob("*")

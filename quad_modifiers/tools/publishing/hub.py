@@ -34,7 +34,7 @@ class HubError(RuntimeError):
 
 
 def check_rights(api: HfApi) -> str:
-    """Returns the name of the user behind the token, which must be allowed to write.
+    """Returns the name of the token's user; the token must be allowed to write.
 
     Raises:
         HubError: if there is no token, it is not valid, or it may only read.
@@ -75,9 +75,9 @@ def superseded_files(info: ModelInfo, names: set[str], overwrite: bool) -> list[
     """Returns the files in the repository that have to go, so that it holds one checkpoint and not two.
 
     Args:
-        info: of the repository.
+        info: metadata of the repository.
         names: paths that are about to be uploaded.
-        overwrite: replace a model that did not come from here.
+        overwrite: True to replace a model that was not published from here.
 
     Raises:
         HubError: if the repository holds another model and `overwrite` is false.
@@ -109,7 +109,7 @@ def commit(
         api: the Hub.
         repo_id: "org/name".
         folder: the checkpoint.
-        names: paths in it, which are also those in the repository.
+        names: paths of the files, in the folder as in the repository.
         superseded: paths in the repository that the commit deletes.
         revision: branch; main by default.
         message: first line of the commit message.
@@ -132,7 +132,7 @@ def hub_errors(doing: str, repo_id: str = "") -> Iterator[None]:
     try:
         yield
     except HFValidationError as error:
-        raise ValueError(f"{repo_id} is no name for a repository: {error}") from error
+        raise ValueError(f"{repo_id} is not a name for a repository: {error}") from error
     except json.JSONDecodeError as error:
         raise HubError(f"{doing} failed: the answer is not the Hub's; check HF_ENDPOINT and proxies") from error
     except (OSError, RuntimeError, httpx.HTTPError) as error:
@@ -140,7 +140,7 @@ def hub_errors(doing: str, repo_id: str = "") -> Iterator[None]:
 
 
 def _root(error: BaseException) -> BaseException:
-    """Returns the network error behind an error; huggingface_hub wraps that of a file in a RuntimeError."""
+    """Returns the network error that caused an error; huggingface_hub wraps that of a file in a RuntimeError."""
     while isinstance(error, RuntimeError) and error.__cause__ is not None:
         error = error.__cause__
     return error

@@ -24,9 +24,9 @@ class Plan:
         repo_id: "org/name".
         files: path in the repository and bytes.
         card: text of README.md.
-        license: of the base model, as far as it was found.
+        license: license of the base model, as far as it was found.
         base_model: Hub id of the original, if known.
-        impression: what a stranger's check saw; None if it was skipped.
+        impression: observations of the stranger's check; None if it was skipped.
     """
 
     repo_id: str
@@ -48,9 +48,9 @@ class Published:
 
     Attributes:
         repo_id: "org/name".
-        url: of the repository.
-        commit_url: of the commit.
-        plan: what was published.
+        url: address of the repository.
+        commit_url: address of the commit.
+        plan: plan that was carried out.
         removed: files of an earlier checkpoint that the commit deleted.
     """
 
@@ -80,10 +80,10 @@ def plan(
         folder: a checkpoint.
         repo_id: "org/name".
         base_model: Hub id of the original model; that of the card in the folder by default.
-        license: of the original, an identifier of the Hub such as "apache-2.0"; looked up by default.
-        token: for a base model that is not public.
-        check: load the checkpoint in a fresh process (`check_as_stranger`).
-        needs_tokenizer: refuse a folder without a tokenizer.
+        license: license of the original, an identifier of the Hub such as "apache-2.0"; looked up by default.
+        token: token for a base model that is not public.
+        check: True to load the checkpoint in a fresh process (`check_as_stranger`).
+        needs_tokenizer: True to refuse a folder without a tokenizer.
 
     Raises:
         FileNotFoundError, ValueError: naming what is missing, damaged or misspelt, with the remedy.
@@ -128,16 +128,16 @@ def publish(
     Args:
         folder: a checkpoint. Its README.md is written, or updated between our markers.
         repo_id: "org/name"; "name" alone means the user's own namespace.
-        private: create a private repository; refuses one that exists and is public.
+        private: True to create a private repository; one that exists and is public is refused.
         base_model: Hub id of the original model.
-        license: of the original; looked up by default.
-        token: of the Hub; by default the environment's (HF_TOKEN) or that of `hf auth login`.
+        license: license of the original; looked up by default.
+        token: token of the Hub; by default the environment's (HF_TOKEN) or that of `hf auth login`.
         revision: branch, made if it is missing; main by default.
         message: first line of the commit message.
-        check: load the checkpoint in a fresh process first.
-        overwrite: replace another model that the repository holds. A checkpoint published from here is always
+        check: True to load the checkpoint in a fresh process first.
+        overwrite: True to replace another model that the repository holds. A checkpoint published from here is always
             replaced; its weight files that are not part of the new one are deleted.
-        needs_tokenizer: refuse a folder without a tokenizer.
+        needs_tokenizer: True to refuse a folder without a tokenizer.
 
     Raises:
         FileNotFoundError, ValueError: naming what is wrong in the folder or the arguments.

@@ -31,9 +31,9 @@ def push_to_hub(
     Stands in for `PreTrainedModel.push_to_hub`, whose arguments keep their meaning.
 
     Args:
-        model: as `oneshot` returned it, or loaded from a QUAD checkpoint.
+        model: model that `oneshot` returned, or that was loaded from a QUAD checkpoint.
         repo_id: "org/name", or "name" in the user's own namespace.
-        tokenizer: by default that of the folder or repository which the model was loaded from, if it has one.
+        tokenizer: its tokenizer; by default that of the folder or repository it was loaded from, if any.
         private: as in `publish`; None is False.
         base_model: Hub id of the original; by default what `oneshot` loaded, if that was one.
         license: as in `publish`.

@@ -1,4 +1,4 @@
-"""The sections of the model card, in Markdown, from what stands in the checkpoint."""
+"""The sections of the model card, in Markdown, from the files of the checkpoint."""
 
 from pathlib import Path
 

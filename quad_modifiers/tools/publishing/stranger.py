@@ -25,7 +25,7 @@ class Impression:
         model_class: class that transformers chose.
         tensors: parameters and buffers that were checked.
         generated: continuation of a short prompt, or token ids where there is no tokenizer.
-        seconds: it took to load.
+        seconds: time that loading took.
     """
 
     model_class: str
@@ -74,7 +74,7 @@ def main() -> None:
     seen: dict[str, Any]
     try:
         seen = asdict(look(folder))
-    except Exception as error:  # whatever it is, the parent reports it
+    except Exception as error:  # the parent reports it, of any kind
         seen = {"error": " ".join(f"{type(error).__name__}: {error}".split())[:_ERROR_LENGTH]}
     report.write_text(json.dumps(seen), encoding="utf-8")
 
@@ -83,7 +83,7 @@ def look(folder: Path) -> Impression:
     """Loads the checkpoint here, checks every tensor and generates a few tokens.
 
     Raises:
-        Exception: whatever loading raises; ValueError for tensors or logits that are wrong.
+        Exception: any that loading raises; ValueError for tensors or logits that are wrong.
     """
     import time
 

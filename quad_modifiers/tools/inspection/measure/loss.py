@@ -68,8 +68,8 @@ class LossMeter:
     Args:
         decoder: with `QuadLinear` linears.
         windows: token ids, `[1, length]` each.
-        stage: noted in the rows.
-        reference: of the same windows; the model as it is now by default.
+        stage: name of the stage in the rows.
+        reference: reference on the same windows; the model as it is now by default.
     """
 
     def __init__(

@@ -25,10 +25,10 @@ class Subject:
         layers, hidden: decoder blocks, and width of the original residual stream.
         linear_parameters: weights of the decoder's linears.
         end_parameters: weights of embedding and head, each counted: a projection unties them.
-        rank, basis: of the projection; rank 0 and None without one.
-        recipe: whose projection was applied (model), or that made the checkpoint, as far as known.
+        rank, basis: rank and basis of the projection; 0 and None without one.
+        recipe: recipe whose projection was applied (model), or that made the checkpoint, if known.
         baseline: the original model of a checkpoint, if it was given.
-        input_bits: by group, of the checkpoint's inputs; None where they are not quantized. Empty for a model.
+        input_bits: bits of the checkpoint's inputs by group; None where they are not quantized. Empty for a model.
     """
 
     name: str
@@ -50,12 +50,12 @@ class Settings:
     """How it was measured; enough to measure it again.
 
     Attributes:
-        text: where the text comes from.
-        calibration_windows: windows behind the spectrum and the projection.
+        text: origin of the text.
+        calibration_windows: number of windows for the spectrum and the projection.
         measured_windows: other windows, for everything else.
         window_length: tokens of each.
-        seed: of the choice of windows.
-        versions: of the packages that matter.
+        seed: seed that chose the windows.
+        versions: versions of the packages that matter.
         machine: processor or GPU.
     """
 
@@ -74,7 +74,7 @@ class Spectrum:
 
     Attributes:
         energy: share of each eigen-direction, falling, sums to 1; `[hidden]`.
-        tokens: tokens behind it, both norms of a block counted apart.
+        tokens: number of tokens measured, both norms of a block counted apart.
         errors: U-type input error at 4 bits by outlier rank, on other text than the spectrum.
     """
 
@@ -128,7 +128,7 @@ class Surface:
 
     Attributes:
         outliers: the columns that stay in full precision, which are the first ones.
-        tokens, channels: what the rows and columns stand for in all.
+        tokens, channels: numbers of tokens and channels that the rows and columns cover.
         values: `[rows][columns]`.
     """
 
@@ -146,9 +146,9 @@ class LossRow:
     """The model with one part quantized and the rest as it was.
 
     Attributes:
-        part: what is quantized: a group, a role, "blocks 4-5", "all", or "nothing".
+        part: quantized part: a group, a role, "blocks 4-5", "all", or "nothing".
         quantized: inputs, weights (rounded to nearest with clip search), or both.
-        bits: of it, such as "4" or "U 4, D 8".
+        bits: bits of the part, such as "4" or "U 4, D 8".
         divergence: KL divergence of the next token's distribution from the reference's, mean over tokens, nats. It is
             what `loss` would come to on text that the reference wrote itself, and needs far less text to settle.
         loss: mean negative log-likelihood of a token less that of the reference, nats.
@@ -171,7 +171,7 @@ class BlockRow:
     """One block of a checkpoint against the same block of the original, in the original's basis, mean over tokens.
 
     Attributes:
-        accumulated: error of the residual stream behind the block, everything before quantized as well.
+        accumulated: error of the residual stream after the block, everything before quantized as well.
         alone: error of what the block adds to the stream, given the original's stream as input.
         alone_weights: the same with inputs unquantized.
     """
@@ -187,11 +187,11 @@ class Rule:
     """One rule of the recommendation and what it came to.
 
     Attributes:
-        number: as docs/guide/inspection.md numbers them, "R1".
-        question: what it decides.
+        number: number of the rule in docs/guide/inspection.md, such as "R1".
+        question: question that the rule decides.
         measured: the numbers that it looked at, in words.
         rule: the rule itself, its threshold included.
-        answer: what follows.
+        answer: conclusion from the numbers.
     """
 
     number: str
@@ -217,9 +217,9 @@ class Inspection:
     """Everything that was measured; see the classes of the parts.
 
     Attributes:
-        reference: what the losses are against, in words. The single inputs of a checkpoint are against the checkpoint
-            with unquantized inputs.
-        reference_perplexity: its perplexity.
+        reference: model that the losses are against, in words. The single inputs of a checkpoint are against the
+            checkpoint with unquantized inputs.
+        reference_perplexity: perplexity of the reference.
     """
 
     subject: Subject

@@ -9,7 +9,7 @@ from quad_modifiers.tools.inspection.measure.groups import INPUT_GRIDS
 from quad_modifiers.tools.inspection.measure.results import Spectrum
 from quad_modifiers.tools.inspection.measure.watch import watching
 
-_TOKENS_PER_NORM = 64  # of the sample behind the errors by rank
+_TOKENS_PER_NORM = 64  # in the sample for the errors by rank
 
 
 def measure_spectrum(
@@ -63,7 +63,7 @@ def errors_by_rank(gram: torch.Tensor, sample: torch.Tensor, ranks: list[int]) -
     Args:
         gram: second moment that the outlier directions come from, `[d, d]`.
         sample: normalized stream, `[n, d]`, float32.
-        ranks: each smaller than d.
+        ranks: ranks to try, each smaller than d.
     """
     size = len(gram)
     vectors, _ = outlier_basis(gram, max(ranks))

@@ -17,7 +17,7 @@ from quad_modifiers.model.decoder import Decoder
 from quad_modifiers.tools.inspection.measure.loss import unquantized_inputs
 from quad_modifiers.tools.inspection.measure.results import BlockRow
 
-_ROWS_PER_COORDINATE = 4  # embeddings behind the fit
+_ROWS_PER_COORDINATE = 4  # embeddings in the fit
 _MAX_UNEXPLAINED = 0.02  # 8-bit embeddings leave 1e-4, an unrelated model most of it
 
 
@@ -26,8 +26,8 @@ class StreamMap:
     """The change of basis of the residual stream.
 
     Attributes:
-        there: `[d, width]`, from the original's stream to the other's.
-        back: `[width, d]`, its pseudo-inverse.
+        there: map from the original's stream to the other's, `[d, width]`.
+        back: pseudo-inverse of `there`, `[width, d]`.
     """
 
     there: torch.Tensor
@@ -101,12 +101,12 @@ def _streams(
     back: torch.Tensor | None = None,
     lead: tuple[list[torch.Tensor], torch.Tensor] | None = None,
 ) -> list[torch.Tensor]:
-    """Returns the stream before the first block and behind every block, `[tokens, d]`, float32.
+    """Returns the stream before the first block and after every block, `[tokens, d]`, float32.
 
     Args:
         decoder: the model as it runs.
         window: token ids, `[1, length]`.
-        back: applied to every stream.
+        back: map applied to every stream.
         lead: the original's streams and the map from them: every block gets the original's stream as its input.
     """
     streams: list[torch.Tensor] = []

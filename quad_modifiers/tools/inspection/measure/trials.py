@@ -18,7 +18,7 @@ class Trial:
     """One part to quantize.
 
     Attributes:
-        part, quantized, bits: as in `LossRow`.
+        part, quantized, bits: fields of the `LossRow`.
         inputs: bits of the input by linear.
         weights: linears whose weights are rounded.
     """
@@ -90,7 +90,7 @@ def _layers(linears: Linears) -> int:
 
 
 def slices(layers: int) -> list[tuple[int, int]]:
-    """Returns (first, behind the last) of runs of blocks of one length; the last may be shorter."""
+    """Returns (first, last + 1) of runs of blocks of one length; the last may be shorter."""
     length = -(-layers // MAX_SLICES)
     return [(start, min(start + length, layers)) for start in range(0, layers, length)]
 

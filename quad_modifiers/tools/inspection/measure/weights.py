@@ -40,8 +40,8 @@ def measure_weights(decoder: Decoder, window: torch.Tensor, rounded: RoundedWeig
     Args:
         decoder: with unquantized `QuadLinear` linears.
         window: token ids, `[1, length]`.
-        rounded: finds the scales, and keeps them for later.
-        stage: noted in the rows.
+        rounded: object that finds the scales, and keeps them for later.
+        stage: name of the stage in the rows.
     """
     rows: list[WeightRow] = []
 
