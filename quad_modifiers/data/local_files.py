@@ -93,7 +93,7 @@ def _table_texts(path: Path, loader: str, text_column: str) -> list[str]:
         ) from error
     try:
         table = load_dataset(loader, data_files=str(path), split="train")
-    except Exception as error:  # pandas and pyarrow have many ways to fail; `datasets` hides them behind its own
+    except Exception as error:  # pandas and pyarrow have many ways to fail; `datasets` wraps them in its own
         reason = str(error.__cause__ or error).partition("\n")[0]
         raise ValueError(f"{path} cannot be read as {loader} ({reason}); correct the file") from error
     check_column(text_column, table.column_names, str(path))

@@ -153,7 +153,7 @@ def _instantiate(entry: ModifierEntry, manager: QuadPluginManager) -> "tuple[Mod
 
 
 def _modifier_class(name: str, manager: QuadPluginManager) -> "type[Modifier]":
-    """Returns the class behind a name, found in llm-compressor's order: registered, then its own."""
+    """Returns the class of a name, found in llm-compressor's order: registered, then its own."""
     contributed = modifier_paths(manager)
     if name in contributed:
         return load_modifier(name, manager)

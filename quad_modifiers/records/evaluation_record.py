@@ -85,7 +85,7 @@ class Comparison(_Strict):
 
 TaskResults = dict[str, dict[str, float | str | dict[str, float] | None]]
 """lm-eval's `results`: by task, then by "metric,filter", with "metric_stderr,filter" beside it. Keys without a comma,
-such as "alias" and "sample_len", are no metrics."""
+such as "alias" and "sample_len", are not metrics."""
 
 
 class Evaluation(_Strict):

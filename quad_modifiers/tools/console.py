@@ -38,7 +38,7 @@ def print_table(header: Sequence[str], rows: Iterable[Sequence[str]], title: str
     for name in header:
         table.add_column(Text(name), overflow="fold")
     for row in rows:
-        table.add_row(*(Text(cell) for cell in row))  # Text: brackets are no markup
+        table.add_row(*(Text(cell) for cell in row))  # Text: brackets are not markup
     console().print(table)
 
 

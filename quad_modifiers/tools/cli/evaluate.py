@@ -78,7 +78,7 @@ def evaluate(
 ) -> None:
     """Measure a model and, with --baseline, what is left of the original's scores.
 
-    The two run one after the other. Finished parts are kept: after an interruption the same command goes on where it
+    The two run one after the other. Finished parts are kept: after an interruption the same command resumes where it
     stopped, and a baseline is measured once. Progress goes to stderr, the table to stdout.
     """
     from quad_modifiers.records.evaluation_record import write_evaluation

@@ -87,7 +87,7 @@ def finetune(
         ),
     ] = None,
     report_to: Annotated[
-        list[str] | None, typer.Option(help="Integrations of transformers, such as tensorboard; may stand repeatedly.")
+        list[str] | None, typer.Option(help="Integrations of transformers, such as tensorboard; may be repeated.")
     ] = None,
     resume: Annotated[
         bool, typer.Option("--resume", help="Go on with an interrupted run of the same settings.")

@@ -57,7 +57,7 @@ def inspect(
             show_default=False,
         ),
     ] = None,
-    samples: Annotated[int, typer.Option(min=1, help="Windows of text behind spectrum and projection.")] = 16,
+    samples: Annotated[int, typer.Option(min=1, help="Windows of text for spectrum and projection.")] = 16,
     eval_windows: Annotated[int, typer.Option(min=1, help="Other windows, for everything else.")] = 4,
     seq_length: SeqLength = 512,
     seed: Seed = 0,

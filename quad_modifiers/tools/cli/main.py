@@ -39,7 +39,7 @@ def _root(
     version: Annotated[
         bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Print the version and stop.")
     ] = False,
-    debug: Annotated[bool, typer.Option(_DEBUG, help="Show the traceback of an error. May stand anywhere.")] = False,
+    debug: Annotated[bool, typer.Option(_DEBUG, help="Show the traceback of an error. May be given anywhere.")] = False,
 ) -> None:
     """Options of `quad` itself; `main` acts on --debug."""
 

@@ -52,7 +52,7 @@ def publish(
     """Publish a checkpoint on the Hugging Face Hub.
 
     Checks the folder and loads it in a fresh process, writes the model card (README.md; one that you wrote is kept),
-    and uploads everything in one commit. After an interruption the same command goes on where it stopped.
+    and uploads everything in one commit. After an interruption the same command resumes where it stopped.
     """
     from quad_modifiers.tools import publishing
 

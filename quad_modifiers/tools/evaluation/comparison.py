@@ -66,7 +66,7 @@ def compare(task: str, run: TaskRun, baseline: TaskRun | None, seed: int = 0) ->
 
 
 def average(runs: Sequence[TaskRun], baselines: Sequence[TaskRun] | None, seed: int = 0) -> Comparison | None:
-    """Returns the mean over the accuracies among some tasks, each task counting alike whatever its number of items.
+    """Returns the mean over the accuracies among some tasks, each task counting alike for any number of items.
 
     The percentages are those of the mean score, (mean of s) / (mean of b), and not means of percentages, which a task
     would dominate on which the original is close to guessing.

@@ -39,7 +39,7 @@ def charts(found: Inspection) -> list[Chart]:
             "input-error",
             "Error of quantized inputs, by block",
             f"Squared error of each token's input over its energy, {sides}, at 4 and at 8 bits. Lower is better; a "
-            "factor of 256 lies between 4 and 8 bits where no outlier stretches the grid. Blocks that stick out are "
+            "factor of 256 separates 4 and 8 bits where no outlier stretches the grid. Blocks that stick out are "
             "the ones to look at.",
             partial(plots.draw_input_error, found),
         ),

@@ -172,7 +172,7 @@ def _recommendation(found: Recommendation) -> Section:
     return Section(
         "recommendation",
         "Recommendation",
-        "Every line is a rule with fixed thresholds, applied to the numbers above, which a few windows are behind; "
+        "Every line is a rule with fixed thresholds, applied to the numbers above, which come from a few windows; "
         "docs/guide/inspection.md gives the reasons. Whether it holds, quad eval tells after compressing.",
         callout(answer) + table(("rule", "question", "measured", "rule", "answer"), rows),
     )

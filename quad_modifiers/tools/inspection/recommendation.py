@@ -10,7 +10,7 @@ from typing import NamedTuple
 from quad_modifiers.model.architecture import dense_block
 from quad_modifiers.tools.inspection.measure.results import Inspection, Recommendation, Rule
 
-USEFUL_PROJECTION = 0.5  # share of the loss of 4-bit inputs that it must take away
+USEFUL_PROJECTION = 0.5  # share of the loss of 4-bit inputs that it must remove
 RANK_BUDGET = 0.05  # nats that 4-bit U-type inputs may lose before more rank is bought
 MOST_RANK = 8  # at most hidden / 8: then outlier weights take half of what the 4-bit ones take
 U_BUDGET = 0.10  # nats that 4-bit U-type inputs may lose before they get 8 bits

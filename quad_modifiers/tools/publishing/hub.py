@@ -1,7 +1,7 @@
 """The Hub: rights, repository, one commit. Every failure becomes a `HubError` of one line with the remedy.
 
 Why one commit through `create_commit`, and not `upload_folder` or `upload_large_folder`: nobody ever sees half of a
-checkpoint, weight files of an earlier version go away in the same step, and nothing is left to resume but the
+checkpoint, weight files of an earlier version disappear in the same step, and nothing is left to resume but the
 transfers themselves. Those resume either way: with hf-xet (which huggingface_hub prefers) chunks that the storage has
 are not sent again, without it whole files are not. `upload_large_folder` is deprecated, and `upload_folder` may split
 into several commits.
