@@ -1,7 +1,7 @@
 """Bases of the residual stream: the outlier subspace first, a rotation of what is left after it.
 
 With P the top-r eigenvectors of the activation Gram matrix (QUAD, arXiv 2503.19353, section 3), activations x become
-x Q and weights W (out x in) become W Q, which leaves W x unchanged because Q Q^T = I. The derivations stand in
+x Q and weights W (out x in) become W Q, which leaves W x unchanged because Q Q^T = I. The derivations are in
 docs/concepts/projection.md.
 """
 

@@ -8,12 +8,12 @@ _BLOCK = 256  # columns per product
 class StreamingGram:
     """Accumulates X^T X over chunks of activations; the chunking does not change the result.
 
-    Every token counts once, whatever batch it came in (QUAD, section 3.1, uses the Gram matrix of all calibration
+    Every token counts once, in any batch (QUAD, section 3.1, uses the Gram matrix of all calibration
     tokens).
 
     Args:
         size: number of coordinates d.
-        device: where the sum is kept.
+        device: device of the sum.
     """
 
     def __init__(self, size: int, device: torch.device | str = "cpu") -> None:
