@@ -102,10 +102,10 @@ def quantize_columns(
         weight: `[out, n]`, float32, columns [quantized | full precision].
         hessian: `[n, n]`, mean of x x^T over the inputs that the runtime will see, float32 or float64.
         quantized: number of leading columns to round.
-        scales: per group of the quantized columns, `[out, groups]`.
+        scales: scales per group of the quantized columns, `[out, groups]`.
         grid: the integer grid.
         damping: initial fraction of the mean diagonal added to the Hessian.
-        activation_order: process columns by falling Hessian diagonal; groups keep their place (static groups).
+        activation_order: True to process columns by falling Hessian diagonal; groups keep their place (static groups).
         block_size: columns whose mutual updates are done at once.
         sweeps: coordinate-descent sweeps after GPTQ.
 

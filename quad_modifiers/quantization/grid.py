@@ -14,7 +14,7 @@ class IntegerGrid:
     """What a weight is rounded to.
 
     Attributes:
-        bits: 2 to 8.
+        bits: bits of an integer, 2 to 8.
         group_size: input coordinates per scale, None for one scale per output channel.
         symmetric: False adds an integer zero point per scale.
     """

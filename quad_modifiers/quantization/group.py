@@ -82,7 +82,7 @@ class LinearReport:
     """What the quantization of one group of linears did.
 
     Attributes:
-        name: the linears.
+        name: names of the linears.
         error: expected squared output error over expected squared output.
         damping: damping used, as a fraction of the mean residual diagonal.
         attempts: Cholesky factorizations tried, 0 for RTN.
@@ -113,11 +113,11 @@ def quantize_group(
     goes on with them in float32; the integers themselves are returned.
 
     Args:
-        linears: in float32.
-        moments: of their common input; None for RTN.
-        settings: how to quantize.
+        linears: linears of the group, in float32.
+        moments: moments of their common input; None for RTN.
+        settings: settings of the quantization.
         scale_dtype: storage dtype of the scales.
-        name: for errors and the report.
+        name: name of the group, for errors and the report.
 
     Returns:
         The quantized weight of each linear, its scales in `scale_dtype`, and what the quantization did.
