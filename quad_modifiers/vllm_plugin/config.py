@@ -18,7 +18,7 @@ class QuadConfig(QuantizationConfig):
     """`quantization_config` of a QUAD checkpoint.
 
     Args:
-        quad: its checked `quad` section.
+        quad: checked `quad` section of the config.
     """
 
     def __init__(self, quad: QuadFormat) -> None:

@@ -20,7 +20,7 @@ class Rows:
     Attributes:
         start: first row in the checkpoint's tensor.
         count: number of rows.
-        offset: where they go in the layer's tensor.
+        offset: first row in the layer's tensor.
     """
 
     start: int
@@ -74,9 +74,9 @@ def column_parallel_rows(
     A member with fewer heads than ranks is replicated: `ranks * partition / out_features` neighbours hold equal rows.
 
     Args:
-        out_features: of each member, from the checkpoint.
-        partition_sizes: of each member on one rank, from vLLM.
-        rank: of this process.
+        out_features: output width of each member, from the checkpoint.
+        partition_sizes: output width of each member on one rank, from vLLM.
+        rank: tensor-parallel rank of this process.
         ranks: number of tensor-parallel ranks.
         prefix: path of the layer, for messages.
 

@@ -33,7 +33,7 @@ class QuadLinearMethod(LinearMethodBase):
 
     Args:
         linear: format that all members share.
-        out_features: of each member.
+        out_features: output width of each member.
         prefix: path of the layer, for messages.
     """
 

@@ -23,7 +23,7 @@ def checked_tensors(
         dtype: dtype of the model that is being loaded.
 
     Raises:
-        ValueError: when the stream cannot be read, or at its end, naming tensors that are missing, surplus or damaged.
+        ValueError: if the stream cannot be read, or at its end, naming tensors that are missing, surplus or damaged.
     """
     missing, problems = set(expected), []
     for name, tensor in _readable(tensors):
