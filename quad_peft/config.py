@@ -26,10 +26,10 @@ class OutlierLoraConfig(LoraConfig):
     are refused.
 
     Args:
-        r: 0 takes the rank of each role from the model; another number must be the model's.
-        train_weight_scales: also trains a change of the residual weights' scales. Such an adapter is no LoRA any more:
-            it can be merged, but vLLM does not serve it.
-        base_fingerprint: of the checkpoint that the adapter belongs to; filled in by the model.
+        r: rank, which must be the model's; 0 takes the rank of each role from the model.
+        train_weight_scales: True to train also a change of the residual weights' scales. Such an adapter is no
+            longer a LoRA: it can be merged, but vLLM does not serve it.
+        base_fingerprint: fingerprint of the adapter's checkpoint; filled in by the model.
 
     Raises:
         ValueError: for a field of `LoraConfig` that an outlier adapter cannot honour.

@@ -1,6 +1,6 @@
 """Gives the outlier coordinates of a layer like weight in training.
 
-They are principal directions, so their magnitudes differ tenfold. Adam moves every number of B alike, whatever its
+They are principal directions, so their magnitudes differ tenfold. Adam moves every number of B alike, regardless of its
 input is: without this, the largest coordinates would take most of the change, and most of the noise of small batches.
 """
 
@@ -25,9 +25,9 @@ def equalize_outliers(model: nn.Module, samples: Iterable[torch.Tensor], adapter
     still a LoRA: A holds the scales.
 
     Args:
-        model: with a fresh outlier adapter; other models and adapters are left as they are.
+        model: model with a fresh outlier adapter; other models and adapters are left as they are.
         samples: token ids `[tokens]`; a few hundred tokens are enough.
-        adapter_name: of the adapter.
+        adapter_name: name of the adapter.
 
     Raises:
         ValueError: if the adapter is trained already: other scales would change what it does.

@@ -21,11 +21,11 @@ class QuadLoraLayer(nn.Module, LoraLayer):
     the residual weight; both changes are added before the layer runs. Any other LoRA adds `B A x` to the result.
 
     Args:
-        base_layer: the layer; its own parameters stay as they are.
+        base_layer: layer to adapt; its own parameters stay as they are.
         adapter_name: name of the first adapter.
-        config: of that adapter.
-        r: its rank.
-        lora_alpha: its alpha.
+        config: config of that adapter.
+        r: rank of the adapter.
+        lora_alpha: alpha of the adapter.
 
     Raises:
         ValueError: if the rank of an outlier adapter is not that of the layer.
@@ -99,8 +99,8 @@ class QuadLoraLayer(nn.Module, LoraLayer):
         """Adds adapters to the outlier weight and the weight scales; the 4-bit weight stays as it is.
 
         Args:
-            safe_merge: check the result for NaN first.
-            adapter_names: the active ones by default.
+            safe_merge: True to check the result for NaN first.
+            adapter_names: adapters to merge; the active ones by default.
 
         Raises:
             ValueError: for an adapter that changes more than the outlier weight, or with `safe_merge` NaN.

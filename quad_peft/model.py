@@ -24,12 +24,12 @@ def get_outlier_model(
     The result is a stock `PeftModel`; it works with `Trainer` and saves a PEFT LoRA folder.
 
     Args:
-        model: a QUAD checkpoint loaded with `AutoModelForCausalLM`.
-        config: all outlier weights by default. It is not changed.
+        model: QUAD checkpoint loaded with `AutoModelForCausalLM`.
+        config: config of the adapter; all outlier weights by default. It is not changed.
         adapter_name: name of the adapter.
 
     Raises:
-        ValueError: if the model is no QUAD checkpoint, or has no outlier weights.
+        ValueError: if the model is not a QUAD checkpoint, or has no outlier weights.
     """
     if not any(isinstance(module, QuadLinear) for module in model.modules()):
         raise ValueError(

@@ -43,13 +43,13 @@ class OutlierLoRA(QuadModifier):
         loss: "distillation" towards the original model, or "next_token".
         epochs: passes over the samples.
         batch_size: samples in a step.
-        learning_rate: largest one; AdamW, cosine.
+        learning_rate: largest learning rate; AdamW, cosine.
         warmup: share of the steps in which the learning rate rises.
-        temperature: of the distillation.
+        temperature: temperature of the distillation.
         validation: share of the calibration samples that is held back to choose the best state.
-        train_weight_scales: train the scales of the quantized weights too.
-        gradient_checkpointing: less memory, more time.
-        seed: of the order of the samples.
+        train_weight_scales: True to train the scales of the quantized weights too.
+        gradient_checkpointing: True for less memory and more time.
+        seed: seed that orders the samples.
     """
 
     recipe_role: ClassVar[str | None] = "tune"

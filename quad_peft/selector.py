@@ -13,11 +13,11 @@ class OutlierSelector(nn.Module):
     The dense weight exists only where others ask for it: in the state dict, and so in the saved adapter.
 
     Args:
-        split: of the layer's input; `split.rank` must not be 0.
-        lora_b: the adapter's B, whose dtype and device A shares.
+        split: split of the layer's input; `split.rank` must not be 0.
+        lora_b: matrix B of the adapter, whose dtype and device A shares.
 
     Attributes:
-        scale: the numbers, `[rank]`, float32 on the CPU: ones, or the powers of two of `equalize_outliers`.
+        scale: number in each row of A, `[rank]`, float32 on the CPU: ones, or the powers of two of `equalize_outliers`.
     """
 
     def __init__(self, split: InputSplit, lora_b: nn.Linear) -> None:

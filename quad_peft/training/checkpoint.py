@@ -21,13 +21,13 @@ def merge(checkpoint: str | Path, adapter: str | Path, output: str | Path) -> No
 
     Args:
         checkpoint: folder or Hub id of the QUAD checkpoint that the adapter was trained on.
-        adapter: its folder.
-        output: must not exist or be empty.
+        adapter: folder of the adapter.
+        output: folder that must not exist or be empty.
 
     Raises:
         FileExistsError: if `output` is not empty.
         FileNotFoundError: if one of the two is not there.
-        ValueError: if the checkpoint is no QUAD checkpoint, or the adapter belongs to another one.
+        ValueError: if the checkpoint is not a QUAD checkpoint, or the adapter belongs to another one.
     """
     from peft import PeftModel
 

@@ -12,8 +12,8 @@ def write_curve(history: list[dict[str, Any]], folder: Path, loss: str) -> None:
 
     Args:
         history: log entries of the Trainer.
-        folder: to write to.
-        loss: what is minimized, for the axis.
+        folder: folder to write to.
+        loss: name of the minimized loss, for the axis.
     """
     training = [[entry["step"], entry["loss"]] for entry in history if "loss" in entry]
     validation = [[entry["step"], entry["eval_loss"]] for entry in history if "eval_loss" in entry]

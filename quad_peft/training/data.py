@@ -1,4 +1,4 @@
-"""Token samples to train and to validate on, from whatever text the user has."""
+"""Token samples to train and to validate on, from text of any kind."""
 
 from __future__ import annotations
 
@@ -32,8 +32,8 @@ class TrainingData:
 
     Attributes:
         samples: `[tokens]` each, int64, on the CPU.
-        validation: how many of them, the last ones, are never trained on.
-        source: what they were made from, for people.
+        validation: number of samples, the last ones, that are never trained on.
+        source: name of the text, for readers.
     """
 
     samples: list[torch.Tensor]
@@ -119,22 +119,22 @@ def training_data(
             or folder; a Dataset or DatasetDict with a text column or `input_ids`; a list of strings; token ids,
             `[tokens]`, which are cut into windows, `[samples, tokens]` or a list of `[tokens]`; or a DataLoader of
             dicts with `input_ids`.
-        tokenizer: of the model; not needed for token ids.
+        tokenizer: tokenizer of the model; not needed for token ids.
         length: tokens in a sample, at most.
-        samples: at most so many, drawn at random, of a DataLoader the first ones; all by default.
-        packed: one stream of all documents cut into windows of exactly `length`; otherwise one sample for each
+        samples: largest number of samples, drawn at random, or the first of a DataLoader; all by default.
+        packed: True to cut one stream of all documents into windows of exactly `length`; otherwise one sample for each
             document, cut at `length`.
         validation: share of the samples to validate on: the last ones of the text, at least one.
         text_column: field or column of the text.
-        split: of a `datasets` name or a DatasetDict; "train" or "calibration" or the only one by default.
+        split: split of a `datasets` name or a DatasetDict; "train" or "calibration" or the only one by default.
         dataset_config: configuration of a `datasets` name.
-        seed: of the draw.
+        seed: seed of the draw.
 
     Raises:
-        FileNotFoundError: no such file.
-        ImportError: the package `datasets` is needed and missing.
-        TypeError: `source` is of no kind listed, or holds something else than text or token ids.
-        ValueError: no text, no such column or split (those there are named), or less than two samples.
+        FileNotFoundError: if there is no such file.
+        ImportError: if the package `datasets` is needed and missing.
+        TypeError: if `source` is of no kind listed, or holds something other than text or token ids.
+        ValueError: for no text, no such column or split (those there are named), or fewer than two samples.
     """
     if not 0 < validation < 1:
         raise ValueError(f"validation ({validation}) is a share of the samples, above 0 and below 1")

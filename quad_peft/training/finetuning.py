@@ -30,8 +30,8 @@ class FinetuneResult:
     """What `finetune` made.
 
     Attributes:
-        adapter: the folder.
-        record: its `tuning.json`.
+        adapter: folder of the adapter.
+        record: content of its `tuning.json`.
         is_main_process: False in the processes of `accelerate launch` that wrote nothing.
     """
 
@@ -71,24 +71,24 @@ def finetune(
         output: folder for the adapter; must not exist or be empty.
         data: see `training_data`; Wikipedia articles and Python code by default.
         original: folder or Hub id of the original model, or the model.
-        settings: of the training.
+        settings: settings of the training.
         length: tokens in a sample.
-        samples: at most so many; all by default.
-        packed: windows of one stream of text; False makes one padded sample of each document.
+        samples: largest number of samples; all by default.
+        packed: True for windows of one stream of text; False makes one padded sample of each document.
         validation: share of the samples that is held back for evaluation during the training.
         text_column: field or column of the text.
-        split: of a `datasets` name or a DatasetDict.
+        split: split of a `datasets` name or a DatasetDict.
         dataset_config: configuration of a `datasets` name.
-        train_weight_scales: the scales of the 4-bit weights too. Such an adapter can be merged, but is no LoRA.
+        train_weight_scales: True to train the weights' scales too. Such an adapter can be merged, but is not a LoRA.
         teacher_cache: folder for the original model's hidden states; computed once, then the model is not needed in
             memory. By default they are computed as they are needed.
-        resume: go on with an interrupted run of the same settings, if there is one.
+        resume: True to continue an interrupted run of the same settings, if there is one.
 
     Raises:
-        FileExistsError: if `output` is not empty, or an unfinished run lies beside it and `resume` is not set.
+        FileExistsError: if `output` is not empty, or an unfinished run is beside it and `resume` is not set.
         FileNotFoundError, TypeError, ImportError: for `checkpoint` and `data` that cannot be used.
-        ValueError: if the checkpoint is no QUAD checkpoint or has rank 0; if the unfinished run had other settings; for
-            data without text.
+        ValueError: if the checkpoint is not a QUAD checkpoint or has rank 0; if the unfinished run had other settings;
+            for data without text.
         NonFiniteError: if the loss becomes NaN, naming the step and where the last good state is.
     """
     from quad_peft import OutlierLoraConfig, get_outlier_model
@@ -126,16 +126,16 @@ class _Run:
     """One run and the folder that its states are kept in until it is done.
 
     Args:
-        model: a `PeftModel` with an outlier adapter.
-        data: its samples.
+        model: `PeftModel` with an outlier adapter.
+        data: samples to train and to validate on.
         output: folder for the adapter.
-        settings: of the training.
+        settings: settings of the training.
         train_weight_scales: whether the adapter has the scales too.
         original: folder or Hub id of the original model, or the model; None trains on the next token.
         teacher_cache: folder for its hidden states, if they are to be cached.
 
     Raises:
-        ValueError: the launcher started processes that do not know of each other.
+        ValueError: if the launcher started processes that do not know of each other.
     """
 
     def __init__(
@@ -162,7 +162,7 @@ class _Run:
         return bool(self.arguments.process_index == 0)
 
     def identity(self) -> dict[str, Any]:
-        """What an interrupted run and the one that goes on with it must have in common."""
+        """What an interrupted run and the one that resumes it must have in common."""
         return {
             "checkpoint": self.model.peft_config["default"].base_fingerprint,
             "original": self.original_name,

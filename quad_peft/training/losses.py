@@ -34,11 +34,11 @@ def distillation_loss(
 
     Args:
         student_hidden: input of the student's head, `[..., student_width]`.
-        student_head: frozen; receives no gradient.
+        student_head: frozen head; receives no gradient.
         teacher_hidden: input of the teacher's head, `[..., teacher_width]`; the widths may differ.
-        teacher_head: of the same vocabulary.
+        teacher_head: head with the same vocabulary.
         mask: `[...]`, bool, False for padding; all positions count by default.
-        temperature: divides the logits of both.
+        temperature: number that divides the logits of both.
         chunk: positions at a time; as many as fit into 64 MiB of float32 by default.
     """
     student, teacher = _rows(student_hidden, mask), _rows(teacher_hidden, mask)
@@ -60,7 +60,7 @@ def next_token_loss(
 
     Args:
         hidden: input of the head, `[..., width]`.
-        head: frozen; receives no gradient.
+        head: frozen head; receives no gradient.
         targets: `[...]`, the token that follows each position (`shifted`), `IGNORED` where none counts.
         chunk: see `distillation_loss`.
     """
@@ -88,7 +88,7 @@ def shifted(labels: torch.Tensor) -> torch.Tensor:
 def without_head(model: Any) -> Iterator[nn.Module]:
     """Makes a causal language model return the input of its head as `logits`, and yields the head.
 
-    Works through whatever wraps the model (PEFT, DistributedDataParallel), whose forward pass runs as usual.
+    Works through anything that wraps the model (PEFT, DistributedDataParallel), whose forward pass runs as usual.
     """
     head = model.get_output_embeddings()
     own = head.__dict__.get("forward")

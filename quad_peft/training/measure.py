@@ -18,9 +18,9 @@ class Quality(NamedTuple):
     """Means over all positions of the validation samples.
 
     Attributes:
-        perplexity: of the model.
+        perplexity: perplexity of the model.
         divergence: KL(original || model) in nats, None without an original.
-        original_perplexity: of the original, None without one.
+        original_perplexity: perplexity of the original, None without one.
     """
 
     perplexity: float

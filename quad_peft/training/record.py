@@ -21,12 +21,12 @@ def tuning_record(
     """Returns the record.
 
     Args:
-        outcome: of the run.
-        data: it was trained on.
-        settings: of the run.
+        outcome: outcome of the run.
+        data: samples that were trained on.
+        settings: settings of the run.
         original: name of the original model; None if the loss was that of the next token.
         train_weight_scales: whether the scales were trained too.
-        processes: that shared the batches.
+        processes: number of processes that shared the batches.
     """
     trained = data.samples[: len(data.samples) - data.validation]
     return Tuning(
@@ -53,7 +53,7 @@ def tuning_record(
 
 
 def model_name(model: Any) -> str:
-    """Returns a model's name for people: a Hub id, or the last part of a path."""
+    """Returns a model's name for readers: a Hub id, or the last part of a path."""
     text = str(model) if isinstance(model, (str, Path)) else str(model.config._name_or_path or type(model).__name__)
     return Path(text).name if Path(text).is_dir() else text
 

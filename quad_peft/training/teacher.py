@@ -31,7 +31,7 @@ class Teacher(Protocol):
     """The original model as the trainer needs it.
 
     Attributes:
-        head: from hidden states to logits.
+        head: module from hidden states to logits.
     """
 
     head: nn.Module
@@ -59,8 +59,8 @@ class CachedTeacher:
     """Hidden states on disk and a copy of the head; the model is not in memory.
 
     Args:
-        folder: made by `cache_teacher`.
-        head: from hidden states to logits.
+        folder: folder that `cache_teacher` made.
+        head: module from hidden states to logits.
     """
 
     def __init__(self, folder: Path, head: nn.Module) -> None:
@@ -93,12 +93,12 @@ def cache_teacher(model: Any, samples: Sequence[torch.Tensor], folder: Path) -> 
     """Writes a model's last hidden states for all samples, or finds them there.
 
     They go to a subfolder named by a hash of the model's weights and the samples, so that one folder serves several
-    models and texts. After an interruption the next call goes on where it stopped.
+    models and texts. After an interruption the next call resumes where it stopped.
 
     Args:
         model: the original model. It is only read, and may change afterwards.
-        samples: `[tokens]` each.
-        folder: for caches; made if missing.
+        samples: token ids, `[tokens]` each.
+        folder: folder for caches; made if missing.
 
     Raises:
         OSError: if the disk is too small.

@@ -20,12 +20,12 @@ class NonFiniteError(RuntimeError):
 class QuadTrainer(Trainer):
     """Trainer that never holds the logits of a whole batch; with a teacher, by distillation from it.
 
-    The loss of a step is the mean over its positions, exactly, whatever is padded, accumulated or distributed.
+    The loss of a step is the mean over its positions, exactly, however it is padded, accumulated or distributed.
 
     Args:
         teacher: the original model; None trains on the next token.
-        temperature: of the distillation.
-        arguments: of `transformers.Trainer`. Batches are those of `Collator`.
+        temperature: temperature of the distillation.
+        arguments: arguments of `transformers.Trainer`. Batches are those of `Collator`.
     """
 
     def __init__(self, *args: Any, teacher: Teacher | None = None, temperature: float = 1.0, **arguments: Any) -> None:

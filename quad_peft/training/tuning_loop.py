@@ -32,15 +32,15 @@ class TuningSettings:
 
     Attributes:
         epochs: passes over the training samples.
-        max_steps: ends the run earlier; None runs all epochs.
+        max_steps: steps after which the run ends; None runs all epochs.
         batch_size: samples in a forward pass, on each process.
         accumulation: forward passes in a step.
-        learning_rate: largest one; AdamW with betas 0.9 and 0.95, cosine to zero.
+        learning_rate: largest learning rate; AdamW with betas 0.9 and 0.95, cosine to zero.
         warmup: share of the steps in which the learning rate rises.
-        temperature: of the distillation.
-        gradient_checkpointing: computes every block twice and keeps only its input in memory.
-        evaluations: on the validation samples during the run; after each the state is saved.
-        seed: of the order of the samples.
+        temperature: temperature of the distillation.
+        gradient_checkpointing: True to compute every block twice and keep only its input in memory.
+        evaluations: number of evaluations on the validation samples during the run; after each the state is saved.
+        seed: seed that orders the samples.
         report_to: integrations of transformers, such as "tensorboard".
     """
 
@@ -114,11 +114,11 @@ class Outcome:
 
     Attributes:
         history: log entries of the Trainer: dicts with "step" and "loss", or "eval_loss".
-        steps: of the optimizer.
-        best_step: whose weights the model has now; 0 if none was better than the start.
-        trainable_parameters: numbers that were trained.
+        steps: number of optimizer steps.
+        best_step: step whose weights the model has now; 0 if none was better than the start.
+        trainable_parameters: number of trained parameters.
         before, after: quality on the validation samples.
-        seconds: of this process, the time before an interruption not counted.
+        seconds: duration in this process, the time before an interruption not counted.
     """
 
     history: list[dict[str, float]]
@@ -143,10 +143,10 @@ def tune(
     Goes on from the last complete state in the folder of `arguments`, to the same result as without an interruption.
 
     Args:
-        model: a `PeftModel` of a QUAD model.
-        data: samples.
-        settings: how.
-        arguments: `settings.arguments(folder)`.
+        model: `PeftModel` of a QUAD model.
+        data: samples to train and to validate on.
+        settings: settings of the training.
+        arguments: result of `settings.arguments(folder)`.
         teacher: the original model, for distillation; None trains on the next token.
         pad_token: id in the padding.
 
