@@ -1,4 +1,4 @@
-"""`quad publish`: what it prints; what it does is in tests/test_publishing."""
+"""`quad publish`: what it prints; what it does is in tests/test_tools/test_publishing."""
 
 from __future__ import annotations
 

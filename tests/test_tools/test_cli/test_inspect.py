@@ -13,7 +13,7 @@ pytest.importorskip("matplotlib")
 
 @pytest.fixture(autouse=True)
 def _undrawn(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Leave the charts blank: tests/test_inspection draws them."""
+    """Leave the charts blank: tests/test_tools/test_inspection draws them."""
     from quad_modifiers.tools.inspection import figures
 
     monkeypatch.setattr(figures, "draw", lambda chart: figures.Drawn(chart, "<svg></svg>", b"\x89PNG"))
