@@ -1,4 +1,4 @@
-"""Read documents from local files: plain text, JSON lines, CSV and Parquet."""
+"""Reads documents from local files: plain text, JSON lines, CSV and Parquet."""
 
 import json
 from collections.abc import Iterator
@@ -41,7 +41,7 @@ def local_texts(path: str | Path, text_column: str = "text") -> list[str]:
 
 
 def _read(path: Path) -> str:
-    """Returns the content of `path`, or raise with the byte at fault when it is not UTF-8."""
+    """Returns the content of `path`, or raises with the byte at fault if it is not UTF-8."""
     try:
         return path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
@@ -72,7 +72,7 @@ def _json_texts(path: Path, text_column: str) -> Iterator[str]:
 
 
 def _field(record: Any, text_column: str, where: str) -> str:
-    """Returns the text of one record, or raise with the fields it has instead."""
+    """Returns the text of one record, or raises with the fields it has instead."""
     if not isinstance(record, dict):
         raise ValueError(f"{where}: expected an object with a field {text_column!r}, found {type(record).__name__}")
     check_column(text_column, list(record), where)

@@ -1,4 +1,4 @@
-"""Turn what a user calls a data set into documents, a stream of tokens, or rows of token ids."""
+"""Turns what a user calls a data set into documents, a stream of tokens, or rows of token ids."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -63,7 +63,7 @@ Resolved: TypeAlias = Documents | TokenStream | TokenRows
 
 @dataclass(frozen=True)
 class Purpose:
-    """What the data is for: how errors call it and its options, and which split is taken unasked.
+    """The purpose of the data: its name and options in errors, and the split that is taken by default.
 
     Attributes:
         name: name of the split, such as "calibration".

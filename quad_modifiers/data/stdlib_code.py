@@ -93,7 +93,7 @@ def _all_sources() -> tuple[str, ...]:
 
 
 def _source_file(folder: Path, module: str) -> Path:
-    """Returns the source file of `module`, or raise with what to do."""
+    """Returns the source file of `module`, or raises with the remedy."""
     for candidate in (folder / f"{module}.py", folder / module / "__init__.py"):
         if candidate.is_file():
             return candidate

@@ -1,4 +1,4 @@
-"""Cut texts into token windows of one length, by the usual WikiText protocol."""
+"""Cuts texts into token windows of one length, by the usual WikiText protocol."""
 
 import logging
 from collections.abc import Sequence

@@ -79,7 +79,7 @@ class Comparison(_Strict):
 
     @property
     def distinguishable(self) -> bool:
-        """True if the difference is larger than its interval allows for chance."""
+        """Whether the difference is larger than its interval allows for chance."""
         return self.interval is not None and not self.interval[0] <= 0 <= self.interval[1]
 
 
@@ -89,7 +89,7 @@ such as "alias" and "sample_len", are not metrics."""
 
 
 class Evaluation(_Strict):
-    """The whole file.
+    """The content of evaluation.json.
 
     Attributes:
         format_version: 1; a reader refuses any other.

@@ -28,7 +28,7 @@ class TunedQuality(_Strict):
 
 
 class Tuning(_Strict):
-    """The whole file.
+    """The content of tuning.json.
 
     Attributes:
         format_version: 1; a reader refuses any other.

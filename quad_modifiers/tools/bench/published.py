@@ -45,7 +45,7 @@ class Setting:
     d_type_bits: int
 
     def recipe(self, damping: float) -> str:
-        """The text of the recipe."""
+        """Returns the text of the recipe."""
         clip = {bits: CLIP_RATIO * (2**bits - 1) / (2**bits - 2) for bits in (4, 8)}
         return f"""
 quad_stage:
@@ -225,7 +225,7 @@ def _wikitext(folder: Path) -> Path:
 
 
 def _instructions() -> list[str]:
-    """The instructions of alpaca-cleaned with their answers."""
+    """Returns the instructions of alpaca-cleaned with their answers."""
     from datasets import load_dataset
 
     rows = load_dataset("yahma/alpaca-cleaned", split="train")

@@ -170,7 +170,7 @@ def measure(row: str, model: str, folder: Path, seed: int, samples: int, items: 
 
 
 def environment() -> dict[str, str]:
-    """Machine, versions and commit, recorded beside every number."""
+    """Returns machine, versions and commit, which are recorded beside every number."""
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
     dirty = subprocess.run(["git", "status", "--porcelain", "-uno"], capture_output=True, text=True, check=False)
     return {

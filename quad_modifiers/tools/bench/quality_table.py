@@ -73,7 +73,7 @@ def _other_ratio(group: list[Measurement], reference: Measurement | None, text: 
 
 
 def _middle(values: Sequence[float], form: str) -> str:
-    """The median, with the range if there are several."""
+    """Returns the median, with the range if there are several."""
     if not values:
         return ""
     middle = form.format(statistics.median(values))

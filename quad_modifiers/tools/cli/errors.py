@@ -43,7 +43,7 @@ def describe(error: Exception) -> str:
 
 
 def _is_usage_error(error: Exception) -> bool:
-    """True for click's errors, which typer carries in a private copy or takes from click, depending on its version."""
+    """Returns whether an error is click's, of which typer, depending on its version, has a private copy."""
     return callable(getattr(error, "format_message", None))
 
 

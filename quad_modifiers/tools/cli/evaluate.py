@@ -184,7 +184,7 @@ def _print(found: "Evaluation") -> None:
 
 
 def _is_of_other_metrics(found: "Evaluation", task: str) -> bool:
-    """True for a task with none of the metrics by which tasks are compared."""
+    """Returns whether a task has none of the metrics by which tasks are compared."""
     from quad_modifiers.tools.evaluation.task_run import ACCURACIES, WORD_PERPLEXITY
 
     metrics = {key.partition(",")[0] for key in found.results[task]}

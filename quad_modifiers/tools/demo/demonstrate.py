@@ -1,4 +1,4 @@
-"""Compress a real model and print what that cost and gained: perplexity, size, time, memory, a sentence."""
+"""Compresses a real model and prints what that cost and gained: perplexity, size, time, memory, a sentence."""
 
 import logging
 import resource

@@ -100,7 +100,7 @@ def evaluate(
 
 @dataclass(frozen=True)
 class _Half:
-    """What one model reached, in the order of the tasks."""
+    """The results of one model, in the order of the tasks."""
 
     runs: list[TaskRun]
     perplexity: Perplexity | None

@@ -32,7 +32,7 @@ def register() -> None:
 
 @dataclass(frozen=True)
 class LoadedTask:
-    """What counts as one task, ready to be run on any number of models.
+    """One task, ready to be run on any number of models.
 
     Attributes:
         name: name of a task, or of a group for which lm-eval computes a score.

@@ -179,7 +179,7 @@ def _cut(sentence: str) -> tuple[str, str]:
 
 
 def _is_code(line: str) -> bool:
-    """True for a line of some length that is not plainly a comment or text."""
+    """Returns whether a line has some length and is not plainly a comment or text."""
     text = line.strip()
     return _LINE_CHARACTERS[0] <= len(text) <= _LINE_CHARACTERS[1] and text[0] not in "#\"'"
 

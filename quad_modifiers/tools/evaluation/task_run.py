@@ -17,7 +17,7 @@ BOOTSTRAP_ITERATIONS = 10_000
 
 @dataclass(frozen=True)
 class TaskRun:
-    """What a model reached.
+    """The results of a model on one task.
 
     Attributes:
         results: lm-eval's `results`, by task and group.

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Perplexity:
-    """A perplexity with what it was measured on.
+    """A perplexity with the amount of text it was measured on.
 
     Attributes:
         value: exp(nll_per_token).

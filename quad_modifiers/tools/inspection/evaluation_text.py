@@ -14,7 +14,7 @@ from quad_modifiers.tools.inspection.measure.results import Settings
 
 @dataclass(frozen=True)
 class Text:
-    """What calibrates, and other windows to measure on: token ids, `[1, length]` each."""
+    """Windows to calibrate with and others to measure on: token ids, `[1, length]` each."""
 
     calibration: list[torch.Tensor]
     measured: list[torch.Tensor]

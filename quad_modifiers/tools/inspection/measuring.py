@@ -130,7 +130,7 @@ class _Model:
 
 @dataclass(frozen=True)
 class _Measured:
-    """What was measured on one side of the projection."""
+    """The numbers on one side of the projection."""
 
     inputs: list[InputRow]
     weights: list[WeightRow]

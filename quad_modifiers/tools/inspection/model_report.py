@@ -120,7 +120,7 @@ def inspection_page(found: Inspection, charts: Sequence[Section]) -> str:
 
 
 def _title(name: str) -> str:
-    """The last part of a Hub id, or of the real path of a folder: `.` has a name too."""
+    """Returns the last part of a Hub id, or of the real path of a folder: `.` has a name too."""
     path = Path(name)
     return path.resolve().name if path.is_dir() else path.name
 

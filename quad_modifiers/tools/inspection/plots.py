@@ -23,7 +23,7 @@ _STAGE_COLOURS = {"before": BEFORE, "after": AFTER}
 
 
 def draw_surfaces(found: Inspection, layer: int) -> Figure:
-    """Magnitudes of the inputs of one block, before and after."""
+    """Draws magnitudes of the inputs of one block, before and after."""
     chosen = [surface for surface in found.surfaces if surface.layer == layer]
     groups = list(dict.fromkeys(surface.group for surface in chosen))
     stages = [stage for stage in ("before", "after") if any(surface.stage == stage for surface in chosen)]
@@ -76,7 +76,7 @@ def _surface(axes: Any, surface: Surface, top: float) -> None:
 
 
 def draw_spectrum(found: Inspection) -> Figure:
-    """Spectrum, energy against rank, error against rank."""
+    """Draws the spectrum, energy against rank, error against rank."""
     spectrum, rank = found.spectrum, found.subject.rank
     figure, (left, middle, right) = new_figure(3.3, 1, 3)
     energy = np.asarray(spectrum.energy)
@@ -117,7 +117,7 @@ def _by_group(height: float, ylabel: str) -> tuple[Figure, Iterable[tuple[str, A
 
 
 def draw_input_error(found: Inspection) -> Figure:
-    """Input errors by block, one panel a group."""
+    """Draws input errors by block, one panel a group."""
     figure, grid = _by_group(5.2, "relative squared error")
     for group, axes in grid:
         axes.set_yscale("log")
@@ -134,7 +134,7 @@ def draw_input_error(found: Inspection) -> Figure:
 
 
 def draw_grid_ratio(found: Inspection) -> Figure:
-    """Step over standard deviation by block, one panel a group."""
+    """Draws step over standard deviation by block, one panel a group."""
     figure, grid = _by_group(4.8, "step / standard deviation")
     for group, axes in grid:
         for stage, colour in _STAGE_COLOURS.items():
@@ -147,7 +147,7 @@ def draw_grid_ratio(found: Inspection) -> Figure:
 
 
 def draw_weight_error(found: Inspection) -> Figure:
-    """Output errors of the weights, block by role."""
+    """Draws output errors of the weights, block by role."""
     stages = [stage for stage in ("before", "after") if any(row.stage == stage for row in found.weights)]
     roles = list(dict.fromkeys(row.role for row in found.weights))
     low, high = np.percentile([_decibels(row.output_error) for row in found.weights], (2, 98))
@@ -184,7 +184,7 @@ def _part_rows(found: Inspection) -> list[tuple[str, list[LossRow]]]:
 
 
 def draw_loss_parts(found: Inspection) -> Figure:
-    """Divergence of every part."""
+    """Draws the divergence of every part."""
     rows = _part_rows(found)
     figure, axes = new_figure(0.7 + 0.27 * len(rows))
     positions = range(len(rows))
@@ -213,7 +213,7 @@ def draw_loss_parts(found: Inspection) -> Figure:
 
 
 def draw_loss_blocks(found: Inspection) -> Figure:
-    """Divergence of every run of blocks."""
+    """Draws the divergence of every run of blocks."""
     rows = [row for row in found.losses if row.part.startswith("block")]
     figure, axes = new_figure(2.9)
     axes.bar(range(len(rows)), [row.divergence for row in rows], color=AFTER, width=0.72)
@@ -227,7 +227,7 @@ def draw_loss_blocks(found: Inspection) -> Figure:
 
 
 def draw_block_error(found: Inspection) -> Figure:
-    """Errors of the stream by block."""
+    """Draws errors of the stream by block."""
     figure, axes = new_figure(3.2)
     layers = [row.layer for row in found.blocks]
     axes.plot(layers, [row.accumulated for row in found.blocks], color=AFTER, label="accumulated, of the stream")

@@ -1,4 +1,4 @@
-"""The license of the base model, which that of a quantized model follows from."""
+"""The license of the base model, from which that of a quantized model follows."""
 
 import logging
 from dataclasses import dataclass

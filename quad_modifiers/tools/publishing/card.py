@@ -1,8 +1,8 @@
 """The model card: README.md of a published checkpoint.
 
-A card of ours is generated as a whole. Its sections are between markers, so that people can edit around them: later
-runs replace what is between the markers and nothing else. A card that somebody wrote by hand keeps its text; it gets
-the metadata that it lacks, and a section where its author put the markers of one.
+A new card is generated as a whole. Its sections are between markers, so that people can edit around them: later runs
+replace what is between the markers and nothing else. A card that somebody wrote keeps its text; it gets the metadata
+that it lacks, and a section where its author put the markers of one.
 """
 
 import re
@@ -119,7 +119,7 @@ def _eval_results(evaluation: Evaluation) -> list[EvalResult] | None:
 
 
 def _merged(own: dict[str, Any], ours: dict[str, Any], is_ours: bool) -> dict[str, Any]:
-    """What the author wrote stays, except for a license that is better known now and results of a generated card."""
+    """Returns the author's metadata, with a license that is better known now and the results of a generated card."""
     merged = {**ours, **{key: value for key, value in own.items() if value is not None}}
     merged["tags"] = list(dict.fromkeys([*(own.get("tags") or []), *ours["tags"]]))
     if own.get("license") == UNKNOWN:

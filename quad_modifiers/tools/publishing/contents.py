@@ -52,5 +52,5 @@ def files_to_publish(folder: Path) -> list[Path]:
 
 
 def has_tokenizer(folder: Path) -> bool:
-    """True if transformers would find a tokenizer in the folder."""
+    """Returns whether transformers would find a tokenizer in the folder."""
     return any((folder / name).is_file() for name in _TOKENIZERS)

@@ -30,7 +30,7 @@ _LISTED = 3  # file names in an error message
 
 
 class HubError(RuntimeError):
-    """The Hub, or the way to it, refused; the message says what to do."""
+    """The Hub refused or could not be reached; the message says what to do."""
 
 
 def check_rights(api: HfApi) -> str:

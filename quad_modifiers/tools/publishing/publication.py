@@ -18,7 +18,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Plan:
-    """What would be published.
+    """The files and the card of a publication that has not been made.
 
     Attributes:
         repo_id: "org/name".
@@ -187,7 +187,7 @@ def _check_name(repo_id: str) -> None:
 
 
 def _base_of(value: object) -> str | None:
-    """`base_model` of a card: an id, or a list of them."""
+    """Returns `base_model` of a card: an id, or a list of them."""
     if isinstance(value, list):
         value = value[0] if value else None
     return str(value) if value else None

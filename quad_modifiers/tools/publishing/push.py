@@ -77,6 +77,6 @@ def push_to_hub(
 
 
 def _keep_recipe(source: Path, folder: Path) -> None:
-    """A loaded model does not carry its recipe, but the folder that it came from may."""
+    """Copies the recipe from the folder a model came from, since a loaded model does not carry it."""
     if (source / "recipe.yaml").is_file() and not (folder / "recipe.yaml").exists():
         shutil.copyfile(source / "recipe.yaml", folder / "recipe.yaml")

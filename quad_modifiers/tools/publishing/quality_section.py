@@ -31,7 +31,7 @@ def _perplexities(evaluation: Evaluation, original: str) -> Iterator[str]:
 
 
 def _compared(evaluation: Evaluation, original: str) -> Iterator[str]:
-    """One line a task, by its main metric."""
+    """Returns one line a task, by its main metric."""
     header = "| task (lm-eval) | metric | items | guessing | this "
     yield from ("", f"{header}| {original} | kept | above guessing | difference, 95 % interval | |", f"|{'---|' * 10}")
     for each in evaluation.comparisons:
@@ -42,7 +42,7 @@ def _compared(evaluation: Evaluation, original: str) -> Iterator[str]:
 
 
 def _reported(evaluation: Evaluation, original: str) -> Iterator[str]:
-    """Every metric of lm-eval's results, for files that hold no comparison."""
+    """Returns every metric of lm-eval's results, for files without a comparison."""
     scores = list(task_scores(evaluation))
     if scores:
         yield from ("", f"| task (lm-eval) | metric | this | {original} | kept |", "|---|---|---|---|---|")

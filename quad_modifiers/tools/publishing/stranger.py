@@ -19,7 +19,7 @@ _ERROR_LENGTH = 500  # characters of an error that are passed on
 
 @dataclass(frozen=True)
 class Impression:
-    """What a stranger saw.
+    """The observations of a stranger's check.
 
     Attributes:
         model_class: class that transformers chose.

@@ -20,7 +20,7 @@ from quad_modifiers.tools.inspection.measure.weights import RoundedWeights
 
 @dataclass(frozen=True)
 class Reference:
-    """What trials are compared with.
+    """The model that trials are compared with.
 
     Attributes:
         losses: mean negative log-likelihood of a token in each window, `[windows]`, float64, nats.
@@ -38,7 +38,7 @@ class Reference:
 
     @property
     def perplexity(self) -> float:
-        """Over all windows."""
+        """Perplexity over all windows."""
         return self.losses.mean().exp().item()
 
     def divergence(self, index: int, logits: torch.Tensor) -> float:

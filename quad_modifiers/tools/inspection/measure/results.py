@@ -16,7 +16,7 @@ Quantized = Literal["inputs", "weights", "inputs and weights"]
 
 @dataclass(frozen=True)
 class Subject:
-    """What was inspected.
+    """The inspected model or checkpoint.
 
     Attributes:
         name: folder or Hub id.
@@ -184,7 +184,7 @@ class BlockRow:
 
 @dataclass(frozen=True)
 class Rule:
-    """One rule of the recommendation and what it came to.
+    """One rule of the recommendation and its result.
 
     Attributes:
         number: number of the rule in docs/guide/inspection.md, such as "R1".
@@ -203,7 +203,7 @@ class Rule:
 
 @dataclass(frozen=True)
 class Recommendation:
-    """What follows from the numbers; a field is None where the rule had nothing to go by."""
+    """The conclusions from the numbers; a field is None where its rule had nothing to go by."""
 
     rank: int | None
     u_type_bits: int | None

@@ -90,7 +90,7 @@ def measure_blocks(original: Decoder, other: Decoder, windows: list[torch.Tensor
 
 
 def _summed_error(stream: torch.Tensor, wanted: torch.Tensor, scale: torch.Tensor) -> float:
-    """Sum over tokens of |stream - wanted|^2 / |scale|^2: each token counts alike, a massive one too."""
+    """Returns the sum over tokens of |stream - wanted|^2 / |scale|^2: each token counts alike, a massive one too."""
     energy = scale.square().sum(-1).clamp(min=torch.finfo(torch.float32).tiny)
     return float(((stream - wanted).square().sum(-1) / energy).double().sum())
 
