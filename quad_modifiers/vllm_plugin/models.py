@@ -16,7 +16,7 @@ from quad_modifiers.checkpoint.tensors import expected_tensors
 from quad_modifiers.plugins import architectures
 from quad_modifiers.vllm_plugin.config import QuadConfig
 from quad_modifiers.vllm_plugin.kernels import kernel_key
-from quad_modifiers.vllm_plugin.tensors import checked_tensors
+from quad_modifiers.vllm_plugin.tensor_check import checked_tensors
 
 
 class CheckedWeights:

@@ -13,12 +13,13 @@ import pytest
 import torch
 from compressed_tensors.compressors.pack_quantized.helpers import unpack_from_int32
 from quad_kernels import InputQuantization, fake_quantize
+from quad_kernels.weight import expand_scales
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from quad_modifiers.checkpoint import save as saving
 from quad_modifiers.checkpoint.export import PORTABLE_RECIPE, export_compressed_tensors
-from quad_modifiers.nn.quad_linear import QuadLinear, expand_scales
+from quad_modifiers.nn.quad_linear import QuadLinear
 from quad_modifiers.recipe import builtin_recipe_folder
 
 PROJECTION = "rank: 16, basis: square, online_rotation: [], o_proj_rank_per_head: 8, down_proj_rank: 16"

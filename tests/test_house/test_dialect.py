@@ -15,7 +15,6 @@ DOCSTRINGS = {
     "quad_modifiers/tools/evaluation/subject.py",
 }
 LAZY_ANNOTATIONS = DOCSTRINGS | {
-    "quad_peft/training/checkpoint.py",
     "quad_peft/training/data.py",
     "quad_peft/training/finetuning.py",
     "quad_peft/training/measure.py",

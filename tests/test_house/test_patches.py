@@ -9,14 +9,6 @@ from .import_map import ROOT
 
 OURS = ("quad_modifiers", "quad_kernels", "quad_peft", "benchmarks")
 PATCHING = ("setattr", "delattr", "object", "patch")
-# Folders in which such patches are still there. A line that is not needed any more must go.
-EXCEPTIONS = {
-    "test_checkpoint",
-    "test_compression",
-    "test_demo",
-    "test_kernels",
-    "test_modifiers",
-}
 
 
 def private_patches(source: str) -> Iterator[str]:
@@ -54,8 +46,7 @@ def test_no_test_patches_a_private_name_of_ours() -> None:
         patches = list(private_patches(file.read_text(encoding="utf-8")))
         if patches:
             found.setdefault(file.parent.name, []).extend(f"{file.name}: {patch}" for patch in patches)
-    assert {folder: found[folder] for folder in found.keys() - EXCEPTIONS} == {}, "give the code a public point instead"
-    assert sorted(EXCEPTIONS - found.keys()) == [], "exceptions that are not needed any more"
+    assert found == {}, "give the code a public point instead"
 
 
 @pytest.mark.parametrize(

@@ -36,7 +36,7 @@ def divergence(model, original, ids) -> float:
 
 def residuals(model) -> dict[str, torch.Tensor]:
     return {
-        name: module.integer_weight().integers
+        name: module.packed().quantized_weight().integers
         for name, module in model.named_modules()
         if isinstance(module, QuadLinear)
     }

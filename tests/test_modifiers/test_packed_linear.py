@@ -30,7 +30,7 @@ def make(kind: str) -> tuple[QuadLinear, torch.Tensor]:
     if packed.weight_zero_point is not None:
         zeros = torch.randint(-half, half, (OUT, packed.weight_scale.shape[1]), dtype=torch.int8, generator=generator)
         packed.weight_zero_point.copy_(pack_int32(zeros.T.contiguous(), bits).T)
-    container = QuadLinear.from_parts("q_proj", InputSplit(WIDTH), packed, False, torch.float32)
+    container = QuadLinear(packed, "q_proj", InputSplit(WIDTH))
     container.input_quantization = InputQuantization(8)
     container.quantize_input = True
     return container, integers
@@ -48,7 +48,7 @@ def test_the_words_go_when_the_kernels_have_their_layout_and_come_back_to_be_sav
     words = packed.weight_packed.clone()
     container(draw(3, WIDTH))
     assert packed.weight_packed.numel() == 0
-    assert torch.equal(packed.integer_weight().integers, integers)
+    assert torch.equal(packed.quantized_weight().integers, integers)
     saved = container.state_dict()
     assert torch.equal(saved["residual.weight_packed"], words)
     before = container(draw(3, WIDTH))

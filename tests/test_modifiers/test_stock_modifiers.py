@@ -57,7 +57,7 @@ def test_stock_quantizer_on_the_residual(
     assert 1e-3 < error < 0.5
     for module in model.modules():
         if isinstance(module, QuadLinear):
-            assert module.integer_weight() is not None
+            assert module.is_quantized
             assert module.outlier is None or getattr(module.outlier, "quantization_scheme", None) is None
     reloaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     assert_same_function(logits_of(reloaded), got, bound=1e-5)
@@ -206,7 +206,7 @@ def test_llm_compressors_own_oneshot_with_default_text(
             model=str(toy_checkpoint("llama")), recipe=RECIPE, output_dir=str(tmp_path / "out"), log_dir=None
         )
     assert "Wikipedia" in caplog.text
-    assert all(m.integer_weight() is not None for m in model.modules() if isinstance(m, QuadLinear))
+    assert all(m.is_quantized for m in model.modules() if isinstance(m, QuadLinear))
     files = {file.name for file in (tmp_path / "out").iterdir()}
     assert {"config.json", "model.safetensors", "recipe.yaml", "tokenizer.json"} <= files
     reloaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out")

@@ -15,7 +15,7 @@ from quad_modifiers.checkpoint.format import read_format
 from quad_modifiers.checkpoint.tensors import expected_tensors
 from quad_modifiers.model.architecture import BUILTIN_ARCHITECTURES
 from quad_modifiers.nn.packed_shapes import TensorSpec
-from quad_modifiers.vllm_plugin.tensors import checked_tensors
+from quad_modifiers.vllm_plugin.tensor_check import checked_tensors
 
 KNOWN = {architecture.model_type: architecture for architecture in BUILTIN_ARCHITECTURES}
 Tensors = dict[str, torch.Tensor]
