@@ -1,12 +1,15 @@
 """GPTQ (arXiv 2210.17323) around full-precision columns.
 
-Columns are ordered [quantized | full precision]. Quantized columns are rounded one by one and each rounding error is
-moved to the columns not yet processed. The full-precision outlier columns come last and are never rounded: they take
-whatever error can still be undone by them, for free. Afterwards a few sweeps of exact coordinate descent on the same
-quadratic loss revisit every rounding decision, with the outlier columns eliminated through their Schur complement.
+Columns come in blocks, each with a grid of its own; the last may be in full precision. Columns on a grid are rounded
+one by one and each rounding error is moved to the columns not yet processed. The full-precision outlier columns come
+last and are never rounded: they take whatever error can still be undone by them, for free. Afterwards a few sweeps of
+exact coordinate descent on the same quadratic loss revisit every rounding decision, with the outlier columns eliminated
+through their Schur complement.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 
@@ -15,21 +18,46 @@ from quad_modifiers.quantization.grid import IntegerGrid, WeightScales, dequanti
 MAX_DAMPING = 1.0
 
 
+@dataclass(frozen=True)
+class ColumnBlock:
+    """Neighbouring columns that are treated alike.
+
+    Attributes:
+        columns: number of columns.
+        grid: integer grid that they are rounded to, None for full precision.
+        scales: scales of their groups, `[out, groups]`; None for full precision.
+    """
+
+    columns: int
+    grid: IntegerGrid | None = None
+    scales: WeightScales | None = None
+
+
+class RoundedBlock(NamedTuple):
+    """The columns of a block after rounding.
+
+    Attributes:
+        integers: `[out, columns]`, integer-valued float32.
+        scales: scales of its groups, `[out, groups]`.
+    """
+
+    integers: torch.Tensor
+    scales: WeightScales
+
+
 @dataclass
 class GptqResult:
     """What `quantize_columns` returns.
 
     Attributes:
-        integers: `[out, quantized]`, integer-valued float32.
-        scales: scales per group, `[out, groups]`.
-        outlier: `[out, n - quantized]`, float32, the full-precision columns after absorbing error.
+        blocks: the blocks that have a grid, in order.
+        outlier: `[out, columns]`, float32, the full-precision columns after absorbing error.
         loss: `[out]`, (W - W_hat) H (W - W_hat)^T per output channel, the expected squared output error.
         damping: fraction of the mean residual diagonal that was added to the Hessian.
-        attempts: Cholesky factorizations tried (more than one: the damping asked for was too small).
+        attempts: number of Cholesky factorizations tried (more than one: the damping asked for was too small).
     """
 
-    integers: torch.Tensor
-    scales: WeightScales
+    blocks: list[RoundedBlock]
     outlier: torch.Tensor
     loss: torch.Tensor
     damping: float
@@ -88,24 +116,21 @@ def _round_block(
 def quantize_columns(
     weight: torch.Tensor,
     hessian: torch.Tensor,
-    quantized: int,
-    scales: WeightScales,
-    grid: IntegerGrid,
+    blocks: Sequence[ColumnBlock],
     damping: float = 0.01,
     activation_order: bool = True,
     block_size: int = 128,
     sweeps: int = 0,
 ) -> GptqResult:
-    """Rounds the first `quantized` columns of a weight, letting the rest absorb error.
+    """Rounds the columns of a weight block by block, each to its grid; those in full precision absorb error.
 
     Args:
-        weight: `[out, n]`, float32, columns [quantized | full precision].
+        weight: `[out, n]`, float32, columns in the order of the blocks.
         hessian: `[n, n]`, mean of x x^T over the inputs that the runtime will see, float32 or float64.
-        quantized: number of leading columns to round.
-        scales: scales per group of the quantized columns, `[out, groups]`.
-        grid: the integer grid.
+        blocks: what becomes of the columns, in order; a block in full precision can only be the last.
         damping: initial fraction of the mean diagonal added to the Hessian.
-        activation_order: True to process columns by falling Hessian diagonal; groups keep their place (static groups).
+        activation_order: True to process the columns of a block by falling Hessian diagonal; groups keep their place
+            (static groups).
         block_size: columns whose mutual updates are done at once.
         sweeps: coordinate-descent sweeps after GPTQ.
 
@@ -115,41 +140,87 @@ def quantize_columns(
     columns = weight.shape[1]
     if hessian.shape != (columns, columns):
         raise ValueError(f"the Hessian is {tuple(hessian.shape)}, the weight has {columns} columns")
+    ranges = _grid_ranges(blocks, columns)
+    quantized = ranges[-1].stop
     order = torch.arange(columns, device=weight.device)
     if activation_order:
-        order[:quantized] = hessian.diagonal()[:quantized].argsort(descending=True, stable=True)
+        for part in ranges:
+            inside = hessian.diagonal()[part.start : part.stop]
+            order[part.start : part.stop] = inside.argsort(descending=True, stable=True) + part.start
     damped, factor, damping, attempts = damp(hessian[order][:, order], quantized, damping)
     damped, factor = damped.to(weight), factor.to(weight)
-    wide = scales.expand(quantized)
-    scale_t = wide.scale[:, order[:quantized]].T.contiguous()
-    zero_t = wide.zero_point[:, order[:quantized]].T.contiguous()
+    scales = _ordered_scales(ranges, order)
     work = weight[:, order].T.contiguous()  # [n, out]
     target = work.clone()
-    integers = torch.empty_like(scale_t)
-    for start in range(0, quantized, block_size):
-        stop = min(start + block_size, quantized)
+    integers = torch.empty_like(scales.scale)
+    for start, stop, grid in _steps(ranges, block_size):
         integers[start:stop], errors = _round_block(
-            work[start:stop].clone(), factor[start:stop, start:stop], scale_t[start:stop], zero_t[start:stop], grid
+            work[start:stop].clone(),
+            factor[start:stop, start:stop],
+            scales.scale[start:stop],
+            scales.zero_point[start:stop],
+            grid,
         )
         work[stop:].addmm_(factor[start:stop, stop:].T, errors, alpha=-1)
-    transposed = WeightScales(scale_t, zero_t)
     if sweeps:
         reduced = _without_outliers(damped, quantized)
         for _ in range(sweeps):
-            _descend(integers, transposed, target[:quantized], reduced, grid, block_size)
-    delta = dequantize(integers, transposed) - target[:quantized]
+            _descend(integers, scales, target[:quantized], reduced, _steps(ranges, block_size))
+    delta = dequantize(integers, scales) - target[:quantized]
     absorbed = _absorb(delta, damped, quantized)
     full_delta = torch.cat([delta, absorbed])
     loss = (full_delta * (hessian[order][:, order].to(weight) @ full_delta)).sum(0)
     inverse = order[:quantized].argsort()
+    in_place = integers.T[:, inverse]
     return GptqResult(
-        integers.T[:, inverse].contiguous(),
-        scales,
+        [RoundedBlock(in_place[:, part.start : part.stop].contiguous(), part.scales) for part in ranges],
         (target[quantized:] + absorbed).T.contiguous(),
         loss,
         damping,
         attempts,
     )
+
+
+class _GridRange(NamedTuple):
+    """Columns from `start` to `stop` that are rounded to one grid."""
+
+    start: int
+    stop: int
+    grid: IntegerGrid
+    scales: WeightScales
+
+
+def _grid_ranges(blocks: Sequence[ColumnBlock], columns: int) -> list[_GridRange]:
+    ranges: list[_GridRange] = []
+    start = 0
+    for block in blocks:
+        if block.grid is not None and block.scales is not None:
+            if ranges and ranges[-1].stop != start:
+                raise ValueError("columns in full precision absorb the error of all others; they must come last")
+            ranges.append(_GridRange(start, start + block.columns, block.grid, block.scales))
+        start += block.columns
+    if start != columns or not ranges:
+        raise ValueError(f"the blocks have {start} columns, {len(ranges)} of them on a grid; the weight has {columns}")
+    return ranges
+
+
+def _ordered_scales(ranges: list[_GridRange], order: torch.Tensor) -> WeightScales:
+    """One scale and zero point per rounded column, transposed and in the order of processing, `[n, out]`."""
+    wide = [part.scales.expand(part.stop - part.start) for part in ranges]
+    columns = order[: ranges[-1].stop]
+    return WeightScales(
+        torch.cat([each.scale for each in wide], dim=1)[:, columns].T.contiguous(),
+        torch.cat([each.zero_point for each in wide], dim=1)[:, columns].T.contiguous(),
+    )
+
+
+def _steps(ranges: list[_GridRange], block_size: int) -> list[tuple[int, int, IntegerGrid]]:
+    """Runs of at most `block_size` columns with one grid, in order."""
+    return [
+        (start, min(start + block_size, part.stop), part.grid)
+        for part in ranges
+        for start in range(part.start, part.stop, block_size)
+    ]
 
 
 def _outlier_response(hessian: torch.Tensor, quantized: int) -> torch.Tensor:
@@ -179,17 +250,14 @@ def _descend(
     scales: WeightScales,
     target: torch.Tensor,
     hessian: torch.Tensor,
-    grid: IntegerGrid,
-    block_size: int,
+    steps: list[tuple[int, int, IntegerGrid]],
 ) -> None:
     """One sweep of coordinate descent over the integers, in place; tensors are `[n, out]` (transposed)."""
-    columns = integers.shape[0]
     gradient = hessian @ (dequantize(integers, scales) - target)
     step = hessian.diagonal().unsqueeze(1) * scales.scale
     # A group of zeros has the smallest scale there is; it stays as it is.
     inverse_step = torch.where(step > torch.finfo(step.dtype).tiny, 1.0 / step, 0.0)
-    for start in range(0, columns, block_size):
-        stop = min(start + block_size, columns)
+    for start, stop, grid in steps:
         local = gradient[start:stop].clone()
         change = torch.empty_like(local)
         for i in range(stop - start):

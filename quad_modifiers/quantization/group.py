@@ -8,7 +8,7 @@ from quad_kernels import InputQuantization, QuantizedWeight, fake_quantize, spli
 
 from quad_modifiers.linalg import StreamingGram
 from quad_modifiers.nn.quad_linear import QuadLinear
-from quad_modifiers.quantization.gptq import GptqResult, quantize_columns
+from quad_modifiers.quantization.gptq import ColumnBlock, GptqResult, RoundedBlock, quantize_columns
 from quad_modifiers.quantization.grid import (
     IntegerGrid,
     WeightScales,
@@ -129,7 +129,8 @@ def quantize_group(
     weight = torch.cat([_stacked(linear) for linear in linears])
     if moments is None:
         result = _round_to_nearest(weight, columns, settings, scale_dtype)
-        error = (dequantize(result.integers, result.scales.expand(columns)) - weight[:, :columns]).square().sum()
+        rounded = result.blocks[0]
+        error = (dequantize(rounded.integers, rounded.scales.expand(columns)) - weight[:, :columns]).square().sum()
         relative = float(error / weight[:, :columns].square().sum().clamp(min=1e-30))
     else:
         try:
@@ -150,10 +151,12 @@ def _stacked(linear: QuadLinear) -> torch.Tensor:
 def _write_back(
     linears: list[QuadLinear], result: GptqResult, columns: int, grid: IntegerGrid, scale_dtype: torch.dtype
 ) -> list[QuantizedWeight]:
-    values = dequantize(result.integers, result.scales.expand(columns))
-    integers, scale = result.integers.to(torch.int8), result.scales.scale.to(scale_dtype)
-    zero_point = None if grid.symmetric else result.scales.zero_point.to(torch.int8)
-    whole = QuantizedWeight(integers, scale, zero_point, columns, len(integers), grid.bits)
+    integers, scales = result.blocks[0]
+    values = dequantize(integers, scales.expand(columns))
+    zero_point = None if grid.symmetric else scales.zero_point.to(torch.int8)
+    whole = QuantizedWeight(
+        integers.to(torch.int8), scales.scale.to(scale_dtype), zero_point, columns, len(integers), grid.bits
+    )
     weights = []
     start = 0
     for linear in linears:
@@ -171,7 +174,7 @@ def _round_to_nearest(
 ) -> GptqResult:
     scales = _initial_scales(weight[:, :columns], None, settings, scale_dtype)
     integers = round_to_grid(weight[:, :columns], scales.expand(columns), settings.grid)
-    return GptqResult(integers, scales, weight[:, columns:], torch.zeros(len(weight)), 0.0, 0)
+    return GptqResult([RoundedBlock(integers, scales)], weight[:, columns:], torch.zeros(len(weight)), 0.0, 0)
 
 
 def _initial_scales(
@@ -198,9 +201,7 @@ def _gptq(
         trial = quantize_columns(
             target,
             hessian,
-            columns,
-            scales,
-            settings.grid,
+            [ColumnBlock(columns, settings.grid, scales), ColumnBlock(weight.shape[1] - columns)],
             settings.damping,
             settings.activation_order,
             settings.block_size,
@@ -232,11 +233,16 @@ def _better_rows(first: GptqResult, second: GptqResult) -> GptqResult:
     better = second.loss < first.loss
     rows = better.unsqueeze(1)
     return GptqResult(
-        torch.where(rows, second.integers, first.integers),
-        WeightScales(
-            torch.where(rows, second.scales.scale, first.scales.scale),
-            torch.where(rows, second.scales.zero_point, first.scales.zero_point),
-        ),
+        [
+            RoundedBlock(
+                torch.where(rows, theirs.integers, ours.integers),
+                WeightScales(
+                    torch.where(rows, theirs.scales.scale, ours.scales.scale),
+                    torch.where(rows, theirs.scales.zero_point, ours.scales.zero_point),
+                ),
+            )
+            for ours, theirs in zip(first.blocks, second.blocks, strict=True)
+        ],
         torch.where(rows, second.outlier, first.outlier),
         torch.where(better, second.loss, first.loss),
         max(first.damping, second.damping),

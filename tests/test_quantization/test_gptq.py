@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from itertools import pairwise
+from typing import Any
 
 import pytest
 import torch
 
-from quad_modifiers.quantization.gptq import GptqResult, damp, quantize_columns
+from quad_modifiers.quantization.gptq import ColumnBlock, GptqResult, damp, quantize_columns
 from quad_modifiers.quantization.grid import IntegerGrid, WeightScales, dequantize, round_to_grid, search_clip
 
 OUT, COLUMNS, RANK = 16, 64, 8
@@ -23,10 +24,22 @@ def loss_of(delta: torch.Tensor, hessian: torch.Tensor) -> torch.Tensor:
     return ((delta @ hessian.double()) * delta).sum(1)
 
 
+def around_outliers(
+    weight: torch.Tensor,
+    hessian: torch.Tensor,
+    quantized: int,
+    scales: WeightScales,
+    grid: IntegerGrid,
+    **settings: Any,
+) -> GptqResult:
+    """The first columns on a grid, the rest in full precision."""
+    blocks = [ColumnBlock(quantized, grid, scales), ColumnBlock(weight.shape[1] - quantized)]
+    return quantize_columns(weight, hessian, blocks, **settings)
+
+
 def delta_of(result: GptqResult, weight: torch.Tensor) -> torch.Tensor:
-    quantized = result.integers.shape[1]
-    values = dequantize(result.integers, result.scales.expand(quantized))
-    return torch.cat([values, result.outlier], dim=1) - weight
+    values = [dequantize(block.integers, block.scales.expand(block.integers.shape[1])) for block in result.blocks]
+    return torch.cat([*values, result.outlier], dim=1) - weight
 
 
 @pytest.fixture(params=[0, RANK], ids=["no outliers", "outliers"])
@@ -44,7 +57,7 @@ def problem(request, make_hessian, make_weight):
 def test_beats_round_to_nearest(problem, grid: IntegerGrid, activation_order: bool) -> None:
     weight, hessian, quantized = problem
     scales = search_clip(weight[:, :quantized], grid, torch.float32)
-    result = quantize_columns(weight, hessian, quantized, scales, grid, activation_order=activation_order)
+    result = around_outliers(weight, hessian, quantized, scales, grid, activation_order=activation_order)
     nearest = dequantize(round_to_grid(weight[:, :quantized], scales.expand(quantized), grid), scales.expand(quantized))
     rounding = torch.cat([nearest - weight[:, :quantized], torch.zeros(OUT, weight.shape[1] - quantized)], dim=1)
     ratio = float(loss_of(delta_of(result, weight), hessian).sum() / loss_of(rounding, hessian).sum())
@@ -58,11 +71,11 @@ def test_reported_loss_and_integers(problem, grid: IntegerGrid, sweeps: int) -> 
     weight, hessian, quantized = problem
     kept = weight.clone(), hessian.clone()
     scales = search_clip(weight[:, :quantized], grid, torch.float32)
-    result = quantize_columns(weight, hessian, quantized, scales, grid, sweeps=sweeps)
+    result = around_outliers(weight, hessian, quantized, scales, grid, sweeps=sweeps)
     torch.testing.assert_close(result.loss.double(), loss_of(delta_of(result, weight), hessian), rtol=1e-3, atol=1e-7)
-    assert result.integers.shape == (OUT, quantized)
+    assert result.blocks[0].integers.shape == (OUT, quantized)
     assert result.outlier.shape == (OUT, weight.shape[1] - quantized)
-    assert torch.equal(result.integers, result.integers.round().clamp(grid.low, grid.high))
+    assert torch.equal(result.blocks[0].integers, result.blocks[0].integers.round().clamp(grid.low, grid.high))
     assert (result.damping, result.attempts) == (0.01, 1)
     assert torch.equal(weight, kept[0])
     assert torch.equal(hessian, kept[1])
@@ -71,7 +84,7 @@ def test_reported_loss_and_integers(problem, grid: IntegerGrid, sweeps: int) -> 
 def test_outlier_columns_absorb_what_they_can(make_hessian, make_weight) -> None:
     weight, hessian, grid = make_weight(OUT, COLUMNS + RANK), make_hessian(COLUMNS + RANK), IntegerGrid(4)
     scales = search_clip(weight[:, :COLUMNS], grid, torch.float32)
-    result = quantize_columns(weight, hessian, COLUMNS, scales, grid, damping=1e-6)
+    result = around_outliers(weight, hessian, COLUMNS, scales, grid, damping=1e-6)
     delta = delta_of(result, weight)
     frozen = delta.clone()
     frozen[:, COLUMNS:] = 0
@@ -86,8 +99,8 @@ def test_outlier_columns_absorb_what_they_can(make_hessian, make_weight) -> None
 def test_outlier_columns_in_the_hessian_beat_leaving_them_out(make_hessian, make_weight) -> None:
     weight, hessian, grid = make_weight(OUT, COLUMNS + RANK), make_hessian(COLUMNS + RANK), IntegerGrid(4)
     scales = search_clip(weight[:, :COLUMNS], grid, torch.float32)
-    inside = quantize_columns(weight, hessian, COLUMNS, scales, grid)
-    outside = quantize_columns(weight[:, :COLUMNS], hessian[:COLUMNS, :COLUMNS], COLUMNS, scales, grid)
+    inside = around_outliers(weight, hessian, COLUMNS, scales, grid)
+    outside = around_outliers(weight[:, :COLUMNS], hessian[:COLUMNS, :COLUMNS], COLUMNS, scales, grid)
     ratio = float(inside.loss.sum() / outside.loss.sum())
     print(f"loss with absorbing outlier columns over that without: {ratio:.3f}, bound 0.97")
     assert ratio < 0.97
@@ -108,12 +121,12 @@ def test_singular_hessian_is_damped_until_it_works(make_hessian, make_weight) ->
     hessian, weight, grid = singular_hessian(make_hessian), make_weight(OUT, 64), IntegerGrid(4)
     assert int(torch.linalg.matrix_rank(hessian)) == 56
     scales = search_clip(weight[:, :56], grid, torch.float32)
-    result = quantize_columns(weight, hessian, 56, scales, grid, damping=0.0)
+    result = around_outliers(weight, hessian, 56, scales, grid, damping=0.0)
     assert result.attempts > 1
     assert result.damping >= 1e-4
     assert bool(torch.isfinite(result.outlier).all())
     torch.testing.assert_close(result.loss.double(), loss_of(delta_of(result, weight), hessian), rtol=1e-2, atol=1e-7)
-    enough = quantize_columns(weight, hessian, 56, scales, grid, damping=0.01)
+    enough = around_outliers(weight, hessian, 56, scales, grid, damping=0.01)
     assert (enough.damping, enough.attempts) == (0.01, 1)
 
 
@@ -139,7 +152,7 @@ def test_sweeps_never_increase_the_loss(problem, grid: IntegerGrid, activation_o
     scales = search_clip(weight[:, :quantized], grid, torch.float32)
     losses = []
     for sweeps in range(4):
-        result = quantize_columns(
+        result = around_outliers(
             weight, hessian, quantized, scales, grid, activation_order=activation_order, sweeps=sweeps, block_size=24
         )
         losses.append(loss_of(delta_of(result, weight), damped))
@@ -154,10 +167,10 @@ def test_block_size_changes_nothing(problem, grid: IntegerGrid, sweeps: int) -> 
     weight, hessian, quantized = problem
     scales = search_clip(weight[:, :quantized], grid, torch.float32)
     whole, small = (
-        quantize_columns(weight, hessian, quantized, scales, grid, block_size=b, sweeps=sweeps) for b in (256, 7)
+        around_outliers(weight, hessian, quantized, scales, grid, block_size=b, sweeps=sweeps) for b in (256, 7)
     )
     # Rounding of float32 sums may flip a tie, which moves everything after it.
-    assert float((whole.integers != small.integers).float().mean()) < 0.02
+    assert float((whole.blocks[0].integers != small.blocks[0].integers).float().mean()) < 0.02
     torch.testing.assert_close(whole.loss.sum(), small.loss.sum(), rtol=0.02, atol=0)
 
 
@@ -166,13 +179,13 @@ def test_activation_order_equals_permuting_by_hand(problem, grid: IntegerGrid) -
     """Columns may be processed in any order: the integers come back in the original one, each with its own scale."""
     weight, hessian, quantized = problem
     scales = search_clip(weight[:, :quantized], grid, torch.float32)
-    ordered = quantize_columns(weight, hessian, quantized, scales, grid, activation_order=True)
+    ordered = around_outliers(weight, hessian, quantized, scales, grid, activation_order=True)
     order = torch.arange(weight.shape[1])
     order[:quantized] = hessian.diagonal()[:quantized].argsort(descending=True, stable=True)
     assert not torch.equal(order, torch.arange(weight.shape[1]))
     per_column = scales.expand(quantized)
     per_column = WeightScales(per_column.scale[:, order[:quantized]], per_column.zero_point[:, order[:quantized]])
-    by_hand = quantize_columns(
+    by_hand = around_outliers(
         weight[:, order],
         hessian[order][:, order],
         quantized,
@@ -180,7 +193,7 @@ def test_activation_order_equals_permuting_by_hand(problem, grid: IntegerGrid) -
         IntegerGrid(grid.bits, 1, grid.symmetric),
         activation_order=False,
     )
-    assert torch.equal(ordered.integers[:, order[:quantized]], by_hand.integers)
+    assert torch.equal(ordered.blocks[0].integers[:, order[:quantized]], by_hand.blocks[0].integers)
     torch.testing.assert_close(ordered.outlier, by_hand.outlier)
 
 
@@ -207,7 +220,7 @@ def test_as_good_as_llm_compressor(make_hessian, make_weight, grid: IntegerGrid,
         percdamp=0.01,
     )
     assert not bool(fallback.any())
-    ours = quantize_columns(weight, hessian, 96, scales, grid, activation_order=actorder is not None)
+    ours = around_outliers(weight, hessian, 96, scales, grid, activation_order=actorder is not None)
     ratio = float(ours.loss.sum() / loss_of(theirs[0] - weight, hessian).sum())
     print(f"our loss over llm-compressor's: {ratio:.4f}, bounds 0.98 and 1.02")
     assert 0.98 < ratio < 1.02
@@ -219,20 +232,20 @@ def test_hessian_must_be_finite(make_hessian, make_weight, bad: float) -> None:
     hessian[3, 3] = bad
     weight = make_weight(2, 8)
     with pytest.raises(ValueError, match="NaN or infinite"):
-        quantize_columns(weight, hessian, 8, search_clip(weight, IntegerGrid(4), torch.float32), IntegerGrid(4))
+        around_outliers(weight, hessian, 8, search_clip(weight, IntegerGrid(4), torch.float32), IntegerGrid(4))
 
 
 def test_indefinite_hessian_is_refused_with_advice(make_weight) -> None:
     weight = make_weight(2, 8)
     hessian = -torch.eye(8, dtype=torch.float64)
     with pytest.raises(ValueError, match="use more calibration text"):
-        quantize_columns(weight, hessian, 8, search_clip(weight, IntegerGrid(4), torch.float32), IntegerGrid(4))
+        around_outliers(weight, hessian, 8, search_clip(weight, IntegerGrid(4), torch.float32), IntegerGrid(4))
 
 
 def test_shapes_must_agree(make_hessian, make_weight) -> None:
     weight = make_weight(2, 8)
     with pytest.raises(ValueError, match=r"the Hessian is \(9, 9\), the weight has 8 columns"):
-        quantize_columns(weight, make_hessian(9), 8, search_clip(weight, IntegerGrid(4), torch.float32), IntegerGrid(4))
+        around_outliers(weight, make_hessian(9), 8, search_clip(weight, IntegerGrid(4), torch.float32), IntegerGrid(4))
 
 
 @pytest.mark.parametrize("rank", [0, RANK])
@@ -241,9 +254,9 @@ def test_dead_inputs_are_no_error(make_weight, make_hessian, rank: int) -> None:
     weight, hessian, grid = make_weight(OUT, COLUMNS + rank), make_hessian(COLUMNS + rank), IntegerGrid(4)
     hessian[:10] = hessian[:, :10] = 0
     scales = search_clip(weight[:, :COLUMNS], grid, torch.float32, hessian.diagonal()[:COLUMNS])
-    result = quantize_columns(weight, hessian, COLUMNS, scales, grid)
+    result = around_outliers(weight, hessian, COLUMNS, scales, grid)
     assert bool(torch.isfinite(result.loss).all())
-    assert bool(torch.isfinite(result.integers).all())
+    assert bool(torch.isfinite(result.blocks[0].integers).all())
 
 
 @pytest.mark.parametrize("rank", [0, RANK])
@@ -251,8 +264,8 @@ def test_inputs_that_are_always_zero_are_no_error(make_weight, rank: int) -> Non
     weight, grid = make_weight(OUT, COLUMNS + rank), IntegerGrid(4)
     hessian = torch.zeros(COLUMNS + rank, COLUMNS + rank, dtype=torch.float64)
     scales = search_clip(weight[:, :COLUMNS], grid, torch.float32, hessian.diagonal()[:COLUMNS])
-    result = quantize_columns(weight, hessian, COLUMNS, scales, grid, sweeps=1)
-    for tensor in (result.integers, result.outlier, result.loss):
+    result = around_outliers(weight, hessian, COLUMNS, scales, grid, sweeps=1)
+    for tensor in (result.blocks[0].integers, result.outlier, result.loss):
         assert bool(torch.isfinite(tensor).all())
 
 
@@ -265,7 +278,37 @@ def test_a_group_of_zeros_stays_finite(make_hessian, make_weight, zeros: float) 
     hessian[:16] = hessian[:, :16] = 0
     hessian.diagonal()[:16] = 1e-3  # damping
     scales = search_clip(weight, grid, torch.float32)
-    result = quantize_columns(weight, hessian, COLUMNS, scales, grid, sweeps=2)
-    values = dequantize(result.integers, result.scales.expand(COLUMNS))
+    result = around_outliers(weight, hessian, COLUMNS, scales, grid, sweeps=2)
+    values = dequantize(result.blocks[0].integers, result.blocks[0].scales.expand(COLUMNS))
     assert bool(torch.isfinite(values).all())
     assert float(values[:, :16].abs().max()) < 1e-30
+
+
+def test_blocks_of_several_grids(make_hessian, make_weight) -> None:
+    """4 bits, then 8 bits, then full precision: each block on its grid, later ones absorb the error of earlier ones."""
+    sizes, grids = (40, 24, 8), (IntegerGrid(4, 8), IntegerGrid(8))
+    weight, hessian = make_weight(OUT, sum(sizes)), make_hessian(sum(sizes))
+    parts = weight.split(sizes, dim=1)
+    scales = [search_clip(part, grid, torch.float32) for part, grid in zip(parts, grids, strict=False)]
+    blocks = [ColumnBlock(40, grids[0], scales[0]), ColumnBlock(24, grids[1], scales[1]), ColumnBlock(8)]
+    result = quantize_columns(weight, hessian, blocks, block_size=16, sweeps=1)
+    for rounded, grid, size in zip(result.blocks, grids, sizes, strict=False):
+        assert rounded.integers.shape == (OUT, size)
+        assert torch.equal(rounded.integers, rounded.integers.round().clamp(grid.low, grid.high))
+    assert int(result.blocks[1].integers.abs().max()) > 7, "the second grid is finer"
+    torch.testing.assert_close(result.loss.double(), loss_of(delta_of(result, weight), hessian), rtol=1e-3, atol=1e-7)
+    coarse = quantize_columns(
+        weight, hessian, [ColumnBlock(64, grids[0], search_clip(weight[:, :64], grids[0], torch.float32)), blocks[2]]
+    )
+    ratio = float(result.loss.sum() / coarse.loss.sum())
+    print(f"loss with 24 columns in 8 bits over that with all in 4 bits: {ratio:.3f}, bound 0.9")
+    assert ratio < 0.9
+
+
+def test_free_columns_must_come_last(make_hessian, make_weight) -> None:
+    weight, grid = make_weight(2, 16), IntegerGrid(4)
+    on_grid = ColumnBlock(8, grid, search_clip(weight[:, :8], grid, torch.float32))
+    with pytest.raises(ValueError, match="they must come last"):
+        quantize_columns(weight, make_hessian(16), [on_grid, ColumnBlock(4), ColumnBlock(4, grid, on_grid.scales)])
+    with pytest.raises(ValueError, match=r"the blocks have 8 columns, 1 of them on a grid; the weight has 16"):
+        quantize_columns(weight, make_hessian(16), [on_grid])
