@@ -309,6 +309,9 @@ class TestSeveral:
         model.add_adapter("second", OutlierLoraConfig())
         shake(model)
         shake(model, "second", seed=1)
+        for module in model.modules():
+            if isinstance(module, QuadLinear):
+                module.quantize_input = False  # the last bit of a float32 sum may move an input to the next grid point
         alone = []
         for name in ("default", "second"):
             model.set_adapter(name)
