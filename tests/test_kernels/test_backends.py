@@ -107,6 +107,21 @@ def test_a_name_can_be_taken_once() -> None:
         register_backend_path("onednn", "module:Class", "my-dist 1.0")
 
 
+def test_a_path_may_be_registered_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As often as the libraries of its plugin are imported, before and after the backend itself is."""
+    module = ModuleType("again")
+    module.Again = type("Again", (Backend,), {"name": "again"})
+    monkeypatch.setitem(sys.modules, "again", module)
+    with temporary_registrations():
+        for _ in range(2):
+            register_backend_path("again", "again:Again", "my-dist 1.0")
+        assert "again" in backends()
+        register_backend_path("again", "again:Again", "my-dist 1.0")
+        assert "again" in backends()
+        with pytest.raises(ValueError, match=r"named .again. exists already; other-dist 2\.0 cannot add another"):
+            register_backend_path("again", "again:Again", "other-dist 2.0")
+
+
 def test_a_backend_of_the_last_release_is_refused_with_what_to_change() -> None:
     class Old(Backend):
         name = "old"

@@ -18,6 +18,7 @@ ENVIRONMENT_VARIABLE = "QUAD_KERNELS"
 
 _backends: dict[str, Backend] = {}
 _pending: dict[str, tuple[str, str]] = {}  # name to import path and origin, of backends not imported yet
+_imported: dict[str, tuple[str, str]] = {}  # name to import path and origin, of those that were
 _failed: dict[str, str] = {}  # name to reason
 
 
@@ -62,7 +63,7 @@ def _named(name: str) -> Backend | None:
 
 
 def register_backend_path(name: str, path: str, origin: str) -> None:
-    """Adds a backend that is imported when the first choice is made.
+    """Adds a backend that is imported when the first choice is made; adding it again changes nothing.
 
     Args:
         name: name of the backend.
@@ -72,7 +73,10 @@ def register_backend_path(name: str, path: str, origin: str) -> None:
     Raises:
         ValueError: if another backend has its name.
     """
-    if _named(name) is not None or name in _failed or _pending.get(name, (path, origin)) != (path, origin):
+    known = _imported.get(name) or _pending.get(name)
+    if known == (path, origin):
+        return
+    if known is not None or _named(name) is not None:
         raise ValueError(f"a kernel backend named {name!r} exists already; {origin} cannot add another")
     _pending[name] = (path, origin)
     _choose.cache_clear()
@@ -101,7 +105,7 @@ def temporary_registrations() -> Iterator[None]:
         >>> "mine" in backends()
         False
     """
-    before = [(table, dict(table)) for table in (_backends, _pending, _failed)]
+    before = [(table, dict(table)) for table in (_backends, _pending, _imported, _failed)]
     with temporary_layouts():
         try:
             yield
@@ -116,6 +120,7 @@ def _import_pending() -> None:
     """Imports what was registered by path; a backend that fails is left out with a warning."""
     while _pending:
         name, (path, origin) = _pending.popitem()
+        _imported[name] = path, origin
         module, _, attribute = path.partition(":")
         try:
             found = getattr(importlib.import_module(module), attribute)
