@@ -153,9 +153,12 @@ def tensor_problem(name: str, shape: tuple[int, ...], dtype: torch.dtype | str, 
 
 
 def _fits(found: torch.dtype | str, needed: torch.dtype) -> bool:
-    """Floating point is cast to the model's dtype; integers are words of bits and must be of the right width."""
+    """Floating point is cast to the model's dtype; other numbers are stored as they are, their kind must be right."""
     if isinstance(found, str):
-        return found.startswith(("F", "BF")) if needed.is_floating_point else found == f"I{8 * needed.itemsize}"
+        if needed.is_floating_point:
+            return found.startswith(("F", "BF"))
+        kind = "BOOL" if needed == torch.bool else f"{'I' if needed.is_signed else 'U'}{8 * needed.itemsize}"
+        return found == kind
     return found.is_floating_point if needed.is_floating_point else found == needed
 
 
