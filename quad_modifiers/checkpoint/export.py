@@ -128,6 +128,8 @@ def _problems(quad: QuadFormat, size: int) -> list[str]:
     found: dict[str, list[str]] = {}
     if quad.residual_basis is not None and quad.residual_basis.basis == "extended" and quad.residual_basis.rank:
         found["the extended basis has a hidden size of its own, only basis: square can be written"] = []
+    for name in quad.sections:
+        found[f"the section {name!r} has no place in the format"] = []
     for role, linear in quad.linears.items():
         for problem in _linear_problems(linear, size):
             found.setdefault(problem, []).append(role)
