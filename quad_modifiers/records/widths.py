@@ -15,6 +15,8 @@ def width_tags(inventory: Inventory) -> list[str]:
         return [f"w{pairs[0][0]}a{pairs[0][1]}"] if len(set(pairs)) == 1 else []
     quad = read_format(inventory.quad)
     linears, groups = quad.linears, groups_of_roles(quad)
+    if not linears.keys() <= groups.keys():  # of an architecture that no installed plugin knows
+        return []
     weights = {weight_bits(linear) for linear in linears.values()}
     inputs = [
         {input_bits(linear) for role, linear in linears.items() if groups[role].writes_stream == d_type}
