@@ -170,6 +170,15 @@ class Decoder:
         for block in self.blocks:
             yield from block.quantized_groups()
 
+    def channels(self) -> dict[str, int]:
+        """Returns the number of channels of every MLP, by the path of its parent; a shared expert may have its own."""
+        return {
+            group.path: group.linears[0].module.in_features
+            for block in self.blocks
+            for group in block.groups
+            if group.group.reads == "channels"
+        }
+
     @torch.no_grad()
     def run(self, window: torch.Tensor) -> None:
         """Runs the blocks on one window of token ids, `[1, tokens]`, without the head."""
@@ -181,9 +190,10 @@ class Decoder:
         Raises:
             ValueError: naming the first that is not.
         """
-        sizes = self.geometry.sizes()
+        sizes, channels = self.geometry.sizes(), self.channels()
         for block in self.blocks:
             for group in block.groups:
+                sizes["channels"] = channels.get(group.path, self.geometry.intermediate)
                 for linear in group.linears:
                     module = linear.module
                     where = f"layer {block.index} {linear.name.removeprefix(block.name + '.')}"

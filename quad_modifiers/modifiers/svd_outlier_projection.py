@@ -74,7 +74,7 @@ class SVDOutlierProjection(QuadModifier):
         Raises:
             ValueError: if a rank leaves nothing to quantize.
         """
-        self.settings().check(decoder.geometry)
+        self.settings().check(decoder)
 
     def run(self, decoder: Decoder, batches: Batches) -> None:
         """Plans the projection and rewrites the model."""
@@ -103,7 +103,9 @@ class SVDOutlierProjection(QuadModifier):
             )
         if self.rotation == "hadamard" and not is_hadamard_order(hidden):
             logger.info("hidden_size %d is not a known Hadamard order: a random orthogonal matrix is used", hidden)
-        for name, split in (("o_proj", projection.value_split), ("down_proj", projection.channel_split)):
+        splits = [("o_proj", projection.value_split)]
+        splits += [("down_proj", split) for split in dict.fromkeys(projection.channel_splits.values())]
+        for name, split in splits:
             if split.hadamard:
                 plan = plan_hadamard(split.width)
                 logger.info("online Hadamard of %s: %s, blocks of %d of %d", name, plan.kind, plan.block, plan.size)

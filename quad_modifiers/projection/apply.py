@@ -25,7 +25,11 @@ def apply_projection(decoder: Decoder, projection: Projection) -> None:
     Args:
         decoder: the model, its linears wrapped in `QuadLinear` pass-throughs.
         projection: the plan.
+
+    Raises:
+        ValueError: naming a linear that has a term, which belongs to the old basis.
     """
+    _refuse_terms(decoder)
     geometry, config = decoder.geometry, decoder.model.config  # the sizes of before are read before they change
     _untie_head(decoder)
     _project_ends(decoder, projection.residual)
@@ -33,6 +37,15 @@ def apply_projection(decoder: Decoder, projection: Projection) -> None:
         _project_block(block, projection, geometry.sizes())
     config.hidden_size = projection.residual.width
     config.head_dim = geometry.head_dim
+
+
+def _refuse_terms(decoder: Decoder) -> None:
+    for linear in decoder.linears():
+        for term in linear.module.terms():
+            raise ValueError(
+                f"{linear.name} has the term {term.kind!r}, which was made for the basis that a projection changes; "
+                "put the projection before what adds terms"
+            )
 
 
 def _untie_head(decoder: Decoder) -> None:
@@ -75,7 +88,7 @@ def _project_reader(group: PlacedGroup, linear: PlacedLinear, projection: Projec
     weight = _new_rows(weight, linear, group.path, projection, sizes)
     if bias is not None:
         bias = _new_rows(bias.detach().double().unsqueeze(1), linear, group.path, projection, sizes).squeeze(1)
-    _install(module, projection.split("stream"), weight, bias)
+    _install(module, projection.split(group), weight, bias)
 
 
 def _new_rows(
@@ -106,7 +119,7 @@ def _project_writer(group: PlacedGroup, linear: PlacedLinear, projection: Projec
         weight = _rotate_heads_in(weight, projection.heads[group.path])
     else:
         weight = weight[:, projection.orders[group.path].to(weight.device)]
-    _install(module, projection.split(group.group.reads), weight, basis.write_bias(module.bias))
+    _install(module, projection.split(group), weight, basis.write_bias(module.bias))
 
 
 def _rotate_heads_out(weight: torch.Tensor, heads: torch.Tensor) -> torch.Tensor:

@@ -8,7 +8,7 @@ from quad_kernels import InputSplit
 
 from quad_modifiers.linalg import extended_basis, outlier_basis, random_rotation, square_basis
 from quad_modifiers.model.architecture import Space
-from quad_modifiers.model.decoder import Decoder
+from quad_modifiers.model.decoder import Decoder, PlacedGroup
 from quad_modifiers.model.geometry import ModelGeometry
 from quad_modifiers.passes.statistics import ActivationStatistics
 
@@ -51,7 +51,8 @@ class Projection:
             the attention module.
         orders: permutation of the MLP's channels, outlier channels first, `[channels]`, by the path of the MLP.
         value_split: division of the inputs that read values (o_proj).
-        channel_split: division of the inputs that read channels (down_proj).
+        channel_splits: division of the inputs that read channels (down_proj), by the path of the MLP; its width is
+            that of this MLP, which need not be the same in all.
         origin: how it came about, as the checkpoint remembers it; None for one that cannot be said in its terms.
     """
 
@@ -59,14 +60,15 @@ class Projection:
     heads: dict[str, torch.Tensor]
     orders: dict[str, torch.Tensor]
     value_split: InputSplit
-    channel_split: InputSplit
+    channel_splits: dict[str, InputSplit]
     origin: dict[str, Any] | None = None
 
-    def split(self, reads: Space) -> InputSplit:
-        """Returns how an input of this space is divided."""
+    def split(self, group: PlacedGroup) -> InputSplit:
+        """Returns how the input of a group is divided."""
+        reads = group.group.reads
         if reads == "stream":
             return InputSplit(self.residual.width, self.residual.rank)
-        return self.value_split if reads == "values" else self.channel_split
+        return self.value_split if reads == "values" else self.channel_splits[group.path]
 
 
 @dataclass(frozen=True)
@@ -96,15 +98,17 @@ class ProjectionSettings:
         """True if activations decide about the basis."""
         return bool(self.rank or self.values_rank or self.channels_rank)
 
-    def check(self, geometry: ModelGeometry) -> None:
+    def check(self, decoder: Decoder) -> None:
         """Checks that every rank leaves something to quantize.
 
         Raises:
             ValueError: naming the rank that is too large.
         """
+        geometry = decoder.geometry
         geometry.check_rank("rank", self.rank, geometry.hidden, "hidden_size")
         geometry.check_rank("o_proj_rank_per_head", self.values_rank, geometry.head_dim, "head_dim")
-        geometry.check_rank("down_proj_rank", self.channels_rank, geometry.intermediate, "intermediate_size")
+        channels = min(decoder.channels().values(), default=geometry.intermediate)
+        geometry.check_rank("down_proj_rank", self.channels_rank, channels, "intermediate_size")
 
 
 def plan_projection(
@@ -122,11 +126,12 @@ def plan_projection(
     basis = _residual_basis(geometry, settings, statistics, generator)
     heads: dict[str, torch.Tensor] = {}
     orders: dict[str, torch.Tensor] = {}
+    channels = decoder.channels()
     for group in decoder.groups():
         if group.group.reads == "values":
             heads[group.path] = _head_rotations(geometry, settings, statistics, group.path, generator)
         elif group.group.reads == "channels":
-            orders[group.path] = torch.arange(group.linears[0].module.in_features)
+            orders[group.path] = torch.arange(channels[group.path])
             if statistics is not None and settings.channels_rank:
                 orders[group.path] = statistics.channels[group.path].argsort(descending=True, stable=True)
     return Projection(
@@ -140,9 +145,10 @@ def plan_projection(
             keep_width=True,
             hadamard="values" in settings.online,
         ),
-        channel_split=InputSplit(
-            geometry.intermediate, settings.channels_rank, keep_width=True, hadamard="channels" in settings.online
-        ),
+        channel_splits={
+            path: InputSplit(width, settings.channels_rank, keep_width=True, hadamard="channels" in settings.online)
+            for path, width in channels.items()
+        },
         origin={
             "basis": settings.basis,
             "rank": settings.rank,

@@ -10,6 +10,8 @@ from quad_modifiers.linalg import extended_basis, outlier_basis, random_rotation
 from quad_modifiers.model.architecture import Architecture
 from quad_modifiers.model.decoder import Decoder
 from quad_modifiers.nn.quad_linear import QuadLinear
+from quad_modifiers.nn.term import LinearTerm
+from quad_modifiers.passes.statistics import collect_statistics
 from quad_modifiers.projection.apply import apply_projection
 from quad_modifiers.projection.plan import Projection, ProjectionSettings, ResidualBasis, plan_projection
 
@@ -40,7 +42,11 @@ def test_a_projection_written_by_hand_keeps_the_function(model_type, make_toy) -
         heads={path: heads for path, reads in paths.items() if reads == "values"},
         orders={path: torch.randperm(128, generator=generator) for path, reads in paths.items() if reads == "channels"},
         value_split=InputSplit(64, 2, 16, keep_width=True),
-        channel_split=InputSplit(128, 5, keep_width=True, hadamard=True),
+        channel_splits={
+            path: InputSplit(128, 5, keep_width=True, hadamard=True)
+            for path, reads in paths.items()
+            if reads == "channels"
+        },
     )
     apply_projection(decoder, projection)
     torch.testing.assert_close(logits_of(model), wanted, rtol=1e-4, atol=1e-4)
@@ -57,3 +63,35 @@ def test_a_plan_changes_nothing(make_toy) -> None:
     assert model.config.hidden_size == 64
     for name, tensor in model.state_dict().items():
         assert torch.equal(tensor, before[name]), name
+
+
+@pytest.mark.parametrize("down_proj_rank", [0, 5])
+def test_every_mlp_may_have_a_width_of_its_own(down_proj_rank, make_toy) -> None:
+    model = make_toy("llama")
+    mlp, generator = model.model.layers[1].mlp, torch.Generator().manual_seed(4)
+    for name, shape in {"gate_proj": (96, 64), "up_proj": (96, 64), "down_proj": (64, 96)}.items():
+        linear = torch.nn.Linear(shape[1], shape[0], bias=False)
+        linear.weight = torch.nn.Parameter(torch.randn(shape, generator=generator) / 8)
+        setattr(mlp, name, linear)
+    wanted = logits_of(model)
+    Decoder(model, Architecture("llama")).check_linears()
+    decoder, settings = wrapped(model), ProjectionSettings(rank=8, channels_rank=down_proj_rank)
+    settings.check(decoder)
+    batches = [{"input_ids": torch.randint(3, 320, (2, 64), generator=generator)} for _ in range(4)]
+    apply_projection(decoder, plan_projection(decoder, settings, collect_statistics(decoder, batches)))
+    torch.testing.assert_close(logits_of(model), wanted, rtol=1e-4, atol=1e-4)
+    assert [block.module.mlp.down_proj.split.width for block in decoder.blocks] == [128, 96]
+    with pytest.raises(ValueError, match=r"down_proj_rank \(96\) must be smaller than intermediate_size \(96\)"):
+        ProjectionSettings(channels_rank=96).check(Decoder(model, Architecture("llama")))
+
+
+def test_a_term_of_the_old_basis_is_refused(make_toy) -> None:
+    class Nothing(LinearTerm):
+        kind = "nothing"
+
+    decoder = wrapped(make_toy("llama"))
+    before = decoder.model.model.norm.weight
+    next(decoder.linears()).module.add_term(Nothing())
+    with pytest.raises(ValueError, match=r"q_proj has the term 'nothing'.*put the projection before what adds terms"):
+        apply_projection(decoder, plan_projection(decoder, ProjectionSettings(rank=0), None))
+    assert decoder.model.model.norm.weight is before
