@@ -3,19 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
-import shutil
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
-import quad_kernels
 
-import quad_modifiers
-
-EXAMPLE = Path(__file__).parent / "example_plugin"
+from .installed import install, run, search_path
 
 REPORT = """
 import json
@@ -61,7 +55,7 @@ print(json.dumps({
     "largest_weight": model[0].weight.max().item(),
     "saved": recipe.yaml(),
     "compressed_recipe": Path("compressed/recipe.yaml").read_text(),
-    "compressed_largest": compressed.model.layers[0].mlp.up_proj.residual.weight.abs().max().item(),
+    "compressed_largest": compressed.model.layers[0].mlp.up_proj.residual.dequantized(torch.float32).abs().max().item(),
     "warnings": [str(each.message) for each in caught if issubclass(each.category, PluginWarning)],
     "failed": [str(failure) for failure in failed_plugins()],
     "table": {row.distribution: [list(row.contributes), row.failure] for row in plugin_table()},
@@ -75,14 +69,9 @@ print(json.dumps({
 def report(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """What a fresh Python sees in which the example plugin and a broken plugin are installed."""
     folder = tmp_path_factory.mktemp("plugins")
-    source, target = folder / "source", folder / "installed"
-    shutil.copytree(EXAMPLE, source, ignore=shutil.ignore_patterns("build", "*.egg-info", "__pycache__"))
-    install = [sys.executable, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "--no-index"]
-    run([*install, "--no-deps", "--no-build-isolation", "--target", str(target), str(source)], folder)
+    target = install("example_plugin", folder)
     install_broken_plugin(target)
-    packages = [str(Path(package.__file__).parents[1]) for package in (quad_modifiers, quad_kernels)]
-    paths = [str(target), *packages]
-    output = run([sys.executable, "-c", REPORT], folder, PYTHONPATH=os.pathsep.join(paths))
+    output = run([sys.executable, "-c", REPORT], folder, PYTHONPATH=search_path(target))
     loaded: dict[str, Any] = json.loads(output.splitlines()[-1])
     return loaded
 
@@ -94,15 +83,6 @@ def install_broken_plugin(target: Path) -> None:
     info.mkdir()
     (info / "METADATA").write_text("Metadata-Version: 2.1\nName: broken-dist\nVersion: 0.4\n", encoding="utf-8")
     (info / "entry_points.txt").write_text("[quad_modifiers]\nbroken = broken_plugin\n", encoding="utf-8")
-
-
-def run(command: list[str], folder: Path, **environment: str) -> str:
-    """Run a command in `folder` and return its output; fail with what it printed."""
-    done = subprocess.run(
-        command, cwd=folder, env={**os.environ, **environment}, capture_output=True, text=True, timeout=300
-    )
-    assert done.returncode == 0, f"{command}\n{done.stdout}\n{done.stderr}"
-    return done.stdout
 
 
 def test_modifier_comes_from_the_installed_distribution(report: dict[str, Any]) -> None:
