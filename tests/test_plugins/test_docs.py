@@ -14,6 +14,7 @@ from quad_modifiers.recipe import validate_recipe
 from quad_modifiers.recipe.order import ROLES
 
 EXAMPLE = Path(__file__).parent / "example_plugin"
+METHOD = Path(__file__).parent / "method_plugin" / "quad_method_plugin"
 GUIDE = Path(__file__).parents[2] / "docs" / "developer" / "plugins.md"
 
 
@@ -40,6 +41,15 @@ def test_entry_point_and_hooks_are_those_of_the_example() -> None:
     plugin = (EXAMPLE / "quad_example_plugin" / "plugin.py").read_text(encoding="utf-8")
     assert snippets("toml")[0] in (EXAMPLE / "pyproject.toml").read_text(encoding="utf-8")
     assert snippets("python")[0] == re.sub(r'^ *""".*"""\n+', "", plugin, flags=re.M)
+
+
+def test_code_of_a_method_is_that_of_the_method_plugin() -> None:
+    files = [file.read_text(encoding="utf-8").rstrip() + "\n" for file in METHOD.glob("*.py")]
+    method = GUIDE.read_text(encoding="utf-8").partition("## A method of your own")[2]
+    shown = re.findall(r"^```python\n(.*?)^```$", method, re.S | re.M)
+    for name in ("LowRank", "LowRankResidue", "NoteMethod", "MethodNote", "RowPairsBackend", "PHI3"):
+        assert any(re.search(rf"^(class )?{name}\b", each, re.M) for each in shown), name
+    assert [each for each in shown if not any(each in file for file in files)] == []
 
 
 def test_recipe_validates(example: QuadPluginManager) -> None:

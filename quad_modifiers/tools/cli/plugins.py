@@ -11,7 +11,7 @@ def register(app: typer.Typer) -> None:
 
 
 def plugins() -> None:
-    """List the installed distributions that contribute modifiers, architectures, recipes or kernels.
+    """List the installed distributions and what they contribute, such as modifiers, recipes and kernels.
 
     A plugin that cannot be imported is listed with the reason; the rest works without it.
     """
