@@ -74,7 +74,7 @@ docs: $(STAMP) ## the documentation in docs/_build/html; warnings are errors
 bench-kernels: $(STAMP) ## speed of the kernels on this machine, a few shapes
 	PYTHONPATH=kernels $(BIN) -m benchmarks.run --quick
 
-bench-quality: $(STAMP) ## the quality tables of README.md; hours
+bench-quality: $(STAMP) ## the quality table of docs/guide/recipes.md; hours
 	$(BIN) -m quad_modifiers.bench quality
 
 lint: $(STAMP) ## ruff and mypy

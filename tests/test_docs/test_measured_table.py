@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from statistics import median
@@ -17,6 +18,7 @@ from .pages import ROOT
 
 RECIPES = ROOT / "docs" / "guide" / "recipes.md"
 README = ROOT / "README.md"
+HEADLINE = ("quad_w4a4a8", "quad_w4a4", "quarot_w4a4")  # what README.md shows
 SAMPLES = 64  # windows of calibration text, as the pages say above the tables
 
 
@@ -55,13 +57,25 @@ def name(row: str) -> str:
 
 
 @pytest.mark.parametrize(
-    ("page", "rows"), [(RECIPES, (REFERENCE, *list_recipes())), (README, tuple(QUALITY))], ids=["recipes", "readme"]
+    ("page", "rows"),
+    [(RECIPES, tuple(dict.fromkeys((*QUALITY, *list_recipes())))), (README, HEADLINE)],
+    ids=["recipes", "readme"],
 )
 def test_table_of_the_page_is_that_of_the_results(page: Path, rows: Sequence[str]) -> None:
     wanted = table(rows)
     assert "`quad_w4a4`" in wanted
     written, advice = filled_in(page, "quality.jsonl", wanted)
     assert written == wanted, advice
+
+
+def test_speed_of_one_layer_is_that_of_the_table_of_shapes() -> None:
+    shapes = (ROOT / "docs" / "benchmarks" / "kernels-cpu.md").read_text(encoding="utf-8")
+    ratios = dict(re.findall(r"^\| 4096x4096/linear \| (\d+) \| \d+ \| \d+ \| ([\d.]+) \|", shapes, re.M))
+    page = (ROOT / "docs" / "benchmarks" / "speed.md").read_text(encoding="utf-8")
+    (tokens,), (shown,) = (
+        re.findall(rf"^\| {start} \| (.*) \|$", page, re.M) for start in ("tokens", "times.*model\\)")
+    )
+    assert [ratios[each] for each in tokens.split(" | ")] == shown.split(" | ")
 
 
 def test_every_shipped_recipe_is_on_the_page() -> None:

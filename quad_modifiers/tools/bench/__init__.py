@@ -1,1 +1,1 @@
-"""`python -m quad_modifiers.bench`: measurements of what README.md claims."""
+"""`python -m quad_modifiers.bench`: measurements of what the documentation claims."""
