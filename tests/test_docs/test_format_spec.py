@@ -1,13 +1,15 @@
 """docs/reference/checkpoint-format.md is enough to write a runtime: this one, in NumPy, was written from it.
 
 It uses nothing of this project but `oneshot`, which makes the checkpoints, and the loaded model's linears, whose
-outputs it must reproduce. Section names are those of the page.
+outputs it must reproduce. Section names are those of the page. The last tests hold what the page says of versions to
+`quad_modifiers.checkpoint.format`.
 """
 
 from __future__ import annotations
 
 import json
 import math
+import re
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -19,7 +21,11 @@ from safetensors.numpy import load_file
 from transformers import AutoModelForCausalLM
 
 from quad_modifiers import oneshot
+from quad_modifiers.checkpoint.format import FORMAT_VERSIONS, LinearFormat, QuadFormat, TableFormat, read_format
 
+from .pages import ROOT
+
+PAGE = ROOT / "docs" / "reference" / "checkpoint-format.md"
 Section = dict[str, Any]
 
 
@@ -336,3 +342,76 @@ def test_transform_is_orthonormal_and_has_the_factors_of_the_examples() -> None:
     assert {m: factors(m) for m in examples} == examples
     for k in (28, 52, 78, 84, 100, 256):
         np.testing.assert_allclose(transform(k) @ transform(k).T, np.eye(k), atol=1e-12)
+
+
+# Versions
+
+PLAIN: Section = {
+    "in_features": 8, "out_features": 4, "outliers_per_block": 0, "block": 8, "keep_width": False, "hadamard": True,
+    "bias": False, "weight": None, "input": None,
+}  # fmt: skip
+MODELS: dict[int, Section] = {
+    1: {},
+    2: {"head": TableFormat()},
+    3: {"sections": {"key_basis": {"rank": 2}}},
+}
+
+
+def model_of(version: int, linear: Section | None = None) -> QuadFormat:
+    linears = {"q_proj": LinearFormat(**PLAIN, **(linear or {}))}
+    return QuadFormat.lowest(base_model_type="llama", residual_basis=None, linears=linears, **MODELS[version])
+
+
+def fields_by_version() -> dict[int, set[str]]:
+    """The fields of each version, by the table of the page."""
+    text = PAGE.read_text(encoding="utf-8")
+    (table,) = re.findall(r"<!-- fields by version -->\n(.*?)\n<!-- /fields by version -->", text, re.S)
+    head, _, *rows = ([cell.strip() for cell in line.strip("|").split("|")] for line in table.splitlines())
+    versions = [int(cell.removeprefix("version ")) for cell in head[1:]]
+    assert all(cell in ("yes", "no") for row in rows for cell in row[1:])
+    return {
+        version: {row[0].strip("`") for row in rows if row[place] == "yes"} for place, version in enumerate(versions, 1)
+    }
+
+
+def written_fields(quad: QuadFormat) -> set[str]:
+    section = quad.section()
+    return {*section, *({"linears.terms"} if "terms" in section["linears"]["q_proj"] else ())}
+
+
+def test_the_page_has_the_fields_of_every_version() -> None:
+    assert fields_by_version() == {version: written_fields(model_of(version)) for version in FORMAT_VERSIONS}
+
+
+@pytest.mark.parametrize("version", FORMAT_VERSIONS)
+def test_a_writer_takes_the_lowest_version(version: int) -> None:
+    assert model_of(version).format_version == version
+    with_term = model_of(version, {"terms": {"low_rank": {"rank": 2}}})
+    assert with_term.format_version == 3
+    assert read_format(with_term.section()) == with_term
+    assert with_term.section()["linears"]["q_proj"]["terms"] == {"low_rank": {"rank": 2}}
+
+
+@pytest.mark.parametrize("version", FORMAT_VERSIONS)
+def test_a_reader_refuses_fields_of_other_versions(version: int) -> None:
+    fields = fields_by_version()
+    others = set.union(*fields.values()) - fields[version] | {"surplus"}
+    assert others - {"surplus"}
+    for field in others:
+        section = model_of(version).section()
+        if field == "linears.terms":
+            section["linears"]["q_proj"]["terms"] = {}
+        else:
+            section[field] = {} if field == "sections" else {"bits": 16} if field == "outlier" else None
+        with pytest.raises(ValueError, match=r"has no field|Extra inputs"):
+            read_format(section)
+
+
+def test_the_page_describes_every_field_of_a_linear() -> None:
+    text = PAGE.read_text(encoding="utf-8").partition("Each entry of `linears`:")[2].partition("\n\n## ")[0]
+    described = {name for cell in re.findall(r"^\| (`.*?`) \|", text, re.M) for name in re.findall(r"`([\w.]+)`", cell)}
+    fields = set(LinearFormat.model_fields)
+    for part in ("weight", "input"):
+        (kind,) = (each for each in LinearFormat.model_fields[part].annotation.__args__ if each is not type(None))
+        fields |= {f"{part}.{name}" for name in kind.model_fields}
+    assert described == fields
