@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
-PAGES = sorted([ROOT / "README.md", *(p for p in (ROOT / "docs").rglob("*.md") if "_build" not in p.parts)])
+_OUTSIDE = (ROOT / "README.md", ROOT / "CONTRIBUTING.md")
+PAGES = sorted([*_OUTSIDE, *(p for p in (ROOT / "docs").rglob("*.md") if "_build" not in p.parts)])
 _BLOCK = re.compile(r"(?P<before>[^\n]*\n)?^(?P<indent> *)```(?P<language>\w+)\n(?P<text>.*?)^ *```$", re.S | re.M)
 _SKIP = "<!-- no-test -->"
 _FILE = re.compile(r"<!-- file: (\S+) -->")

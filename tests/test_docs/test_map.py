@@ -16,7 +16,7 @@ from tests.test_house.import_map import FLOORS, arrows, modules, room_of
 from .pages import ROOT
 
 DEVELOPER = ROOT / "docs" / "developer"
-MAP = DEVELOPER / "map.md"
+MAP, README = DEVELOPER / "map.md", ROOT / "README.md"
 NAMING = [MAP, DEVELOPER / "life-of-a-linear.md", DEVELOPER / "design.md"]
 SOURCES = ("quad_modifiers", "quad_peft", "kernels", "tests")
 # Names of other libraries that the pages use.
@@ -109,9 +109,9 @@ def named(text: str) -> Iterator[tuple[str, str | None]]:
         yield span[1], before[1] if before is not None and is_path(before[1]) else None
 
 
-@pytest.mark.parametrize("page", NAMING, ids=lambda page: page.name)
+@pytest.mark.parametrize("page", [*NAMING, README, ROOT / "CONTRIBUTING.md"], ids=lambda page: page.name)
 def test_files_of_the_page_exist(page: Path) -> None:
-    paths = [span for span in _SPAN.findall(prose(page)) if is_path(span)]
+    paths = [span for span in _SPAN.findall(prose(page)) if is_path(span) and "/" in span]
     assert [path for path in paths if not (ROOT / path).exists()] == []
 
 
@@ -171,3 +171,7 @@ def test_what_does_not_exist_is_noticed() -> None:
         "quad_modifiers/nn/forward.py does not define gone",
     ]
     assert problem("no_such_function", None) == "nothing defines no_such_function"
+
+
+def test_the_readme_is_short() -> None:
+    assert len(README.read_text(encoding="utf-8").splitlines()) <= 150
