@@ -13,11 +13,12 @@ import pytest
 
 from tests.test_house.import_map import FLOORS, arrows, modules, room_of
 
-from .pages import ROOT
+from .pages import PAGES, ROOT, shown
 
 DEVELOPER = ROOT / "docs" / "developer"
 MAP, README = DEVELOPER / "map.md", ROOT / "README.md"
 NAMING = [MAP, DEVELOPER / "life-of-a-linear.md", DEVELOPER / "design.md"]
+PLUGIN_OF_THE_TUTORIAL = "outlier_rounding/"
 SOURCES = ("quad_modifiers", "quad_peft", "kernels", "tests")
 # Names of other libraries that the pages use.
 OTHERS = {
@@ -113,6 +114,14 @@ def named(text: str) -> Iterator[tuple[str, str | None]]:
 def test_files_of_the_page_exist(page: Path) -> None:
     paths = [span for span in _SPAN.findall(prose(page)) if is_path(span) and "/" in span]
     assert [path for path in paths if not (ROOT / path).exists()] == []
+
+
+def test_files_that_other_pages_name_exist() -> None:
+    roots = (ROOT, *(ROOT / each for each in ("quad_modifiers", "kernels", "kernels/quad_kernels")))
+    for page in PAGES:
+        named = [span for span in _SPAN.findall(prose(page)) if is_path(span) and "/" in span and span.endswith(".py")]
+        missing = [path for path in named if not any((root / path).exists() for root in roots)]
+        assert [path for path in missing if not path.startswith(PLUGIN_OF_THE_TUTORIAL)] == [], shown(page)
 
 
 @pytest.mark.parametrize("page", NAMING, ids=lambda page: page.name)
