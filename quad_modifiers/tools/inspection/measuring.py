@@ -249,4 +249,5 @@ def _subject(opened: Opened, decoder: Decoder, kind: Any, hidden: int, rank: int
         rank,
         basis,
         None,
+        groups={group.name: group.writes_stream for group in opened.architecture.roles().values()},
     )

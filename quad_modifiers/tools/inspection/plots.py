@@ -13,12 +13,7 @@ from matplotlib.ticker import FuncFormatter, MaxNLocator
 from quad_modifiers.tools.inspection.figures import AFTER, BEFORE, INK, OTHER, WIDTH, legend_below, new_figure
 from quad_modifiers.tools.inspection.measure.results import Inspection, LossRow, Surface
 
-GROUP_TITLES = {
-    "qkv": "Input of q, k, v (U-type)",
-    "o": "Input of o_proj (D-type)",
-    "gate_up": "Input of gate, up (U-type)",
-    "down": "Input of down_proj (D-type)",
-}
+PART_TITLES = {"qkv": "q, k, v", "o": "o_proj", "gate_up": "gate, up", "down": "down_proj"}  # others by their names
 _STAGE_COLOURS = {"before": BEFORE, "after": AFTER}
 
 
@@ -63,7 +58,7 @@ def _surface(axes: Any, surface: Surface, top: float) -> None:
     axes.set_zlim(0, top)
     axes.view_init(elev=24, azim=-62)
     axes.set_box_aspect((1.6, 1.1, 0.8), zoom=0.98)
-    title = GROUP_TITLES[surface.group].partition(" (")[0]
+    title = _title(surface.group)
     axes.set_title(f"{title}, {surface.stage}", y=0.98)
     axes.set_xlabel("channel")
     axes.set_ylabel("token")
@@ -103,11 +98,19 @@ def draw_spectrum(found: Inspection) -> Figure:
     return figure
 
 
-def _by_group(height: float, ylabel: str) -> tuple[Figure, Iterable[tuple[str, Axes]]]:
-    figure, grid = new_figure(height, 2, 2, sharex=True, sharey=True)
-    axes = list(zip(GROUP_TITLES, grid.flat, strict=True))
+def _title(group: str, kind: str = "") -> str:
+    return f"Input of {PART_TITLES.get(group, group)}{kind}"
+
+
+def _by_group(found: Inspection, height: float, ylabel: str) -> tuple[Figure, Iterable[tuple[str, Axes]]]:
+    groups = found.subject.groups
+    rows = -(-len(groups) // 2)
+    figure, grid = new_figure(height * rows / 2, rows, 2, sharex=True, sharey=True, squeeze=False)
+    axes = list(zip(groups, grid.flat, strict=False))
+    for empty in grid.flat[len(groups) :]:
+        empty.set_axis_off()
     for group, each in axes:
-        each.set_title(GROUP_TITLES[group])
+        each.set_title(_title(group, " (D-type)" if groups[group] else " (U-type)"))
         each.xaxis.set_major_locator(MaxNLocator(integer=True))
     for row in grid:
         row[0].set_ylabel(ylabel)
@@ -118,7 +121,7 @@ def _by_group(height: float, ylabel: str) -> tuple[Figure, Iterable[tuple[str, A
 
 def draw_input_error(found: Inspection) -> Figure:
     """Draws input errors by block, one panel a group."""
-    figure, grid = _by_group(5.2, "relative squared error")
+    figure, grid = _by_group(found, 5.2, "relative squared error")
     for group, axes in grid:
         axes.set_yscale("log")
         for stage, colour in _STAGE_COLOURS.items():
@@ -135,7 +138,7 @@ def draw_input_error(found: Inspection) -> Figure:
 
 def draw_grid_ratio(found: Inspection) -> Figure:
     """Draws step over standard deviation by block, one panel a group."""
-    figure, grid = _by_group(4.8, "step / standard deviation")
+    figure, grid = _by_group(found, 4.8, "step / standard deviation")
     for group, axes in grid:
         for stage, colour in _STAGE_COLOURS.items():
             rows = [row for row in found.inputs if row.stage == stage and row.group == group]
@@ -168,9 +171,6 @@ def draw_weight_error(found: Inspection) -> Figure:
 
 def _decibels(error: float) -> float:
     return -10 * math.log10(max(error, 1e-12))
-
-
-PART_TITLES = {"qkv": "q, k, v", "o": "o_proj", "gate_up": "gate, up", "down": "down_proj"}
 
 
 def _part_rows(found: Inspection) -> list[tuple[str, list[LossRow]]]:

@@ -7,7 +7,6 @@ Such a loss grows with the square of the perturbation, which is how it is carrie
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from quad_modifiers.model.architecture import dense_block
 from quad_modifiers.tools.inspection.measure.results import Inspection, Recommendation, Rule
 
 USEFUL_PROJECTION = 0.5  # share of the loss of 4-bit inputs that it must remove
@@ -19,22 +18,18 @@ INTEGER_BUDGET = 0.05  # nats that 8-bit inputs may lose before inputs stay in f
 END_SHARE = 1 / 3  # of the checkpoint in embedding and head, above which they get 8 bits
 
 
-_READERS = tuple(group.name for group in dense_block() if not group.writes_stream)
-_WRITERS = tuple(group.name for group in dense_block() if group.writes_stream)
-
-
 class _Kind(NamedTuple):
     """A kind of input, and the rule about its bits."""
 
     number: str
     name: str
-    group: str
+    writes: bool
     budget: float
     where: str
 
 
-_U_INPUTS = _Kind("R3", "U-type inputs (q, k, v, gate, up)", _READERS[0], U_BUDGET, " at the rank of R2")
-_D_INPUTS = _Kind("R4", "D-type inputs (o_proj, down_proj)", _WRITERS[0], D_BUDGET, "")
+_U_INPUTS = _Kind("R3", "U-type inputs (q, k, v, gate, up)", False, U_BUDGET, " at the rank of R2")
+_D_INPUTS = _Kind("R4", "D-type inputs (o_proj, down_proj)", True, D_BUDGET, "")
 
 
 @dataclass(frozen=True)
@@ -63,11 +58,16 @@ class _Losses:
                 loss("all", "inputs", "8"),
                 loss("all", "weights", "4"),
             )
-        stored = found.subject.input_bits
-        u_type = loss("U-type", "inputs", "as stored") if all(stored[group] == 4 for group in _READERS) else None
-        d_type = loss("D-type", "inputs", "as stored") if all(stored[group] == 4 for group in _WRITERS) else None
+        u_type = loss("U-type", "inputs", "as stored") if _stored_bits(found, False) == [4] else None
+        d_type = loss("D-type", "inputs", "as stored") if _stored_bits(found, True) == [4] else None
         weights = loss("all", "weights", "as stored") if found.subject.baseline else None
         return cls(None, None, u_type, d_type, None, weights)
+
+
+def _stored_bits(found: Inspection, writes: bool) -> list[int | None]:
+    """Returns the bits of a checkpoint's inputs of one kind, each once, in run order."""
+    subject = found.subject
+    return list(dict.fromkeys(bits for group, bits in subject.input_bits.items() if subject.groups[group] == writes))
 
 
 def recommend(found: Inspection) -> Recommendation:
@@ -126,7 +126,7 @@ def _rank(found: Inspection, losses: _Losses, rules: list[Rule]) -> tuple[int | 
 def _bits(kind: _Kind, found: Inspection, losses: _Losses, loss: float | None, rules: list[Rule]) -> int | None:
     """Returns the bits for one kind of input, None for unquantized; those of the checkpoint where nothing is known."""
     if loss is None:
-        return found.subject.input_bits.get(kind.group)
+        return next(iter(_stored_bits(found, kind.writes)), None)
     bits: int | None = 4 if loss <= kind.budget else 8
     measured = f"4 bits lose {_nats(loss)}{kind.where}"
     if bits == 8 and losses.eight_bits is not None:

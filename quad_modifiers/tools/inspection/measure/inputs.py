@@ -12,7 +12,6 @@ from quad_modifiers.tools.inspection.measure.groups import INPUT_GRIDS, split_of
 from quad_modifiers.tools.inspection.measure.results import InputRow, Stage, Surface
 from quad_modifiers.tools.inspection.measure.watch import watching
 
-SURFACE_GROUPS = ("qkv", "down")  # one U-type and one D-type input
 _ROWS, _COLUMNS = 48, 96  # cells of a surface, at most
 _TINY = torch.finfo(torch.float32).tiny
 
@@ -52,7 +51,7 @@ def measure_inputs(decoder: Decoder, windows: list[torch.Tensor], stage: Stage) 
     watched = []
     for group in decoder.groups():
         key, linear = (group.layer, group.group.name), group.linears[0].module
-        sums[key] = _Sums(linear)
+        sums.setdefault(key, _Sums(linear))  # repeated groups, such as experts, are one
         watched.append((linear, sums[key].add))
     with watching(watched):
         for window in windows:
@@ -78,8 +77,11 @@ def measure_surfaces(decoder: Decoder, window: torch.Tensor, layers: list[int], 
 
     watched = []
     for layer in layers:
-        for group in decoder.blocks[layer].quantized_groups():
-            if group.group.name in SURFACE_GROUPS:
+        groups = decoder.blocks[layer].quantized_groups()
+        first_reader = next((group for group in groups if not group.group.writes_stream), None)
+        last_writer = next((group for group in reversed(groups) if group.group.writes_stream), None)
+        for group in (first_reader, last_writer):
+            if group is not None:
                 linear = group.linears[0].module
                 watched.append((linear, partial(see, layer, group.group.name, linear)))
     with watching(watched):

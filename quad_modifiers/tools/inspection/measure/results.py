@@ -9,6 +9,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Literal
 
+from quad_modifiers.model.architecture import dense_block
+
 FORMAT_VERSION = 1
 Stage = Literal["before", "after"]
 Quantized = Literal["inputs", "weights", "inputs and weights"]
@@ -29,6 +31,7 @@ class Subject:
         recipe: recipe whose projection was applied (model), or that made the checkpoint, if known.
         baseline: the original model of a checkpoint, if it was given.
         input_bits: bits of the checkpoint's inputs by group; None where they are not quantized. Empty for a model.
+        groups: the groups of a block in run order, each with whether its linears write the stream (D-type).
     """
 
     name: str
@@ -43,6 +46,9 @@ class Subject:
     recipe: str | None
     baseline: str | None = None
     input_bits: dict[str, int | None] = field(default_factory=dict)
+    groups: dict[str, bool] = field(
+        default_factory=lambda: {group.name: group.writes_stream for group in dense_block()}
+    )
 
 
 @dataclass(frozen=True)
