@@ -64,6 +64,15 @@ class Group:
                 "through a norm, and nothing else through one"
             )
 
+        changed = {"stream", "values", "channels"}
+        if not self.quantized and (
+            self.reads != "stream" or any(changed & set(each.produces) for each in self.members)
+        ):
+            raise ValueError(
+                f"group {self.name!r} is not quantized, so it must read the stream and produce nothing that a "
+                "projection changes: quantize it, or say that it produces 'other'"
+            )
+
     @property
     def writes_stream(self) -> bool:
         """True if its linears write the residual stream ("D-type"), False if they read it ("U-type")."""

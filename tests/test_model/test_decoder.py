@@ -96,6 +96,9 @@ def test_wrong_data_is_named(model) -> None:
         Decoder(model, Architecture("llama", BLOCK, "tokens", "blocks"))
     with pytest.raises(ValueError, match="reads 'channels' and has norm 'norm_1'"):
         Group("down", "mlp", (), "channels", "norm_1")
+    for produces, reads, norm in ((("channels",), "stream", "n"), (("stream",), "channels", "")):
+        with pytest.raises(ValueError, match="group 'kept' is not quantized, so it must read the stream and produce"):
+            Group("kept", "mlp", (Member("w", produces),), reads, norm, quantized=False)
     twice = (
         Group("a", "x", (Member("w", ("keys",)),), "stream", "n"),
         Group("b", "y", (Member("w", ("stream",)),), "values"),
