@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
 from quad_modifiers import oneshot
 
@@ -73,6 +74,14 @@ def toy(model_type: str, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
         scale = 0.3 if parameter.ndim == 1 or "embed" in name else parameter.shape[1] ** -0.5
         parameter.copy_(noise * scale + (1.0 if "norm" in name else 0.1 if "embed" in name else 0.0))
     return model
+
+
+def tokenizer_of_bytes() -> PreTrainedTokenizerFast:
+    """Returns a tokenizer of 256 tokens, one for each byte."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokenizer = Tokenizer(models.BPE({token: index for index, token in enumerate(alphabet)}, []))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer)
 
 
 @torch.no_grad()

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import BRANCH, QUANTIZE, Compress, logits_of
+from conftest import BRANCH, QUANTIZE, Compress, logits_of, tokenizer_of_bytes
 from transformers import AutoModelForCausalLM, Phi3ForCausalLM
 
 from quad_modifiers.checkpoint.loader import QuadQuantizationConfig
@@ -45,6 +45,20 @@ def test_it_becomes_a_stock_model(compress: Compress) -> None:
     plain = AutoModelForCausalLM.from_pretrained(made.folder, quantization_config=config)
     assert type(plain) is Phi3ForCausalLM
     torch.testing.assert_close(logits_of(plain), made.logits, rtol=1e-4, atol=1e-4)
+
+
+def test_it_is_inspected_by_the_names_of_its_own_groups(compress: Compress, tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    from quad_modifiers.tools.inspection import inspect_model
+
+    made = compress(PROJECTIONS[0], BRANCH, *QUANTIZE, model_type="phi3")
+    text = tmp_path / "text.txt"
+    text.write_text("Seven wizards mixed a jug of liquid. " * 300)
+    tokenizer_of_bytes().save_pretrained(made.folder)
+    found = inspect_model(made.folder, tmp_path / "report", dataset=str(text), samples=2, eval_windows=1, seq_length=64)
+    assert found.subject.groups == {"in": False, "out": True, "mlp_in": False, "mlp_out": True}
+    assert {row.group for row in found.inputs} == found.subject.groups.keys()
+    assert {surface.group for surface in found.surfaces} == {"in", "mlp_out"}
 
 
 def test_its_outlier_weights_train(compress: Compress) -> None:

@@ -5,9 +5,9 @@ from quad_modifiers.model.architecture import Architecture, Group, Member
 PHI3 = Architecture(
     "phi3",
     block=(
-        Group("qkv", "self_attn", (Member("qkv_proj", ("queries", "keys", "values")),), "stream", "input_layernorm"),
-        Group("o", "self_attn", (Member("o_proj", ("stream",)),), "values"),
-        Group("gate_up", "mlp", (Member("gate_up_proj", ("channels",) * 2),), "stream", "post_attention_layernorm"),
-        Group("down", "mlp", (Member("down_proj", ("stream",)),), "channels"),
+        Group("in", "self_attn", (Member("qkv_proj", ("queries", "keys", "values")),), "stream", "input_layernorm"),
+        Group("out", "self_attn", (Member("o_proj", ("stream",)),), "values"),
+        Group("mlp_in", "mlp", (Member("gate_up_proj", ("channels",) * 2),), "stream", "post_attention_layernorm"),
+        Group("mlp_out", "mlp", (Member("down_proj", ("stream",)),), "channels"),
     ),
 )
