@@ -113,7 +113,7 @@ def quad(config: dict[str, Any]) -> dict[str, Any]:
     ("damage", "message"),
     [
         pytest.param(
-            lambda c: quad(c).update(format_version=3), "version 3, .* versions 1 and 2; upgrade", id="version"
+            lambda c: quad(c).update(format_version=4), "version 4, .* versions 1, 2, 3; upgrade", id="version"
         ),
         pytest.param(lambda c: quad(c).pop("format_version"), "format version None", id="no version"),
         pytest.param(lambda c: quad(c).update(sparsity=0.5), "sparsity", id="unknown field"),

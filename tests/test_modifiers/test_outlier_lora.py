@@ -15,6 +15,7 @@ from quad_modifiers.modifiers.dynamic_act_quant import DynamicActQuant
 from quad_modifiers.modifiers.embedding_head_quant import EmbeddingHeadQuant
 from quad_modifiers.modifiers.outlier_split_gptq import OutlierSplitGPTQ
 from quad_modifiers.modifiers.svd_outlier_projection import SVDOutlierProjection
+from quad_modifiers.nn.packed_linear import PackedLinear
 from quad_modifiers.nn.quad_linear import QuadLinear
 from quad_modifiers.recipe import validate_modifiers
 from quad_peft.modifier import OutlierLoRA
@@ -77,12 +78,11 @@ def test_the_checkpoint_computes_what_the_model_in_memory_does(tuned, logits_of)
     assert "OutlierLoRA" in (folder / "recipe.yaml").read_text()
 
 
-def test_the_model_stays_one_of_llmcompressor(tuned) -> None:
+def test_the_adapter_is_merged_and_nothing_of_peft_is_left(tuned) -> None:
     model, folder = tuned
     for name, module in model.named_modules():
         if isinstance(module, QuadLinear):
-            assert type(module.residual) is torch.nn.Linear, name
-            assert module.residual.quantization_scheme is not None
+            assert isinstance(module.residual, PackedLinear), name
             assert type(module.outlier.weight) is torch.nn.Parameter
     assert not hasattr(model, "peft_config")
     record = json.loads((folder / "tuning.json").read_text())

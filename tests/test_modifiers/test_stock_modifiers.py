@@ -193,8 +193,8 @@ quad_stage:
 
 @pytest.fixture
 def few_default_windows(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("quad_modifiers.modifiers.preparation.DEFAULT_SAMPLES", 6)
-    monkeypatch.setattr("quad_modifiers.modifiers.preparation.DEFAULT_LENGTH", 64)
+    monkeypatch.setattr("quad_modifiers.modifiers.base.DEFAULT_SAMPLES", 6)
+    monkeypatch.setattr("quad_modifiers.modifiers.base.DEFAULT_LENGTH", 64)
 
 
 def test_llm_compressors_own_oneshot_with_default_text(

@@ -99,5 +99,5 @@ def _usable(device: str) -> str:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         reason = str(error).partition("\n")[0]
-        raise ValueError(f"the device {device!r} cannot be used ({reason}); give cpu, or leave it away") from error
+        raise ValueError(f"the device {device!r} cannot be used ({reason}); give cpu, or omit it") from error
     return device

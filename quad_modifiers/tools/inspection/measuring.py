@@ -54,9 +54,7 @@ def measure(
     warn_of_length(opened.config, text.seq_length)
     if opened.quad is not None:
         if recipe is not None or rank is not None:
-            raise ValueError(
-                f"{opened.name} is a QUAD checkpoint, which has its projection; leave --recipe and --rank away"
-            )
+            raise ValueError(f"{opened.name} is a QUAD checkpoint, which has its projection; omit --recipe and --rank")
         original = None if baseline is None else open_checkpoint(baseline, known_only=True)
         if original is not None:
             need_unquantized(original, "the baseline")
@@ -65,7 +63,7 @@ def measure(
     else:
         need_unquantized(opened, "what is inspected must be a QUAD checkpoint, or else it")
         if baseline is not None:
-            raise ValueError(f"{opened.name} is an unquantized model, its own baseline; leave --baseline away")
+            raise ValueError(f"{opened.name} is an unquantized model, its own baseline; omit --baseline")
         found = _Model(opened, recipe or DEFAULT_RECIPE, rank, layers, text).measure()
     return replace(found, recommendation=recommend(found))
 

@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from quad_modifiers.model.decoder import Decoder
+from quad_modifiers.nn.quad_linear import QuadLinear
 from quad_modifiers.tools.inspection.measure.loss import unquantized_inputs
 from quad_modifiers.tools.inspection.measure.results import BlockRow
 
@@ -72,7 +73,7 @@ def measure_blocks(original: Decoder, other: Decoder, windows: list[torch.Tensor
     if found != layers:
         raise ValueError(f"the baseline has {layers} blocks, the checkpoint {found}: it was made of another model")
     stream_map = StreamMap.fit(original, other)
-    linears = [linear.module for linear in other.linears()]
+    linears = [linear.module for linear in other.linears() if isinstance(linear.module, QuadLinear)]
     sums, tokens = torch.zeros(layers, 3, dtype=torch.float64), 0
     for window in windows:
         truth = _streams(original, window)
