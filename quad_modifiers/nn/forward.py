@@ -60,8 +60,8 @@ def changed_weight_scale(scale: torch.Tensor, change: torch.Tensor) -> torch.Ten
 def linear_forward(x: torch.Tensor, parts: LinearParts) -> torch.Tensor:
     """Applies a linear to `[..., in]`.
 
-    A quantized weight with quantized inputs is one call of the kernels, outliers and bias included; everything else
-    is computed part by part, the sum in float32.
+    A quantized weight with quantized inputs is one call of the kernels, outliers and bias included; otherwise these are
+    computed part by part and summed in float32. Either sum is rounded to the dtype of `x` before terms are added to it.
 
     Returns:
         `[..., out]`, dtype of `x`.
@@ -69,7 +69,7 @@ def linear_forward(x: torch.Tensor, parts: LinearParts) -> torch.Tensor:
     weight, quantization = parts.residual, parts.input_quantization
     if quantization is not None and isinstance(weight, QuantizedWeight):
         y = quad_linear(x, weight, parts.split, quantization, outlier_weight=parts.outlier_weight, bias=parts.bias)
-        return _with_terms(y, x, parts) if parts.terms else y
+        return _with_terms(y, x, parts)
     outlier, residual = split_input(x, parts.split)
     if quantization is not None:
         residual = fake_quantize(residual, quantization)
@@ -81,11 +81,14 @@ def linear_forward(x: torch.Tensor, parts: LinearParts) -> torch.Tensor:
         y = y + nn.functional.linear(outlier, parts.outlier_weight).float()
     if parts.bias is not None:
         y = y + parts.bias.float()
-    return _with_terms(y, x, parts).to(x.dtype)
+    return _with_terms(y.to(x.dtype), x, parts)
 
 
 def _with_terms(y: torch.Tensor, x: torch.Tensor, parts: LinearParts) -> torch.Tensor:
-    dtype = y.dtype
+    """Adds the terms, in float32 and one after the other, to the sum of the other parts in the dtype of `x`."""
+    if not parts.terms:
+        return y
+    total = y.float()
     for term in parts.terms:
-        y = y.float() + term(x).float()
-    return y.to(dtype)
+        total = total + term(x).float()
+    return total.to(x.dtype)

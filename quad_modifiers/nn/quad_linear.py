@@ -10,7 +10,7 @@ from torch import nn
 from quad_modifiers.nn.forward import LinearParts, linear_forward
 from quad_modifiers.nn.from_compressed_tensors import is_frozen, stock_quantized_weight
 from quad_modifiers.nn.packed_linear import PackedLinear
-from quad_modifiers.nn.term import LinearTerm
+from quad_modifiers.nn.term import RESERVED_KINDS, LinearTerm
 
 
 class OutlierLinear(nn.Linear):
@@ -50,13 +50,19 @@ class QuadLinear(nn.Module):
             self.bias = nn.Parameter(torch.empty(self.out_features, dtype=dtype), requires_grad=False)
 
     def add_term(self, term: LinearTerm) -> None:
-        """Adds a term, whose output is added to the layer's; another of its kind is replaced."""
+        """Adds a term, whose output is added to the layer's; another of its kind is replaced.
+
+        Raises:
+            ValueError: if the kind has the name of a part that every linear may have.
+        """
+        if term.kind in RESERVED_KINDS:
+            raise ValueError(f"a term cannot be of the kind {term.kind!r}, which is a part of every linear; rename it")
         self.add_module(term.kind, term)
         self._has_terms = True
 
     def terms(self) -> list[LinearTerm]:
-        """Returns the terms in the order in which they were added."""
-        return [child for child in self.children() if isinstance(child, LinearTerm)]
+        """Returns the terms by the name of their kind, which is the order in which they are summed."""
+        return sorted((child for child in self.children() if isinstance(child, LinearTerm)), key=lambda term: term.kind)
 
     def take_bias(self) -> None:
         """Moves the bias from the wrapped linear to the container.

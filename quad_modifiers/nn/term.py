@@ -6,6 +6,8 @@ import torch
 from quad_kernels import InputSplit
 from torch import nn
 
+RESERVED_KINDS = ("residual", "outlier", "bias")  # parts that every linear may have
+
 
 class LinearTerm(nn.Module):
     """Computes something from the unsplit input of a `QuadLinear`, which is added to the layer's output.

@@ -3,11 +3,9 @@
 import importlib
 from typing import Any
 
-from quad_modifiers.nn.term import LinearTerm
+from quad_modifiers.nn.term import RESERVED_KINDS, LinearTerm
 from quad_modifiers.plugins.contributions import ContributedPart, checkpoint_sections, linear_terms
 from quad_modifiers.plugins.manager import PluginError, failed_plugins
-
-_RESERVED = ("residual", "outlier", "bias")
 
 
 def load_term(kind: str) -> type[LinearTerm]:
@@ -17,10 +15,10 @@ def load_term(kind: str) -> type[LinearTerm]:
         PluginError: if no plugin brings it, or what it brings is not a term of that kind.
     """
     found = _load(linear_terms(), kind, "a linear has the term")
-    if not (isinstance(found, type) and issubclass(found, LinearTerm)) or found.kind != kind or kind in _RESERVED:
+    if not (isinstance(found, type) and issubclass(found, LinearTerm)) or found.kind != kind or kind in RESERVED_KINDS:
         raise PluginError(
             f"{linear_terms()[kind].path} is not a LinearTerm of the kind {kind!r}, or that name is one of "
-            f"{', '.join(_RESERVED)}"
+            f"{', '.join(RESERVED_KINDS)}"
         )
     return found
 
