@@ -46,11 +46,6 @@ class InputSplit:
         """Input width of the residual linear."""
         return self.width if self.keep_width else self.width - self.rank
 
-    @property
-    def trivial(self) -> bool:
-        """True if the residual is the input itself."""
-        return self.outliers == 0 and not self.hadamard
-
     def outlier_index(self, device: torch.device | str = "cpu") -> torch.Tensor:
         """Positions of the outlier coordinates, `[rank]`, int64."""
         positions = torch.arange(self.width, device=device)

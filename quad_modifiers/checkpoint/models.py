@@ -106,8 +106,3 @@ def _register(base: str) -> None:
     globals()[quad_model.__name__] = quad_model
     AutoConfig.register(quad_model_type(base), quad_config)
     AutoModelForCausalLM.register(quad_config, quad_model)
-
-
-def quad_config_class(base: str) -> Any:
-    """The registered config class of the stock type `base`."""
-    return CONFIG_MAPPING[quad_model_type(base)]

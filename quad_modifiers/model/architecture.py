@@ -78,10 +78,6 @@ class Group:
         """True if its linears write the residual stream ("D-type"), False if they read it ("U-type")."""
         return any(member.produces == ("stream",) for member in self.members)
 
-    def paths(self) -> tuple[str, ...]:
-        """Paths of the linears below the block; they may hold a `*`."""
-        return tuple(f"{self.parent}.{member.name}" for member in self.members)
-
 
 def dense_block(
     *,
@@ -171,10 +167,6 @@ class Architecture:
     def roles(self) -> dict[str, Group]:
         """Returns the group of each role that is quantized, in run order."""
         return {member.role: group for group, member in self.quantized_members()}
-
-    def linear_paths(self) -> tuple[str, ...]:
-        """Paths of the quantized linears below a block, in run order; they may hold a `*`."""
-        return tuple(f"{group.parent}.{member.name}" for group, member in self.quantized_members())
 
     def writers(self) -> frozenset[str]:
         """Roles of the linears that write the residual stream."""

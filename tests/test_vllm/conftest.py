@@ -11,10 +11,11 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import save_file
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 import quad_modifiers  # noqa: F401  (teaches transformers the format)
 from quad_modifiers.checkpoint.format import InputFormat, LinearFormat, QuadFormat, TableFormat, WeightFormat
-from quad_modifiers.checkpoint.models import quad_config_class, set_tripwire
+from quad_modifiers.checkpoint.models import quad_model_type, set_tripwire
 from quad_modifiers.checkpoint.tensors import expected_tensors
 from quad_modifiers.model.architecture import BUILTIN_ARCHITECTURES
 from quad_modifiers.nn.packed_shapes import TensorSpec
@@ -81,7 +82,7 @@ def _toy_config(base: str, quad: QuadFormat, dtype: torch.dtype, **overrides: An
         "pad_token_id": 2,
         "architectures": [f"Quad{base.title()}ForCausalLM"],
     }
-    return quad_config_class(base)(dtype=dtype, **{**settings, **biases, **overrides})
+    return CONFIG_MAPPING[quad_model_type(base)](dtype=dtype, **{**settings, **biases, **overrides})
 
 
 def _random(name: str, spec: TensorSpec, generator: torch.Generator) -> torch.Tensor:

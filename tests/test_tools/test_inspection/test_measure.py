@@ -28,10 +28,8 @@ def decoder(model) -> Decoder:
 
 def wrapped(model):
     """The model with pass-through containers, as the modifiers make them."""
-    for layer in model.model.layers:
-        for path in LLAMA.linear_paths():
-            parent, _, name = path.rpartition(".")
-            setattr(layer.get_submodule(parent), name, QuadLinear(layer.get_submodule(path), name))
+    for linear in decoder(model).linears():
+        linear.replace(QuadLinear(linear.module, linear.role))
     return model
 
 
@@ -124,7 +122,7 @@ def test_weight_rows(make_toy, windows) -> None:
     rounded = RoundedWeights()
     rows = measure_weights(decoder(model), windows[0], rounded, "before")
     assert len(rows) == 14
-    assert [row.role for row in rows[:7]] == [path.rpartition(".")[2] for path in LLAMA.linear_paths()]
+    assert [row.role for row in rows[:7]] == list(LLAMA.roles())
     linear = model.model.layers[0].mlp.down_proj
     weight = linear.residual.weight.detach()
     change = rounded(linear) - weight
