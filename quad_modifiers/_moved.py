@@ -14,11 +14,16 @@ MOVED = {
     "quad_modifiers.architectures": "quad_modifiers.model.architecture",
     "quad_modifiers.calibration": "quad_modifiers.data.calibration",
     "quad_modifiers.cli": "quad_modifiers.tools.cli",
+    "quad_modifiers.checkpoint.locate": "quad_modifiers.checkpoint.opened",
     "quad_modifiers.demo": "quad_modifiers.tools.demo",
+    "quad_modifiers.demo.models": "quad_modifiers.tools.demo.packaged_models",
     "quad_modifiers.evaluation": "quad_modifiers.tools.evaluation",
     "quad_modifiers.inspection": "quad_modifiers.tools.inspection",
+    "quad_modifiers.nn.input_split": "quad_kernels.formats",
+    "quad_modifiers.plugins.registration": "quad_modifiers.plugins.modifier_classes",
     "quad_modifiers.publishing": "quad_modifiers.tools.publishing",
     "quad_modifiers.publishing.evaluation": "quad_modifiers.records.evaluation_record",
+    "quad_modifiers.publishing.publish": "quad_modifiers.tools.publishing.publication",
     "quad_modifiers.text": "quad_modifiers.data",
 }
 STAY = ("quad_modifiers.bench",)  # names of commands, which are promised to stay: no warning

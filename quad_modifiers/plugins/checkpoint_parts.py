@@ -1,10 +1,10 @@
 """Imports the kinds of checkpoint parts that plugins bring, when a checkpoint has one."""
 
-import importlib
+import pkgutil
 from typing import Any
 
 from quad_modifiers.nn.term import RESERVED_KINDS, LinearTerm
-from quad_modifiers.plugins.contributions import ContributedPart, checkpoint_sections, linear_terms
+from quad_modifiers.plugins.contributions import Contribution, checkpoint_sections, linear_terms
 from quad_modifiers.plugins.manager import PluginError, failed_plugins
 
 
@@ -32,16 +32,15 @@ def load_section(name: str) -> Any:
     return _load(checkpoint_sections(), name, "it has the section")
 
 
-def _load(known: dict[str, ContributedPart], name: str, what: str) -> Any:
+def _load(known: dict[str, Contribution], name: str, what: str) -> Any:
     if name not in known:
         failures = "".join(f"; {failure}" for failure in failed_plugins())
         raise PluginError(
             f"the checkpoint cannot be read: {what} {name!r}, which no installed package knows; install the plugin "
             f"that it was made with{failures}"
         )
-    module, _, attribute = known[name].path.partition(":")
     try:
-        return getattr(importlib.import_module(module), attribute)
+        return pkgutil.resolve_name(known[name].path)
     except Exception as error:  # foreign code may raise anything; named here, the cause stays chained
         raise PluginError(
             f"{known[name].distribution}: {known[name].path} cannot be imported: {type(error).__name__}: {error}"

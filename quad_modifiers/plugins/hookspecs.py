@@ -4,8 +4,6 @@ A plugin module marks its functions with ``hookimpl``, imported from here or mad
 ``pluggy.HookimplMarker("quad_modifiers")``, which needs no import of this package.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -26,7 +24,7 @@ hookimpl = pluggy.HookimplMarker(PROJECT_NAME)
 
 @hookspec
 def quad_modifiers_modifiers() -> Mapping[str, str]:  # type: ignore[empty-body]
-    """Return the modifiers by recipe name: ``{"WeightClip": "my_package.clip:WeightClip"}``.
+    """Returns the modifiers by recipe name: ``{"WeightClip": "my_package.clip:WeightClip"}``.
 
     The path is imported only when a recipe or llm-compressor needs the class. The recipe name must equal the
     class name, because llm-compressor saves recipes under the class name.
@@ -34,18 +32,18 @@ def quad_modifiers_modifiers() -> Mapping[str, str]:  # type: ignore[empty-body]
 
 
 @hookspec
-def quad_modifiers_architectures() -> Sequence[Architecture]:  # type: ignore[empty-body]
-    """Return the architecture mappings, at most one for each ``model_type`` of transformers."""
+def quad_modifiers_architectures() -> Sequence["Architecture"]:  # type: ignore[empty-body]
+    """Returns the architecture mappings, at most one for each ``model_type`` of transformers."""
 
 
 @hookspec
 def quad_modifiers_recipe_folders() -> Sequence[Path]:  # type: ignore[empty-body]
-    """Return existing folders whose ``*.yaml`` files become recipes under their bare names."""
+    """Returns existing folders whose ``*.yaml`` files become recipes under their bare names."""
 
 
 @hookspec
 def quad_modifiers_kernel_backends() -> Mapping[str, str]:  # type: ignore[empty-body]
-    """Return the kernel backends by name: ``{"my_gpu": "my_package.kernels:backend"}``."""
+    """Returns the kernel backends by name: ``{"my_gpu": "my_package.kernels:backend"}``."""
 
 
 @hookspec

@@ -107,8 +107,11 @@ class QuadPluginManager(pluggy.PluginManager):
         Raises:
             PluginError: if the imported plugin is not valid.
         """
-        distribution = _distribution_of_entry_point(entry_point)
-        if _normalized(distribution.name) in _blocked_distributions():
+        distribution = Distribution(entry_point.value, "(unknown version)")
+        if entry_point.dist is not None:
+            distribution = Distribution(entry_point.dist.name, entry_point.dist.version)
+        blocked = os.environ.get(BLOCK_VARIABLE, "").split(",")
+        if _normalized(distribution.name) in map(_normalized, blocked):
             return
         try:
             plugin = entry_point.load()
@@ -174,17 +177,16 @@ class SharedManager:
     def get(self) -> QuadPluginManager:
         """See `get_plugin_manager`."""
         with self._lock:
-            if self._manager is not None:
-                return self._manager
             if self.building:
                 raise PluginError(
                     "a plugin asked for the plugin manager while plugins were being imported; do that inside a function"
                 )
-            self.building = True
-            try:
-                self._manager = build_plugin_manager()
-            finally:
-                self.building = False
+            if self._manager is None:
+                self.building = True
+                try:
+                    self._manager = _installed_plugins()
+                finally:
+                    self.building = False
             return self._manager
 
 
@@ -209,40 +211,21 @@ def plugins_are_loading() -> bool:
     return shared.building
 
 
-def build_plugin_manager() -> QuadPluginManager:
-    """Returns a fresh manager with the built-in plugin and every installed one.
-
-    Raises:
-        PluginError: if an installed plugin is not valid.
-    """
-    manager = QuadPluginManager()
-    manager.add(importlib.import_module(BUILTIN_MODULE), own_distribution(), "builtin")
-    for entry_point in importlib.metadata.entry_points(group=PROJECT_NAME):
-        manager.load_entry_point(entry_point)
-    return manager
-
-
 def failed_plugins(manager: QuadPluginManager | None = None) -> list[FailedPlugin]:
     """Returns the plugins, and single modifiers of plugins, that could not be imported so far."""
     return list((manager or get_plugin_manager()).failed)
 
 
-def own_distribution() -> Distribution:
-    """Returns this project's own distribution, of version "(source checkout)" where it is not installed."""
+def _installed_plugins() -> QuadPluginManager:
     try:
-        return Distribution(OWN_DISTRIBUTION, importlib.metadata.version(OWN_DISTRIBUTION))
+        version = importlib.metadata.version(OWN_DISTRIBUTION)
     except importlib.metadata.PackageNotFoundError:
-        return Distribution(OWN_DISTRIBUTION, "(source checkout)")
-
-
-def _distribution_of_entry_point(entry_point: importlib.metadata.EntryPoint) -> Distribution:
-    if entry_point.dist is None:
-        return Distribution(entry_point.value, "(unknown version)")
-    return Distribution(entry_point.dist.name, entry_point.dist.version)
-
-
-def _blocked_distributions() -> set[str]:
-    return {_normalized(name) for name in os.environ.get(BLOCK_VARIABLE, "").split(",") if name.strip()}
+        version = "(source checkout)"
+    manager = QuadPluginManager()
+    manager.add(importlib.import_module(BUILTIN_MODULE), Distribution(OWN_DISTRIBUTION, version), "builtin")
+    for entry_point in importlib.metadata.entry_points(group=PROJECT_NAME):
+        manager.load_entry_point(entry_point)
+    return manager
 
 
 def _normalized(name: str) -> str:

@@ -1,13 +1,13 @@
 """Imports contributed modifiers and registers them with llm-compressor's factory."""
 
 import difflib
-import importlib
 import inspect
+import pkgutil
 import warnings
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-from quad_modifiers.plugins.contributions import ContributedModifier, modifier_paths
+from quad_modifiers.plugins.contributions import Contribution, modifier_paths
 from quad_modifiers.plugins.manager import (
     BLOCK_VARIABLE,
     OWN_DISTRIBUTION,
@@ -61,7 +61,12 @@ def register_modifiers(manager: QuadPluginManager | None = None) -> "dict[str, t
                 raise
             manager.report_failure(contributed.distribution, contributed.path, error.__cause__ or error)
     for name, modifier_class in registered.items():
-        _refuse_other_class(name, modifier_class)
+        existing = directly_registered_modifiers().get(name)
+        if existing is not None and existing is not modifier_class:
+            raise PluginError(
+                f"modifier {name!r} of module {modifier_class.__module__} is registered with llm-compressor already, "
+                f"by module {existing.__module__}; a name must be unique: rename one of the two"
+            )
         ModifierFactory.register(name, modifier_class)
     return registered
 
@@ -104,7 +109,7 @@ def near_names(name: str, known: list[str]) -> str:
     return f"known: {', '.join(sorted(known)) or 'none'}"
 
 
-def _import_modifier(contributed: ContributedModifier) -> "type[Modifier]":
+def _import_modifier(contributed: Contribution) -> "type[Modifier]":
     from llmcompressor.modifiers import Modifier
 
     if contributed.name in stock_modifiers():
@@ -113,9 +118,8 @@ def _import_modifier(contributed: ContributedModifier) -> "type[Modifier]":
             "which it would silently replace; rename it, or leave the plugin out with "
             f"{BLOCK_VARIABLE}={contributed.distribution.name}"
         )
-    module_name, _, class_name = contributed.path.partition(":")
     try:
-        modifier_class = getattr(importlib.import_module(module_name), class_name)
+        modifier_class = pkgutil.resolve_name(contributed.path)
     except Exception as error:  # someone else's module may raise anything; named here, the cause stays chained
         raise PluginImportError(
             f"{contributed.distribution}: modifier {contributed.name!r} cannot be imported from {contributed.path!r}: "
@@ -131,12 +135,3 @@ def _import_modifier(contributed: ContributedModifier) -> "type[Modifier]":
             "the two must be equal, because recipes are saved under the class name"
         )
     return modifier_class
-
-
-def _refuse_other_class(name: str, modifier_class: "type[Modifier]") -> None:
-    existing = directly_registered_modifiers().get(name)
-    if existing is not None and existing is not modifier_class:
-        raise PluginError(
-            f"modifier {name!r} of module {modifier_class.__module__} is registered with llm-compressor already, by "
-            f"module {existing.__module__}; a name must be unique: rename one of the two"
-        )

@@ -4,8 +4,6 @@ The names are those of the known architectures. After a projection, a linear tha
 stream is a container whose children `outlier` and `residual` are linears.
 """
 
-from __future__ import annotations
-
 import functools
 from collections.abc import Iterable
 from typing import TYPE_CHECKING
@@ -49,7 +47,7 @@ def weight_names() -> tuple[str, ...]:
     return (*linear_names(), *linear_names(child="residual"), *heads)
 
 
-def outlier_names(projection: Modifier) -> tuple[str, ...]:
+def outlier_names(projection: "Modifier") -> tuple[str, ...]:
     """Returns the names of the full-precision outlier linears that a projection adds.
 
     `rank` above zero adds them to the linears that read the stream, `down_proj_rank` to down_proj, and so on; a
@@ -66,7 +64,7 @@ def outlier_names(projection: Modifier) -> tuple[str, ...]:
 
 
 def matching(names: Iterable[str], targets: Iterable[str], ignore: Iterable[str]) -> set[str]:
-    """Return the names that compressed-tensors would match, each taken to be a `torch.nn.Linear`."""
+    """Returns the names that compressed-tensors would match, each taken to be a `torch.nn.Linear`."""
     import torch
     from compressed_tensors.utils.match import is_match
 
@@ -76,7 +74,7 @@ def matching(names: Iterable[str], targets: Iterable[str], ignore: Iterable[str]
 
 
 def matching_containers(targets: Iterable[str], ignore: Iterable[str]) -> set[str]:
-    """Return the names of the containers that a projection makes and that the targets name themselves.
+    """Returns the names of the containers that a projection makes and that the targets name themselves.
 
     A target that matches the children as well ("re:.*q_proj.*") is not counted: it is meant for them.
     """
@@ -89,8 +87,8 @@ def matching_containers(targets: Iterable[str], ignore: Iterable[str]) -> set[st
     return {name for name in linear_names() if is_match(name, container, own, ignore)}
 
 
-def stock_schemes(modifier: Modifier) -> list[QuantizationScheme]:
-    """Return the quantization schemes of one of llm-compressor's quantizing modifiers, none for any other."""
+def stock_schemes(modifier: "Modifier") -> "list[QuantizationScheme]":
+    """Returns the quantization schemes of one of llm-compressor's quantizing modifiers, none for any other."""
     from llmcompressor.modifiers.quantization import QuantizationMixin
 
     if not isinstance(modifier, QuantizationMixin):
@@ -98,8 +96,8 @@ def stock_schemes(modifier: Modifier) -> list[QuantizationScheme]:
     return list(modifier.resolved_config.config_groups.values())
 
 
-def covered(modifier: Modifier, part: str, names: tuple[str, ...]) -> set[str]:
-    """Return which of `names` a modifier quantizes; `part` is "weights" or "input_activations"."""
+def covered(modifier: "Modifier", part: str, names: tuple[str, ...]) -> set[str]:
+    """Returns which of `names` a modifier quantizes; `part` is "weights" or "input_activations"."""
     from llmcompressor.modifiers.quantization import QuantizationMixin
 
     ignore = getattr(modifier, "ignore", None)

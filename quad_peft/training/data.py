@@ -1,7 +1,5 @@
 """Token samples to train and to validate on, from text of any kind."""
 
-from __future__ import annotations
-
 import hashlib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -41,12 +39,12 @@ class TrainingData:
     source: str
 
     @property
-    def training_samples(self) -> Samples:
+    def training_samples(self) -> "Samples":
         """Those to train on."""
         return Samples(self.samples, range(len(self.samples) - self.validation))
 
     @property
-    def validation_samples(self) -> Samples:
+    def validation_samples(self) -> "Samples":
         """Those to validate on."""
         return Samples(self.samples, range(len(self.samples) - self.validation, len(self.samples)))
 
@@ -100,7 +98,7 @@ class Collator:
 
 def training_data(
     source: Any,
-    tokenizer: PreTrainedTokenizerBase | None,
+    tokenizer: "PreTrainedTokenizerBase | None",
     *,
     length: int,
     samples: int | None = None,
@@ -167,7 +165,7 @@ def _drawn(rows: list[torch.Tensor], samples: int | None, held: int, seed: int) 
 
 def _rows(
     found: Resolved,
-    tokenizer: PreTrainedTokenizerBase | None,
+    tokenizer: "PreTrainedTokenizerBase | None",
     length: int,
     samples: int | None,
     packed: bool,
@@ -184,7 +182,7 @@ def _rows(
     return _encoded(tokenizer, found.texts, length)
 
 
-def _encoded(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], length: int) -> list[torch.Tensor]:
+def _encoded(tokenizer: "PreTrainedTokenizerBase", texts: Sequence[str], length: int) -> list[torch.Tensor]:
     """One row for each document that is not empty, with the special tokens that the tokenizer adds."""
     kept = [text for text in texts if text.strip()]
     if not kept:

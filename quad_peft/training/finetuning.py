@@ -1,7 +1,5 @@
 """`finetune`: from a QUAD checkpoint and a text to an adapter folder."""
 
-from __future__ import annotations
-
 import json
 import logging
 import os

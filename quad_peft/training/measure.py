@@ -1,7 +1,5 @@
 """How far a model is from the original on the validation samples."""
 
-from __future__ import annotations
-
 import math
 from typing import Any, NamedTuple
 

@@ -4,8 +4,6 @@ A vocabulary is hundreds of times wider than a hidden state, so hidden states ar
 the logits made from them are those of the original model, bit for bit.
 """
 
-from __future__ import annotations
-
 import copy
 import hashlib
 import logging

@@ -1,7 +1,5 @@
 """transformers' Trainer with the fused losses, and a guard against NaN."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from typing import Any
 

@@ -1,7 +1,5 @@
 """One training run: settings, the loop, resuming. Used by `finetune` and by the `OutlierLoRA` modifier."""
 
-from __future__ import annotations
-
 import json
 import logging
 import re
