@@ -41,7 +41,6 @@ def local_texts(path: str | Path, text_column: str = "text") -> list[str]:
 
 
 def _read(path: Path) -> str:
-    """Returns the content of `path`, or raises with the byte at fault if it is not UTF-8."""
     try:
         return path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
@@ -72,7 +71,6 @@ def _json_texts(path: Path, text_column: str) -> Iterator[str]:
 
 
 def _field(record: Any, text_column: str, where: str) -> str:
-    """Returns the text of one record, or raises with the fields it has instead."""
     if not isinstance(record, dict):
         raise ValueError(f"{where}: expected an object with a field {text_column!r}, found {type(record).__name__}")
     check_column(text_column, list(record), where)
@@ -83,7 +81,6 @@ def _field(record: Any, text_column: str, where: str) -> str:
 
 
 def _table_texts(path: Path, loader: str, text_column: str) -> list[str]:
-    """Returns the text column of a CSV or Parquet file."""
     try:
         from datasets import load_dataset
     except ImportError as error:
@@ -104,11 +101,7 @@ def _table_texts(path: Path, loader: str, text_column: str) -> list[str]:
 
 
 def check_column(text_column: str, present: list[str], where: str) -> None:
-    """Raises if `text_column` is not among the columns `present`.
-
-    Raises:
-        ValueError: naming the columns there are.
-    """
+    """Raises a ValueError that names the columns `present` if `text_column` is not among them."""
     if text_column not in present:
         raise ValueError(
             f"{where}: there is no column {text_column!r}; the columns are {', '.join(map(repr, present)) or 'none'}. "

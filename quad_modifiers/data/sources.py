@@ -104,13 +104,13 @@ def resolve(
     if isinstance(source, str | Path):
         if is_local_file(source):
             return Documents(local_texts(source, text_column))
-        source = load_named(source, config_name, splits, purpose)
+        source = _load_named(source, config_name, splits, purpose)
     if isinstance(source, DataLoader):
         return TokenRows(loader_rows(source), ordered=True)
     if isinstance(source, torch.Tensor):
         return _of_tensor(source, purpose)
     if isinstance(source, dict):  # a DatasetDict is one
-        source = single_split(source, splits, purpose)
+        source = _single_split(source, splits, purpose)
     if hasattr(source, "column_names") and hasattr(source, "features"):  # a Dataset, without importing the package
         return _of_dataset(source, text_column, purpose)
     if isinstance(source, Sequence) and not isinstance(source, bytes):
@@ -124,13 +124,8 @@ def is_local_file(name: str | Path) -> bool:
     return path.is_file() or (path.suffix.lower() in LOCAL_SUFFIXES and not path.is_dir())
 
 
-def load_named(name: str | Path, config_name: str | None, splits: Splits | None, purpose: Purpose) -> "Dataset":
-    """Returns the named data set, from the hub, its local cache or a local folder.
-
-    Raises:
-        ImportError: if the package `datasets` is not installed.
-        ValueError: if it cannot be loaded, or `splits` does not choose one split.
-    """
+def _load_named(name: str | Path, config_name: str | None, splits: Splits | None, purpose: Purpose) -> "Dataset":
+    """Returns the named data set, from the hub, its local cache or a local folder."""
     try:
         from datasets import load_dataset
     except ImportError as error:
@@ -138,7 +133,7 @@ def load_named(name: str | Path, config_name: str | None, splits: Splits | None,
             f"loading the data set {str(name)!r} needs the package datasets; install it with "
             "`pip install quad-modifiers[compress]`"
         ) from error
-    split = chosen_split(splits, purpose)
+    split = _chosen_split(splits, purpose)
     try:
         loaded = load_dataset(str(name), config_name, split=split)
     except Exception as error:
@@ -148,15 +143,11 @@ def load_named(name: str | Path, config_name: str | None, splits: Splits | None,
             f"({type(error).__name__}: {error}); correct the name, the {purpose.config_option} or "
             f"the {purpose.split_option}, or give a local .txt or .jsonl file"
         ) from error
-    return single_split(loaded, None, purpose)
+    return _single_split(loaded, None, purpose)
 
 
-def chosen_split(splits: Splits | None, purpose: Purpose) -> str | None:
-    """Returns the one split that `splits` names: a string, a list of one, or the purpose's entry of a mapping.
-
-    Raises:
-        ValueError: if it names none or several.
-    """
+def _chosen_split(splits: Splits | None, purpose: Purpose) -> str | None:
+    """Returns the one split that `splits` names: a string, a list of one, or the purpose's entry of a mapping."""
     if splits is None or isinstance(splits, str):
         return splits
     if isinstance(splits, Mapping):
@@ -171,15 +162,11 @@ def chosen_split(splits: Splits | None, purpose: Purpose) -> str | None:
     return splits[0]
 
 
-def single_split(dataset: "Dataset | DatasetDict", splits: Splits | None, purpose: Purpose) -> "Dataset":
-    """Returns the split that `splits` names; without it, the first of the usual ones, or the only one.
-
-    Raises:
-        ValueError: if there is no such split, or there are several and none of the usual names.
-    """
+def _single_split(dataset: "Dataset | DatasetDict", splits: Splits | None, purpose: Purpose) -> "Dataset":
+    """Returns the split that `splits` names; without it, the first of the usual ones, or the only one."""
     if not isinstance(dataset, Mapping):
         return dataset
-    wanted = chosen_split(splits, purpose)
+    wanted = _chosen_split(splits, purpose)
     only = list(dataset) if len(dataset) == 1 else []
     candidates = [wanted] if wanted is not None else [*purpose.usual_splits, *only]
     for name in candidates:

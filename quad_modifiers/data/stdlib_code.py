@@ -8,66 +8,13 @@ from quad_modifiers.data.wikipedia import TextPart, half_of
 
 # Present in every Python from 3.10 to 3.14, 5 to 110 kB each, no tests and no generated tables. Kept sorted: the order
 # decides which half a module falls in.
-_MODULES = (
-    "argparse",
-    "ast",
-    "bdb",
-    "calendar",
-    "cmd",
-    "codecs",
-    "configparser",
-    "contextlib",
-    "copy",
-    "csv",
-    "dataclasses",
-    "difflib",
-    "dis",
-    "doctest",
-    "enum",
-    "fileinput",
-    "fractions",
-    "ftplib",
-    "functools",
-    "gettext",
-    "gzip",
-    "heapq",
-    "imaplib",
-    "inspect",
-    "ipaddress",
-    "locale",
-    "mailbox",
-    "mimetypes",
-    "optparse",
-    "pdb",
-    "pickle",
-    "platform",
-    "plistlib",
-    "pprint",
-    "queue",
-    "random",
-    "selectors",
-    "shutil",
-    "smtplib",
-    "socket",
-    "socketserver",
-    "ssl",
-    "statistics",
-    "subprocess",
-    "tarfile",
-    "tempfile",
-    "textwrap",
-    "threading",
-    "timeit",
-    "tokenize",
-    "trace",
-    "traceback",
-    "types",
-    "typing",
-    "uuid",
-    "warnings",
-    "weakref",
-    "zipfile",
-)
+_MODULES = """
+argparse ast bdb calendar cmd codecs configparser contextlib copy csv dataclasses difflib dis doctest enum
+fileinput fractions ftplib functools gettext gzip heapq imaplib inspect ipaddress locale mailbox mimetypes
+optparse pdb pickle platform plistlib pprint queue random selectors shutil smtplib socket socketserver ssl
+statistics subprocess tarfile tempfile textwrap threading timeit tokenize trace traceback types typing uuid
+warnings weakref zipfile
+"""
 
 
 def stdlib_code(part: TextPart) -> list[str]:
@@ -87,14 +34,12 @@ def stdlib_code(part: TextPart) -> list[str]:
 
 @lru_cache(maxsize=1)
 def _all_sources() -> tuple[str, ...]:
-    """Returns the sources of `_MODULES`; a module that became a package gives its `__init__.py`."""
     folder = Path(sysconfig.get_path("stdlib"))
-    return tuple(_source_file(folder, module).read_text(encoding="utf-8").strip() for module in _MODULES)
+    return tuple(_source_file(folder, module).read_text(encoding="utf-8").strip() for module in _MODULES.split())
 
 
 def _source_file(folder: Path, module: str) -> Path:
-    """Returns the source file of `module`, or raises with the remedy."""
-    for candidate in (folder / f"{module}.py", folder / module / "__init__.py"):
+    for candidate in (folder / f"{module}.py", folder / module / "__init__.py"):  # some became packages
         if candidate.is_file():
             return candidate
     raise FileNotFoundError(

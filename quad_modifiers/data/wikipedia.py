@@ -18,11 +18,13 @@ _MINIMUM_CHARACTERS = 1000
 _INSTALL_HINT = "install it with `pip install quad-modifiers[compress]`, or give your own text as `dataset`"
 
 _REDIRECT = re.compile(r"^\s*#redirect", re.IGNORECASE)
-_EMPHASIS = re.compile(r"'{2,5}")
-_EMPTY_BRACKETS = re.compile(r"\(\s*[,;]*\s*\)")
-_SPACE_RUN = re.compile(r"[ \t\u00a0]{2,}")
-_SPACE_AT_LINE_END = re.compile(r"[ \t]+$|^[ \t]+", re.MULTILINE)
-_BLANK_RUN = re.compile(r"\n{3,}")
+_RESIDUE = (  # what replaces what, in this order
+    (re.compile(r"'{2,5}"), ""),  # emphasis
+    (re.compile(r"\(\s*[,;]*\s*\)"), ""),  # brackets whose content was a template
+    (re.compile(r"[ \t\u00a0]{2,}"), " "),
+    (re.compile(r"[ \t]+$|^[ \t]+", re.MULTILINE), ""),
+    (re.compile(r"\n{3,}"), "\n\n"),
+)
 
 
 def wikipedia_articles(part: TextPart) -> list[str]:
@@ -43,43 +45,37 @@ def wikipedia_articles(part: TextPart) -> list[str]:
 
 
 def half_of(texts: tuple[str, ...], part: TextPart) -> tuple[str, ...]:
-    """Returns the first ("calibration") or the second ("held_out") half of `texts`.
-
-    Raises:
-        ValueError: if `part` is neither of the two.
-    """
+    """Returns the first ("calibration") or the second ("held_out") half of `texts`; a ValueError for any other part."""
     middle = len(texts) // 2
-    if part == "calibration":
-        return texts[:middle]
-    if part == "held_out":
-        return texts[middle:]
-    raise ValueError(f"part must be 'calibration' or 'held_out', not {part!r}")
+    halves = {"calibration": texts[:middle], "held_out": texts[middle:]}
+    if part not in halves:
+        raise ValueError(f"part must be 'calibration' or 'held_out', not {part!r}")
+    return halves[part]
 
 
 def clean_article(text: str) -> str:
-    """Returns `text` without the residue that gensim's mark-up filter leaves.
-
-    Removed are emphasis quotes, brackets whose content was a template, runs of spaces and of blank lines. Headings
-    keep their equal signs, as in WikiText.
-    """
-    text = _EMPHASIS.sub("", text)
-    text = _EMPTY_BRACKETS.sub("", text)
-    text = _SPACE_RUN.sub(" ", text)
-    text = _SPACE_AT_LINE_END.sub("", text)
-    return _BLANK_RUN.sub("\n\n", text).strip()
+    """Returns `text` without the residue of gensim's mark-up filter; headings keep their equal signs."""
+    for pattern, replacement in _RESIDUE:
+        text = pattern.sub(replacement, text)
+    return text.strip()
 
 
 @lru_cache(maxsize=1)
 def _all_articles() -> tuple[str, ...]:
     """Returns every article of the dump that is neither a redirect nor tiny, cleaned."""
-    path = _dump_path()
+    found = sorted(gensim_test_data().glob(_DUMP_GLOB))
+    if not found:
+        raise FileNotFoundError(
+            f"the installed gensim has no {_DUMP_GLOB} in its folder test/test_data; "
+            "install the wheel of gensim 4.3 or later, or give your own text as `dataset`"
+        )
     try:
         from gensim.corpora.wikicorpus import extract_pages, filter_wiki
     except ImportError as error:
         raise ImportError(f"gensim, whose wheel holds the articles, fails to import; {_INSTALL_HINT}") from error
 
     articles = []
-    with bz2.open(path) as dump:
+    with bz2.open(found[0]) as dump:
         for _title, source, _page_id in extract_pages(dump, filter_namespaces=("0",)):
             if not source or _REDIRECT.match(source):
                 continue
@@ -90,23 +86,8 @@ def _all_articles() -> tuple[str, ...]:
 
 
 def gensim_test_data() -> Path:
-    """Returns the folder of test data inside the installed gensim package.
-
-    Raises:
-        ImportError: if gensim is not installed.
-    """
+    """Returns the folder of test data inside the installed gensim package; an ImportError if there is none."""
     spec = importlib.util.find_spec("gensim")
     if spec is None or not spec.submodule_search_locations:
         raise ImportError(f"this text comes from the package gensim, not installed here; {_INSTALL_HINT}")
     return Path(spec.submodule_search_locations[0]) / "test" / "test_data"
-
-
-def _dump_path() -> Path:
-    """Returns the path of the compressed dump."""
-    found = sorted(gensim_test_data().glob(_DUMP_GLOB))
-    if not found:
-        raise FileNotFoundError(
-            f"the installed gensim has no {_DUMP_GLOB} in its folder test/test_data; "
-            "install the wheel of gensim 4.3 or later, or give your own text as `dataset`"
-        )
-    return found[0]

@@ -8,13 +8,12 @@ from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Literal, NamedTuple
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field
 
 from quad_modifiers.output_folder import replace_file
+from quad_modifiers.records.json_record import read_record
 
 EVALUATION_NAME = "evaluation.json"
-
-
 Interval = tuple[float, float]
 
 
@@ -141,23 +140,7 @@ def read_evaluation(folder: Path) -> Evaluation | None:
     Raises:
         ValueError: naming the field that is wrong.
     """
-    return read_evaluation_file(folder / EVALUATION_NAME)
-
-
-def read_evaluation_file(file: Path) -> Evaluation | None:
-    """Returns the evaluation in a file, None if there is none.
-
-    Raises:
-        ValueError: naming the field that is wrong.
-    """
-    if not file.is_file():
-        return None
-    try:
-        return Evaluation.model_validate_json(file.read_bytes())
-    except ValidationError as error:
-        first = error.errors(include_url=False)[0]
-        where = ".".join(str(step) for step in first["loc"]) or "the file"
-        raise ValueError(f"{file}: {where}: {first['msg']}; correct it, or remove the file") from error
+    return read_record(Evaluation, folder / EVALUATION_NAME)
 
 
 def write_evaluation(evaluation: Evaluation, file: Path) -> None:
@@ -180,7 +163,7 @@ def check_replaceable(
     Raises:
         FileExistsError: naming what would be lost.
     """
-    old = read_evaluation_file(file)
+    old = read_record(Evaluation, file)
     if old is None:
         return
     lost = [task for task in old.tasks or old.results if task not in tasks]

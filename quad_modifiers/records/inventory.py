@@ -1,6 +1,7 @@
 """What a checkpoint folder holds, read from config.json and the headers of its safetensors files, without torch."""
 
 import json
+import re
 import struct
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -9,8 +10,14 @@ from typing import Any
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
 _MAX_HEADER = 100 * 2**20  # bytes; the limit of safetensors itself
-_EMBEDDING, _HEAD, _LINEAR = "embed_tokens", "lm_head", "_proj"  # in the names of tensors, of every architecture
-_PACKED = ("weight_packed", "weight_shape", "weight_zero_point")
+_KINDS = {  # by the names of tensors, of every architecture; the first that fits counts
+    "embedding": re.compile(r"embed_tokens"),
+    "head": re.compile(r"lm_head"),
+    "packed": re.compile(r"(^|\.)weight_(packed|shape|zero_point)[^.]*$"),
+    "scale": re.compile(r"(^|\.)weight_scale$"),
+    "outlier": re.compile(r"\.outlier\.weight$"),
+    "residual": re.compile(r"(_proj|\.residual)\.weight$"),
+}
 KIND_NAMES = {
     "packed": "packed weights of the linears",
     "scale": "scales of the packed weights",
@@ -148,20 +155,7 @@ def read_json(file: Path) -> dict[str, Any]:
 
 
 def _kind(name: str) -> str:
-    owner, _, leaf = name.rpartition(".")
-    if _EMBEDDING in name:
-        return "embedding"
-    if _HEAD in name:
-        return "head"
-    if leaf.startswith(_PACKED):
-        return "packed"
-    if leaf == "weight_scale":
-        return "scale"
-    if leaf == "weight" and owner.endswith(".outlier"):
-        return "outlier"
-    if leaf == "weight" and owner.endswith((_LINEAR, ".residual")):
-        return "residual"
-    return "other"
+    return next((kind for kind, pattern in _KINDS.items() if pattern.search(name)), "other")
 
 
 def _format(config: dict[str, Any]) -> str:

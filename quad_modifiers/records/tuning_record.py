@@ -6,7 +6,9 @@ Fine-tuning writes it, merging copies it, the model card reports it.
 from pathlib import Path
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field
+
+from quad_modifiers.records.json_record import read_record
 
 TUNING_NAME = "tuning.json"
 
@@ -79,12 +81,4 @@ def read_tuning(folder: Path) -> Tuning | None:
     Raises:
         ValueError: naming the field that is wrong.
     """
-    file = folder / TUNING_NAME
-    if not file.is_file():
-        return None
-    try:
-        return Tuning.model_validate_json(file.read_bytes())
-    except ValidationError as error:
-        first = error.errors(include_url=False)[0]
-        where = ".".join(str(step) for step in first["loc"]) or "the file"
-        raise ValueError(f"{file}: {where}: {first['msg']}; correct it, or remove the file") from error
+    return read_record(Tuning, folder / TUNING_NAME)
