@@ -32,11 +32,8 @@ def equalize_outliers(model: nn.Module, samples: Iterable[torch.Tensor], adapter
     Raises:
         ValueError: if the adapter is trained already: other scales would change what it does.
     """
-    layers = [
-        module
-        for module in model.modules()
-        if isinstance(module, QuadLoraLayer) and _has_selector(module, adapter_name)
-    ]
+    adapted = [each for each in model.modules() if isinstance(each, QuadLoraLayer) and adapter_name in each.lora_A]
+    layers = [layer for layer in adapted if isinstance(layer.lora_A[adapter_name], OutlierSelector)]
     if not layers:
         return
     if any(bool(layer.lora_B[adapter_name].weight.any()) for layer in layers):
@@ -55,10 +52,6 @@ def equalize_outliers(model: nn.Module, samples: Iterable[torch.Tensor], adapter
     for layer, total in squares.items():
         magnitude = total.sqrt().clamp(min=float(total.max()) ** 0.5 * _SMALLEST)
         layer.lora_A[adapter_name].scale = (magnitude.median() / magnitude).log2().round().exp2().cpu()
-
-
-def _has_selector(layer: QuadLoraLayer, adapter_name: str) -> bool:
-    return adapter_name in layer.lora_A and isinstance(layer.lora_A[adapter_name], OutlierSelector)
 
 
 def _add_squares(squares: dict[QuadLoraLayer, torch.Tensor], layer: Any, inputs: tuple[torch.Tensor, ...]) -> None:

@@ -1,5 +1,6 @@
 """PEFT's layer around a `QuadLinear`: outlier adapters without a product of their own, and any plain LoRA."""
 
+from functools import reduce
 from typing import Any
 
 import torch
@@ -163,15 +164,9 @@ class QuadLoraLayer(nn.Module, LoraLayer):
 
     def _changes(self, names: list[str]) -> tuple[torch.Tensor | None, torch.Tensor | None]:
         """Sums of the adapters' changes in float32: outlier weight `[out, rank]`, weight scale `[out, groups]`."""
-        outlier: torch.Tensor | None = None
-        scale: torch.Tensor | None = None
-        for name in names:
-            change = self._outlier_change(name)
-            outlier = change if outlier is None else outlier + change
-            if name in self.lora_weight_scale:
-                change = self.lora_weight_scale[name].float()
-                scale = change if scale is None else scale + change
-        return outlier, scale
+        outliers = [self._outlier_change(name) for name in names]
+        scales = [self.lora_weight_scale[name].float() for name in names if name in self.lora_weight_scale]
+        return reduce(torch.add, outliers) if outliers else None, reduce(torch.add, scales) if scales else None
 
     def _outlier_change(self, name: str) -> torch.Tensor:
         change = self.lora_B[name].weight.float() * self.scaling[name]

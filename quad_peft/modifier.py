@@ -1,6 +1,7 @@
 """OutlierLoRA: fine-tuning of the outlier weights at the end of a compression."""
 
 import logging
+from dataclasses import fields
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
@@ -146,15 +147,8 @@ class OutlierLoRA(QuadModifier):
         model = decoder.model
         assert self._data is not None
         assert self._folder is not None
-        settings = TuningSettings(
-            epochs=self.epochs,
-            batch_size=self.batch_size,
-            learning_rate=self.learning_rate,
-            warmup=self.warmup,
-            temperature=self.temperature,
-            gradient_checkpointing=self.gradient_checkpointing,
-            seed=self.seed,
-        )
+        own = type(self).model_fields
+        settings = TuningSettings(**{f.name: getattr(self, f.name) for f in fields(TuningSettings) if f.name in own})
         tuned = get_outlier_model(model, OutlierLoraConfig(train_weight_scales=self.train_weight_scales))
         try:
             arguments = settings.arguments(Path(self._folder.name) / "run")
@@ -186,12 +180,7 @@ def _check_installed() -> None:
 
 
 def _pack_stock_weights(decoder: Decoder) -> None:
-    """Packs what a stock quantizer has left, so that the model trains as its checkpoint will run.
-
-    Raises:
-        ValueError: if nothing is quantized, or if llm-compressor's own quantization of inputs is in the way, which has
-            no gradient.
-    """
+    """Packs what a stock quantizer has left, so that the model trains as its checkpoint will run."""
     containers = {linear.name: linear.module for linear in decoder.linears()}
     if not any(container.is_quantized for container in containers.values()):
         raise ValueError(

@@ -30,7 +30,7 @@ class OutlierSelector(nn.Module):
     def weight(self) -> torch.Tensor:
         """The dense matrix, `[rank, in]`."""
         like = self._lora_b[0].weight
-        return selector_matrix(self.split, like.dtype, like.device) * self.scale.to(like).unsqueeze(1)
+        return self._picks(like.dtype, like.device) * self.scale.to(like).unsqueeze(1)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Returns the outlier coordinates of `x` `[..., in]`, scaled, `[..., rank]`."""
@@ -59,7 +59,7 @@ class OutlierSelector(nn.Module):
         loaded = state_dict.get(f"{prefix}weight")
         if loaded is None:
             missing_keys.append(f"{prefix}weight")
-        elif not is_selector(loaded, self.split):
+        elif not torch.equal(loaded != 0, self._picks(torch.bool, loaded.device)):
             error_msgs.append(
                 f"{prefix}weight, {list(loaded.shape)}, does not select the {self.split.rank} outlier coordinates of "
                 f"an input of {self.split.width}: the adapter belongs to another checkpoint, or was edited"
@@ -67,14 +67,8 @@ class OutlierSelector(nn.Module):
         else:
             self.scale = loaded.sum(1).float().cpu()
 
-
-def selector_matrix(split: InputSplit, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-    """Returns the matrix that picks a layer's outlier coordinates, `[split.rank, split.width]`."""
-    dense = torch.zeros(split.rank, split.width, dtype=dtype, device=device)
-    dense[torch.arange(split.rank, device=device), split.outlier_index(device)] = 1
-    return dense
-
-
-def is_selector(weight: torch.Tensor, split: InputSplit) -> bool:
-    """True if `weight` is the A matrix of an outlier adapter for inputs that are divided like this."""
-    return torch.equal(weight != 0, selector_matrix(split, torch.bool, weight.device))
+    def _picks(self, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+        """The matrix that picks the outlier coordinates, `[rank, in]`."""
+        dense = torch.zeros(self.split.rank, self.split.width, dtype=dtype, device=device)
+        dense[torch.arange(self.split.rank, device=device), self.split.outlier_index(device)] = 1
+        return dense

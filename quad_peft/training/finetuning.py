@@ -112,92 +112,37 @@ def finetune(
         seed=settings.seed,
     )
     model = get_outlier_model(model, OutlierLoraConfig(train_weight_scales=train_weight_scales))
-    run = _Run(model, found, output, settings, train_weight_scales, original, teacher_cache)
-    run.open(resume)
-    outcome = run.train(_pad_token(tokenizer))
-    record = run.record(outcome)
-    run.write(outcome, record)
-    return FinetuneResult(output, record, run.is_main_process)
-
-
-class _Run:
-    """One run and the folder that its states are kept in until it is done.
-
-    Args:
-        model: `PeftModel` with an outlier adapter.
-        data: samples to train and to validate on.
-        output: folder for the adapter.
-        settings: settings of the training.
-        train_weight_scales: whether the adapter has the scales too.
-        original: folder or Hub id of the original model, or the model; None trains on the next token.
-        teacher_cache: folder for its hidden states, if they are to be cached.
-
-    Raises:
-        ValueError: if the launcher started processes that do not know of each other.
-    """
-
-    def __init__(
-        self,
-        model: Any,
-        data: TrainingData,
-        output: Path,
-        settings: TuningSettings,
-        train_weight_scales: bool,
-        original: Any,
-        teacher_cache: str | Path | None,
-    ) -> None:
-        self.model, self.data, self.output, self.settings = model, data, output, settings
-        self.train_weight_scales = train_weight_scales
-        self.original, self.teacher_cache = original, teacher_cache
-        self.original_name = None if original is None else model_name(original)
-        self.folder = output.with_name(f"{output.name}.training")
-        self.arguments = settings.arguments(self.folder)
-        _check_launch(self.arguments)
-
-    @property
-    def is_main_process(self) -> bool:
-        """Whether this is the process that writes."""
-        return bool(self.arguments.process_index == 0)
-
-    def identity(self) -> dict[str, Any]:
-        """What an interrupted run and the one that resumes it must have in common."""
-        return {
-            "checkpoint": self.model.peft_config["default"].base_fingerprint,
-            "original": self.original_name,
-            "data": self.data.fingerprint,
-            "validation": self.data.validation,
-            "train_weight_scales": self.train_weight_scales,
-            **asdict(self.settings),
-        }
-
-    def open(self, resume: bool) -> None:
-        """Makes the folder, or checks that the unfinished run in it is this one."""
-        with self.arguments.main_process_first(local=False):
-            if self.is_main_process:
-                _open_folder(self.folder, self.identity(), resume)
-
-    def train(self, pad_token: int) -> Outcome:
-        """Trains the model, from the last state in the folder on."""
-        with self.arguments.main_process_first(local=False):
-            teacher = _teacher(self.original, self.data, self.teacher_cache)
-        return tune(self.model, self.data, self.settings, self.arguments, teacher, pad_token)
-
-    def record(self, outcome: Outcome) -> Tuning:
-        """The `tuning.json` of the run."""
-        return tuning_record(
-            outcome,
-            self.data,
-            self.settings,
-            original=self.original_name,
-            train_weight_scales=self.train_weight_scales,
-            processes=self.arguments.world_size,
-        )
-
-    def write(self, outcome: Outcome, record: Tuning) -> None:
-        """Writes the adapter and removes the folder of the run."""
-        with self.arguments.main_process_first(local=False):
-            if self.is_main_process:
-                _write(self.model, record, outcome, self.output, self.folder)
+    folder = output.with_name(f"{output.name}.training")
+    original_name = None if original is None else model_name(original)
+    arguments = settings.arguments(folder)
+    _check_launch(arguments)
+    writes = arguments.process_index == 0
+    identity = {  # what an interrupted run and the one that resumes it must have in common
+        "checkpoint": model.peft_config["default"].base_fingerprint,
+        "original": original_name,
+        "data": found.fingerprint,
+        "validation": found.validation,
+        "train_weight_scales": train_weight_scales,
+        **asdict(settings),
+    }
+    with arguments.main_process_first(local=False):
+        if writes:
+            _open_folder(folder, identity, resume)
+    with arguments.main_process_first(local=False):
+        teacher = _teacher(original, found, teacher_cache)
+    outcome = tune(model, found, settings, arguments, teacher, _pad_token(tokenizer))
+    record = tuning_record(
+        outcome,
+        found,
+        settings,
+        original=original_name,
+        train_weight_scales=train_weight_scales,
+        processes=arguments.world_size,
+    )
+    with arguments.main_process_first(local=False):
+        if writes:
+            _write(model, record, outcome, output, folder)
+    return FinetuneResult(output, record, writes)
 
 
 def _check_launch(arguments: Any) -> None:
@@ -213,7 +158,6 @@ def _check_launch(arguments: Any) -> None:
 def _open_folder(folder: Path, identity: dict[str, Any], resume: bool) -> None:
     """Makes the folder of a run, or checks that the one there is the same run."""
     file = folder / _RUN
-    wanted = json.loads(json.dumps(identity))
     fresh = file.is_file() and len(list(folder.iterdir())) == 1  # it ended before it had anything to go on with
     if not file.is_file() or fresh:
         if not fresh and folder.exists() and any(folder.iterdir()):
@@ -223,7 +167,7 @@ def _open_folder(folder: Path, identity: dict[str, Any], resume: bool) -> None:
         return
     if not resume:
         raise FileExistsError(f"{folder} holds an unfinished run; go on with --resume (resume=True), or remove it")
-    found = json.loads(file.read_text())
+    found, wanted = json.loads(file.read_text()), json.loads(json.dumps(identity))
     differing = sorted(key for key in wanted.keys() | found.keys() if wanted.get(key) != found.get(key))
     if differing:
         key = differing[0]

@@ -8,8 +8,8 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from quad_peft.training.data import Collator, Samples
-from quad_peft.training.losses import IGNORED, distillation_loss, next_token_loss, shifted, without_head
-from quad_peft.training.teacher import Teacher
+from quad_peft.training.losses import IGNORED, distillation_loss, next_token_loss, shifted
+from quad_peft.training.teacher import Teacher, last_hidden_states
 
 
 class Quality(NamedTuple):
@@ -43,9 +43,7 @@ def measure(
     batches = DataLoader(samples, batch_size=batch_size, collate_fn=collator)
     for batch in tqdm(batches, desc="validation samples", unit="batch", leave=False):
         batch = {name: tensor.to(device) for name, tensor in batch.items()}
-        inputs = {name: batch[name] for name in ("input_ids", "attention_mask") if name in batch}
-        with without_head(model) as head:
-            hidden = model(**inputs, use_cache=False).logits
+        hidden, head = last_hidden_states(model, batch), model.get_output_embeddings()
         targets, kept = shifted(batch["labels"]), batch["labels"] != IGNORED
         sums[0] += next_token_loss(hidden, head, targets).cpu()
         counts += torch.stack([(targets != IGNORED).sum(), kept.sum()]).cpu()

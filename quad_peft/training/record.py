@@ -1,11 +1,12 @@
 """`tuning.json` of a run."""
 
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from quad_modifiers.records.machine import package_versions
 from quad_modifiers.records.tuning_record import TunedQuality, Tuning
 from quad_peft.training.data import TrainingData
-from quad_peft.training.measure import Quality
 from quad_peft.training.tuning_loop import Outcome, TuningSettings
 
 
@@ -18,15 +19,9 @@ def tuning_record(
     train_weight_scales: bool,
     processes: int = 1,
 ) -> Tuning:
-    """Returns the record.
+    """Returns the record of a run on `processes` processes.
 
-    Args:
-        outcome: outcome of the run.
-        data: samples that were trained on.
-        settings: settings of the run.
-        original: name of the original model; None if the loss was that of the next token.
-        train_weight_scales: whether the scales were trained too.
-        processes: number of processes that shared the batches.
+    `original` is the name of the original model, None if the loss was that of the next token.
     """
     trained = data.samples[: len(data.samples) - data.validation]
     return Tuning(
@@ -44,11 +39,11 @@ def tuning_record(
         seed=settings.seed,
         trainable_parameters=outcome.trainable_parameters,
         weight_scales=train_weight_scales,
-        before=_quality(outcome.before),
-        after=_quality(outcome.after),
+        before=TunedQuality(perplexity=outcome.before.perplexity, divergence=outcome.before.divergence),
+        after=TunedQuality(perplexity=outcome.after.perplexity, divergence=outcome.after.divergence),
         original_perplexity=outcome.before.original_perplexity,
         seconds=round(outcome.seconds, 1),
-        packages=_versions(),
+        packages={**package_versions(), "peft": version("peft")},
     )
 
 
@@ -56,15 +51,3 @@ def model_name(model: Any) -> str:
     """Returns a model's name for readers: a Hub id, or the last part of a path."""
     text = str(model) if isinstance(model, (str, Path)) else str(model.config._name_or_path or type(model).__name__)
     return Path(text).name if Path(text).is_dir() else text
-
-
-def _quality(quality: Quality) -> TunedQuality:
-    return TunedQuality(perplexity=quality.perplexity, divergence=quality.divergence)
-
-
-def _versions() -> dict[str, str]:
-    from importlib.metadata import version
-
-    from quad_modifiers.records.machine import package_versions
-
-    return {**package_versions(), "peft": version("peft")}

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from transformers import TrainingArguments
 
+from quad_modifiers.output_folder import replace_file
 from quad_peft.equalize import equalize_outliers
 from quad_peft.training.data import Collator, TrainingData
 from quad_peft.training.measure import Quality, measure
@@ -236,8 +237,5 @@ def _quality_before(folder: Path, trainer: QuadTrainer, held: tuple[Any, ...]) -
         return Quality(*json.loads(file.read_text()))
     quality = measure(trainer.model, *held)
     if trainer.is_world_process_zero():
-        folder.mkdir(parents=True, exist_ok=True)
-        partial = file.with_suffix(".partial")
-        partial.write_text(json.dumps(quality))
-        partial.replace(file)
+        replace_file(file, json.dumps(quality))
     return quality
