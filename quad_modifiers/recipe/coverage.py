@@ -14,6 +14,7 @@ from quad_modifiers.plugins.contributions import architectures
 if TYPE_CHECKING:
     from compressed_tensors.quantization import QuantizationScheme
     from llmcompressor.modifiers import Modifier
+    from torch.nn import Module
 
 LAYERS = 64
 """Layers in the sample; targets that name one layer beyond it are taken to reach nothing."""
@@ -66,11 +67,8 @@ def outlier_names(projection: "Modifier") -> tuple[str, ...]:
 def matching(names: Iterable[str], targets: Iterable[str], ignore: Iterable[str]) -> set[str]:
     """Returns the names that compressed-tensors would match, each taken to be a `torch.nn.Linear`."""
     import torch
-    from compressed_tensors.utils.match import is_match
 
-    linear = torch.nn.Linear(1, 1, device="meta")
-    targets, ignore = list(targets), list(ignore)
-    return {name for name in names if is_match(name, linear, targets, ignore)}
+    return _matching(torch.nn.Linear(1, 1, device="meta"), names, targets, ignore)
 
 
 def matching_containers(targets: Iterable[str], ignore: Iterable[str]) -> set[str]:
@@ -79,12 +77,17 @@ def matching_containers(targets: Iterable[str], ignore: Iterable[str]) -> set[st
     A target that matches the children as well ("re:.*q_proj.*") is not counted: it is meant for them.
     """
     import torch
-    from compressed_tensors.utils.match import is_match
 
-    container, ignore = torch.nn.Module(), list(ignore)
     residual = linear_names(child="residual")
     own = [target for target in targets if not matching(residual, [target], [])]
-    return {name for name in linear_names() if is_match(name, container, own, ignore)}
+    return _matching(torch.nn.Module(), linear_names(), own, ignore)
+
+
+def _matching(module: "Module", names: Iterable[str], targets: Iterable[str], ignore: Iterable[str]) -> set[str]:
+    from compressed_tensors.utils.match import is_match
+
+    targets, ignore = list(targets), list(ignore)
+    return {name for name in names if is_match(name, module, targets, ignore)}
 
 
 def stock_schemes(modifier: "Modifier") -> "list[QuantizationScheme]":

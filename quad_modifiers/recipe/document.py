@@ -6,7 +6,6 @@ without a word. Here every such part becomes a `Problem`.
 
 import difflib
 import re
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -33,10 +32,14 @@ class ModifierEntry:
         """Returns the line of a field, given as in pydantic's errors: as deep as the text follows it."""
         node, line = self.node, self.line
         for step in location:
-            found = _child(node, step)
+            if isinstance(node, yaml.MappingNode):
+                found = {name: (key, value) for name, key, value in _last_pairs(node)}.get(str(step))
+            else:
+                items = node.value if isinstance(node, yaml.SequenceNode) else []
+                found = (items[step], items[step]) if isinstance(step, int) and step < len(items) else None
             if found is None:
                 break
-            line, node = found
+            line, node = _line(found[0]), found[1]
         return line
 
 
@@ -55,8 +58,8 @@ class RecipeDocument:
 def parse_recipe(text: str) -> RecipeDocument:
     """Returns the modifier entries of a recipe in YAML (or JSON), with every problem of its structure."""
     document = RecipeDocument()
-    loader = yaml.SafeLoader(text)
     try:
+        loader = yaml.SafeLoader(text)
         root = loader.get_single_node()
         if root is None:
             document.problems.append(Problem(1, "the recipe is empty", _FORM))
@@ -64,10 +67,11 @@ def parse_recipe(text: str) -> RecipeDocument:
         _report_duplicates(root, document, set())
         loader.construct_document(root)  # applies merge keys in place, and refuses tags that are not plain YAML
     except yaml.YAMLError as error:
-        document.problems.append(_syntax_problem(error))
+        mark = getattr(error, "problem_mark", None) or getattr(error, "context_mark", None)
+        reason = getattr(error, "problem", None) or str(error)
+        remedy = "Check the indentation (spaces, no tabs), quotes and colons"
+        document.problems.append(Problem(mark and mark.line + 1, f"not valid YAML: {reason}", remedy))
         return document
-    finally:
-        loader.dispose()
     _read_root(root, document)
     return document
 
@@ -122,14 +126,15 @@ def _read_group(group: str, node: yaml.MappingNode, document: RecipeDocument) ->
                 f"Write '{name}: {{}}' for the default values, or indent the fields below it",
             )
             continue
-        fields = _construct(value)
-        if any(_text(field_key) == "group" for field_key, _ in value.value):
+        loader = yaml.SafeLoader("")
+        fields = {_text(name): loader.construct_object(given, deep=True) for name, given in value.value}
+        if "group" in fields:
             document.report(
                 key,
                 f"{name} has the field 'group', which llm-compressor takes from the name of the group",
                 f"Remove it and name the group '<group>{GROUP_SUFFIX}' instead",
             )
-            fields.pop("group", None)
+            del fields["group"]
         document.entries.append(ModifierEntry(name, group, fields, _line(key), value))
 
 
@@ -139,7 +144,7 @@ def _report_duplicates(node: yaml.Node, document: RecipeDocument, seen: set[int]
         return
     seen.add(id(node))
     first: dict[str, yaml.Node] = {}
-    for key, child in _pairs(node):
+    for key, _ in node.value if isinstance(node, yaml.MappingNode) else ():
         name = _text(key)
         if name in first and name != "<<":
             document.report(
@@ -148,10 +153,8 @@ def _report_duplicates(node: yaml.Node, document: RecipeDocument, seen: set[int]
                 "Remove one of the two; to run one modifier twice, put it into a second group of the stage",
             )
         first.setdefault(name, key)
-        _report_duplicates(child, document, seen)
-    if isinstance(node, yaml.SequenceNode):
-        for child in node.value:
-            _report_duplicates(child, document, seen)
+    for child in node.value if isinstance(node, yaml.CollectionNode) else ():
+        _report_duplicates(child[1] if isinstance(child, tuple) else child, document, seen)
 
 
 def _remedy_for_root_key(name: str) -> str:
@@ -176,36 +179,9 @@ def _with_suffix(name: str, suffix: str) -> str:
     return f"{stem or 'quad'}{suffix}"
 
 
-def _syntax_problem(error: yaml.YAMLError) -> Problem:
-    mark = getattr(error, "problem_mark", None) or getattr(error, "context_mark", None)
-    reason = getattr(error, "problem", None) or str(error)
-    line = None if mark is None else mark.line + 1
-    return Problem(line, f"not valid YAML: {reason}", "Check the indentation (spaces, no tabs), quotes and colons")
-
-
-def _construct(node: yaml.MappingNode) -> dict[str, Any]:
-    loader = yaml.SafeLoader("")
-    try:
-        return {_text(key): loader.construct_object(value, deep=True) for key, value in node.value}
-    finally:
-        loader.dispose()
-
-
-def _child(node: yaml.Node, step: int | str) -> tuple[int, yaml.Node] | None:
-    if isinstance(node, yaml.SequenceNode) and isinstance(step, int) and step < len(node.value):
-        return _line(node.value[step]), node.value[step]
-    found = {name: (_line(key), value) for name, key, value in _last_pairs(node)}
-    return found.get(str(step))
-
-
-def _pairs(node: yaml.Node) -> Iterator[tuple[yaml.Node, yaml.Node]]:
-    if isinstance(node, yaml.MappingNode):
-        yield from node.value
-
-
-def _last_pairs(node: yaml.Node) -> list[tuple[str, yaml.Node, yaml.Node]]:
+def _last_pairs(node: yaml.MappingNode) -> list[tuple[str, yaml.Node, yaml.Node]]:
     """Returns (name, key, value) as a dict would hold them: at the first place, the last value of a name."""
-    last = {_text(key): (key, value) for key, value in _pairs(node)}
+    last = {_text(key): (key, value) for key, value in node.value}
     return [(name, key, value) for name, (key, value) in last.items()]
 
 

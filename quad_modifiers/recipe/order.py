@@ -10,14 +10,7 @@ from dataclasses import dataclass
 from itertools import combinations
 from typing import TYPE_CHECKING
 
-from quad_modifiers.recipe.coverage import (
-    covered,
-    matching,
-    matching_containers,
-    outlier_names,
-    stock_schemes,
-    weight_names,
-)
+from quad_modifiers.recipe import coverage
 from quad_modifiers.recipe.problems import Problem
 
 if TYPE_CHECKING:
@@ -74,7 +67,7 @@ class PlacedModifier:
         if declared is not None:
             return frozenset((declared,))
         table = {STOCK_ROLES[each.__name__] for each in type(self.modifier).__mro__ if each.__name__ in STOCK_ROLES}
-        schemes = stock_schemes(self.modifier)
+        schemes = coverage.stock_schemes(self.modifier)
         if any(scheme.weights for scheme in schemes):
             table.add(QUANTIZE_WEIGHTS)
         if any(scheme.input_activations for scheme in schemes):
@@ -84,14 +77,19 @@ class PlacedModifier:
 
 def order_problems(placed: Sequence[PlacedModifier]) -> list[Problem]:
     """Returns what is wrong with the order and the company of the modifiers, errors before the warning."""
-    problems = [problem for each in placed for problem in _unknown_role(each)]
+    problems = [
+        Problem(
+            each.line,
+            f"{each.name}.recipe_role is {role!r}, which is not a role",
+            f"Set the class attribute to one of {', '.join(ROLES)}, or None",
+        )
+        for each in placed
+        for role in each.roles - set(ROLES)
+    ]
     for first, second in combinations(placed, 2):
         if not (first.is_stock and second.is_stock):
-            problems += _wrong_order(first, second)
-            problems += _two_projections(first, second)
-            problems += _stock_projection(first, second)
-            problems += _two_quantizers(first, second)
-            problems += _quantized_outlier(first, second)
+            for rule in (_wrong_order, _rotations, _two_quantizers, _quantized_outlier):
+                problems += rule(first, second)
     return problems
 
 
@@ -112,18 +110,9 @@ def nothing_quantized(placed: Sequence[PlacedModifier]) -> list[Problem]:
     ]
 
 
-def _unknown_role(placed: PlacedModifier) -> Iterator[Problem]:
-    for role in placed.roles - set(ROLES):
-        yield Problem(
-            placed.line,
-            f"{placed.name}.recipe_role is {role!r}, which is not a role",
-            f"Set the class attribute to one of {', '.join(ROLES)}, or None",
-        )
-
-
 def _wrong_order(first: PlacedModifier, second: PlacedModifier) -> Iterator[Problem]:
-    for roles, reason in FORBIDDEN_ORDER.items():
-        if roles[0] in first.roles and roles[1] in second.roles:
+    for (role, later), reason in FORBIDDEN_ORDER.items():
+        if role in first.roles and later in second.roles:
             yield Problem(
                 second.line,
                 f"{second.name} comes after {first.name}{_in_line(first)}, but {reason}",
@@ -132,17 +121,14 @@ def _wrong_order(first: PlacedModifier, second: PlacedModifier) -> Iterator[Prob
             return
 
 
-def _two_projections(first: PlacedModifier, second: PlacedModifier) -> Iterator[Problem]:
+def _rotations(first: PlacedModifier, second: PlacedModifier) -> Iterator[Problem]:
+    """Reports a second projection, and a stock one before a modifier that puts containers where it needs linears."""
     if PROJECT in first.roles & second.roles:
         yield Problem(
             second.line,
             f"{second.name} is a second projection after {first.name}{_in_line(first)}; both rotate the same weights",
             "Keep one of the two (SVDOutlierProjection with rank: 0 is a plain rotation)",
         )
-
-
-def _stock_projection(first: PlacedModifier, second: PlacedModifier) -> Iterator[Problem]:
-    """Reports a stock rotation before a quantizer that puts containers where the rotation needs plain linears."""
     if first.is_stock and PROJECT in first.roles and second.roles & {QUANTIZE_WEIGHTS, QUANTIZE_ACTIVATIONS, TUNE}:
         yield Problem(
             first.line,
@@ -152,11 +138,11 @@ def _stock_projection(first: PlacedModifier, second: PlacedModifier) -> Iterator
 
 
 def _two_quantizers(first: PlacedModifier, second: PlacedModifier) -> Iterator[Problem]:
-    names = weight_names()
+    names = coverage.weight_names()
     for role, part in ((QUANTIZE_WEIGHTS, "weights"), (QUANTIZE_ACTIVATIONS, "input_activations")):
         if role not in first.roles & second.roles:
             continue
-        both = covered(first.modifier, part, names) & covered(second.modifier, part, names)
+        both = coverage.covered(first.modifier, part, names) & coverage.covered(second.modifier, part, names)
         if both:
             what = part.replace("_", " ")
             yield Problem(
@@ -174,8 +160,8 @@ def _quantized_outlier(first: PlacedModifier, second: PlacedModifier) -> Iterato
     if first.is_stock or PROJECT not in first.roles or not second.is_stock:
         return
     ignore = list(getattr(second.modifier, "ignore", None) or [])
-    targets = [target for scheme in stock_schemes(second.modifier) for target in scheme.targets]
-    containers = matching_containers(targets, ignore)
+    targets = [target for scheme in coverage.stock_schemes(second.modifier) for target in scheme.targets]
+    containers = coverage.matching_containers(targets, ignore)
     if containers:
         yield Problem(
             second.line,
@@ -183,18 +169,15 @@ def _quantized_outlier(first: PlacedModifier, second: PlacedModifier) -> Iterato
             "a weight of its own",
             'Name the residual linear in it, for example "re:.*q_proj.residual$"',
         )
-    if matching(outlier_names(first.modifier), targets, ignore):
-        remedy = ", ".join(f'"{each}"' if ":" in each else each for each in _ignore_with_outlier(ignore))
+    if coverage.matching(coverage.outlier_names(first.modifier), targets, ignore):
+        better = [*dict.fromkeys(["lm_head", *ignore]), IGNORE_OUTLIER]
+        remedy = ", ".join(f'"{each}"' if ":" in each else each for each in better)
         yield Problem(
             second.line,
             f"{second.name} would quantize the outlier linears too, which {first.name}{_in_line(first)} keeps in full "
             "precision",
             f"Write ignore: [{remedy}]",
         )
-
-
-def _ignore_with_outlier(ignore: list[str]) -> list[str]:
-    return [*dict.fromkeys(["lm_head", *ignore]), IGNORE_OUTLIER]
 
 
 def _in_line(placed: PlacedModifier) -> str:

@@ -40,15 +40,15 @@ def validate_recipe(text_or_path: str | Path, manager: QuadPluginManager | None 
         PluginError: if an installed plugin is not valid.
     """
     manager = manager or get_plugin_manager()
-    text = _read(text_or_path, manager)[0]
-    document = parse_recipe(text)
+    document = parse_recipe(_read(text_or_path, manager)[0])
     problems = list(document.problems)
     placed: list[PlacedModifier] = []
     for entry in document.entries:
-        modifier, found = _instantiate(entry, manager)
-        problems += found
-        if modifier is not None:
-            placed.append(PlacedModifier(modifier, entry.line))
+        found = _instantiate(entry, manager)
+        if isinstance(found, list):
+            problems += found
+        else:
+            placed.append(PlacedModifier(found, entry.line))
     problems += order_problems(placed)
     if not problems:
         problems += _refused_by_llmcompressor(placed) or nothing_quantized(placed)
@@ -129,27 +129,21 @@ def _modifiers_of(recipe: object) -> list[Any]:
     )
 
 
-def _instantiate(entry: ModifierEntry, manager: QuadPluginManager) -> "tuple[Modifier | None, list[Problem]]":
+def _instantiate(entry: ModifierEntry, manager: QuadPluginManager) -> "Modifier | list[Problem]":
     """Returns the modifier that an entry describes, or the problems that prevent it."""
     from pydantic import ValidationError
 
     try:
         modifier_class = _modifier_class(entry.name, manager)
     except PluginError as error:
-        return None, [Problem(entry.line, str(error), "Correct the name, or repair or install the plugin")]
+        return [Problem(entry.line, str(error), "Correct the name, or repair or install the plugin")]
     try:
-        return modifier_class(group=entry.group, **entry.fields), []
+        return modifier_class(group=entry.group, **entry.fields)
     except ValidationError as error:
-        details = error.errors(include_url=False)
-        return None, [_field_problem(entry, modifier_class, each) for each in details]
+        return [_field_problem(entry, modifier_class, each) for each in error.errors(include_url=False)]
     except Exception as error:  # a modifier's own constructor may raise anything; reported at its line
-        return None, [
-            Problem(
-                entry.line,
-                f"{entry.name} cannot be built: {type(error).__name__}: {error}",
-                "Correct its fields",
-            )
-        ]
+        message = f"{entry.name} cannot be built: {type(error).__name__}: {error}"
+        return [Problem(entry.line, message, "Correct its fields")]
 
 
 def _modifier_class(name: str, manager: QuadPluginManager) -> "type[Modifier]":
