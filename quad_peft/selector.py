@@ -46,16 +46,8 @@ class OutlierSelector(nn.Module):
         # Powers of two are exact in half the bytes of float32, and a LoRA's A and B may differ in dtype.
         destination[f"{prefix}weight"] = self.weight.to(torch.bfloat16)
 
-    def _load_from_state_dict(
-        self,
-        state_dict: dict[str, Any],
-        prefix: str,
-        local_metadata: Any,
-        strict: bool,
-        missing_keys: list[str],
-        unexpected_keys: list[str],
-        error_msgs: list[str],
-    ) -> None:
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
+        _metadata, _strict, missing_keys, _unexpected_keys, error_msgs = rest
         loaded = state_dict.get(f"{prefix}weight")
         if loaded is None:
             missing_keys.append(f"{prefix}weight")

@@ -84,9 +84,7 @@ def resolve(
     """Returns the text or token ids that `source` names.
 
     Args:
-        source: None for `calibration_texts()`; a local file; a `datasets` name or folder; a Dataset or DatasetDict with
-            a text column or `input_ids`; a list of strings; token ids, [tokens], [samples, tokens] or a list of them;
-            or a DataLoader of dicts with `input_ids`.
+        source: any data set of `calibration_windows`, or a list of token ids [tokens].
         purpose: purpose of the text, for messages.
         text_column: field or column of the text.
         splits: the split of a `datasets` name or DatasetDict; also a list of one, or a mapping whose key is the first
@@ -108,7 +106,8 @@ def resolve(
     if isinstance(source, DataLoader):
         return TokenRows(loader_rows(source), ordered=True)
     if isinstance(source, torch.Tensor):
-        return _of_tensor(source, purpose)
+        rows = unpadded(source, None, f"the {purpose.name} tensor")
+        return TokenRows(rows) if source.dim() != 1 else TokenStream(next(rows, torch.empty(0, dtype=torch.int64)))
     if isinstance(source, dict):  # a DatasetDict is one
         source = _single_split(source, splits, purpose)
     if hasattr(source, "column_names") and hasattr(source, "features"):  # a Dataset, without importing the package
@@ -176,13 +175,6 @@ def _single_split(dataset: "Dataset | DatasetDict", splits: Splits | None, purpo
         f"the data set has the splits {sorted(dataset)}, none of them {candidates}; name one with "
         f"{purpose.split_option}"
     )
-
-
-def _of_tensor(ids: torch.Tensor, purpose: Purpose) -> TokenStream | TokenRows:
-    rows = unpadded(ids, None, f"the {purpose.name} tensor")
-    if ids.dim() == 1:
-        return TokenStream(next(rows, torch.empty(0, dtype=torch.int64)))
-    return TokenRows(rows)
 
 
 def _of_dataset(dataset: "Dataset", text_column: str, purpose: Purpose) -> Documents | TokenRows:

@@ -55,15 +55,15 @@ def token_windows(
         )
     if fewer and count is not None:
         count = min(count, available)
-    if available < (count or 1):
-        raise ValueError(
-            f"the text has {stream.numel()} tokens, enough for {available} windows of {length} tokens, but "
-            f"{count or 1} are needed; lower the number of windows to {available} or their length to "
-            f"{stream.numel() // (count or 1)}, or give more text"
-        )
     windows = stream[: available * length].view(available, length)
     if count is None:
         return windows
+    if available < count:
+        raise ValueError(
+            f"the text has {stream.numel()} tokens, enough for {available} windows of {length} tokens, but {count} "
+            f"are needed; lower the number of windows to {available} or their length to {stream.numel() // count}, or "
+            "give more text"
+        )
     if seed is None:
         return windows[:count].clone()
     generator = torch.Generator().manual_seed(seed)

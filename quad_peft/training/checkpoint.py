@@ -30,6 +30,7 @@ def merge(checkpoint: str | Path, adapter: str | Path, output: str | Path) -> No
         ValueError: if the checkpoint is not a QUAD checkpoint, or the adapter belongs to another one.
     """
     from peft import PeftModel
+    from transformers.utils import cached_file
 
     adapter, output = Path(adapter), Path(output)
     check_target(output)
@@ -47,15 +48,8 @@ def merge(checkpoint: str | Path, adapter: str | Path, output: str | Path) -> No
             logger.warning("%s has no tokenizer, so %s has none", opened.name, output)
         else:
             tokenizer.save_pretrained(temporary)
-        recipe = _file_of(opened.name, "recipe.yaml")
+        recipe = cached_file(opened.name, "recipe.yaml", _raise_exceptions_for_missing_entries=False)
         for file in (recipe, adapter / TUNING_NAME):
-            if file is not None and file.is_file():
-                shutil.copyfile(file, temporary / file.name)
+            if file is not None and Path(file).is_file():
+                shutil.copyfile(file, temporary / Path(file).name)
     logger.info("wrote %s", output)
-
-
-def _file_of(model: str, name: str) -> Path | None:
-    from transformers.utils import cached_file
-
-    found = cached_file(model, name, _raise_exceptions_for_missing_entries=False)
-    return None if found is None else Path(found)

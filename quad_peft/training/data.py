@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import Dataset
 
 from quad_modifiers.data.calibration_texts import DESCRIPTION
@@ -87,8 +88,8 @@ class Collator:
         """Returns `input_ids` and `labels`, `[batch, tokens]`, `place`, `[batch]`; with padding, `attention_mask`."""
         rows = [sample["input_ids"] for sample in samples]
         batch = {
-            "input_ids": _padded(rows, self.pad_token),
-            "labels": _padded(rows, IGNORED),
+            "input_ids": pad_sequence(rows, batch_first=True, padding_value=self.pad_token),
+            "labels": pad_sequence(rows, batch_first=True, padding_value=IGNORED),
             "place": torch.tensor([sample["place"] for sample in samples]),
         }
         if len({len(row) for row in rows}) > 1:
@@ -112,11 +113,8 @@ def training_data(
     """Cuts text into samples.
 
     Args:
-        source: None for `calibration_texts()`, Wikipedia articles and modules of Python's standard library (the
-            other halves are for measuring and never come in); a .txt, .jsonl, .csv or .parquet file; a `datasets` name
-            or folder; a Dataset or DatasetDict with a text column or `input_ids`; a list of strings; token ids,
-            `[tokens]`, which are cut into windows, `[samples, tokens]` or a list of `[tokens]`; or a DataLoader of
-            dicts with `input_ids`.
+        source: any data set of `quad_modifiers.data.calibration_windows`, None for the same articles and modules; also
+            a list of `[tokens]`. Token ids `[tokens]` are cut into windows.
         tokenizer: tokenizer of the model; not needed for token ids.
         length: tokens in a sample, at most.
         samples: largest number of samples, drawn at random, or the first of a DataLoader; all by default.
@@ -189,10 +187,6 @@ def _encoded(tokenizer: "PreTrainedTokenizerBase", texts: Sequence[str], length:
         return []
     encoding = tokenizer(kept, truncation=True, max_length=length, return_attention_mask=False)
     return [torch.tensor(ids, dtype=torch.int64) for ids in encoding["input_ids"]]
-
-
-def _padded(rows: Sequence[torch.Tensor], value: int) -> torch.Tensor:
-    return torch.nn.utils.rnn.pad_sequence(list(rows), batch_first=True, padding_value=value)
 
 
 def _name(source: Any) -> str:

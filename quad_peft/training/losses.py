@@ -92,17 +92,13 @@ def without_head(model: Any) -> Iterator[nn.Module]:
     """
     head = model.get_output_embeddings()
     own = head.__dict__.get("forward")
-    head.forward = _identity
+    head.forward = lambda x: x
     try:
         yield head
     finally:
         del head.forward
         if own is not None:
             head.forward = own
-
-
-def _identity(x: torch.Tensor) -> torch.Tensor:
-    return x
 
 
 class _FusedHeadLoss(torch.autograd.Function):
@@ -114,7 +110,11 @@ class _FusedHeadLoss(torch.autograd.Function):
         needed = ctx.needs_input_grad[0]
         gradient = torch.empty_like(rows) if needed else None
         total = torch.zeros((), dtype=torch.float32, device=rows.device)
-        for positions in _chunks(rows, head, chunk):
+        if chunk is None and len(rows):
+            with torch.no_grad():
+                chunk = max(1, _CHUNK_ELEMENTS // head(rows[:1]).shape[-1])
+        for start in range(0, len(rows), chunk or 1):
+            positions = slice(start, start + (chunk or 1))
             part = rows[positions].detach().requires_grad_(needed)
             with torch.set_grad_enabled(needed):  # of the head's input only: the graph lives for one chunk
                 logits = head(part)
@@ -130,16 +130,6 @@ class _FusedHeadLoss(torch.autograd.Function):
         """`grad` is a scalar."""
         (gradient,) = ctx.saved_tensors
         return None if gradient is None else gradient * grad, None, None, None
-
-
-def _chunks(rows: torch.Tensor, head: nn.Module, chunk: int | None) -> Iterator[slice]:
-    size = chunk
-    if size is None and len(rows):
-        with torch.no_grad():
-            vocabulary = head(rows[:1]).shape[-1]
-        size = max(1, _CHUNK_ELEMENTS // vocabulary)
-    for start in range(0, len(rows), size or 1):
-        yield slice(start, start + (size or 1))
 
 
 @torch.no_grad()

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from transformers import TrainingArguments
 
 from quad_modifiers.output_folder import replace_file
@@ -186,19 +185,14 @@ def tune(
             before.loss,
             after.loss,
         )
-        _restore(model, start_weights)
+        for name, parameter in model.named_parameters():
+            if name in start_weights:
+                parameter.data.copy_(start_weights[name])
         best, after = 0, before
     _warn_if_worse(before, after)
     trainer.accelerator.wait_for_everyone()  # the main process removes the folder that all read the best state from
-    trainable = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
-    return Outcome(state.log_history, state.global_step, best, trainable, before, after, time.perf_counter() - start)
-
-
-@torch.no_grad()
-def _restore(model: Any, weights: dict[str, torch.Tensor]) -> None:
-    for name, parameter in model.named_parameters():
-        if name in weights:
-            parameter.copy_(weights[name])
+    size = sum(weight.numel() for weight in start_weights.values())
+    return Outcome(state.log_history, state.global_step, best, size, before, after, time.perf_counter() - start)
 
 
 def _warn_if_worse(before: Quality, after: Quality) -> None:
@@ -217,10 +211,9 @@ def last_complete_state(folder: Path) -> Path | None:
 
     One that was cut off while it was written is passed over.
     """
-    found = {
-        int(m[1]): path for path in folder.glob("checkpoint-*") if (m := re.fullmatch(r"checkpoint-(\d+)", path.name))
-    }
-    return next((found[step] for step in sorted(found, reverse=True) if _is_complete(found[step])), None)
+    steps = [int(m[1]) for path in folder.glob("checkpoint-*") if (m := re.fullmatch(r"checkpoint-(\d+)", path.name))]
+    states = (folder / f"checkpoint-{step}" for step in sorted(steps, reverse=True))
+    return next(filter(_is_complete, states), None)
 
 
 def _is_complete(checkpoint: Path) -> bool:
