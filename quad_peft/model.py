@@ -73,10 +73,8 @@ def _check_base(config: OutlierLoraConfig, model: nn.Module) -> None:
 
 def _fit(config: OutlierLoraConfig, model: nn.Module) -> None:
     """Fills in targets and ranks."""
-    ranks: dict[str, int] = {}
-    for module in model.modules():
-        if isinstance(module, QuadLinear) and module.split.rank:
-            ranks[module.role] = module.split.rank
+    layers = [module for module in model.modules() if isinstance(module, QuadLinear)]
+    ranks = {layer.role: layer.split.rank for layer in layers if layer.split.rank}
     if not ranks:
         raise ValueError(
             "the checkpoint has no outlier weights to train (rank 0, as in quarot_w4a4); compress with a recipe of "

@@ -10,7 +10,7 @@ import torch
 from torch.utils.data import DataLoader
 
 from quad_modifiers.data.calibration_texts import DESCRIPTION
-from quad_modifiers.data.sources import Documents, Purpose, Resolved, Splits, TokenRows, TokenStream, resolve
+from quad_modifiers.data.sources import Purpose, Resolved, Splits, TokenRows, TokenStream, resolve
 from quad_modifiers.data.windows import token_stream
 
 if TYPE_CHECKING:
@@ -120,11 +120,10 @@ def _rows(
         if found.ordered:
             return list(islice(found.rows, count))
         return _drawn([row[:length] for row in found.rows], count, generator)
-    if isinstance(found, Documents):
+    if not isinstance(found, TokenStream):
         if tokenizer is None:
             raise ValueError("calibration text needs a tokenizer; give one, or give token ids instead of text")
-        sample = sampled_documents(found.texts, count * length, generator)
-        found = TokenStream(token_stream(tokenizer, sample))
+        found = TokenStream(token_stream(tokenizer, sampled_documents(found, count * length, generator)))
     windows = found.windows(length)
     if not windows:
         raise ValueError(

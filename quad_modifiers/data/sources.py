@@ -19,17 +19,6 @@ Splits: TypeAlias = str | Sequence[str] | Mapping[str, str]
 
 
 @dataclass(frozen=True)
-class Documents:
-    """Text that is still to be tokenized.
-
-    Attributes:
-        texts: one string a document; may be read from disk as it is indexed.
-    """
-
-    texts: Sequence[str]
-
-
-@dataclass(frozen=True)
 class TokenStream:
     """Token ids without a border between samples.
 
@@ -58,7 +47,8 @@ class TokenRows:
     ordered: bool = False
 
 
-Resolved: TypeAlias = Documents | TokenStream | TokenRows
+Resolved: TypeAlias = Sequence[str] | TokenStream | TokenRows
+"""What a data set is: documents, which may be read from disk as they are indexed, or token ids."""
 
 
 @dataclass(frozen=True)
@@ -98,10 +88,10 @@ def resolve(
         ImportError: if a package that the data set needs is not installed.
     """
     if source is None:
-        return Documents(calibration_texts())
+        return calibration_texts()
     if isinstance(source, str | Path):
         if is_local_file(source):
-            return Documents(local_texts(source, text_column))
+            return local_texts(source, text_column)
         source = _load_named(source, config_name, splits, purpose)
     if isinstance(source, DataLoader):
         return TokenRows(loader_rows(source), ordered=True)
@@ -177,7 +167,7 @@ def _single_split(dataset: "Dataset | DatasetDict", splits: Splits | None, purpo
     )
 
 
-def _of_dataset(dataset: "Dataset", text_column: str, purpose: Purpose) -> Documents | TokenRows:
+def _of_dataset(dataset: "Dataset", text_column: str, purpose: Purpose) -> Sequence[str] | TokenRows:
     if "input_ids" in (dataset.column_names or ()):
         return TokenRows(dataset_rows(dataset))
     if not hasattr(dataset, "__len__"):
@@ -188,17 +178,17 @@ def _of_dataset(dataset: "Dataset", text_column: str, purpose: Purpose) -> Docum
         raise ValueError(
             f"the column {text_column!r} must hold strings, but its first row is a {type(column[0]).__name__}"
         )
-    return Documents(column)
+    return column
 
 
-def _of_sequence(source: Sequence[Any], purpose: Purpose) -> Documents | TokenRows:
+def _of_sequence(source: Sequence[Any], purpose: Purpose) -> Sequence[str] | TokenRows:
     if source and isinstance(source[0], torch.Tensor):
         where = f"a {purpose.name} sample"
         return TokenRows(row for sample in source for row in unpadded(sample, None, where))
     if source and not isinstance(source[0], str):
         found = type(source[0]).__name__
         raise TypeError(f"every text must be a str, but text 0 is a {found}; give strings, or tensors of token ids")
-    return Documents(source)
+    return source
 
 
 def _not_accepted(source: object, purpose: Purpose) -> TypeError:

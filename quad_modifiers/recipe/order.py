@@ -63,9 +63,8 @@ class PlacedModifier:
     @property
     def roles(self) -> frozenset[str]:
         """What the modifier does, of `ROLES`; a stock quantizer may quantize weights and activations."""
-        declared = getattr(type(self.modifier), "recipe_role", None)
-        if declared is not None:
-            return frozenset((declared,))
+        if not self.is_stock:
+            return frozenset((type(self.modifier).recipe_role,))
         table = {STOCK_ROLES[each.__name__] for each in type(self.modifier).__mro__ if each.__name__ in STOCK_ROLES}
         schemes = coverage.stock_schemes(self.modifier)
         if any(scheme.weights for scheme in schemes):

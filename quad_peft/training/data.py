@@ -176,8 +176,8 @@ def _rows(
     if tokenizer is None:
         raise ValueError("text needs a tokenizer, and there is none beside the checkpoint; save one there")
     if packed:
-        return TokenStream(token_stream(tokenizer, found.texts)).windows(length)
-    return _encoded(tokenizer, found.texts, length)
+        return TokenStream(token_stream(tokenizer, found)).windows(length)
+    return _encoded(tokenizer, found, length)
 
 
 def _encoded(tokenizer: "PreTrainedTokenizerBase", texts: Sequence[str], length: int) -> list[torch.Tensor]:

@@ -111,15 +111,10 @@ def cache_teacher(model: Any, samples: Sequence[torch.Tensor], folder: Path) -> 
         check_space(own / "states", tokens * width * size)
         logger.info("teacher: last hidden states of %d samples, %.1f MB", len(samples), tokens * width * size / 1e6)
     for index in tqdm(missing, desc="teacher", unit="file", leave=False, disable=not missing):
-        states = {
-            str(index * SAMPLES_PER_FILE + offset): last_hidden_states(
-                model, {"input_ids": sample.unsqueeze(0).to(model.device)}
-            )
-            .squeeze(0)
-            .cpu()
-            .contiguous()
-            for offset, sample in enumerate(_shard(samples, index))
-        }
+        states = {}
+        for place, sample in enumerate(_shard(samples, index), start=index * SAMPLES_PER_FILE):
+            hidden = last_hidden_states(model, {"input_ids": sample.unsqueeze(0).to(model.device)})
+            states[str(place)] = hidden.squeeze(0).cpu().contiguous()
         _write(states, _shard_file(own, index))
     return CachedTeacher(own, copy.deepcopy(model.get_output_embeddings()).requires_grad_(False))
 
