@@ -128,9 +128,9 @@ def _load_named(name: str | Path, config_name: str | None, splits: Splits | None
     except Exception as error:
         # Whatever the loader raises (network, authentication, unknown name), the user needs the same three remedies.
         raise ValueError(
-            f"{str(name)!r} is neither a local file nor a data set that can be loaded "
-            f"({type(error).__name__}: {error}); correct the name, the {purpose.config_option} or "
-            f"the {purpose.split_option}, or give a local .txt or .jsonl file"
+            f"{str(name)!r} is neither a local file nor a data set that can be loaded ({type(error).__name__}: "
+            f"{error}); correct the name, the {purpose.config_option} or the {purpose.split_option}, or give a local "
+            ".txt or .jsonl file"
         ) from error
     return _single_split(loaded, None, purpose)
 

@@ -34,8 +34,8 @@ def resolve_recipe(name_or_path: str | Path, manager: "QuadPluginManager | None"
     else:
         hint = f"; {near}" if near.endswith("?") else "."
     raise FileNotFoundError(
-        f"recipe {str(name_or_path)!r} {what}{hint} Give a path of a YAML file, "
-        f"or one of the names: {', '.join(sorted(recipes)) or 'none found'}"
+        f"recipe {str(name_or_path)!r} {what}{hint} Give a path of a YAML file, or one of the names: "
+        f"{', '.join(sorted(recipes)) or 'none found'}"
     )
 
 

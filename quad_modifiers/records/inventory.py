@@ -74,7 +74,7 @@ def read_inventory(folder: Path) -> Inventory:
     config = read_json(folder / "config.json")
     bytes_of: dict[str, int] = dict.fromkeys(KIND_NAMES, 0)
     count, dtype = 0, ""
-    for file in weight_files(folder):
+    for file in _weight_files(folder):
         for name, entry in read_header(file).items():
             begin, end = entry["data_offsets"]
             kind = _kind(name)
@@ -85,13 +85,8 @@ def read_inventory(folder: Path) -> Inventory:
     return Inventory(config, _format(config), present, count, dtype)
 
 
-def weight_files(folder: Path) -> list[Path]:
-    """Returns the safetensors files of a checkpoint, as its index lists them if it has one.
-
-    Raises:
-        FileNotFoundError: if there is none, or one of the index is missing.
-        ValueError: if the index is damaged, or the folder holds files that the index does not list.
-    """
+def _weight_files(folder: Path) -> list[Path]:
+    """Returns the safetensors files of a checkpoint: those of its index, and no others may be there, if it has one."""
     index = folder / INDEX_NAME
     found = sorted(folder.glob("*.safetensors"))
     if not index.is_file():

@@ -177,15 +177,10 @@ def _rows(
         raise ValueError("text needs a tokenizer, and there is none beside the checkpoint; save one there")
     if packed:
         return TokenStream(token_stream(tokenizer, found)).windows(length)
-    return _encoded(tokenizer, found, length)
-
-
-def _encoded(tokenizer: "PreTrainedTokenizerBase", texts: Sequence[str], length: int) -> list[torch.Tensor]:
-    """One row for each document that is not empty, with the special tokens that the tokenizer adds."""
-    kept = [text for text in texts if text.strip()]
+    kept = [text for text in found if text.strip()]
     if not kept:
         return []
-    encoding = tokenizer(kept, truncation=True, max_length=length, return_attention_mask=False)
+    encoding = tokenizer(kept, truncation=True, max_length=length, return_attention_mask=False)  # with special tokens
     return [torch.tensor(ids, dtype=torch.int64) for ids in encoding["input_ids"]]
 
 
