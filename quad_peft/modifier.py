@@ -10,7 +10,7 @@ import torch
 from llmcompressor.core import State
 from pydantic import Field, PrivateAttr
 
-from quad_modifiers.data.token_rows import unpadded
+from quad_modifiers.data.token_rows import loader_rows
 from quad_modifiers.model.decoder import Decoder
 from quad_modifiers.modifiers.base import Batches, QuadModifier
 from quad_modifiers.nn.from_compressed_tensors import scheme_of
@@ -129,12 +129,7 @@ class OutlierLoRA(QuadModifier):
     def _samples(self, batches: list[dict[str, torch.Tensor]]) -> "TrainingData":
         from quad_peft.training.data import TrainingData
 
-        rows = [
-            row
-            for batch in batches
-            for row in unpadded(batch["input_ids"], batch.get("attention_mask"), "a calibration batch")
-            if len(row) > 1
-        ]
+        rows = [row for row in loader_rows(batches) if len(row) > 1]
         if len(rows) < 2:
             raise ValueError(f"OutlierLoRA needs at least 2 calibration samples, not {len(rows)}; give more data")
         return TrainingData(rows, max(1, round(self.validation * len(rows))), "the calibration data")

@@ -2,7 +2,7 @@
 
 import logging
 from collections.abc import Iterable, Sequence
-from itertools import islice
+from itertools import islice, pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeAlias
 
@@ -24,10 +24,7 @@ CalibrationSource: TypeAlias = (
 )
 
 _PURPOSE = Purpose(
-    "calibration",
-    usual_splits=("calibration", "train"),
-    split_option="splits",
-    config_option="dataset_config_name",
+    "calibration", usual_splits=("calibration", "train"), split_option="splits", config_option="dataset_config_name"
 )
 # Fewer windows than asked are used, with a warning, down to these; below them a Gram or Hessian means nothing.
 _MINIMUM_WINDOWS = 4
@@ -170,10 +167,8 @@ def _drawn(rows: list[torch.Tensor], count: int, generator: torch.Generator) -> 
         return rows
     borders = [len(rows) * index // count for index in range(count + 1)]
     random = torch.rand(count, generator=generator, dtype=torch.float64).tolist()
-    drawn = [
-        rows[start + int(share * (end - start))]
-        for start, end, share in zip(borders[:-1], borders[1:], random, strict=True)
-    ]
+    stretches = zip(pairwise(borders), random, strict=True)
+    drawn = [rows[start + int(share * (end - start))] for (start, end), share in stretches]
     return [drawn[index] for index in torch.randperm(count, generator=generator).tolist()]
 
 
