@@ -10,8 +10,8 @@ import torch
 from torch.utils.data import DataLoader
 
 from quad_modifiers.data.calibration_texts import DESCRIPTION
-from quad_modifiers.data.sources import Purpose, Resolved, Splits, TokenRows, TokenStream, resolve
-from quad_modifiers.data.windows import token_stream
+from quad_modifiers.data.sources import Purpose, Resolved, Splits, TokenRows, resolve
+from quad_modifiers.data.windows import stream_windows, token_stream
 
 if TYPE_CHECKING:
     from datasets import Dataset, DatasetDict
@@ -117,14 +117,14 @@ def _rows(
         if found.ordered:
             return list(islice(found.rows, count))
         return _drawn([row[:length] for row in found.rows], count, generator)
-    if not isinstance(found, TokenStream):
+    if not isinstance(found, torch.Tensor):
         if tokenizer is None:
             raise ValueError("calibration text needs a tokenizer; give one, or give token ids instead of text")
-        found = TokenStream(token_stream(tokenizer, sampled_documents(found, count * length, generator)))
-    windows = found.windows(length)
+        found = token_stream(tokenizer, sampled_documents(found, count * length, generator))
+    windows = list(stream_windows(found, length))
     if not windows:
         raise ValueError(
-            f"the calibration data has {found.ids.numel()} tokens, not enough for one window of {length}; give more "
+            f"the calibration data has {found.numel()} tokens, not enough for one window of {length}; give more "
             "text, or lower sequence_length"
         )
     return _drawn(windows, count, generator)

@@ -19,22 +19,6 @@ Splits: TypeAlias = str | Sequence[str] | Mapping[str, str]
 
 
 @dataclass(frozen=True)
-class TokenStream:
-    """Token ids without a border between samples.
-
-    Attributes:
-        ids: [tokens], int64, on the CPU.
-    """
-
-    ids: torch.Tensor
-
-    def windows(self, length: int) -> list[torch.Tensor]:
-        """Returns the complete windows of `length` tokens; an incomplete one at the end is dropped."""
-        count = self.ids.numel() // length
-        return list(self.ids[: count * length].view(count, length))
-
-
-@dataclass(frozen=True)
 class TokenRows:
     """Samples that are tokenized already.
 
@@ -47,8 +31,9 @@ class TokenRows:
     ordered: bool = False
 
 
-Resolved: TypeAlias = Sequence[str] | TokenStream | TokenRows
-"""What a data set is: documents, which may be read from disk as they are indexed, or token ids."""
+Resolved: TypeAlias = Sequence[str] | torch.Tensor | TokenRows
+"""Documents, which may be read from disk as they are indexed; one stream of token ids, [tokens], int64, on the CPU; or
+samples."""
 
 
 @dataclass(frozen=True)
@@ -97,7 +82,7 @@ def resolve(
         return TokenRows(loader_rows(source), ordered=True)
     if isinstance(source, torch.Tensor):
         rows = unpadded(source, None, f"the {purpose.name} tensor")
-        return TokenRows(rows) if source.dim() != 1 else TokenStream(next(rows, torch.empty(0, dtype=torch.int64)))
+        return TokenRows(rows) if source.dim() != 1 else next(rows, torch.empty(0, dtype=torch.int64))
     if isinstance(source, dict):  # a DatasetDict is one
         source = _single_split(source, splits, purpose)
     if hasattr(source, "column_names") and hasattr(source, "features"):  # a Dataset, without importing the package

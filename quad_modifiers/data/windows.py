@@ -55,7 +55,7 @@ def token_windows(
         )
     if fewer and count is not None:
         count = min(count, available)
-    windows = stream[: available * length].view(available, length)
+    windows = stream_windows(stream, length)
     if count is None:
         return windows
     if available < count:
@@ -75,6 +75,11 @@ def warn_of_length(config: Any, length: int) -> None:
     positions = getattr(config, "max_position_embeddings", None)
     if isinstance(positions, int) and length > positions:
         logger.warning("windows of %d tokens are longer than the %d positions that the model knows", length, positions)
+
+
+def stream_windows(stream: torch.Tensor, length: int) -> torch.Tensor:
+    """Returns the complete windows of a stream `[tokens]`, `[windows, length]`; an incomplete one is dropped."""
+    return stream[: len(stream) // length * length].view(-1, length)
 
 
 def token_stream(tokenizer: "PreTrainedTokenizerBase", texts: Sequence[str]) -> torch.Tensor:

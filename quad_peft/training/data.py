@@ -12,8 +12,8 @@ from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import Dataset
 
 from quad_modifiers.data.calibration_texts import DESCRIPTION
-from quad_modifiers.data.sources import Purpose, Resolved, TokenRows, TokenStream, is_local_file, resolve
-from quad_modifiers.data.windows import token_stream
+from quad_modifiers.data.sources import Purpose, Resolved, TokenRows, is_local_file, resolve
+from quad_modifiers.data.windows import stream_windows, token_stream
 from quad_peft.training.losses import IGNORED
 
 if TYPE_CHECKING:
@@ -171,12 +171,12 @@ def _rows(
     """The samples of `found`, tokenized where it is text; no more than `samples` only where their order was chosen."""
     if isinstance(found, TokenRows):
         return islice(found.rows, samples) if found.ordered else found.rows
-    if isinstance(found, TokenStream):
-        return found.windows(length)
+    if isinstance(found, torch.Tensor):
+        return stream_windows(found, length)
     if tokenizer is None:
         raise ValueError("text needs a tokenizer, and there is none beside the checkpoint; save one there")
     if packed:
-        return TokenStream(token_stream(tokenizer, found)).windows(length)
+        return stream_windows(token_stream(tokenizer, found), length)
     kept = [text for text in found if text.strip()]
     if not kept:
         return []
