@@ -41,7 +41,7 @@ class Contribution:
         return self.value
 
 
-ContributedModifier = ContributedRecipe = ContributedBackend = Contribution
+ContributedModifier = ContributedRecipe = ContributedBackend = Contribution  # names of version 0.1.0
 
 
 @dataclass(frozen=True)
