@@ -36,7 +36,7 @@ class OutlierLoRA(QuadModifier):
     - prepare
         - by distillation: last hidden states of the original model for all calibration samples, to a temporary folder
     - run
-        - pack the quantized weights, add an outlier adapter, train it, merge it, unpack
+        - pack the quantized weights, add an outlier adapter, train it, merge it
     - on_finalize
         - log quality before and after on the samples held back, remove the temporary folder
 
