@@ -80,6 +80,3 @@ def log_on_stderr(summaries: bool = True) -> Iterator[None]:
         for package, level in zip(packages, levels, strict=True):
             package.removeHandler(handler)
             package.setLevel(level)
-
-
-__all__ = ["console", "log_on_stderr", "print_table", "show_warning"]

@@ -32,11 +32,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--samples", type=int, default=64, help="calibration windows of 512 tokens")
     parser.add_argument("--folder", type=Path, default=Path("outputs"), help="where the original models are kept")
     parser.add_argument("--results", type=Path, help="default: docs/benchmarks/, by what is measured")
-    parser.add_argument(
-        "--missing",
-        action="store_true",
-        help="only rows and seeds that the results do not hold yet, with or without tasks",
-    )
+    missing = "only rows and seeds that the results do not hold yet, with or without tasks"
+    parser.add_argument("--missing", action="store_true", help=missing)
     parser.add_argument("--steps", type=int, default=40, help="tuning-peers: of 4 windows of 256 tokens")
     options = parser.parse_args(arguments)
     if options.results is None:
@@ -97,18 +94,10 @@ def _tuning_peers(original: str, checkpoint: str, options: argparse.Namespace) -
         )
 
 
-def _runtime(original: str, checkpoint: str, _: argparse.Namespace) -> None:
-    print(compare_runtime(original, checkpoint))
-
-
-def _tuning_cost(original: str, checkpoint: str, _: argparse.Namespace) -> None:
-    print(compare_training_cost(original, checkpoint))
-
-
 _PAIRS: dict[str, Callable[[str, str, argparse.Namespace], None]] = {
-    "runtime": _runtime,
+    "runtime": lambda original, checkpoint, _: print(compare_runtime(original, checkpoint)),
     "tuning": _tuning,
-    "tuning-cost": _tuning_cost,
+    "tuning-cost": lambda original, checkpoint, _: print(compare_training_cost(original, checkpoint)),
     "tuning-peers": _tuning_peers,
 }
 

@@ -24,6 +24,7 @@ from quad_modifiers.data import local_texts
 from quad_modifiers.output_folder import replace_file
 from quad_modifiers.records.evaluation_record import EVALUATION_NAME, Evaluation, write_evaluation
 from quad_modifiers.tools.console import log_on_stderr
+from quad_modifiers.tools.publishing.markdown import markdown_table
 
 RANK, CLIP_RATIO = 64, 0.9
 SAMPLES, LENGTH = 128, 2048
@@ -34,15 +35,10 @@ _C4 = "hf://datasets/allenai/c4/en/c4-train.00000-of-01024.json.gz"
 
 @dataclass(frozen=True)
 class Setting:
-    """One line of the table.
+    """One line of the table."""
 
-    Attributes:
-        rank: outlier dimensions; 0 is QuaRot.
-        d_type_bits: bits of the inputs of o_proj and down_proj.
-    """
-
-    rank: int
-    d_type_bits: int
+    rank: int  # outlier dimensions; 0 is QuaRot
+    d_type_bits: int  # bits of the inputs of o_proj and down_proj
 
     def recipe(self, damping: float) -> str:
         """Returns the text of the recipe."""
@@ -60,30 +56,18 @@ quad_stage:
 """
 
 
-SETTINGS = {
-    "quarot_w4a4": Setting(0, 4),
-    "quad_w4a4": Setting(RANK, 4),
-    "quad_w4a4a8": Setting(RANK, 8),
-}
+SETTINGS = {"quarot_w4a4": Setting(0, 4), "quad_w4a4": Setting(RANK, 4), "quad_w4a4a8": Setting(RANK, 8)}
 
 
 @dataclass(frozen=True)
 class TuningSetting:
-    """How the paper trains on instructions.
+    """How the paper trains on instructions."""
 
-    Attributes:
-        length: tokens of a sample, at most.
-        batch_size: samples in a forward pass.
-        accumulation: forward passes in a step.
-        learning_rate: largest learning rate.
-        warmup_steps: steps until the largest learning rate.
-    """
-
-    length: int = 1024
-    batch_size: int = 4
-    accumulation: int = 32
-    learning_rate: float = 1e-5
-    warmup_steps: int = 50
+    length: int = 1024  # tokens of a sample, at most
+    batch_size: int = 4  # samples in a forward pass
+    accumulation: int = 32  # forward passes in a step
+    learning_rate: float = 1e-5  # largest learning rate
+    warmup_steps: int = 50  # steps until the largest learning rate
 
 
 TUNING = TuningSetting()
@@ -122,11 +106,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _check_same_run(options: argparse.Namespace) -> None:
-    """Records what the checkpoints of a folder are made with; refuses to continue with others.
-
-    Raises:
-        ValueError: naming the options that differ.
-    """
+    """Records what the checkpoints of a folder are made with; refuses to continue with others."""
     made_with = {name: getattr(options, name) for name in _MADE_WITH}
     file = options.output / "options.json"
     if file.is_file():
@@ -142,22 +122,18 @@ def _check_same_run(options: argparse.Namespace) -> None:
 
 def render(found: dict[str, Evaluation]) -> str:
     """Returns a Markdown table: perplexity, its ratio, and the mean accuracy against the original's."""
-    lines = [
-        "| setting | perplexity | original | ratio | accuracy | original | kept |",
-        "|---|---|---|---|---|---|---|",
-    ]
+    rows = []
     for name, evaluation in found.items():
         (text,) = evaluation.perplexity
         assert text.baseline is not None
         cells = [name, f"{text.value:.3f}", f"{text.baseline:.3f}", f"{text.value / text.baseline:.4f}"]
         mean = evaluation.average or next(iter(evaluation.comparisons), None)
+        accuracy = ["", "", ""]
         if mean is not None and mean.baseline is not None and mean.percent is not None:
-            cells += [f"{mean.value:.4f}", f"{mean.baseline:.4f}", f"{mean.percent:.1f} %"]
-        else:
-            cells += ["", "", ""]
-        lines.append(f"| {' | '.join(cells)} |")
-    lines.append("\nThe paper's abstract: 94 to 96 % of full precision with W4A4, 98 % with W4A4/A8 and tuning.")
-    return "\n".join(lines)
+            accuracy = [f"{mean.value:.4f}", f"{mean.baseline:.4f}", f"{mean.percent:.1f} %"]
+        rows.append(cells + accuracy)
+    table = markdown_table(("setting", "perplexity", "original", "ratio", "accuracy", "original", "kept"), rows)
+    return f"{table}\n\nThe paper's abstract: 94 to 96 % of full precision with W4A4, 98 % with W4A4/A8 and tuning."
 
 
 def _checkpoint(name: str, options: argparse.Namespace) -> Path:

@@ -30,35 +30,22 @@ _PACKAGES = ("torch", "transformers", "llmcompressor", "compressed-tensors", "lm
 
 @dataclass(frozen=True)
 class Measurement:
-    """One measured row.
+    """One measured row."""
 
-    Attributes:
-        row: key in `ROWS`.
-        model: "smollm2" or "qwen".
-        seed: seed of calibration windows and rotation.
-        samples: calibration windows of 512 tokens.
-        perplexity: perplexity on held-out Wikipedia articles.
-        stderr: standard error of the mean negative log-likelihood, nats.
-        tokens: predicted tokens.
-        seconds: duration of the compression, evaluation excluded.
-        peak_bytes: peak resident memory of the process until the compression was done.
-        checkpoint_bytes: size of the weight files, 0 where none was written.
-        other_perplexities: perplexities on half as many windows of news and of Python code, by name.
-        tasks: the offline tasks beside the original, and their average, in the form of evaluation.json (`Comparison`);
-            empty where they were not run.
-    """
-
-    row: str
-    model: str
-    seed: int
-    samples: int
-    perplexity: float
-    stderr: float
-    tokens: int
-    seconds: float
-    peak_bytes: int
-    checkpoint_bytes: int
+    row: str  # key in `ROWS`
+    model: str  # "smollm2" or "qwen"
+    seed: int  # seed of calibration windows and rotation
+    samples: int  # calibration windows of 512 tokens
+    perplexity: float  # perplexity on held-out Wikipedia articles
+    stderr: float  # standard error of the mean negative log-likelihood, nats
+    tokens: int  # predicted tokens
+    seconds: float  # duration of the compression, evaluation excluded
+    peak_bytes: int  # peak resident memory of the process until the compression was done
+    checkpoint_bytes: int  # size of the weight files, 0 where none was written
+    # perplexities on half as many windows of news and of Python code, by name
     other_perplexities: dict[str, float] = field(default_factory=dict)
+    # the offline tasks beside the original, and their average, in the form of evaluation.json (`Comparison`); empty
+    # where they were not run
     tasks: list[dict[str, Any]] = field(default_factory=list)
 
     @property
@@ -72,14 +59,8 @@ def measure_here(
 ) -> Measurement:
     """Compresses and evaluates in this process; own checkpoints are written, reloaded, and measured as reloaded.
 
-    Args:
-        row: key in `ROWS`.
-        model: "smollm2" or "qwen".
-        folder: folder of the original, fetched if it is missing.
-        seed: seed of calibration windows and, in tuning, of the order of the samples.
-        samples: calibration windows.
-        items: number of items of each offline task; None for all, 0 to leave the tasks out.
-        windows: number of windows of held-out articles.
+    The original is fetched to `folder` if it is missing. `seed` is that of the calibration windows and, in tuning, of
+    the order of the samples; `items` of each offline task are asked, None for all, 0 to leave the tasks out.
     """
     chosen = ROWS[row]
     original = fetch(model, folder)
@@ -103,12 +84,23 @@ def measure_here(
     )
 
 
-def _make(
-    row: Row, original: Path, tokenizer: object, scratch: Path, seed: int, samples: int
-) -> Path | torch.nn.Module:
+def _make(row: Row, original: Path, tokenizer: Any, scratch: Path, seed: int, samples: int) -> Path | torch.nn.Module:
     """Returns the folder of the checkpoint, or the model of a row whose checkpoint would not be our own."""
-    output = scratch / "out"
-    compressed = _compress(row, original, tokenizer, output, seed, samples)
+    from quad_modifiers import oneshot
+
+    recipe, output = row.recipe, scratch / "out"
+    assert recipe is not None
+    windows = calibration_windows(None, tokenizer, num_samples=samples, sequence_length=LENGTH, seed=seed)
+    stock = "_stage" in recipe and "OutlierSplitGPTQ" not in recipe
+    compressed = oneshot(
+        str(original),
+        recipe=recipe,
+        dataset=torch.cat(windows),
+        num_calibration_samples=samples,
+        max_seq_length=LENGTH,
+        seed=seed,
+        output_dir=None if stock else output,
+    )
     if not output.is_dir():
         return compressed
     if not row.tuned:
@@ -133,24 +125,6 @@ def _tasks(model: Any, original: Path, tokenizer: Any, items: int | None) -> lis
     return [task.model_dump() for task in (*found.comparisons, found.average)]
 
 
-def _compress(row: Row, original: Path, tokenizer: object, output: Path, seed: int, samples: int) -> torch.nn.Module:
-    from quad_modifiers import oneshot
-
-    recipe = row.recipe
-    assert recipe is not None
-    windows = calibration_windows(None, tokenizer, num_samples=samples, sequence_length=LENGTH, seed=seed)
-    stock = "_stage" in recipe and "OutlierSplitGPTQ" not in recipe
-    return oneshot(
-        str(original),
-        recipe=recipe,
-        dataset=torch.cat(windows),
-        num_calibration_samples=samples,
-        max_seq_length=LENGTH,
-        seed=seed,
-        output_dir=None if stock else output,
-    )
-
-
 def measure(row: str, model: str, folder: Path, seed: int, samples: int, items: int | None = None) -> Measurement:
     """Measures in a new process, whose progress goes to stderr; the arguments are those of `measure_here`.
 
@@ -158,12 +132,8 @@ def measure(row: str, model: str, folder: Path, seed: int, samples: int, items: 
         RuntimeError: if the process fails; its messages are on stderr.
     """
     arguments = json.dumps([row, model, str(folder), seed, samples, items])
-    done = subprocess.run(
-        [sys.executable, "-m", "quad_modifiers.tools.bench.quality", arguments],
-        stdout=subprocess.PIPE,
-        text=True,
-        check=False,
-    )
+    command = [sys.executable, "-m", "quad_modifiers.tools.bench.quality", arguments]
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)
     if done.returncode:
         raise RuntimeError(f"{row} on {model} failed with exit status {done.returncode}")
     return Measurement(**json.loads(done.stdout.strip().splitlines()[-1]))
@@ -171,13 +141,12 @@ def measure(row: str, model: str, folder: Path, seed: int, samples: int, items: 
 
 def environment() -> dict[str, str]:
     """Returns machine, versions and commit, which are recorded beside every number."""
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
-    dirty = subprocess.run(["git", "status", "--porcelain", "-uno"], capture_output=True, text=True, check=False)
-    return {
-        "cpu": machine_name(),
-        **package_versions(_PACKAGES),
-        "commit": commit.stdout.strip() + ("+changes" if dirty.stdout.strip() else ""),
-    }
+
+    def git(*arguments: str) -> str:
+        return subprocess.run(["git", *arguments], capture_output=True, text=True, check=False).stdout.strip()
+
+    commit = git("rev-parse", "--short", "HEAD") + ("+changes" if git("status", "--porcelain", "-uno") else "")
+    return {"cpu": machine_name(), **package_versions(_PACKAGES), "commit": commit}
 
 
 if __name__ == "__main__":

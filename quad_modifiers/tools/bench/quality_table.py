@@ -8,6 +8,7 @@ from pathlib import Path
 from quad_modifiers.tools.bench.quality import Measurement
 from quad_modifiers.tools.bench.rows import ROWS
 from quad_modifiers.tools.bench.texts import CODE, NEWS
+from quad_modifiers.tools.publishing.markdown import markdown_table
 
 _REFERENCE = "full_precision"
 
@@ -35,17 +36,15 @@ def render(found: Sequence[Measurement]) -> str:
     Perplexity is on Wikipedia; of news and code it shows the ratio to full precision, of the offline tasks what is left
     of the original's mean accuracy, and of its part above guessing.
     """
-    lines = [
-        "| model | recipe | perplexity | / original | news | code | tasks | above chance | size | time | memory |",
-        "|---|---|---|---|---|---|---|---|---|---|---|",
-    ]
+    rows = []
     for model in dict.fromkeys(each.model for each in found):
         reference = next(iter(of_row(found, model, _REFERENCE)), None)
         for key, row in ROWS.items():
             group = of_row(found, model, key)
             if group:
-                lines.append(f"| {model} | {row.title} | {' | '.join(_cells(group, reference))} |")
-    return "\n".join(lines)
+                rows.append((model, row.title, *_cells(group, reference)))
+    measures = ("perplexity", "/ original", "news", "code", "tasks", "above chance", "size", "time", "memory")
+    return markdown_table(("model", "recipe", *measures), rows)
 
 
 def _cells(group: list[Measurement], reference: Measurement | None) -> list[str]:

@@ -37,16 +37,11 @@ quad_stage:
 
 @dataclass(frozen=True)
 class Row:
-    """One line of a table.
+    """One line of a table."""
 
-    Attributes:
-        title: title in the table.
-        recipe: name or text of a recipe; None measures the model as it is.
-        tuned: the checkpoint is then distilled from the original and merged, as `quad finetune --merge` does.
-    """
-
-    title: str
-    recipe: str | None
+    title: str  # title in the table
+    recipe: str | None  # name or text of a recipe; None measures the model as it is
+    # the checkpoint is then distilled from the original and merged, as `quad finetune --merge` does
     tuned: bool = False
 
 

@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from quad_modifiers.data import token_windows
 from quad_modifiers.tools.bench.texts import TEXTS
+from quad_modifiers.tools.publishing.markdown import markdown_table
 
 LENGTH = 512
 LORA_RANK, BATCH, STEPS, ROUNDS = 64, 4, 4, 3
@@ -23,13 +24,9 @@ LORA_RANK, BATCH, STEPS, ROUNDS = 64, 4, 4, 3
 def measure_tuning(
     original: str, checkpoint: str, windows: dict[str, int], adapter: str | None = None
 ) -> Iterator[dict[str, Any]]:
-    """Yields perplexity and divergence from the original model on each text, with and without an adapter.
+    """Yields perplexity and divergence from the original model on each text, with an adapter if one is given.
 
-    Args:
-        original: folder of the original model.
-        checkpoint: folder of its QUAD checkpoint.
-        windows: number of windows of 512 tokens of each of `TEXTS`, drawn with seed 0.
-        adapter: folder of an adapter; without one, the checkpoint alone is measured.
+    `windows` is the number of windows of 512 tokens of each of `TEXTS`, drawn with seed 0.
     """
     from quad_peft.training.data import Collator, Samples
     from quad_peft.training.measure import measure
@@ -63,11 +60,8 @@ def compare_training_cost(original: str, checkpoint: str) -> str:
     """Returns a Markdown table: a training step of an outlier adapter beside stock LoRA on the original model.
 
     Both train on 4 windows of 512 tokens with the loss of transformers, AdamW and no gradient checkpointing. Each
-    runs in processes of its own, in turn, three times; step times are medians, memory is the peak resident size.
-
-    Args:
-        original: folder of the original model, which the LoRA of rank 64 is put on, in bf16.
-        checkpoint: folder of its QUAD checkpoint.
+    runs in processes of its own, in turn, three times; step times are medians, memory is the peak resident size. The
+    LoRA of rank 64 is put on the original in bf16.
     """
     runs: dict[str, list[dict[str, float]]] = {"LoRA rank 64, bf16": [], "outlier adapter": []}
     for _ in range(ROUNDS):
@@ -77,16 +71,18 @@ def compare_training_cost(original: str, checkpoint: str) -> str:
             if done.returncode:
                 raise RuntimeError(f"{name} failed:\n{done.stderr[-2000:]}")
             runs[name].append(json.loads(done.stdout.strip().splitlines()[-1]))
-    lines = ["| | trainable parameters | step [s] | peak memory [GB] |", "|---|---|---|---|"]
     medians = {
         name: {key: statistics.median(run[key] for run in found) for key in ("parameters", "seconds", "peak")}
         for name, found in runs.items()
     }
-    for name, m in medians.items():
-        lines.append(f"| {name} | {m['parameters'] / 1e6:.2f} M | {m['seconds']:.2f} | {m['peak'] / 1e9:.2f} |")
+    rows = [
+        (name, f"{m['parameters'] / 1e6:.2f} M", f"{m['seconds']:.2f}", f"{m['peak'] / 1e9:.2f}")
+        for name, m in medians.items()
+    ]
     lora, outlier = medians.values()
     ratios = (f"{outlier[key] / lora[key]:.2f}" for key in ("seconds", "peak"))
-    return "\n".join([*lines, f"| outlier / LoRA | | {' | '.join(ratios)} |"])
+    table = markdown_table(("", "trainable parameters", "step [s]", "peak memory [GB]"), rows)
+    return f"{table}\n| outlier / LoRA | | {' | '.join(ratios)} |"
 
 
 def _train_here(folder: str) -> dict[str, float]:

@@ -15,21 +15,13 @@ OUTLIER_RATES, LORA_RATES = (1e-4,), (2e-4, 1e-3)
 
 
 class Peer(NamedTuple):
-    """One thing to train.
+    """One thing to train."""
 
-    Attributes:
-        title: title in the table.
-        quad: True to train on the QUAD checkpoint, False on the original model.
-        outlier: True for an outlier adapter, False for a stock LoRA.
-        distilled: True to distil from the original model, False to train on the next token.
-        rank: rank of the LoRA; None for as many parameters as the outlier adapter has.
-    """
-
-    title: str
-    quad: bool
-    outlier: bool
-    distilled: bool
-    rank: int | None = None
+    title: str  # title in the table
+    quad: bool  # True to train on the QUAD checkpoint, False on the original model
+    outlier: bool  # True for an outlier adapter, False for a stock LoRA
+    distilled: bool  # True to distil from the original model, False to train on the next token
+    rank: int | None = None  # rank of the LoRA; None for as many parameters as the outlier adapter has
 
 
 PEERS = (
@@ -43,10 +35,7 @@ PEERS = (
 def compare_tuning(original: str, checkpoint: str, steps: int) -> Iterator[dict[str, Any]]:
     """Trains each of `PEERS` on windows of 256 tokens of the default text and yields its validation results.
 
-    Args:
-        original: folder of the original model.
-        checkpoint: folder of its QUAD checkpoint.
-        steps: number of steps, of 4 windows each.
+    Each of the `steps` takes 4 windows.
     """
     for peer in PEERS:
         for rate in OUTLIER_RATES if peer.outlier else LORA_RATES:
@@ -59,13 +48,8 @@ def _run(peer: Peer, rate: float, original: str, checkpoint: str, steps: int) ->
     from quad_peft.training.tuning_loop import TuningSettings, tune
 
     samples = steps * BATCH + VALIDATION
-    data = training_data(
-        None,
-        AutoTokenizer.from_pretrained(original),
-        length=LENGTH,
-        samples=samples,
-        validation=VALIDATION / samples,
-    )
+    tokenizer = AutoTokenizer.from_pretrained(original)
+    data = training_data(None, tokenizer, length=LENGTH, samples=samples, validation=VALIDATION / samples)
     settings = TuningSettings(batch_size=BATCH, max_steps=steps, learning_rate=rate, warmup=0.1, evaluations=2)
     model = _adapted(peer, AutoModelForCausalLM.from_pretrained(checkpoint if peer.quad else original))
     teacher = LiveTeacher(AutoModelForCausalLM.from_pretrained(original)) if peer.distilled else None

@@ -27,15 +27,13 @@ def compare(
         ),
     ] = None,
     baseline: Annotated[
-        str | None,
-        typer.Option(metavar="MODEL", help="The original that all were made of; each is run beside it."),
+        str | None, typer.Option(metavar="MODEL", help="The original that all were made of; each is run beside it.")
     ] = None,
     dataset: Annotated[
         str | None,
         typer.Option(
             help="With --baseline, text to run on: a text or jsonl file, or a name in `datasets`. By default the "
-            "Wikipedia articles in gensim that never calibrate.",
-            show_default=False,
+            "Wikipedia articles in gensim that never calibrate."
         ),
     ] = None,
     eval_windows: Annotated[int, typer.Option(min=1, help="Windows of that text.")] = 4,
@@ -48,7 +46,7 @@ def compare(
     Without --baseline only files are read. Results come from the evaluation.json that `quad eval` leaves in a folder.
     """
     from quad_modifiers.tools.inspection import compare_checkpoints
-    from quad_modifiers.tools.inspection.compare_table import comparison_rows
+    from quad_modifiers.tools.inspection.compared import comparison_rows
 
     with log_on_stderr():
         found = compare_checkpoints(

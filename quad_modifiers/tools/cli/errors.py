@@ -4,14 +4,12 @@ FAILURE = 1
 BAD_INPUT = 2
 INTERRUPTED = 130  # 128 + SIGINT, as shells report it
 
-_BAD_INPUT_TYPES = (
-    ValueError,
-    FileNotFoundError,
-    FileExistsError,
-    NotADirectoryError,
-    IsADirectoryError,
-    PermissionError,
-)
+_FILE_ERRORS = (FileNotFoundError, FileExistsError, NotADirectoryError, IsADirectoryError, PermissionError)
+
+_EXTRAS = {
+    **dict.fromkeys(("llmcompressor", "gensim", "datasets", "accelerate"), "compress"),
+    **{"lm_eval": "eval", "matplotlib": "report", "peft": "peft"},
+}
 
 
 def exit_code(error: Exception) -> int:
@@ -20,7 +18,7 @@ def exit_code(error: Exception) -> int:
     Bad input is what the user must change before trying again: arguments, recipe, files. This package raises
     `ValueError` and the file errors for it. Anything else failed while working.
     """
-    return BAD_INPUT if _is_usage_error(error) or isinstance(error, _BAD_INPUT_TYPES) else FAILURE
+    return BAD_INPUT if _is_usage_error(error) or isinstance(error, (ValueError, *_FILE_ERRORS)) else FAILURE
 
 
 def describe(error: Exception) -> str:
@@ -48,13 +46,7 @@ def _is_usage_error(error: Exception) -> bool:
 
 
 def _install_hint(module: str) -> str:
-    extras = {
-        **dict.fromkeys(("llmcompressor", "gensim", "datasets", "accelerate"), "compress"),
-        "lm_eval": "eval",
-        "matplotlib": "report",
-        "peft": "peft",
-    }
-    extra = extras.get(module.partition(".")[0])
+    extra = _EXTRAS.get(module.partition(".")[0])
     return f"; install it with `pip install 'quad-modifiers[{extra}]'`" if extra else ""
 
 

@@ -32,7 +32,6 @@ def evaluate(
         typer.Option(
             metavar="A,B,...",
             help="Tasks, groups or tags of lm-eval, and the offline tasks. By default the offline tasks.",
-            show_default=False,
         ),
     ] = None,
     offline: Annotated[
@@ -49,7 +48,6 @@ def evaluate(
             "-o",
             metavar="FILE",
             help="JSON file for the results; by default evaluation.json in the checkpoint's folder.",
-            show_default=False,
         ),
     ] = None,
     perplexity: Annotated[
@@ -57,7 +55,6 @@ def evaluate(
         typer.Option(
             metavar="FILE",
             help="Text or jsonl file to measure perplexity on; by default 40 windows of held-out Wikipedia articles.",
-            show_default=False,
         ),
     ] = None,
     text_column: TextColumn = "text",
@@ -67,9 +64,7 @@ def evaluate(
         int | None, typer.Option(min=1, help="Windows drawn from the text; by default all of a file.")
     ] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Requests in one forward pass.")] = 16,
-    device: Annotated[
-        str | None, typer.Option(help="cpu, cuda, ...; the GPU if there is one by default.", show_default=False)
-    ] = None,
+    device: Annotated[str | None, typer.Option(help="cpu, cuda, ...; the GPU if there is one by default.")] = None,
     seed: Annotated[int, typer.Option(min=0, help="Of few-shot examples, windows and intervals.")] = 0,
     fresh: Annotated[bool, typer.Option("--fresh", help="Measure again what an earlier run measured.")] = False,
     overwrite: Annotated[
@@ -130,12 +125,11 @@ def _target(model: str, output: Path | None) -> Path | None:
 
     folder = Path(model).expanduser()
     target = output or (folder / EVALUATION_NAME if folder.is_dir() else None)
-    if target is not None:
-        if target.is_dir():
-            raise IsADirectoryError(
-                f"{target} is a folder; --output is the JSON file, such as {target / EVALUATION_NAME}"
-            )
-        check_parent(target)
+    if target is None:
+        return None
+    if target.is_dir():
+        raise IsADirectoryError(f"{target} is a folder; --output is the JSON file, such as {target / EVALUATION_NAME}")
+    check_parent(target)
     return target
 
 
@@ -149,46 +143,32 @@ def _check_covered(
     from quad_modifiers.tools.evaluation.subject import Subject
 
     covered = set(tasks)
-    if OFFLINE_GROUP in covered:
-        covered |= set(OFFLINE_TASKS)
-    if covered.issuperset(OFFLINE_TASKS):
-        covered.add(OFFLINE_GROUP)
-    check_replaceable(
-        target,
-        covered,
-        limit,
-        None if text is None else (text_name(text[0]), text[1]),
-        None if baseline is None else Subject(baseline).name,
-    )
+    if OFFLINE_GROUP in covered or covered.issuperset(OFFLINE_TASKS):
+        covered |= {OFFLINE_GROUP, *OFFLINE_TASKS}
+    measured_text = None if text is None else (text_name(text[0]), text[1])
+    check_replaceable(target, covered, limit, measured_text, None if baseline is None else Subject(baseline).name)
 
 
 def _print(found: "Evaluation") -> None:
     from quad_modifiers.records.evaluation_record import task_scores
     from quad_modifiers.records.score_cells import perplexity_cells, score_cells, with_error
+    from quad_modifiers.tools.evaluation.task_run import ACCURACIES, WORD_PERPLEXITY
 
     title = None if found.baseline is None else f"baseline: {found.baseline}"
-    compared = [*found.comparisons, *([] if found.average is None else [found.average])]
-    if compared:
+    average = [] if found.average is None else [found.average]
+    if compared := [*found.comparisons, *average]:
         header = ("task", "metric", "items", "guessing", "score")
         against = ("baseline", "kept", "above guessing", "difference, 95 % interval", "")
         _print_columns(header, against, [(each.task, *score_cells(each)) for each in compared], title)
-    others = [score for score in task_scores(found) if _is_of_other_metrics(found, score.task)]
+    main = {*ACCURACIES, WORD_PERPLEXITY}  # by which tasks are compared
+    metrics = {task: {key.partition(",")[0] for key in results} for task, results in found.results.items()}
+    others = [score for score in task_scores(found) if main.isdisjoint(metrics[score.task])]
     if others:
         rows = [(s.task, s.metric, with_error(s.value, s.stderr), with_error(s.baseline, None)) for s in others]
         _print_columns(("task", "metric", "score"), ("baseline",), rows, title)
     if found.perplexity:
-        of_text = ("text", "window", "tokens", "perplexity")
-        _print_columns(
-            of_text, ("baseline", "ratio, 95 % interval", ""), map(perplexity_cells, found.perplexity), title
-        )
-
-
-def _is_of_other_metrics(found: "Evaluation", task: str) -> bool:
-    """Returns whether a task has none of the metrics by which tasks are compared."""
-    from quad_modifiers.tools.evaluation.task_run import ACCURACIES, WORD_PERPLEXITY
-
-    metrics = {key.partition(",")[0] for key in found.results[task]}
-    return not metrics & {*ACCURACIES, WORD_PERPLEXITY}
+        of_text, of_original = ("text", "window", "tokens", "perplexity"), ("baseline", "ratio, 95 % interval", "")
+        _print_columns(of_text, of_original, map(perplexity_cells, found.perplexity), title)
 
 
 def _print_columns(

@@ -35,7 +35,6 @@ def export(
             min=1,
             metavar="N",
             help="Input coordinates that share a scale; by default those of the checkpoint, or as many as fit.",
-            show_default=False,
         ),
     ] = None,
 ) -> None:

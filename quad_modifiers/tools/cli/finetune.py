@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from quad_modifiers.reporting import file_size
-from quad_modifiers.tools.cli.options import TEXT_FORMS, DatasetConfig, Split, TextColumn
+from quad_modifiers.tools.cli.options import TEXT_FORMS, CheckpointOutput, DatasetConfig, Split, TextColumn
 from quad_modifiers.tools.console import log_on_stderr, print_table
 
 if TYPE_CHECKING:
@@ -33,13 +33,7 @@ def finetune(
     output: Annotated[
         Path, typer.Option("--output", "-o", metavar="DIR", help="Folder for the adapter; new or empty.")
     ],
-    data: Annotated[
-        str | None,
-        typer.Option(
-            help=f"Text to train on: {TEXT_FORMS}",
-            show_default=False,
-        ),
-    ] = None,
+    data: Annotated[str | None, typer.Option(help=f"Text to train on: {TEXT_FORMS}")] = None,
     distill_from: Annotated[
         str | None,
         typer.Option(
@@ -71,8 +65,7 @@ def finetune(
     warmup: Annotated[float, typer.Option(help="Share of the steps in which the learning rate rises.")] = 0.05,
     temperature: Annotated[float, typer.Option(help="Of the distillation.")] = 1.0,
     weight_scales: Annotated[
-        bool,
-        typer.Option("--weight-scales", help="Train the scales of the 4-bit weights too; merge such an adapter."),
+        bool, typer.Option("--weight-scales", help="Train the scales of the 4-bit weights too; merge such an adapter.")
     ] = False,
     gradient_checkpointing: Annotated[
         bool, typer.Option("--gradient-checkpointing", help="Less memory, more time.")
@@ -160,9 +153,7 @@ def _print(record: "Tuning", adapter: Path, merged: Path | None) -> None:
 def merge(
     checkpoint: Annotated[str, typer.Argument(help="Folder or Hub id of the QUAD checkpoint it was trained on.")],
     adapter: Annotated[Path, typer.Argument(help="Folder of the adapter.")],
-    output: Annotated[
-        Path, typer.Option("--output", "-o", metavar="OUT", help="Folder for the checkpoint; new or empty.")
-    ],
+    output: CheckpointOutput,
 ) -> None:
     """Write a checkpoint with an adapter merged into its outlier weights.
 

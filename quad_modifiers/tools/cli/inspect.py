@@ -1,15 +1,12 @@
 """`quad inspect`: a report by which people choose rank and bits."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
 from quad_modifiers.tools.cli.options import Seed, SeqLength, TextColumn
 from quad_modifiers.tools.console import log_on_stderr, print_table
-
-if TYPE_CHECKING:
-    from quad_modifiers.tools.inspection.measure.results import Inspection
 
 
 def register(app: typer.Typer) -> None:
@@ -32,13 +29,10 @@ def inspect(
     recipe: Annotated[
         str | None,
         typer.Option(
-            help="Recipe whose projection an unquantized model is shown with; name or path. By default quad_w4a4.",
-            show_default=False,
+            help="Recipe whose projection an unquantized model is shown with; name or path. By default quad_w4a4."
         ),
     ] = None,
-    rank: Annotated[
-        int | None, typer.Option(min=0, help="Rank of that projection; the recipe's by default.", show_default=False)
-    ] = None,
+    rank: Annotated[int | None, typer.Option(min=0, help="Rank of that projection; the recipe's by default.")] = None,
     layer: Annotated[
         list[int] | None,
         typer.Option(
@@ -46,15 +40,13 @@ def inspect(
             metavar="N",
             help="Block whose activations are drawn; may be given several times. By default one at a quarter of the "
             "depth and one in the middle.",
-            show_default=False,
         ),
     ] = None,
     dataset: Annotated[
         str | None,
         typer.Option(
             help="Text to run on: a text or jsonl file, or a name in `datasets`. By default Wikipedia articles that "
-            "gensim ships and Python code.",
-            show_default=False,
+            "gensim ships and Python code."
         ),
     ] = None,
     samples: Annotated[int, typer.Option(min=1, help="Windows of text for spectrum and projection.")] = 16,
@@ -70,6 +62,7 @@ def inspect(
     numbers as JSON beside it, and ends with a recommendation, which is also printed.
     """
     from quad_modifiers.tools.inspection import inspect_model
+    from quad_modifiers.tools.inspection.model_report import REPORT_NAME
 
     with log_on_stderr():
         found = inspect_model(
@@ -86,14 +79,7 @@ def inspect(
             seq_length=seq_length,
             seed=seed,
         )
-    _print(found, output)
-
-
-def _print(found: "Inspection", output: Path) -> None:
-    from quad_modifiers.tools.inspection.model_report import REPORT_NAME
-
     rules = found.recommendation.rules if found.recommendation is not None else []
-    print_table(
-        ("rule", "question", "measured", "answer"), [(r.number, r.question, r.measured, r.answer) for r in rules]
-    )
+    header = ("rule", "question", "measured", "answer")
+    print_table(header, [(rule.number, rule.question, rule.measured, rule.answer) for rule in rules])
     typer.echo(str(output / REPORT_NAME))

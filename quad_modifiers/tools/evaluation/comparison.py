@@ -33,16 +33,9 @@ class _Score(NamedTuple):
 
 
 def compare(task: str, run: TaskRun, baseline: TaskRun | None, seed: int = 0) -> Comparison | None:
-    """Returns a task's score and, if the original was measured, what is left of its score.
+    """Returns a task's score and, if the original was measured over the same items, what is left of its score.
 
-    Args:
-        task: name of the task.
-        run: results of the model.
-        baseline: results of the original, over the same items.
-        seed: seed of the bootstrap.
-
-    Returns:
-        None if the task has no metric that can be compared, or its value is infinite.
+    None if the task has no metric that can be compared, or its value is infinite.
 
     Raises:
         ValueError: if the two runs are not over the same items.
@@ -71,13 +64,8 @@ def average(runs: Sequence[TaskRun], baselines: Sequence[TaskRun] | None, seed: 
     The percentages are those of the mean score, (mean of s) / (mean of b), and not means of percentages, which a task
     would dominate on which the original is close to guessing.
 
-    Args:
-        runs: results of the model.
-        baselines: results of the original, in the same order, over the same items; None if not measured.
-        seed: seed of the bootstrap.
-
-    Returns:
-        None if there are fewer than two accuracies.
+    `baselines` are the runs of the original, in the same order, over the same items. None if there are fewer than two
+    accuracies.
     """
     chosen = [index for index, run in enumerate(runs) if run.values and run.metric not in (None, WORD_PERPLEXITY)]
     if len(chosen) < 2:
@@ -92,10 +80,7 @@ def average(runs: Sequence[TaskRun], baselines: Sequence[TaskRun] | None, seed: 
 def ratio_interval(nll: Sequence[float], baseline_nll: Sequence[float], seed: int = 0) -> Interval | None:
     """Returns the 95 % interval of a ratio of perplexities; None for a single window.
 
-    Args:
-        nll: mean negative log-likelihood of each window, in nats.
-        baseline_nll: the same of the original.
-        seed: seed of the bootstrap.
+    `nll` and `baseline_nll` are the mean negative log-likelihoods of the windows, in nats.
     """
     if len(nll) < 2:
         return None
@@ -128,15 +113,14 @@ def _comparison(
 @np.errstate(over="ignore")
 def _score(run: TaskRun, seed: int) -> _Score:
     values, weights = np.asarray(run.values), np.asarray(run.weights)
+
+    def score(shares: Floats) -> Floats:
+        return np.exp(-(shares @ values) / (shares @ weights)) if run.weights else shares @ values
+
     value = float(np.exp(-values.sum() / weights.sum()) if run.weights else values.mean())
     if len(values) < 2:
         return _Score(value, None, None)
-    replicates = np.concatenate(
-        [
-            np.exp(-(shares @ values) / (shares @ weights)) if run.weights else shares @ values
-            for shares in _resamples(len(values), seed)
-        ]
-    )
+    replicates = np.concatenate([score(shares) for shares in _resamples(len(values), seed)])
     if not np.isfinite(replicates).all():
         return _Score(value, None, None)
     stderr = replicates.std() if run.weights else values.std(ddof=1) / len(values) ** 0.5

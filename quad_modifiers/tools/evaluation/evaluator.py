@@ -3,10 +3,10 @@
 import logging
 import math
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from hashlib import sha256
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
@@ -91,89 +91,75 @@ def evaluate(
         token_windows[1] = None
     loaded = load_tasks(tasks) if tasks else []
     halves = [
-        _measure(subject, loaded, cut, _Kept(subject, seed, fresh), limit)
-        for subject, cut in zip(subjects, token_windows, strict=True)
+        _measure(subject, loaded, cut, limit, seed, fresh) for subject, cut in zip(subjects, token_windows, strict=True)
     ]
-    found = _evaluation(subjects, loaded, measured, halves, seed)
-    return found.model_copy(update={"tasks": list(tasks), "limit": limit, "seed": seed})
+    ours, theirs = halves[0], halves[1] if len(halves) > 1 else None
+    baselines = [None] * len(loaded) if theirs is None else theirs.runs
+    compared = [
+        compare(task.name, run, other, seed) for task, run, other in zip(loaded, ours.runs, baselines, strict=True)
+    ]
+    return Evaluation(
+        format_version=1,
+        baseline=subjects[1].name if theirs else None,
+        perplexity=_perplexities(measured, [half.perplexity for half in halves], seed),
+        results=_merged(run.results for run in ours.runs),
+        baseline_results=_merged(run.results for run in theirs.runs) if theirs else {},
+        tasks=list(tasks),
+        comparisons=[each for each in compared if each is not None],
+        average=average(ours.runs, None if theirs is None else theirs.runs, seed),
+        n_shot=_merged(run.n_shot for run in ours.runs),
+        versions=_merged(run.versions for run in ours.runs),
+        limit=limit,
+        seed=seed,
+        packages=package_versions(),
+        machine=machine_name(),
+    )
 
 
-@dataclass(frozen=True)
-class _Half:
+class _Half(NamedTuple):
     """The results of one model, in the order of the tasks."""
 
     runs: list[TaskRun]
     perplexity: Perplexity | None
 
 
-class _Kept:
-    """Results of one model that are kept on disk."""
+def _measure(
+    subject: Subject,
+    tasks: Sequence[LoadedTask],
+    windows: torch.Tensor | None,
+    limit: int | None,
+    seed: int,
+    fresh: bool,
+) -> _Half:
+    """Runs a model on everything that is not kept; it is out of memory afterwards."""
+    identity = subject.identity
+    surroundings = {"packages": package_versions(), "device": subject.device, "seed": seed}
 
-    def __init__(self, subject: Subject, seed: int, fresh: bool) -> None:
-        identity = subject.identity
-        surroundings = {"packages": package_versions(), "device": subject.device, "seed": seed}
-        self._key = None if identity is None else {"model": identity, **surroundings}
-        self._name, self._fresh, self.seed = subject.source, fresh, seed
-
-    def get(self, what: str, question: dict[str, Any], measure: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-        """Returns what was kept, or measures it and keeps it."""
-        key = None if self._key is None else {**self._key, **question}
-        found = None if key is None or self._fresh else cache.read(key)
+    def kept(what: str, question: dict[str, Any], measure: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+        key = None if identity is None else {"model": identity, **surroundings, **question}
+        found = None if key is None or fresh else cache.read(key)
         if found is not None:
-            logger.info("%s: %s was measured before", self._name, what)
+            logger.info("%s: %s was measured before", subject.source, what)
             return found
-        logger.info("%s: %s", self._name, what)
+        logger.info("%s: %s", subject.source, what)
         found = measure()
         if key is not None:
             cache.keep(key, found)
         return found
 
-
-def _measure(
-    subject: Subject, tasks: Sequence[LoadedTask], windows: torch.Tensor | None, kept: _Kept, limit: int | None
-) -> _Half:
-    """Runs a model on everything; it is out of memory afterwards."""
-
     def run(task: LoadedTask) -> TaskRun:
         question = {"task": task.name, "items": task.items_digest(limit), "limit": limit}
-        return TaskRun(**kept.get(task.name, question, lambda: asdict(run_task(subject.lm, task, limit, kept.seed))))
+        return TaskRun(**kept(task.name, question, lambda: asdict(run_task(subject.lm, task, limit, seed))))
 
     def measure_perplexity(of: torch.Tensor) -> Perplexity:
         question = {"windows": sha256(of.numpy().tobytes()).hexdigest(), "length": of.shape[1]}
-        found = kept.get("perplexity", question, lambda: asdict(perplexity(subject.lm.model, of)))
+        found = kept("perplexity", question, lambda: asdict(perplexity(subject.lm.model, of)))
         return Perplexity(**{**found, "window_nll": tuple(found["window_nll"])})
 
     try:
         return _Half([run(task) for task in tasks], None if windows is None else measure_perplexity(windows))
     finally:
         subject.release()
-
-
-def _evaluation(
-    subjects: Sequence[Subject],
-    tasks: Sequence[LoadedTask],
-    text: PerplexityText | None,
-    halves: Sequence[_Half],
-    seed: int,
-) -> Evaluation:
-    ours, theirs = halves[0], halves[1] if len(halves) > 1 else None
-    baselines = [None] * len(tasks) if theirs is None else theirs.runs
-    compared = [
-        compare(task.name, run, other, seed) for task, run, other in zip(tasks, ours.runs, baselines, strict=True)
-    ]
-    return Evaluation(
-        format_version=1,
-        baseline=subjects[1].name if theirs else None,
-        perplexity=_perplexities(text, [half.perplexity for half in halves], seed),
-        results=_merged(run.results for run in ours.runs),
-        baseline_results=_merged(run.results for run in theirs.runs) if theirs else {},
-        comparisons=[each for each in compared if each is not None],
-        average=average(ours.runs, None if theirs is None else theirs.runs, seed),
-        n_shot=_merged(run.n_shot for run in ours.runs),
-        versions=_merged(run.versions for run in ours.runs),
-        packages=package_versions(),
-        machine=machine_name(),
-    )
 
 
 def _perplexities(
@@ -187,17 +173,16 @@ def _perplexities(
         return []
     if theirs is not None and not math.isfinite(theirs.value):
         theirs = None
-    return [
-        PerplexityResult(
-            text=text.name,
-            window_length=text.length,
-            tokens=ours.tokens,
-            value=ours.value,
-            stderr=None if math.isnan(ours.stderr) else ours.value * ours.stderr,
-            baseline=None if theirs is None else theirs.value,
-            ratio_interval=None if theirs is None else ratio_interval(ours.window_nll, theirs.window_nll, seed),
-        )
-    ]
+    found = PerplexityResult(
+        text=text.name,
+        window_length=text.length,
+        tokens=ours.tokens,
+        value=ours.value,
+        stderr=None if math.isnan(ours.stderr) else ours.value * ours.stderr,
+        baseline=None if theirs is None else theirs.value,
+        ratio_interval=None if theirs is None else ratio_interval(ours.window_nll, theirs.window_nll, seed),
+    )
+    return [found]
 
 
 def _merged(parts: Iterable[dict[str, Any]]) -> dict[str, Any]:

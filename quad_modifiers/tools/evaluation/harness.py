@@ -32,17 +32,11 @@ def register() -> None:
 
 @dataclass(frozen=True)
 class LoadedTask:
-    """One task, ready to be run on any number of models.
+    """One task, ready to be run on any number of models."""
 
-    Attributes:
-        name: name of a task, or of a group for which lm-eval computes a score.
-        tasks: lm-eval's task objects by name; one, unless it is a group.
-        groups: lm-eval's group objects by name.
-    """
-
-    name: str
-    tasks: dict[str, Any]
-    groups: dict[str, Any]
+    name: str  # name of a task, or of a group for which lm-eval computes a score
+    tasks: dict[str, Any]  # lm-eval's task objects by name; one, unless it is a group
+    groups: dict[str, Any]  # lm-eval's group objects by name
 
     def items_digest(self, limit: int | None) -> str:
         """Returns the sha256 of what is asked: settings of the tasks and their first `limit` items."""
@@ -57,9 +51,7 @@ class LoadedTask:
 def load_tasks(names: Sequence[str]) -> list[LoadedTask]:
     """Returns lm-eval's tasks by name, with their data.
 
-    Args:
-        names: names of tasks, groups and tags. A group for which lm-eval computes a score is one task; other groups,
-            and tags, mean their members.
+    A group for which lm-eval computes a score is one task; other groups, and tags, mean their members.
 
     Raises:
         ValueError: if no task is named, one is named twice, or lm-eval does not know it (close names follow).
@@ -107,9 +99,7 @@ def _load(manager: Any, name: str) -> list[LoadedTask]:
 
 
 def _near(name: str, known: Sequence[str]) -> str:
-    close = difflib.get_close_matches(name, known, n=4)
-    if close:
+    if close := difflib.get_close_matches(name, known, n=4):
         return f"did you mean {' or '.join(close)}?"
-    return (
-        f"offline tasks are {', '.join(OFFLINE_TASKS)}; `python -m quad_modifiers.tools.evaluation ls tasks` lists all"
-    )
+    others = "`python -m quad_modifiers.tools.evaluation ls tasks` lists all"
+    return f"offline tasks are {', '.join(OFFLINE_TASKS)}; {others}"

@@ -12,10 +12,10 @@ import random
 import re
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from itertools import chain
 from typing import Any
 
 from quad_modifiers.data import stdlib_code, wikipedia_articles
-from quad_modifiers.tools.evaluation.prose import paragraphs, word_count
 
 Item = dict[str, Any]
 Range = tuple[int, int]
@@ -25,6 +25,9 @@ SEED = 0
 COUNT = 450  # items of a task
 CHOICES = 4
 
+_MARKUP = re.compile(r"[\[\]{}|<>=]|''|https?:")
+# A stop after two lower-case letters, digits or brackets: "U.S. Army", "Dr. No" and "J. Smith" stay whole.
+_SENTENCE_END = re.compile(r"(?<=[a-z0-9)][a-z0-9)][.!?]) (?=[A-Z])")
 _LONG_WORD = re.compile(r"[A-Za-z]{4,}")
 _LAST_WORD = re.compile(r"(?P<context>.*\w,?) (?P<word>[A-Za-z]{4,})\.", re.S)
 _PASSAGE_WORDS: Range = (35, 75)
@@ -73,7 +76,7 @@ def documents() -> list[Item]:
     texts = []
     for article in _held_out_prose():
         text = ""
-        for sentence in (sentence for sentences in article for sentence in sentences):
+        for sentence in chain.from_iterable(article):
             if word_count(text) + word_count(sentence) > highest:
                 break
             text = f"{text} {sentence}".lstrip()
@@ -82,14 +85,28 @@ def documents() -> list[Item]:
     return [{"text": text} for text in texts]
 
 
+def paragraphs(article: str) -> Article:
+    """Returns the prose paragraphs of an article, each as its list of sentences, with single spaces.
+
+    Lines that do not begin and end like a sentence are left out (headings, lists, captions), and so are lines with
+    remains of mark-up.
+    """
+    lines = (" ".join(line.split()) for line in article.split("\n"))
+    return [
+        _SENTENCE_END.split(line)
+        for line in lines
+        if line and line[0].isupper() and line[-1] in ".!?" and not _MARKUP.search(line)
+    ]
+
+
+def word_count(text: str) -> int:
+    """Returns the number of words, as white space separates them."""
+    return len(text.split())
+
+
 def _held_out_prose() -> list[Article]:
     """Returns the held-out articles without the paragraphs that share a sentence with a calibration article."""
-    calibration = {
-        sentence
-        for article in wikipedia_articles("calibration")
-        for sentences in paragraphs(article)
-        for sentence in sentences
-    }
+    calibration = set(chain.from_iterable(chain.from_iterable(map(paragraphs, wikipedia_articles("calibration")))))
     return [
         [sentences for sentences in paragraphs(article) if calibration.isdisjoint(sentences)]
         for article in wikipedia_articles("held_out")
@@ -116,7 +133,7 @@ def _last_words(article: Article) -> Iterator[Item]:
 
 def _continuations(article: Article) -> Iterator[Item]:
     generator = random.Random(SEED)
-    fitting = [sentence for sentences in article for sentence in sentences if _within(sentence, _SENTENCE_WORDS)]
+    fitting = [sentence for sentence in chain.from_iterable(article) if _within(sentence, _SENTENCE_WORDS)]
     long_words = {sentence: set(_LONG_WORD.findall(sentence)) for sentence in fitting}
     for sentences in article:
         others = {sentence: long_words[sentence] for sentence in fitting if sentence not in sentences}

@@ -15,23 +15,14 @@ _WIKIPEDIA_NAME = "held-out Wikipedia articles of gensim"
 
 @dataclass(frozen=True)
 class PerplexityText:
-    """A text and how it is cut.
+    """A text and how it is cut."""
 
-    Attributes:
-        name: name of the text for readers.
-        texts: the documents, joined by blank lines.
-        length: tokens of a window.
-        count: windows, drawn at random; None takes all of them, in order.
-        seed: seed of the draw.
-        fewer: True to take all windows of a text that has fewer than `count`.
-    """
-
-    name: str
-    texts: Sequence[str]
-    length: int
-    count: int | None
-    seed: int
-    fewer: bool = False
+    name: str  # name of the text for readers
+    texts: Sequence[str]  # the documents, joined by blank lines
+    length: int  # tokens of a window
+    count: int | None  # windows, drawn at random; None takes all of them, in order
+    seed: int  # seed of the draw
+    fewer: bool = False  # True to take all windows of a text that has fewer than `count`
 
     def windows(self, tokenizer: Any) -> Any:
         """Returns the windows: [count, length], int64.
@@ -58,14 +49,8 @@ def perplexity_text(
 ) -> PerplexityText:
     """Returns the text to measure perplexity on.
 
-    Args:
-        source: a local file, as `quad_modifiers.data.local_texts` takes it, or "wikipedia" for the articles of gensim's
-            package that never calibrate.
-        length: tokens of a window.
-        count: windows; by default all of a file, 40 of Wikipedia.
-        limit: largest number of windows.
-        seed: seed that chooses the windows.
-        text_column: column of the text in a jsonl, csv or parquet file.
+    The source is a local file, as `quad_modifiers.data.local_texts` takes it, or "wikipedia" for the articles of
+    gensim's package that never calibrate; by default all windows of a file count, 40 of Wikipedia, `limit` at most.
 
     Raises:
         FileNotFoundError: if there is no such file.

@@ -17,35 +17,23 @@ BOOTSTRAP_ITERATIONS = 10_000
 
 @dataclass(frozen=True)
 class TaskRun:
-    """The results of a model on one task.
+    """The results of a model on one task."""
 
-    Attributes:
-        results: lm-eval's `results`, by task and group.
-        versions: lm-eval's `versions` of the tasks.
-        n_shot: lm-eval's `n-shot`.
-        metric: the metric that counts, among `ACCURACIES` or `WORD_PERPLEXITY`; None if the task has none of them.
-        values: values of that metric, by item; for a perplexity the log-likelihood of each document, in nats.
-        weights: words of each document for a perplexity, else empty.
-        chance: accuracy of guessing: the mean of 1 / choices; 0 where the answer is free.
-    """
-
-    results: dict[str, dict[str, Any]]
-    versions: dict[str, Any]
-    n_shot: dict[str, int]
+    results: dict[str, dict[str, Any]]  # lm-eval's `results`, by task and group
+    versions: dict[str, Any]  # lm-eval's `versions` of the tasks
+    n_shot: dict[str, int]  # lm-eval's `n-shot`
+    # the metric that counts, among `ACCURACIES` or `WORD_PERPLEXITY`; None if the task has none of them
     metric: str | None = None
+    # values of that metric, by item; for a perplexity the log-likelihood of each document, in nats
     values: list[float] = field(default_factory=list)
-    weights: list[float] = field(default_factory=list)
-    chance: float = 0.0
+    weights: list[float] = field(default_factory=list)  # words of each document for a perplexity, else empty
+    chance: float = 0.0  # accuracy of guessing: the mean of 1 / choices; 0 where the answer is free
 
 
 def run_task(lm: Any, task: LoadedTask, limit: int | None = None, seed: int = 0) -> TaskRun:
-    """Runs a task on a model.
+    """Runs a task on an lm-eval model.
 
-    Args:
-        lm: an lm-eval model.
-        task: task that `load_tasks` returned.
-        limit: items of each task, the first ones; all by default.
-        seed: seed that chooses few-shot examples and everything a task leaves to chance.
+    `limit` takes the first items of each task. `seed` chooses few-shot examples and all that a task leaves to chance.
     """
     import numpy
     import torch
@@ -56,21 +44,23 @@ def run_task(lm: Any, task: LoadedTask, limit: int | None = None, seed: int = 0)
     torch.manual_seed(seed)
     for each in task.tasks.values():
         each.set_fewshot_seed(seed=seed)
+    asked = {"tasks": task.tasks, "groups": task.groups}
     with _one_process():
-        found = evaluate(
-            lm,
-            {"tasks": task.tasks, "groups": task.groups},
-            limit=limit,
-            bootstrap_iters=BOOTSTRAP_ITERATIONS,
-            log_samples=True,
-        )
+        found = evaluate(lm, asked, limit=limit, bootstrap_iters=BOOTSTRAP_ITERATIONS, log_samples=True)
     metric = _metric(found["samples"])
-    items = [(task.tasks[name], item) for name, of_task in found["samples"].items() for item in _first_filter(of_task)]
+    items = [  # as the task's first filter reads the answers; with several, items repeat
+        (task.tasks[name], item)
+        for name, of_task in found["samples"].items()
+        for item in of_task
+        if item["filter"] == of_task[0]["filter"]
+    ]
     chances = [_chance(of_task, item) for of_task, item in items]
     measured = [] if metric is None else [item[metric] for _, item in items]
     documents = metric == WORD_PERPLEXITY  # measured by log-likelihood and words
     return TaskRun(
-        results={name: _plain(metrics) for name, metrics in found["results"].items()},
+        results={
+            name: {key: _number(value) for key, value in metrics.items()} for name, metrics in found["results"].items()
+        },
         versions=found["versions"],
         n_shot=found["n-shot"],
         metric=metric,
@@ -87,11 +77,6 @@ def _metric(samples: dict[str, list[dict[str, Any]]]) -> str | None:
     return next((metric for metric in known if all(metric in item for item in items)), None)
 
 
-def _first_filter(items: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Returns the items as the task's first filter reads the answers; with several, items repeat."""
-    return [item for item in items if item["filter"] == items[0]["filter"]]
-
-
 def _chance(task: Any, item: dict[str, Any]) -> float:
     if task.OUTPUT_TYPE != "multiple_choice":
         return 0.0
@@ -99,12 +84,8 @@ def _chance(task: Any, item: dict[str, Any]) -> float:
     return 2 / asked if "acc_mutual_info" in item else 1 / asked  # that metric asks for each choice twice
 
 
-def _plain(metrics: dict[str, Any]) -> dict[str, Any]:
-    """Returns lm-eval's metrics of one task as JSON can hold them: Python's numbers, None for NaN and infinity."""
-    return {key: _number(value) for key, value in metrics.items()}
-
-
 def _number(value: Any) -> Any:
+    """Returns a metric as JSON can hold it: Python's number, None for NaN and infinity."""
     if isinstance(value, (str, dict, bool)) or value is None:
         return value
     value = float(value)

@@ -62,15 +62,20 @@ def perplexity(
     stacked = _stack(windows)
     if batch_size < 1:
         raise ValueError(f"batch_size must be at least 1, not {batch_size}")
-    _check_vocabulary(model, stacked)
-    device = model.get_input_embeddings().weight.device
+    embedding = model.get_input_embeddings().weight
+    lowest, highest = int(stacked.min()), int(stacked.max())
+    if lowest < 0 or highest >= len(embedding):
+        raise ValueError(
+            f"token ids run from {lowest} to {highest}, but the model embeds 0 to {len(embedding) - 1}; "
+            "use the tokenizer of this model"
+        )
     was_training = model.training
     model.eval()
     means: list[torch.Tensor] = []
     try:
         batches = tqdm(stacked.split(batch_size), desc="perplexity", unit="batch", disable=not progress)
         for index, batch in enumerate(batches):
-            means.append(_window_nll(model, batch.to(device), first_window=index * batch_size))
+            means.append(_window_nll(model, batch.to(embedding.device), first_window=index * batch_size))
     finally:
         model.train(was_training)
     nll = torch.cat(means)
@@ -109,17 +114,6 @@ def _stack(windows: torch.Tensor | Sequence[torch.Tensor]) -> torch.Tensor:
             f"windows must be [count, length] with at least one window of two tokens, not {list(windows.shape)}"
         )
     return windows
-
-
-def _check_vocabulary(model: "PreTrainedModel", windows: torch.Tensor) -> None:
-    """Raises if a token id has no row in the model's embedding."""
-    rows = model.get_input_embeddings().weight.shape[0]
-    lowest, highest = int(windows.min()), int(windows.max())
-    if lowest < 0 or highest >= rows:
-        raise ValueError(
-            f"token ids run from {lowest} to {highest}, but the model embeds 0 to {rows - 1}; "
-            "use the tokenizer of this model"
-        )
 
 
 def _exp(nll: float) -> float:

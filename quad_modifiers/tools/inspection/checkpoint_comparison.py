@@ -65,7 +65,7 @@ def compare_checkpoints(
         check_target(Path(output_dir))
     folders = _folders(checkpoints)
     entries = [_entry(folder, name) for folder, name in zip(folders, _names(folders), strict=True)]
-    found = Comparison(entries, None, None, None)
+    found = Comparison(entries)
     if baseline is not None:
         text = TextOptions(dataset, text_column, 0, eval_windows, seq_length, seed)
         found = _against(open_checkpoint(baseline, known_only=True), folders, entries, text)
@@ -107,12 +107,11 @@ def _folders(checkpoints: Sequence[str | Path]) -> list[Path]:
 def _names(folders: list[Path]) -> list[str]:
     """Returns the ends of the paths, each as long as it takes to tell them apart."""
     parts = [folder.resolve().parts for folder in folders]
-
-    def name(own: tuple[str, ...]) -> str:
+    names = []
+    for own in parts:
         length = next(n for n in range(1, len(own) + 1) if sum(each[-n:] == own[-n:] for each in parts) == 1)
-        return "/".join(own[-length:])
-
-    return [name(own) for own in parts]
+        names.append("/".join(own[-length:]))
+    return names
 
 
 def _measure(
@@ -139,15 +138,13 @@ def _entry(folder: Path, name: str) -> Entry:
         name,
         str(folder),
         inventory.format,
-        next(iter(width_tags(inventory)), None) if inventory.format != "unquantized" else None,
+        None if inventory.format == "unquantized" else next(iter(width_tags(inventory)), None),
         [] if recipe is None else [entry.name for entry in parse_recipe(recipe).entries],
         basis.get("rank", 0),
         basis.get("basis"),
         inventory.bytes_of,
         [] if evaluation is None else list(_scores(evaluation)),
-        None,
-        [],
-        recipe,
+        recipe=recipe,
     )
 
 
@@ -159,11 +156,9 @@ def _scores(evaluation: Evaluation) -> Iterator[Score]:
         mean = evaluation.average
         what = f"average {mean.metric} over tasks, {mean.items} items"
         yield Score(what, False, mean.value, mean.stderr, mean.baseline, score_cells(mean)[-1])
-    if evaluation.comparisons:
-        for each in evaluation.comparisons:
-            what, perplexity = f"{each.task}, {each.metric}, {each.items} items", "perplexity" in each.metric
-            yield Score(what, perplexity, each.value, each.stderr, each.baseline, score_cells(each)[-1])
-        return
-    for score in task_scores(evaluation):
-        perplexity = "perplexity" in score.metric
-        yield Score(f"{score.task}, {score.metric}", perplexity, score.value, score.stderr, score.baseline)
+    for each in evaluation.comparisons:
+        what = f"{each.task}, {each.metric}, {each.items} items"
+        yield Score(what, "perplexity" in each.metric, each.value, each.stderr, each.baseline, score_cells(each)[-1])
+    for score in () if evaluation.comparisons else task_scores(evaluation):
+        what = f"{score.task}, {score.metric}"
+        yield Score(what, "perplexity" in score.metric, score.value, score.stderr, score.baseline)

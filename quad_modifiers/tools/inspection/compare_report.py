@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from functools import partial
+from operator import itemgetter
 from pathlib import Path
 
 import numpy as np
@@ -9,10 +10,8 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from quad_modifiers.records.inventory import KIND_NAMES
-from quad_modifiers.tools.inspection.compare_table import comparison_rows
-from quad_modifiers.tools.inspection.compared import NUMBERS_NAME, Comparison, Entry
+from quad_modifiers.tools.inspection.compared import NUMBERS_NAME, Comparison, comparison_rows
 from quad_modifiers.tools.inspection.figures import INK, SERIES, Chart, legend_below, new_figure
-from quad_modifiers.tools.inspection.measure.results import BlockRow
 from quad_modifiers.tools.inspection.model_report import write_report
 from quad_modifiers.tools.inspection.page import Section, folded, page, preformatted, table
 
@@ -24,43 +23,41 @@ def write(found: Comparison, folder: Path) -> None:
 
 def charts(found: Comparison) -> list[Chart]:
     """Returns the charts that there are numbers for."""
-    made = [
-        Chart(
-            "size",
-            "Size of the tensors",
-            "What the bytes are spent on. Where embedding and head are a large share, EmbeddingHeadQuant shrinks them.",
-            partial(_size, found),
-        )
-    ]
+    made: list[Chart] = []
+
+    def add(name: str, title: str, draw: Callable[..., Figure], caption: str, *arguments: object) -> None:
+        made.append(Chart(name, title, caption, partial(draw, found, *arguments)))
+
+    add(
+        "size",
+        "Size of the tensors",
+        _size,
+        "What the bytes are spent on. Where embedding and head are a large share, EmbeddingHeadQuant shrinks them.",
+    )
     for lower_is_better, name, title in ((True, "perplexity", "Perplexity"), (False, "tasks", "Tasks")):
         if any(score.is_perplexity == lower_is_better for entry in found.entries for score in entry.scores):
-            direction = "Lower" if lower_is_better else "Higher"
-            made.append(
-                Chart(
-                    name,
-                    title,
-                    f"From evaluation.json, with one standard error where it is known. {direction} is better; the "
-                    "dotted mark is the original.",
-                    partial(_scores, found, lower_is_better),
-                )
+            caption = (
+                "From evaluation.json, with one standard error where it is known. "
+                f"{'Lower' if lower_is_better else 'Higher'} is better; the dotted mark is the original."
             )
+            add(name, title, _scores, caption, lower_is_better)
     if found.baseline is not None:
-        made += [
-            Chart(
-                "block-error",
-                "Error of the residual stream, by block",
-                "Squared error of the stream after each block, against the original's on the same text and in its "
-                "basis, mean over tokens; everything before the block is quantized as well. Lower is better.",
-                partial(_blocks, found, lambda row: row.accumulated),
-            ),
-            Chart(
-                "block-alone",
-                "Error of each block alone",
-                "Error of what a block adds to the stream when it is given the original's stream. Peaks are the blocks "
-                "to treat differently.",
-                partial(_blocks, found, lambda row: row.alone),
-            ),
-        ]
+        add(
+            "block-error",
+            "Error of the residual stream, by block",
+            _blocks,
+            "Squared error of the stream after each block, against the original's on the same text and in its "
+            "basis, mean over tokens; everything before the block is quantized as well. Lower is better.",
+            "accumulated",
+        )
+        add(
+            "block-alone",
+            "Error of each block alone",
+            _blocks,
+            "Error of what a block adds to the stream when it is given the original's stream. Peaks are the blocks "
+            "to treat differently.",
+            "alone",
+        )
     return made
 
 
@@ -74,19 +71,17 @@ def comparison_page(found: Comparison, charts: Sequence[Section]) -> str:
             f" The rows against the original: {measured.text}, {measured.measured_windows} windows of "
             f"{measured.window_length} tokens, seed {measured.seed}, on {measured.machine}."
         )
-    recipes = "".join(
-        folded(entry.name, preformatted(entry.recipe)) for entry in found.entries if entry.recipe is not None
-    )
+    texts = [(entry.name, entry.recipe) for entry in found.entries if entry.recipe is not None]
+    recipes = "".join(folded(name, preformatted(recipe)) for name, recipe in texts)
     sections = [Section("table", "Side by side", caption, table(header, rows)), *charts]
     if recipes:
         sections.append(Section("recipes", "Recipes", "As the checkpoints hold them.", recipes))
     smallest = min(found.entries, key=lambda entry: entry.total)
     cards = [(f"{smallest.total / 1e6:.1f} MB", f"smallest: {smallest.name}")]
-    measured_entries = [entry for entry in found.entries if entry.loss is not None]
-    if measured_entries:
-        nearest = min(measured_entries, key=lambda entry: entry.loss.divergence)  # type: ignore[union-attr]
-        assert nearest.loss is not None
-        cards.append((f"{nearest.loss.divergence:.3f} nats", f"nearest to the original: {nearest.name}"))
+    divergences = [(entry.loss.divergence, entry.name) for entry in found.entries if entry.loss is not None]
+    if divergences:
+        nearest, name = min(divergences, key=itemgetter(0))
+        cards.append((f"{nearest:.3f} nats", f"nearest to the original: {name}"))
     subtitle = "without a baseline" if found.baseline is None else f"original: {found.baseline}"
     return page(f"Comparison of {len(found.entries)} checkpoints", subtitle, cards, sections)
 
@@ -105,18 +100,18 @@ def _size(found: Comparison) -> Figure:
             start += sizes
     for position, total in enumerate(start):
         axes.annotate(f"{total:.1f}", (total, position), (5, -3), textcoords="offset points")
-    _name_rows(axes, found.entries)
+    axes.set_yticks(range(len(start)), labels=[entry.name for entry in found.entries])
+    axes.set_ylim(len(start) - 0.5, -0.5)
+    axes.grid(axis="y", visible=False)
+    axes.margins(x=0.1)
     axes.set(xlabel="MB")
     legend_below(figure, axes, columns=4)
     return figure
 
 
 def _scores(found: Comparison, lower_is_better: bool) -> Figure:
-    names = list(
-        dict.fromkeys(
-            score.what for entry in found.entries for score in entry.scores if score.is_perplexity == lower_is_better
-        )
-    )
+    every = [score for entry in found.entries for score in entry.scores]
+    names = list(dict.fromkeys(score.what for score in every if score.is_perplexity == lower_is_better))
     figure, axes = new_figure(1.0 + 0.2 * len(names) * (len(found.entries) + 1))
     height = 0.8 / len(found.entries)
     for index, entry in enumerate(found.entries):
@@ -124,10 +119,9 @@ def _scores(found: Comparison, lower_is_better: bool) -> Figure:
         shown = [(position, scores[name]) for position, name in enumerate(names) if name in scores]
         places = [position + (index - (len(found.entries) - 1) / 2) * height for position, _ in shown]
         axes.barh(places, [s.value for _, s in shown], height=0.85 * height, color=_colour(index), label=entry.name)
-        errors = [(place, s) for place, (_, s) in zip(places, shown, strict=True) if s.stderr]
-        for place, score in errors:
-            axes.errorbar(score.value, place, xerr=score.stderr, color=INK, linewidth=1, capsize=2)
         for place, (_, score) in zip(places, shown, strict=True):
+            if score.stderr:
+                axes.errorbar(score.value, place, xerr=score.stderr, color=INK, linewidth=1, capsize=2)
             if score.baseline is not None:
                 ends = (place - height / 2, place + height / 2)
                 axes.plot([score.baseline] * 2, ends, color=INK, linestyle=":", linewidth=1.6)
@@ -139,19 +133,13 @@ def _scores(found: Comparison, lower_is_better: bool) -> Figure:
     return figure
 
 
-def _blocks(found: Comparison, value: Callable[[BlockRow], float]) -> Figure:
+def _blocks(found: Comparison, field: str) -> Figure:
     figure, axes = new_figure(3.4)
     for index, entry in enumerate(found.entries):
         layers = [row.layer for row in entry.blocks]
-        axes.plot(layers, [value(row) for row in entry.blocks], color=_colour(index), label=entry.name)
+        errors = [getattr(row, field) for row in entry.blocks]
+        axes.plot(layers, errors, color=_colour(index), label=entry.name)
     axes.set(yscale="log", xlabel="block", ylabel="relative squared error")
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     legend_below(figure, axes, columns=3)
     return figure
-
-
-def _name_rows(axes, entries: Sequence[Entry]) -> None:  # type: ignore[no-untyped-def]
-    axes.set_yticks(range(len(entries)), labels=[entry.name for entry in entries])
-    axes.set_ylim(len(entries) - 0.5, -0.5)
-    axes.grid(axis="y", visible=False)
-    axes.margins(x=0.1)

@@ -42,10 +42,8 @@ class TextOptions:
     def windows(self, tokenizer: Any, held_out: bool) -> Text:
         """Draws the windows.
 
-        Args:
-            tokenizer: tokenizer of the model.
-            held_out: True to measure on the held-out Wikipedia articles of the default text, because the others
-                calibrated what is measured. From the user's own data set, windows are drawn that do not calibrate here.
+        Those to measure on come from the held-out Wikipedia articles of the default text if `held_out`, because the
+        others calibrated what is measured; from the user's own data set they are windows that do not calibrate here.
 
         Raises:
             ValueError: if there is not enough text.
@@ -64,14 +62,8 @@ class TextOptions:
         return self._text(drawn[: -self.eval_windows], drawn[-self.eval_windows :], "other windows of these")
 
     def _drawn(self, tokenizer: Any, count: int) -> list[torch.Tensor]:
-        return calibration_windows(
-            self.dataset,
-            tokenizer,
-            num_samples=count,
-            sequence_length=self.seq_length,
-            text_column=self.text_column,
-            seed=self.seed,
-        )
+        how: dict[str, Any] = {"sequence_length": self.seq_length, "text_column": self.text_column, "seed": self.seed}
+        return calibration_windows(self.dataset, tokenizer, num_samples=count, **how)
 
     def _text(self, calibration: list[torch.Tensor], measured: list[torch.Tensor], measured_on: str) -> Text:
         if self.dataset is None:

@@ -44,19 +44,12 @@ _STYLE: dict[str, Any] = {
 
 @dataclass(frozen=True)
 class Chart:
-    """A figure with what the page says about it.
+    """A figure with what the page says about it."""
 
-    Attributes:
-        name: file name of the PNG, without its ending.
-        title: heading above the chart.
-        caption: text that says what the chart shows and what to look for.
-        draw: function that makes the figure.
-    """
-
-    name: str
-    title: str
-    caption: str
-    draw: Callable[[], Figure]
+    name: str  # file name of the PNG, without its ending
+    title: str  # heading above the chart
+    caption: str  # text that says what the chart shows and what to look for
+    draw: Callable[[], Figure]  # function that makes the figure
 
 
 @dataclass(frozen=True)
@@ -74,10 +67,9 @@ def draw(chart: Chart) -> Drawn:
         figure = chart.draw()
         vector, pixels = io.StringIO(), io.BytesIO()
         nothing = dict.fromkeys(("Date", "Creator", "Format", "Type"))
-        figure.savefig(vector, format="svg", bbox_inches="tight", pad_inches=0.05, dpi=130, metadata=nothing)
-        figure.savefig(
-            pixels, format="png", bbox_inches="tight", dpi=160, facecolor="white", metadata={"Software": None}
-        )
+        figure.savefig(vector, format="svg", pad_inches=0.05, dpi=130, metadata=nothing, bbox_inches="tight")
+        unnamed = {"Software": None}
+        figure.savefig(pixels, format="png", dpi=160, facecolor="white", metadata=unnamed, bbox_inches="tight")
     return Drawn(chart, _inline(vector.getvalue(), chart), pixels.getvalue())
 
 
@@ -86,11 +78,9 @@ def _inline(svg: str, chart: Chart) -> str:
     svg = svg[svg.index("<svg") :]
     svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.S)
     svg = re.sub(r' xmlns(:\w+)?="[^"]*"', "", svg)
-    svg = re.sub(r'(<svg[^>]*?) width="[^"]*"', r"\1", svg, count=1)
-    svg = re.sub(r'(<svg[^>]*?) height="[^"]*"', r"\1", svg, count=1)
-    svg = re.sub(r'\bid="', f'id="{chart.name}-', svg)
-    svg = re.sub(r"url\(#", f"url(#{chart.name}-", svg)
-    svg = re.sub(r'href="#', f'href="#{chart.name}-', svg)
+    for size in ("width", "height"):
+        svg = re.sub(rf'(<svg[^>]*?) {size}="[^"]*"', r"\1", svg, count=1)
+    svg = re.sub(r'(\bid="|url\(#|href="#)', rf"\1{chart.name}-", svg)
     return svg.replace(INK, "currentColor").replace("<svg", f'<svg role="img" aria-label="{chart.title}"', 1)
 
 

@@ -2,10 +2,11 @@
 
 import logging
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from tqdm import tqdm
 
 from quad_modifiers.checkpoint.opened import Opened, open_checkpoint
@@ -15,23 +16,10 @@ from quad_modifiers.tools.inspection.baseline import need_same_type, need_unquan
 from quad_modifiers.tools.inspection.evaluation_text import TextOptions
 from quad_modifiers.tools.inspection.measure.inputs import measure_inputs, measure_surfaces
 from quad_modifiers.tools.inspection.measure.loss import LossMeter, Reference, unquantized_inputs
-from quad_modifiers.tools.inspection.measure.results import (
-    InputRow,
-    Inspection,
-    LossRow,
-    Stage,
-    Subject,
-    Surface,
-    WeightRow,
-)
+from quad_modifiers.tools.inspection.measure.results import Inspection, LossRow, Stage, Subject
 from quad_modifiers.tools.inspection.measure.spectrum import measure_spectrum
 from quad_modifiers.tools.inspection.measure.stream import measure_blocks
-from quad_modifiers.tools.inspection.measure.trials import (
-    block_trials,
-    input_trials,
-    stored_parts,
-    weight_trials,
-)
+from quad_modifiers.tools.inspection.measure.trials import block_trials, input_trials, stored_parts, weight_trials
 from quad_modifiers.tools.inspection.measure.weights import RoundedWeights, measure_weights
 from quad_modifiers.tools.inspection.projected import project, projection_of
 from quad_modifiers.tools.inspection.recommendation import recommend
@@ -59,157 +47,123 @@ def measure(
         if original is not None:
             need_unquantized(original, "the baseline")
             need_same_type(opened, original)
-        found = _Checkpoint(opened, original, layers, text).measure()
+        found = _measure_checkpoint(opened, original, layers, text)
     else:
         need_unquantized(opened, "what is inspected must be a QUAD checkpoint, or else it")
         if baseline is not None:
             raise ValueError(f"{opened.name} is an unquantized model, its own baseline; omit --baseline")
-        found = _Model(opened, recipe or DEFAULT_RECIPE, rank, layers, text).measure()
+        found = _measure_model(opened, recipe or DEFAULT_RECIPE, rank, layers, text)
     return replace(found, recommendation=recommend(found))
 
 
-class _Model:
-    """An unquantized model, before and after a projection in memory."""
+def _measure_model(
+    opened: Opened, recipe: str, rank: int | None, layers: Sequence[int] | None, options: TextOptions
+) -> Inspection:
+    """Measures an unquantized model, before and after a projection in memory."""
+    projection = projection_of(recipe, rank)
+    chosen = _chosen(layers, opened)
+    text = options.windows(opened.tokenizer(), held_out=False)
+    decoder, windows = Decoder(opened.load(), opened.architecture), text.measured
+    from quad_modifiers.modifiers.base import prepared_decoder  # imports llm-compressor
 
-    def __init__(
-        self, opened: Opened, recipe: str, rank: int | None, layers: Sequence[int] | None, text: TextOptions
-    ) -> None:
-        self.recipe, self.projection = recipe, projection_of(recipe, rank)
-        self.layers = _chosen(layers, opened)
-        self.tokenizer = opened.tokenizer()
-        self.text = text.windows(self.tokenizer, held_out=False)
-        self.opened, self.decoder = opened, Decoder(opened.load(), opened.architecture)
-
-    def measure(self) -> Inspection:
-        """Returns all numbers."""
-        from quad_modifiers.modifiers.base import prepared_decoder  # imports llm-compressor
-
-        decoder, windows = self.decoder, self.text.measured
-        hidden, projection = decoder.geometry.hidden, self.projection
-        subject = _subject(self.opened, decoder, "model", hidden, projection.rank, projection.basis)
-        projection.check(decoder)
-        prepared_decoder(decoder.model)
-        logger.info("inspecting %s: spectrum of the residual stream", self.opened.name)
-        spectrum = measure_spectrum(decoder, self.text.calibration, windows[0], hidden, projection.rank)
-        reference = Reference.of(decoder, windows)
-        before = self._stage("before", reference)
-        logger.info("projecting by %s, rank %d", self.recipe, projection.rank)
-        project(decoder.model, projection, self.text.calibration)
-        after = self._stage("after", reference)
-        return Inspection(
-            subject=replace(subject, recipe=self.recipe),
-            settings=self.text.settings,
-            reference_perplexity=reference.perplexity,
-            reference="the model in full precision",
-            spectrum=spectrum,
-            inputs=before.inputs + after.inputs,
-            weights=before.weights + after.weights,
-            surfaces=before.surfaces + after.surfaces,
-            losses=before.losses + after.losses,
-            blocks=[],
-        )
-
-    def _stage(self, stage: Stage, reference: Reference) -> "_Measured":
-        decoder, windows = self.decoder, self.text.measured
-        logger.info("%s the projection: inputs and weights", stage)
-        rounded = RoundedWeights()
-        inputs = measure_inputs(decoder, windows, stage)
-        weights = measure_weights(decoder, windows[0], rounded, stage)
-        surfaces = measure_surfaces(decoder, windows[0], self.layers, stage)
-        linears = list(decoder.linears())
-        trials = list(input_trials(linears))
-        if stage == "after":
-            trials += [*weight_trials(linears), *block_trials(linears)]
-        meter = LossMeter(decoder, windows, stage, reference)
-        losses = [meter.row("nothing", "inputs and weights", "")]
-        losses += [meter.trial(trial, rounded) for trial in _progress(trials, f"{stage} the projection")]
-        return _Measured(inputs, weights, surfaces, losses)
+    hidden = decoder.geometry.hidden
+    subject = _subject(opened, decoder, "model", hidden, projection.rank, projection.basis, recipe)
+    projection.check(decoder)
+    prepared_decoder(decoder.model)
+    logger.info("inspecting %s: spectrum of the residual stream", opened.name)
+    spectrum = measure_spectrum(decoder, text.calibration, windows[0], hidden, projection.rank)
+    reference = Reference.of(decoder, windows)
+    found = Inspection(subject, text.settings, reference.perplexity, "the model in full precision", spectrum)
+    _add_side(found, "before", decoder, windows, chosen, reference)
+    logger.info("projecting by %s, rank %d", recipe, projection.rank)
+    project(decoder.model, projection, text.calibration)
+    _add_side(found, "after", decoder, windows, chosen, reference)
+    return found
 
 
-@dataclass(frozen=True)
-class _Measured:
-    """The numbers on one side of the projection."""
+def _add_side(
+    found: Inspection,
+    stage: Stage,
+    decoder: Decoder,
+    windows: list[torch.Tensor],
+    layers: list[int],
+    reference: Reference,
+) -> None:
+    """Adds the numbers on one side of the projection."""
+    logger.info("%s the projection: inputs and weights", stage)
+    rounded = RoundedWeights()
+    found.inputs.extend(measure_inputs(decoder, windows, stage))
+    found.weights.extend(measure_weights(decoder, windows[0], rounded, stage))
+    found.surfaces.extend(measure_surfaces(decoder, windows[0], layers, stage))
+    linears = list(decoder.linears())
+    trials = list(input_trials(linears))
+    if stage == "after":
+        trials += [*weight_trials(linears), *block_trials(linears)]
+    meter = LossMeter(decoder, windows, stage, reference)
+    found.losses.append(meter.row("nothing", "inputs and weights", ""))
+    found.losses.extend(meter.trial(trial, rounded) for trial in _progress(trials, f"{stage} the projection"))
 
-    inputs: list[InputRow]
-    weights: list[WeightRow]
-    surfaces: list[Surface]
-    losses: list[LossRow]
+
+def _measure_checkpoint(
+    opened: Opened, original: Opened | None, layers: Sequence[int] | None, options: TextOptions
+) -> Inspection:
+    """Measures a QUAD checkpoint, against its original where that is given."""
+    chosen = _chosen(layers, opened)
+    text = options.windows(opened.tokenizer(), held_out=True)
+    decoder, windows = Decoder(opened.load(), opened.architecture), text.measured
+    first = None if original is None else Decoder(original.load(), original.architecture)
+    subject = _checkpoint_subject(opened, decoder, original)
+    logger.info("inspecting %s: spectrum and inputs", opened.name)
+    spectrum = measure_spectrum(decoder, text.calibration, windows[0], subject.hidden, subject.rank)
+    inputs = measure_inputs(decoder, windows, "after")
+    surfaces = measure_surfaces(decoder, windows[0], chosen, "after")
+    blocks, reference, against = [], None, "the checkpoint with unquantized inputs"
+    if first is not None:
+        against = "the original model"
+        logger.info("against %s", subject.baseline)
+        blocks = measure_blocks(first, decoder, windows)
+        inputs = measure_inputs(first, windows, "before") + inputs
+        surfaces = measure_surfaces(first, windows[0], chosen, "before") + surfaces
+        reference = Reference.of(first, windows)
+    losses, perplexity = _checkpoint_losses(decoder, windows, reference)
+    found = Inspection(subject, text.settings, perplexity, against, spectrum)
+    return replace(found, inputs=inputs, surfaces=surfaces, losses=losses, blocks=blocks)
 
 
-class _Checkpoint:
-    """A QUAD checkpoint, against its original where that is given."""
+def _checkpoint_subject(opened: Opened, decoder: Decoder, original: Opened | None) -> Subject:
+    quad = opened.need_quad()
+    basis = quad.residual_basis
+    hidden = opened.config.hidden_size if basis is None else basis.hidden_size
+    rank, kind = (0, None) if basis is None else (basis.rank, basis.basis)
+    bits: dict[str, int | None] = {}
+    for role, group in opened.architecture.roles().items():
+        entry = quad.linears[role].input
+        bits.setdefault(group.name, None if entry is None else entry.bits)
+    file = Path(opened.name) / "recipe.yaml"
+    recipe = file.read_text(encoding="utf-8") if file.is_file() else None
+    return replace(
+        _subject(opened, decoder, "checkpoint", hidden, rank, kind, recipe),
+        baseline=None if original is None else original.name,
+        input_bits=bits,
+    )
 
-    def __init__(
-        self, opened: Opened, original: Opened | None, layers: Sequence[int] | None, text: TextOptions
-    ) -> None:
-        self.layers = _chosen(layers, opened)
-        self.text = text.windows(opened.tokenizer(), held_out=True)
-        self.opened, self.original = opened, original
-        self.decoder = Decoder(opened.load(), opened.architecture)
-        self.original_decoder = None if original is None else Decoder(original.load(), original.architecture)
 
-    def measure(self) -> Inspection:
-        """Returns all numbers."""
-        decoder, windows = self.decoder, self.text.measured
-        subject = self._subject()
-        logger.info("inspecting %s: spectrum and inputs", self.opened.name)
-        spectrum = measure_spectrum(decoder, self.text.calibration, windows[0], subject.hidden, subject.rank)
-        inputs = measure_inputs(decoder, windows, "after")
-        surfaces = measure_surfaces(decoder, windows[0], self.layers, "after")
-        blocks, reference = [], None
-        if self.original is not None and self.original_decoder is not None:
-            logger.info("against %s", self.original.name)
-            first = self.original_decoder
-            blocks = measure_blocks(first, decoder, windows)
-            inputs = measure_inputs(first, windows, "before") + inputs
-            surfaces = measure_surfaces(first, windows[0], self.layers, "before") + surfaces
-            reference = Reference.of(first, windows)
-        losses, reference = self._losses(reference)
-        return Inspection(
-            subject=subject,
-            settings=self.text.settings,
-            reference_perplexity=reference.perplexity,
-            reference="the checkpoint with unquantized inputs" if self.original is None else "the original model",
-            spectrum=spectrum,
-            inputs=inputs,
-            weights=[],
-            surfaces=surfaces,
-            losses=losses,
-            blocks=blocks,
-        )
-
-    def _subject(self) -> Subject:
-        quad = self.opened.need_quad()
-        basis = quad.residual_basis
-        hidden = self.opened.config.hidden_size if basis is None else basis.hidden_size
-        rank, kind = (0, None) if basis is None else (basis.rank, basis.basis)
-        bits: dict[str, int | None] = {}
-        for role, group in self.opened.architecture.roles().items():
-            entry = quad.linears[role].input
-            bits.setdefault(group.name, None if entry is None else entry.bits)
-        file = Path(self.opened.name) / "recipe.yaml"
-        return replace(
-            _subject(self.opened, self.decoder, "checkpoint", hidden, rank, kind),
-            recipe=file.read_text(encoding="utf-8") if file.is_file() else None,
-            baseline=None if self.original is None else self.original.name,
-            input_bits=bits,
-        )
-
-    def _losses(self, reference: Reference | None) -> tuple[list[LossRow], Reference]:
-        """Weights alone and everything against the original; then the inputs of one part at a time."""
-        decoder, windows = self.decoder, self.text.measured
-        linears = list(decoder.linears())
-        everything = [linear.module for linear in linears]
-        with unquantized_inputs(everything):
-            weights_only = Reference.of(decoder, windows)
-            whole = LossMeter(decoder, windows, "after", reference or weights_only)
-            rows = [whole.row("all", "weights", "as stored")]
-        rows.append(whole.row("all", "inputs and weights", "as stored"))
-        meter = LossMeter(decoder, windows, "after", weights_only)
-        for part, inside in _progress(list(stored_parts(linears)), "inputs of one part at a time"):
-            with unquantized_inputs(linear for linear in everything if linear not in inside):
-                rows.append(meter.row(part, "inputs", "as stored"))
-        return rows, whole.reference
+def _checkpoint_losses(
+    decoder: Decoder, windows: list[torch.Tensor], reference: Reference | None
+) -> tuple[list[LossRow], float]:
+    """Returns the losses and the reference's perplexity: weights, everything, then the inputs of one part at a time."""
+    linears = list(decoder.linears())
+    everything = [linear.module for linear in linears]
+    with unquantized_inputs(everything):
+        weights_only = Reference.of(decoder, windows)
+        whole = LossMeter(decoder, windows, "after", reference or weights_only)
+        rows = [whole.row("all", "weights", "as stored")]
+    rows.append(whole.row("all", "inputs and weights", "as stored"))
+    meter = LossMeter(decoder, windows, "after", weights_only)
+    for part, inside in _progress(list(stored_parts(linears)), "inputs of one part at a time"):
+        with unquantized_inputs(linear for linear in everything if linear not in inside):
+            rows.append(meter.row(part, "inputs", "as stored"))
+    return rows, whole.reference.perplexity
 
 
 def _progress(items: list[Any], description: str) -> Iterator[Any]:
@@ -217,11 +171,7 @@ def _progress(items: list[Any], description: str) -> Iterator[Any]:
 
 
 def _chosen(layers: Sequence[int] | None, opened: Opened) -> list[int]:
-    """Returns the blocks whose surfaces are drawn.
-
-    Raises:
-        ValueError: if the model has no such block.
-    """
+    """Returns the blocks whose surfaces are drawn; refuses those that the model does not have."""
     count = opened.config.num_hidden_layers
     if layers is None:
         return sorted({count // 4, count // 2})
@@ -231,21 +181,12 @@ def _chosen(layers: Sequence[int] | None, opened: Opened) -> list[int]:
     return sorted(set(layers))
 
 
-def _subject(opened: Opened, decoder: Decoder, kind: Any, hidden: int, rank: int, basis: str | None) -> Subject:
-    config = opened.config
-    ends = 2 * config.vocab_size * hidden
-    linears = [linear.module for linear in decoder.linears()]
+def _subject(
+    opened: Opened, decoder: Decoder, kind: Any, hidden: int, rank: int, basis: str | None, recipe: str | None
+) -> Subject:
+    config, linears = opened.config, [linear.module for linear in decoder.linears()]
     inside = sum(linear.in_features * linear.out_features for linear in linears)
-    return Subject(
-        opened.name,
-        kind,
-        opened.architecture.model_type,
-        config.num_hidden_layers,
-        hidden,
-        inside,
-        ends,
-        rank,
-        basis,
-        None,
-        groups={group.name: group.writes_stream for group in opened.architecture.roles().values()},
-    )
+    ends, model_type = 2 * config.vocab_size * hidden, opened.architecture.model_type
+    layers = config.num_hidden_layers
+    groups = {group.name: group.writes_stream for group in opened.architecture.roles().values()}
+    return Subject(opened.name, kind, model_type, layers, hidden, inside, ends, rank, basis, recipe, groups=groups)

@@ -9,7 +9,7 @@ from quad_modifiers.output_folder import check_target, complete_or_absent
 from quad_modifiers.tools.inspection.evaluation_text import TextOptions
 from quad_modifiers.tools.inspection.measure.results import Inspection, Recommendation, write_json
 from quad_modifiers.tools.inspection.measuring import measure
-from quad_modifiers.tools.inspection.page import Section, callout, figure, folded, page, preformatted, table
+from quad_modifiers.tools.inspection.page import Section, callout, folded, page, preformatted, table
 
 logger = logging.getLogger(__name__)
 
@@ -62,7 +62,7 @@ def inspect_model(
             fit it, or there is not enough text.
         ModuleNotFoundError: if matplotlib, or for an unquantized model llm-compressor, is not installed.
     """
-    from quad_modifiers.tools.inspection.charts import charts
+    from quad_modifiers.tools.inspection.plots import charts
 
     target = Path(output_dir)
     check_target(target)
@@ -81,7 +81,7 @@ def write_report(folder: Path, charts: Iterable, build, numbers: object, numbers
         for chart in charts:
             drawn = draw(chart)
             (temporary / f"{chart.name}.png").write_bytes(drawn.png)
-            sections.append(Section(chart.name, chart.title, chart.caption, figure(drawn.svg)))
+            sections.append(Section(chart.name, chart.title, chart.caption, f"<figure>{drawn.svg}</figure>"))
         (temporary / REPORT_NAME).write_text(build(sections), encoding="utf-8")
         write_json(numbers, temporary / numbers_name)
     logger.info("report in %s", folder / REPORT_NAME)
@@ -90,17 +90,15 @@ def write_report(folder: Path, charts: Iterable, build, numbers: object, numbers
 def inspection_page(found: Inspection, charts: Sequence[Section]) -> str:
     """Returns the page of an inspection."""
     subject, settings = found.subject, found.settings
-    facts = [
-        subject.model_type,
-        f"{subject.layers} blocks",
-        f"hidden size {subject.hidden}",
-        f"rank {subject.rank}" + (f", {subject.basis} basis" if subject.basis else ""),
-    ]
+    rank = f"rank {subject.rank}" + (f", {subject.basis} basis" if subject.basis else "")
+    facts = [subject.model_type, f"{subject.layers} blocks", f"hidden size {subject.hidden}", rank]
     if subject.kind == "model":
         facts.append(f"unquantized; projected in memory as {subject.recipe} does")
     else:
         facts.append("QUAD checkpoint" + (f"; original {subject.baseline}" if subject.baseline else ""))
-    sections = [_with_table(section, found) for section in charts]
+    sections = [_with_table(section, found) if section.name == "loss-parts" else section for section in charts]
+    recipe = subject.recipe if subject.kind == "checkpoint" else None
+    versions = ", ".join(f"{name} {number}" for name, number in settings.versions.items())
     sections.append(
         Section(
             "measured",
@@ -108,10 +106,8 @@ def inspection_page(found: Inspection, charts: Sequence[Section]) -> str:
             f"{settings.text}: {settings.calibration_windows} windows for the spectrum and the projection, "
             f"{settings.measured_windows} others for everything else, {settings.window_length} tokens each, seed "
             f"{settings.seed}. Losses on so little text are for comparing parts with each other, not for quoting. "
-            f"{settings.machine}; {', '.join(f'{name} {number}' for name, number in settings.versions.items())}.",
-            folded("Recipe of the checkpoint", preformatted(subject.recipe))
-            if subject.recipe is not None and subject.kind == "checkpoint"
-            else "",
+            f"{settings.machine}; {versions}.",
+            "" if recipe is None else folded("Recipe of the checkpoint", preformatted(recipe)),
         )
     )
     if found.recommendation is not None:
@@ -148,8 +144,6 @@ def _cards(found: Inspection) -> list[tuple[str, str]]:
 
 def _with_table(section: Section, found: Inspection) -> Section:
     """Adds the numbers of the losses, which the chart does not show exactly."""
-    if section.name != "loss-parts":
-        return section
     rows = [
         (
             row.stage if found.subject.kind == "model" else "",

@@ -76,28 +76,17 @@ class Section(NamedTuple):
 
 
 def page(title: str, subtitle: str, cards: Sequence[tuple[str, str]], sections: Iterable[Section]) -> str:
-    """Returns the page.
-
-    Args:
-        title: title of the page.
-        subtitle: line under the title.
-        cards: (value, name) of each number at the top.
-        sections: sections of the page, in order.
-    """
+    """Returns the page; `cards` are (value, name) of each number at the top."""
     listed = list(sections)
+    numbers = (f'<div class="card"><b>{escape(value)}</b><span>{escape(what)}</span></div>' for value, what in cards)
     return _PAGE.substitute(
         title=escape(title),
         subtitle=escape(subtitle),
         style=_STYLE,
-        cards='<div class="cards">' + "".join(map(_card, cards)) + "</div>",
+        cards=f'<div class="cards">{"".join(numbers)}</div>',
         contents="".join(f'<a href="#{each.name}">{escape(each.title)}</a>' for each in listed),
         sections="\n".join(map(_section, listed)),
     )
-
-
-def _card(card: tuple[str, str]) -> str:
-    value, what = card
-    return f'<div class="card"><b>{escape(value)}</b><span>{escape(what)}</span></div>'
 
 
 def _section(section: Section) -> str:
@@ -112,10 +101,9 @@ def callout(text: str) -> str:
 
 def table(header: Sequence[str], rows: Iterable[Sequence[str]], numbers: int = 0) -> str:
     """Returns a table of text cells; the last `numbers` columns are aligned to the right."""
-    first_number = len(header) - numbers
+    attributes = [""] * (len(header) - numbers) + [' class="number"'] * numbers
 
     def line(cells: Sequence[str], tag: str) -> str:
-        attributes = ["" if index < first_number else ' class="number"' for index in range(len(cells))]
         inside = "".join(f"<{tag}{a}>{escape(cell)}</{tag}>" for a, cell in zip(attributes, cells, strict=True))
         return f"<tr>{inside}</tr>"
 
@@ -127,11 +115,6 @@ def table(header: Sequence[str], rows: Iterable[Sequence[str]], numbers: int = 0
 def folded(summary: str, body: str) -> str:
     """Returns HTML that opens on a click."""
     return f"<details><summary>{escape(summary)}</summary>{body}</details>"
-
-
-def figure(svg: str) -> str:
-    """Returns a chart."""
-    return f"<figure>{svg}</figure>"
 
 
 def preformatted(text: str) -> str:

@@ -1,20 +1,102 @@
-"""The charts of an inspection, drawn from its numbers alone."""
+"""The charts of an inspection, drawn from its numbers alone: which there are, what the page says, how they look."""
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import numpy as np
 from matplotlib import colormaps
-from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
-from quad_modifiers.tools.inspection.figures import AFTER, BEFORE, INK, OTHER, WIDTH, legend_below, new_figure
+from quad_modifiers.tools.inspection.figures import AFTER, BEFORE, INK, OTHER, WIDTH, Chart, legend_below, new_figure
 from quad_modifiers.tools.inspection.measure.results import Inspection, LossRow, Surface
 
 PART_TITLES = {"qkv": "q, k, v", "o": "o_proj", "gate_up": "gate, up", "down": "down_proj"}  # others by their names
 _STAGE_COLOURS = {"before": BEFORE, "after": AFTER}
+
+
+def charts(found: Inspection) -> list[Chart]:
+    """Returns the charts that there are numbers for, in the order of the page."""
+    both = any(row.stage == "before" for row in found.inputs)
+    sides = "before (orange) and after (blue) the projection" if both else "in the checkpoint"
+    made: list[Chart] = []
+
+    def add(name: str, title: str, draw: Callable[..., Figure], caption: str, *arguments: int) -> None:
+        made.append(Chart(name, title, caption, partial(draw, found, *arguments)))
+
+    for layer in sorted({surface.layer for surface in found.surfaces}):
+        add(
+            f"surface-block-{layer}",
+            f"Activations of block {layer}",
+            draw_surfaces,
+            "Magnitude by token and channel. Left: the model's own inputs; a few channels or tokens tower over the "
+            "rest and set the grid for all. Right: the same inputs as the quantizer sees them; the towers should have "
+            "gone into the outlier coordinates (orange), which stay in full precision, and what is quantized (blue) "
+            "should be flat."
+            if both
+            else "Magnitude by token and channel, as the quantizer sees it: outlier coordinates (orange) stay in full "
+            "precision; what is quantized (blue) should be flat.",
+            layer,
+        )
+    add(
+        "spectrum",
+        "Spectrum of the residual stream",
+        draw_spectrum,
+        "Energy of each direction of the normalized stream (left), held by the first directions together (middle), "
+        "and the error of 4-bit U-type inputs if that many directions stay in full precision (right). A steep "
+        "beginning means that few directions do most of the good; a straight tail, that more rank buys little.",
+    )
+    add(
+        "input-error",
+        "Error of quantized inputs, by block",
+        draw_input_error,
+        f"Squared error of each token's input over its energy, {sides}, at 4 and at 8 bits. Lower is better; a "
+        "factor of 256 separates 4 and 8 bits where no outlier stretches the grid. Blocks that stick out are "
+        "the ones to look at.",
+    )
+    add(
+        "grid-ratio",
+        "Step of the 4-bit grid over the standard deviation",
+        draw_grid_ratio,
+        "How many standard deviations of the quantized coordinates one step of the grid spans. Gaussian data of "
+        "this width has about 0.4; above 1, most coordinates round to zero.",
+    )
+    if found.weights:
+        add(
+            "weight-error",
+            "Error of 4-bit weights, by block and role",
+            draw_weight_error,
+            "Signal over error of each linear's output, in dB, with its residual weight rounded to nearest and its "
+            "input unquantized. Higher is better. GPTQ, which the recipes use, does better than this; the pattern "
+            "stays.",
+        )
+    if found.subject.kind == "model":
+        loss = (
+            "Divergence from full precision (KL, nats per token) with one part quantized to 4 bits and everything else "
+            "as it was. Small values are the relative increase of the perplexity: 0.05 is 5 %. Mind the logarithmic "
+            "axis. The dotted line is the rounding of the model's own dtype, below which nothing can be told."
+        )
+        blocks = "The same for runs of blocks: inputs and weights of these blocks at 4 bits, all others unquantized."
+    else:
+        loss = (
+            f"Divergence (KL, nats per token). Weights, and inputs and weights: from {found.reference}. Inputs: from "
+            "the checkpoint with unquantized inputs, one part quantized as stored. The axis is logarithmic."
+        )
+        blocks = "The same for runs of blocks: only the inputs of these blocks are quantized."
+    add("loss-parts", "Where the perplexity is lost: parts", draw_loss_parts, loss)
+    add("loss-blocks", "Where the perplexity is lost: depth", draw_loss_blocks, blocks)
+    if found.blocks:
+        add(
+            "block-error",
+            "Each block against the original's",
+            draw_block_error,
+            "Error of the residual stream after each block (accumulated), and of what the block itself adds when "
+            "it is given the original's stream, with its inputs quantized and without: the distance between the "
+            "last two is due to the inputs, the rest to the weights.",
+        )
+    return made
 
 
 def draw_surfaces(found: Inspection, layer: int) -> Figure:
@@ -38,31 +120,16 @@ def draw_surfaces(found: Inspection, layer: int) -> Figure:
 def _surface(axes: Any, surface: Surface, top: float) -> None:
     values = np.asarray(surface.values)
     rows, columns = values.shape
-    channel, token = np.meshgrid(
-        np.arange(columns) * surface.channels / columns, np.arange(rows) * surface.tokens / rows
-    )
+    channels, tokens = np.arange(columns) * surface.channels / columns, np.arange(rows) * surface.tokens / rows
     colours = colormaps["Blues"](0.35 + 0.6 * values / top)
     colours[:, : surface.outliers] = colormaps["Oranges"](0.35 + 0.6 * values[:, : surface.outliers] / top)
-    drawn = axes.plot_surface(
-        channel,
-        token,
-        values,
-        facecolors=colours,
-        rcount=rows,
-        ccount=columns,
-        linewidth=0,
-        antialiased=False,
-        shade=False,
-    )
-    drawn.set_rasterized(True)
-    axes.set_zlim(0, top)
+    flat = {"linewidth": 0, "antialiased": False, "shade": False}
+    grid = np.meshgrid(channels, tokens)
+    axes.plot_surface(*grid, values, facecolors=colours, rcount=rows, ccount=columns, **flat).set_rasterized(True)
+    axes.set(zlim=(0, top), xlabel="channel", ylabel="token", zlabel="magnitude")
     axes.view_init(elev=24, azim=-62)
     axes.set_box_aspect((1.6, 1.1, 0.8), zoom=0.98)
-    title = _title(surface.group)
-    axes.set_title(f"{title}, {surface.stage}", y=0.98)
-    axes.set_xlabel("channel")
-    axes.set_ylabel("token")
-    axes.set_zlabel("magnitude")
+    axes.set_title(f"{_title(surface.group)}, {surface.stage}", y=0.98)
     for axis in (axes.xaxis, axes.yaxis, axes.zaxis):
         axis.set_major_locator(MaxNLocator(4))
         axis.set_pane_color((0, 0, 0, 0))
@@ -98,55 +165,45 @@ def draw_spectrum(found: Inspection) -> Figure:
     return figure
 
 
-def _title(group: str, kind: str = "") -> str:
-    return f"Input of {PART_TITLES.get(group, group)}{kind}"
+def _title(group: str) -> str:
+    return f"Input of {PART_TITLES.get(group, group)}"
 
 
-def _by_group(found: Inspection, height: float, ylabel: str) -> tuple[Figure, Iterable[tuple[str, Axes]]]:
+def _by_group(
+    found: Inspection, height: float, ylabel: str, lines: Mapping[str, tuple[str, str]], **limits: Any
+) -> Figure:
+    """Draws fields of the inputs by block, one panel a group; `lines` are (end of the label, style) by field."""
     groups = found.subject.groups
-    rows = -(-len(groups) // 2)
-    figure, grid = new_figure(height * rows / 2, rows, 2, sharex=True, sharey=True, squeeze=False)
-    axes = list(zip(groups, grid.flat, strict=False))
+    panels = -(-len(groups) // 2)
+    figure, grid = new_figure(height * panels / 2, panels, 2, sharex=True, sharey=True, squeeze=False)
     for empty in grid.flat[len(groups) :]:
         empty.set_axis_off()
-    for group, each in axes:
-        each.set_title(_title(group, " (D-type)" if groups[group] else " (U-type)"))
-        each.xaxis.set_major_locator(MaxNLocator(integer=True))
+    for (group, writes), axes in zip(groups.items(), grid.flat, strict=False):
+        axes.set_title(f"{_title(group)} ({'D' if writes else 'U'}-type)")
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        for stage, colour in _STAGE_COLOURS.items():
+            rows = [row for row in found.inputs if row.stage == stage and row.group == group]
+            for field, (label, style) in lines.items() if rows else ():
+                values = [getattr(row, field) for row in rows]
+                axes.plot([row.layer for row in rows], values, color=colour, label=stage + label, linestyle=style)
     for row in grid:
         row[0].set_ylabel(ylabel)
-    for each in grid[-1]:
-        each.set_xlabel("block")
-    return figure, axes
+    for bottom in grid[-1]:
+        bottom.set_xlabel("block")
+    axes.set(**limits)  # shared by all
+    legend_below(figure, axes)
+    return figure
 
 
 def draw_input_error(found: Inspection) -> Figure:
     """Draws input errors by block, one panel a group."""
-    figure, grid = _by_group(found, 5.2, "relative squared error")
-    for group, axes in grid:
-        axes.set_yscale("log")
-        for stage, colour in _STAGE_COLOURS.items():
-            rows = [row for row in found.inputs if row.stage == stage and row.group == group]
-            if rows:
-                layers = [row.layer for row in rows]
-                axes.plot(layers, [row.error_4bit for row in rows], color=colour, label=f"{stage}, 4 bits")
-                axes.plot(
-                    layers, [row.error_8bit for row in rows], color=colour, linestyle=":", label=f"{stage}, 8 bits"
-                )
-    legend_below(figure, axes)
-    return figure
+    lines = {"error_4bit": (", 4 bits", "-"), "error_8bit": (", 8 bits", ":")}
+    return _by_group(found, 5.2, "relative squared error", lines, yscale="log")
 
 
 def draw_grid_ratio(found: Inspection) -> Figure:
     """Draws step over standard deviation by block, one panel a group."""
-    figure, grid = _by_group(found, 4.8, "step / standard deviation")
-    for group, axes in grid:
-        for stage, colour in _STAGE_COLOURS.items():
-            rows = [row for row in found.inputs if row.stage == stage and row.group == group]
-            if rows:
-                axes.plot([row.layer for row in rows], [row.step_to_std for row in rows], color=colour, label=stage)
-    axes.set_ylim(bottom=0)  # shared by all, and known only now
-    legend_below(figure, axes)
-    return figure
+    return _by_group(found, 4.8, "step / standard deviation", {"step_to_std": ("", "-")}, ylim=(0, None))
 
 
 def draw_weight_error(found: Inspection) -> Figure:
@@ -183,12 +240,16 @@ def _part_rows(found: Inspection) -> list[tuple[str, list[LossRow]]]:
     return list(labelled.items())
 
 
+def _floor(found: Inspection) -> list[float]:
+    """Returns the loss with nothing quantized: the rounding of the model's own dtype."""
+    return [row.divergence for row in found.losses if row.part == "nothing" and row.stage == "after"]
+
+
 def draw_loss_parts(found: Inspection) -> Figure:
     """Draws the divergence of every part."""
     rows = _part_rows(found)
     figure, axes = new_figure(0.7 + 0.27 * len(rows))
     positions = range(len(rows))
-    floor = [row.divergence for row in found.losses if row.part == "nothing" and row.stage == "after"]
     for stage, colour in _STAGE_COLOURS.items():
         points = [
             (max(row.divergence, 1e-6), position)
@@ -200,10 +261,10 @@ def draw_loss_parts(found: Inspection) -> Figure:
             axes.scatter(*zip(*points, strict=True), color=colour, s=38, label=f"{stage} the projection", zorder=3)
             for value, position in points:
                 axes.annotate(f"{value:.3f}", (value, position), (7, -3), textcoords="offset points", fontsize=8)
-    for value in floor:
+    for value in _floor(found):
         axes.axvline(value, color=INK, linestyle=":", linewidth=1)
-    axes.set(xscale="log", xlabel="divergence, nats per token (KL)", yticks=positions)
-    axes.set_yticklabels([label for label, _ in rows])
+    axes.set(xscale="log", xlabel="divergence, nats per token (KL)")
+    axes.set_yticks(positions, labels=[label for label, _ in rows])
     axes.set_ylim(len(rows) - 0.4, -0.6)
     axes.margins(x=0.12)
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
@@ -217,11 +278,10 @@ def draw_loss_blocks(found: Inspection) -> Figure:
     rows = [row for row in found.losses if row.part.startswith("block")]
     figure, axes = new_figure(2.9)
     axes.bar(range(len(rows)), [row.divergence for row in rows], color=AFTER, width=0.72)
-    for row in found.losses:
-        if row.part == "nothing" and row.stage == "after":
-            axes.axhline(row.divergence, color=INK, linestyle=":", linewidth=1)
-    axes.set(ylabel="divergence, nats per token", xticks=range(len(rows)), xlabel="blocks")
-    axes.set_xticklabels([row.part.partition(" ")[2] for row in rows])
+    for value in _floor(found):
+        axes.axhline(value, color=INK, linestyle=":", linewidth=1)
+    axes.set(ylabel="divergence, nats per token", xlabel="blocks")
+    axes.set_xticks(range(len(rows)), labels=[row.part.partition(" ")[2] for row in rows])
     axes.grid(axis="x", visible=False)
     return figure
 
@@ -230,15 +290,13 @@ def draw_block_error(found: Inspection) -> Figure:
     """Draws errors of the stream by block."""
     figure, axes = new_figure(3.2)
     layers = [row.layer for row in found.blocks]
-    axes.plot(layers, [row.accumulated for row in found.blocks], color=AFTER, label="accumulated, of the stream")
-    axes.plot(layers, [row.alone for row in found.blocks], color=BEFORE, label="this block alone, of what it adds")
-    axes.plot(
-        layers,
-        [row.alone_weights for row in found.blocks],
-        color=OTHER,
-        linestyle="--",
-        label="this block alone, inputs unquantized",
-    )
+    for field, colour, style, label in (
+        ("accumulated", AFTER, "-", "accumulated, of the stream"),
+        ("alone", BEFORE, "-", "this block alone, of what it adds"),
+        ("alone_weights", OTHER, "--", "this block alone, inputs unquantized"),
+    ):
+        errors = [getattr(row, field) for row in found.blocks]
+        axes.plot(layers, errors, color=colour, linestyle=style, label=label)
     axes.set(yscale="log", xlabel="block", ylabel="relative squared error")
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     legend_below(figure, axes)

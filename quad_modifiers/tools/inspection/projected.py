@@ -30,17 +30,14 @@ def projection_of(recipe: str, rank: int | None) -> "SVDOutlierProjection":
     if not found:
         names = ", ".join(type(modifier).__name__ for modifier in modifiers)
         raise ValueError(f"the recipe {recipe} has no {_NAME}, only {names}; choose one with it, such as quad_w4a4")
+    first, kind = found[0], type(found[0])
     if rank is None:
-        return found[0]
-    return type(found[0])(**{**found[0].model_dump(include=set(type(found[0]).model_fields)), "rank": rank})
+        return first
+    return kind(**{**first.model_dump(include=set(kind.model_fields)), "rank": rank})
 
 
 def project(model: Any, projection: "SVDOutlierProjection", windows: list[torch.Tensor]) -> None:
-    """Projects a model in place; its function stays the same.
-
-    Raises:
-        ValueError: if a rank does not fit the model.
-    """
+    """Projects a model in place; its function stays the same. Refuses a rank that does not fit the model."""
     from quad_modifiers.modifiers.base import prepared_decoder
 
     decoder = prepared_decoder(model)

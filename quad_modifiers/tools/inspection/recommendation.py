@@ -4,10 +4,9 @@ Losses are divergences from full precision in nats per token; small ones are the
 Such a loss grows with the square of the perturbation, which is how it is carried over to ranks that were not tried.
 """
 
-from dataclasses import dataclass
 from typing import NamedTuple
 
-from quad_modifiers.tools.inspection.measure.results import Inspection, Recommendation, Rule
+from quad_modifiers.tools.inspection.measure.results import Inspection, Quantized, Recommendation, Rule, Stage, Subject
 
 USEFUL_PROJECTION = 0.5  # share of the loss of 4-bit inputs that it must remove
 RANK_BUDGET = 0.05  # nats that 4-bit U-type inputs may lose before more rank is bought
@@ -32,8 +31,7 @@ _U_INPUTS = _Kind("R3", "U-type inputs (q, k, v, gate, up)", False, U_BUDGET, " 
 _D_INPUTS = _Kind("R4", "D-type inputs (o_proj, down_proj)", True, D_BUDGET, "")
 
 
-@dataclass(frozen=True)
-class _Losses:
+class _Losses(NamedTuple):
     """The measured losses that the rules look at; None where there is no such number."""
 
     before: float | None
@@ -43,36 +41,37 @@ class _Losses:
     eight_bits: float | None
     weights: float | None
 
-    @classmethod
-    def of(cls, found: Inspection) -> "_Losses":
-        def loss(part: str, quantized: str, bits: str, stage: str = "after") -> float | None:
-            row = found.loss_of(part, quantized, bits, stage)  # type: ignore[arg-type]
-            return None if row is None else row.divergence
 
-        if found.subject.kind == "model":
-            return cls(
-                loss("all", "inputs", "4", "before"),
-                loss("all", "inputs", "4"),
-                loss("U-type", "inputs", "4"),
-                loss("D-type", "inputs", "4"),
-                loss("all", "inputs", "8"),
-                loss("all", "weights", "4"),
-            )
-        u_type = loss("U-type", "inputs", "as stored") if _stored_bits(found, False) == [4] else None
-        d_type = loss("D-type", "inputs", "as stored") if _stored_bits(found, True) == [4] else None
-        weights = loss("all", "weights", "as stored") if found.subject.baseline else None
-        return cls(None, None, u_type, d_type, None, weights)
+def _losses(found: Inspection) -> _Losses:
+    subject, is_model = found.subject, found.subject.kind == "model"
+    measured = "4" if is_model else "as stored"
+
+    def loss(part: str, quantized: Quantized, bits: str, stage: Stage = "after") -> float | None:
+        row = found.loss_of(part, quantized, bits, stage)
+        return None if row is None else row.divergence
+
+    def of_kind(part: str, writes: bool) -> float | None:
+        known = is_model or _stored_bits(subject, writes) == [4]
+        return loss(part, "inputs", measured) if known else None
+
+    return _Losses(
+        loss("all", "inputs", "4", "before"),
+        loss("all", "inputs", "4"),
+        of_kind("U-type", False),
+        of_kind("D-type", True),
+        loss("all", "inputs", "8"),
+        loss("all", "weights", measured) if is_model or subject.baseline else None,
+    )
 
 
-def _stored_bits(found: Inspection, writes: bool) -> list[int | None]:
+def _stored_bits(subject: Subject, writes: bool) -> list[int | None]:
     """Returns the bits of a checkpoint's inputs of one kind, each once, in run order."""
-    subject = found.subject
     return list(dict.fromkeys(bits for group, bits in subject.input_bits.items() if subject.groups[group] == writes))
 
 
 def recommend(found: Inspection) -> Recommendation:
     """Returns the recommendation that follows from an inspection."""
-    losses = _Losses.of(found)
+    losses = _losses(found)
     rules: list[Rule] = []
     useful = _projection(losses, rules)
     rank, u_loss = _rank(found, losses, rules)
@@ -126,7 +125,7 @@ def _rank(found: Inspection, losses: _Losses, rules: list[Rule]) -> tuple[int | 
 def _bits(kind: _Kind, found: Inspection, losses: _Losses, loss: float | None, rules: list[Rule]) -> int | None:
     """Returns the bits for one kind of input, None for unquantized; those of the checkpoint where nothing is known."""
     if loss is None:
-        return next(iter(_stored_bits(found, kind.writes)), None)
+        return next(iter(_stored_bits(found.subject, kind.writes)), None)
     bits: int | None = 4 if loss <= kind.budget else 8
     measured = f"4 bits lose {_nats(loss)}{kind.where}"
     if bits == 8 and losses.eight_bits is not None:
@@ -187,7 +186,20 @@ def _weights(found: Inspection, losses: _Losses, rules: list[Rule]) -> None:
 def _recipe(
     useful: bool, rank: int | None, u_bits: int | None, d_bits: int | None, packed_ends: bool, rules: list[Rule]
 ) -> str:
-    recipe, changes = _shipped(useful, rank, u_bits, d_bits, packed_ends)
+    """Returns the nearest shipped recipe; its rule says what to change in it."""
+    changes = ["d_type_bits: 8", "d_type_clip_ratio: 1.0"] if d_bits == 8 else []
+    if u_bits is None or d_bits is None:
+        recipe, changes = "quad_w4a16", []
+    elif u_bits == 8:
+        recipe, changes = "quad_w4a4a8", ["u_type_bits: 8", "u_type_clip_ratio: 1.0"]
+    elif not useful:
+        recipe = "rtn_w4a4"
+    elif rank == 0:
+        recipe = "quarot_w4a4"
+    elif d_bits == 8:
+        recipe, changes = "quad_w4a4a8", []
+    else:
+        recipe = "quad_w4a4_e8" if packed_ends else "quad_w4a4"
     if recipe.startswith("quad_w4a4") and rank is not None:
         changes.insert(0, f"rank: {rank}")
     if packed_ends and recipe != "quad_w4a4_e8":
@@ -203,24 +215,6 @@ def _recipe(
         )
     )
     return recipe
-
-
-def _shipped(
-    useful: bool, rank: int | None, u_bits: int | None, d_bits: int | None, packed_ends: bool
-) -> tuple[str, list[str]]:
-    """Returns the nearest shipped recipe and what differs from it, rank and embedding apart."""
-    wider_d = ["d_type_bits: 8", "d_type_clip_ratio: 1.0"] if d_bits == 8 else []
-    if u_bits is None or d_bits is None:
-        return "quad_w4a16", []
-    if u_bits == 8:
-        return "quad_w4a4a8", ["u_type_bits: 8", "u_type_clip_ratio: 1.0"]
-    if not useful:
-        return "rtn_w4a4", wider_d
-    if rank == 0:
-        return "quarot_w4a4", wider_d
-    if d_bits == 8:
-        return "quad_w4a4a8", []
-    return "quad_w4a4_e8" if packed_ends else "quad_w4a4", []
 
 
 def _nats(value: float) -> str:

@@ -16,32 +16,19 @@ UNKNOWN = "unknown"  # an identifier that the Hub knows
 
 @dataclass(frozen=True)
 class License:
-    """A license as the Hub's metadata name it; `name` and `link` go with the identifier "other".
+    """A license as the Hub's metadata name it; `name` and `link` go with the identifier "other"."""
 
-    Attributes:
-        identifier: identifier of the Hub, such as "apache-2.0".
-        name: name of a license that has no identifier.
-        link: link to the text of the license.
-        source: place where the license was found, for readers.
-    """
-
-    identifier: str
-    name: str | None = None
-    link: str | None = None
-    source: str = ""
+    identifier: str  # identifier of the Hub, such as "apache-2.0"
+    name: str | None = None  # name of a license that has no identifier
+    link: str | None = None  # link to the text of the license
+    source: str = ""  # place where the license was found, for readers
 
 
 def find_license(given: str | None, own: dict[str, Any], base_model: str | None, api: HfApi) -> License:
-    """Returns the first license found: the argument, the folder's own card, the base model's card.
+    """Returns the first license found: the given identifier, the folder's own card, the base model's card.
 
     The base model's card is looked for in the Hub's cache on this machine, then on the Hub. If nothing is found,
     the license is "unknown".
-
-    Args:
-        given: identifier that the caller named.
-        own: metadata of the folder's card.
-        base_model: Hub id.
-        api: the Hub.
     """
     if given:
         return License(given, source="argument")

@@ -35,14 +35,6 @@ def build_card(
 ) -> str:
     """Returns the text of the card, made anew or from the one in the folder.
 
-    Args:
-        folder: the checkpoint.
-        inventory: content of the folder.
-        repo_id: repository on the Hub, "org/name".
-        base_model: Hub id of the original model, if known.
-        license: license of the original model.
-        evaluation: measured results, None without any.
-
     Raises:
         ValueError: if the card in the folder has broken metadata or markers.
     """
@@ -108,14 +100,9 @@ def _metadata(
 
 
 def _eval_results(evaluation: Evaluation) -> list[EvalResult] | None:
-    results = [
-        EvalResult("text-generation", one.text, one.text, "perplexity", one.value) for one in evaluation.perplexity
-    ]
-    results += [
-        EvalResult("text-generation", score.task, score.task, score.metric, score.value)
-        for score in task_scores(evaluation)
-    ]
-    return results or None
+    numbers = [(one.text, "perplexity", one.value) for one in evaluation.perplexity]
+    numbers += [(score.task, score.metric, score.value) for score in task_scores(evaluation)]
+    return [EvalResult("text-generation", name, name, metric, value) for name, metric, value in numbers] or None
 
 
 def _merged(own: dict[str, Any], ours: dict[str, Any], is_ours: bool) -> dict[str, Any]:
@@ -140,11 +127,7 @@ def _marked(name: str, text: str) -> str:
 
 
 def _check_markers(file: Path, text: str) -> set[str]:
-    """Returns the names of the sections in a card.
-
-    Raises:
-        ValueError: if a marker has no partner, occurs twice, or is inside another section.
-    """
+    """Returns the names of the sections; refuses a marker without partner, twice, or inside another section."""
     found: set[str] = set()
     inside: str | None = None
     for match in _MARKER.finditer(text):

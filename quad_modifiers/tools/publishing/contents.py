@@ -11,14 +11,7 @@ _UNFINISHED = (".tmp", ".part", ".partial", ".incomplete", ".lock")
 
 
 def check_contents(folder: Path, needs_tokenizer: bool = True) -> Inventory:
-    """Refuses a folder that nobody should publish, before anything slow is done with it.
-
-    Args:
-        folder: a checkpoint.
-        needs_tokenizer: True to refuse a folder without a tokenizer.
-
-    Returns:
-        What the folder holds.
+    """Returns what a folder holds; refuses one that nobody should publish, before anything slow is done with it.
 
     Raises:
         FileNotFoundError: naming what is missing.

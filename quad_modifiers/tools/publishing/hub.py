@@ -74,10 +74,7 @@ def prepare_repository(api: HfApi, repo_id: str, private: bool, revision: str | 
 def superseded_files(info: ModelInfo, names: set[str], overwrite: bool) -> list[str]:
     """Returns the files in the repository that have to go, so that it holds one checkpoint and not two.
 
-    Args:
-        info: metadata of the repository.
-        names: paths that are about to be uploaded.
-        overwrite: True to replace a model that was not published from here.
+    `names` are about to be uploaded; `overwrite` replaces a model that was not published from here.
 
     Raises:
         HubError: if the repository holds another model and `overwrite` is false.
@@ -105,15 +102,7 @@ def commit(
 ) -> str:
     """Uploads the files and commits them together; returns the address of the commit.
 
-    Args:
-        api: the Hub.
-        repo_id: "org/name".
-        folder: the checkpoint.
-        names: paths of the files, in the folder as in the repository.
-        superseded: paths in the repository that the commit deletes.
-        revision: branch; main by default.
-        message: first line of the commit message.
-        parent: commit that the branch must still be at.
+    The commit deletes the `superseded` paths, and needs the branch to be at the commit `parent` still.
 
     Raises:
         HubError: if it does not succeed; the repository is then as it was.
@@ -163,23 +152,25 @@ def _explain(error: BaseException, repo_id: str) -> str:
     return f"{' '.join(str(error).split()) or type(error).__name__}; {_SAME_AGAIN}"
 
 
+_STATUS = {
+    401: "the Hub does not accept the token{said}; log in again with `hf auth login`, or make a new token",
+    403: "the token may not write to {repo}{said}; use a token with write access to {namespace}, or another name",
+    404: "{repo} is not there, or the token may not see it{said}; check the name and the token's rights",
+    409: "{repo} was changed in the meantime{said}; look at it, then {again}",
+    412: "{repo} was changed in the meantime{said}; look at it, then {again}",
+    429: "too many requests{said}; wait {wait}, then {again}",
+    500: "the Hub has a problem (status {status}){said}; wait a little, then {again}",
+}
+
+
 def _explain_status(error: HfHubHTTPError, repo_id: str) -> str:
-    status = error.response.status_code
-    namespace = repo_id.partition("/")[0]
-    said = f" ({' '.join(error.server_message.split())})" if error.server_message else ""
-    if status == 401:
-        return f"the Hub does not accept the token{said}; log in again with `hf auth login`, or make a new token"
-    if status == 403:
-        return (
-            f"the token may not write to {repo_id}{said}; use a token with write access to {namespace}, or another name"
-        )
-    if status == 404:
-        return f"{repo_id} is not there, or the token may not see it{said}; check the name and the token's rights"
-    if status in (409, 412):
-        return f"{repo_id} was changed in the meantime{said}; look at it, then {_SAME_AGAIN}"
-    if status == 429:
-        wait = error.response.headers.get("Retry-After")
-        return f"too many requests{said}; wait {f'{wait} s' if wait else 'a few minutes'}, then {_SAME_AGAIN}"
-    if status >= 500:
-        return f"the Hub has a problem (status {status}){said}; wait a little, then {_SAME_AGAIN}"
-    return f"the Hub refused with status {status}{said}"
+    status, wait = error.response.status_code, error.response.headers.get("Retry-After")
+    explanation = _STATUS.get(min(status, 500), "the Hub refused with status {status}{said}")
+    return explanation.format(
+        status=status,
+        said=f" ({' '.join(error.server_message.split())})" if error.server_message else "",
+        repo=repo_id,
+        namespace=repo_id.partition("/")[0],
+        wait=f"{wait} s" if wait else "a few minutes",
+        again=_SAME_AGAIN,
+    )

@@ -89,10 +89,13 @@ def plan(
         FileNotFoundError, ValueError: naming what is missing, damaged or misspelt, with the remedy.
     """
     folder = Path(folder).expanduser()
-    with hub_errors("checking the name", repo_id):
-        _check_name(repo_id)
+    _check_name(repo_id)
     if base_model is not None:
-        _check_base_model(base_model)
+        if base_model.count("/") > 1 or Path(base_model).expanduser().is_dir():
+            raise ValueError(
+                f"the base model must be a Hub id such as Qwen/Qwen2.5-0.5B, not the folder {base_model!r}"
+            )
+        _check_name(base_model)
     inventory = check_contents(folder, needs_tokenizer)
     evaluation = read_evaluation(folder)
     own, _ = read_card(folder / CARD_NAME)
@@ -102,7 +105,10 @@ def plan(
     impression = check_as_stranger(folder) if check else None
     sizes = {str(file.relative_to(folder).as_posix()): file.stat().st_size for file in files_to_publish(folder)}
     sizes[CARD_NAME] = len(card.encode())
-    _warn(base_model, found)
+    if base_model is None:
+        logger.warning("the base model is not known, so the card does not name it; give --base-model")
+    if found.identifier == UNKNOWN:
+        logger.warning("the license of the base model was not found, the card says so; give --license if you know it")
     return Plan(repo_id, tuple(sorted(sizes.items())), card, found, base_model, impression)
 
 
@@ -149,15 +155,8 @@ def publish(
     user = check_rights(api)
     if "/" not in repo_id:
         repo_id = f"{user}/{repo_id}"
-    planned = plan(
-        folder,
-        repo_id,
-        base_model=base_model,
-        license=license,
-        token=token,
-        check=check,
-        needs_tokenizer=needs_tokenizer,
-    )
+    model = {"base_model": base_model, "license": license, "token": token}
+    planned = plan(folder, repo_id, **model, check=check, needs_tokenizer=needs_tokenizer)
     info = prepare_repository(api, repo_id, private, revision)
     names = [name for name, _ in planned.files]
     removed = superseded_files(info, set(names), overwrite)
@@ -167,23 +166,10 @@ def publish(
     return Published(repo_id, f"{api.endpoint}/{repo_id}", url, planned, tuple(removed))
 
 
-def _warn(base_model: str | None, license: License) -> None:
-    if base_model is None:
-        logger.warning("the base model is not known, so the card does not name it; give --base-model")
-    if license.identifier == UNKNOWN:
-        logger.warning("the license of the base model was not found, the card says so; give --license if you know it")
-
-
-def _check_base_model(base_model: str) -> None:
-    if base_model.count("/") > 1 or Path(base_model).expanduser().is_dir():
-        raise ValueError(f"the base model must be a Hub id such as Qwen/Qwen2.5-0.5B, not the folder {base_model!r}")
-    with hub_errors("checking the name", base_model):
-        _check_name(base_model)
-
-
 def _check_name(repo_id: str) -> None:
     """Refuses what cannot be a repository, by building an address with it."""
-    hf_hub_url(repo_id, CARD_NAME)
+    with hub_errors("checking the name", repo_id):
+        hf_hub_url(repo_id, CARD_NAME)
 
 
 def _base_of(value: object) -> str | None:

@@ -58,7 +58,9 @@ def push_to_hub(
         if tokenizer is not None:
             tokenizer.save_pretrained(folder)
         if str(model.config.model_type).startswith(_QUAD_TYPE):
-            _keep_recipe(Path(source), folder)
+            recipe = Path(source) / "recipe.yaml"  # a loaded model does not carry it
+            if recipe.is_file() and not (folder / recipe.name).exists():
+                shutil.copyfile(recipe, folder / recipe.name)
         elif source.count("/") == 1 and not Path(source).is_dir():
             base_model = base_model or source
         return publish(
@@ -74,9 +76,3 @@ def push_to_hub(
             overwrite=overwrite,
             needs_tokenizer=False,
         )
-
-
-def _keep_recipe(source: Path, folder: Path) -> None:
-    """Copies the recipe from the folder a model came from, since a loaded model does not carry it."""
-    if (source / "recipe.yaml").is_file() and not (folder / "recipe.yaml").exists():
-        shutil.copyfile(source / "recipe.yaml", folder / "recipe.yaml")

@@ -1,15 +1,26 @@
 """The sections of the model card, in Markdown, from the files of the checkpoint."""
 
+from collections.abc import Iterator
 from pathlib import Path
 
 from quad_modifiers.checkpoint.format import QuadFormat, read_format
-from quad_modifiers.records.evaluation_record import Evaluation
+from quad_modifiers.records.evaluation_record import Evaluation, task_scores
 from quad_modifiers.records.inventory import KIND_NAMES, Inventory
+from quad_modifiers.records.score_cells import percent, perplexity_cells, score_cells, with_error
 from quad_modifiers.records.tuning_record import Tuning, read_tuning
 from quad_modifiers.records.widths import group_bits, groups_of_roles, input_bits, weight_bits
 from quad_modifiers.tools.publishing.base_license import UNKNOWN, License
-from quad_modifiers.tools.publishing.citation import BIBTEX, PAPER_URL
-from quad_modifiers.tools.publishing.quality_section import quality_section
+from quad_modifiers.tools.publishing.markdown import markdown_table
+
+PAPER_URL = "https://arxiv.org/abs/2503.19353"
+BIBTEX = """@article{hu2025quad,
+  title   = {QUAD: Quantization and Parameter-Efficient Tuning of LLM with Activation Decomposition},
+  author  = {Hu, Yuxuan and Chen, Xiaodong and Li, Cuiping and Chen, Hong and Zhang, Jing},
+  journal = {arXiv preprint arXiv:2503.19353},
+  year    = {2025}
+}"""
+
+_NOT_A_SHARE = ("perplexity", "bits_per_byte", "loss")  # metrics of which a share means nothing
 
 
 def write_sections(
@@ -26,7 +37,7 @@ def write_sections(
     return {
         "summary": _summary(inventory, quad, base_model, license),
         "usage": _usage(quad, repo_id),
-        "evaluation": quality_section(evaluation),
+        "evaluation": _quality(evaluation),
         **({} if tuning is None else {"tuning": _tuning(tuning)}),
         "quantization": _quad_widths(quad) if quad else _plain_widths(inventory),
         "size": _size(inventory),
@@ -81,83 +92,121 @@ vLLM:
 {note}"""
 
 
+def _quality(evaluation: Evaluation | None) -> str:
+    """Returns the section; it says so if nothing was measured."""
+    if evaluation is None:
+        return "## Evaluation\n\nNo measured results came with this checkpoint."
+    original = evaluation.baseline or "original"
+    parts = ["## Evaluation"]
+    if evaluation.perplexity:
+        header = ("perplexity on", "window", "tokens", "this", original, "ratio, 95 % interval", "")
+        parts.append(markdown_table(header, map(perplexity_cells, evaluation.perplexity)))
+    if evaluation.comparisons:
+        columns = ("task (lm-eval)", "metric", "items", "guessing", "this", original, "kept", "above guessing")
+        parts.append(markdown_table((*columns, "difference, 95 % interval", ""), _compared(evaluation)))
+    elif reported := list(_reported(evaluation)):
+        parts.append(markdown_table(("task (lm-eval)", "metric", "this", original, "kept"), reported))
+    if evaluation.limit is not None:
+        parts.append(f"Of each task only the first {evaluation.limit} items were asked.")
+    measured_with = ", ".join(f"{name} {version}" for name, version in evaluation.packages.items())
+    context = "; ".join(part for part in (measured_with, evaluation.machine) if part)
+    return "\n\n".join([*parts, f"Measured with {context}."] if context else parts)
+
+
+def _compared(evaluation: Evaluation) -> Iterator[tuple[str, ...]]:
+    """Yields one row a task, by its main metric."""
+    for each in evaluation.comparisons:
+        yield (_task(each.task, evaluation.n_shot.get(each.task)), *score_cells(each))
+    if evaluation.average is not None:
+        yield ("**average**", *score_cells(evaluation.average))
+
+
+def _reported(evaluation: Evaluation) -> Iterator[tuple[str, ...]]:
+    """Yields every metric of lm-eval's results, for files without a comparison."""
+    for score in task_scores(evaluation):
+        is_share = score.baseline and not any(part in score.metric for part in _NOT_A_SHARE)
+        kept = percent(100 * score.value / score.baseline) if is_share and score.baseline else ""
+        value, baseline = with_error(score.value, score.stderr), with_error(score.baseline, None)
+        yield (_task(score.task, score.shots), score.metric, value, baseline, kept)
+
+
+def _task(name: str, shots: int | None) -> str:
+    return name if shots is None else f"{name}, {shots}-shot"
+
+
 def _tuning(tuning: Tuning) -> str:
     trained = "outlier weights and the scales of the quantized weights" if tuning.weight_scales else "outlier weights"
     goal = "on the next token" if tuning.original is None else f"by distillation from {tuning.original}"
-    lines = [
+    before, after = tuning.before, tuning.after
+    rows = [("perplexity", f"{before.perplexity:.3f}", f"{after.perplexity:.3f}")]
+    if before.divergence is not None and after.divergence is not None:
+        rows.append(("KL to the original, nats per token", f"{before.divergence:.4f}", f"{after.divergence:.4f}"))
+    header = (f"on {tuning.validation_samples} samples of that text that were not trained on", "before", "after")
+    parts = [
         "## Fine-tuning",
-        "",
         f"After quantization the {trained} ({tuning.trainable_parameters:,} parameters) were trained {goal}; the "
         f"quantized integers are unchanged. Text: {tuning.data}, {tuning.samples} samples, {tuning.tokens:,} tokens. "
         f"AdamW, largest learning rate {tuning.learning_rate:g}, {tuning.steps} steps of {tuning.batch_size} samples; "
         f"the weights are those of step {tuning.best_step}.",
-        "",
-        f"| on {tuning.validation_samples} samples of that text that were not trained on | before | after |",
-        "|---|---|---|",
-        f"| perplexity | {tuning.before.perplexity:.3f} | {tuning.after.perplexity:.3f} |",
+        markdown_table(header, rows),
     ]
-    if tuning.before.divergence is not None and tuning.after.divergence is not None:
-        before, after = tuning.before.divergence, tuning.after.divergence
-        lines.append(f"| KL to the original, nats per token | {before:.4f} | {after:.4f} |")
     if tuning.original_perplexity is not None:
-        lines += ["", f"The original has perplexity {tuning.original_perplexity:.3f} on them."]
-    return "\n".join(lines)
+        parts.append(f"The original has perplexity {tuning.original_perplexity:.3f} on them.")
+    return "\n\n".join(parts)
+
+
+_QUAD_COLUMNS = (
+    *("linear", "weight bits", "one scale per", "input bits", "one scale per"),
+    *("clip ratio", "full-precision inputs", "online Hadamard"),
+)
 
 
 def _quad_widths(quad: QuadFormat) -> str:
-    lines = [
-        "## What is quantized",
-        "",
-        "| linear | weight bits | one scale per | input bits | one scale per | clip ratio | full-precision inputs | "
-        "online Hadamard |",
-        "|---|---|---|---|---|---|---|---|",
-    ]
+    rows = []
     order = [role for role in groups_of_roles(quad) if role in quad.linears]
     for role in [*order, *(role for role in quad.linears if role not in order)]:
         linear = quad.linears[role]
         weight, inputs = linear.weight, linear.input
-        cells = [
-            role,
-            str(weight_bits(linear)),
-            _scope("output channel", weight.group_size) if weight else "",
-            str(input_bits(linear)),
-            _scope("token", inputs.group_size) if inputs else "",
-            f"{inputs.clip_ratio:g}" if inputs else "",
-            f"{linear.outliers_per_block * (linear.in_features // linear.block)} of {linear.in_features}",
-            "yes" if linear.hadamard else "no",
-        ]
-        lines.append(f"| {' | '.join(cells)} |")
+        rows.append(
+            (
+                role,
+                str(weight_bits(linear)),
+                _scope("output channel", weight.group_size) if weight else "",
+                str(input_bits(linear)),
+                _scope("token", inputs.group_size) if inputs else "",
+                f"{inputs.clip_ratio:g}" if inputs else "",
+                f"{linear.outliers_per_block * (linear.in_features // linear.block)} of {linear.in_features}",
+                "yes" if linear.hadamard else "no",
+            )
+        )
+    parts = ["## What is quantized", markdown_table(_QUAD_COLUMNS, rows)]
     basis = quad.residual_basis
     if basis is not None:
         stream = basis.hidden_size + (basis.rank if basis.basis == "extended" else 0)
-        lines += [
-            "",
+        parts.append(
             f"The residual stream is written in the {basis.basis} basis: rank {basis.rank}, hidden size "
-            f"{basis.hidden_size} in the original and {stream} here, rotation {basis.rotation}, seed {basis.seed}.",
-        ]
+            f"{basis.hidden_size} in the original and {stream} here, rotation {basis.rotation}, seed {basis.seed}."
+        )
     ends = {"Embedding": quad.embedding, "Head": quad.head}
     stored = [f"{name}: {'not quantized' if end is None else f'{end.bits} bits'}." for name, end in ends.items()]
-    lines += ["", f"Inputs are quantized at run time. {' '.join(stored)}"]
-    return "\n".join(lines)
+    return "\n\n".join([*parts, f"Inputs are quantized at run time. {' '.join(stored)}"])
 
 
 def _plain_widths(inventory: Inventory) -> str:
-    lines = ["## What is quantized", "", "| linears | weight bits | input bits |", "|---|---|---|"]
+    rows = []
     groups = inventory.config["quantization_config"].get("config_groups") or {}
     for (weight, inputs), group in zip(group_bits(inventory), groups.values(), strict=True):
         targets = ", ".join(f"`{target}`" for target in group.get("targets", []))
-        lines.append(f"| {targets} | {weight} | {inputs} |")
-    return "\n".join(lines)
+        rows.append((targets, str(weight), str(inputs)))
+    return f"## What is quantized\n\n{markdown_table(('linears', 'weight bits', 'input bits'), rows)}"
 
 
 def _size(inventory: Inventory) -> str:
-    lines = ["## Size", "", "| tensors | MB | share |", "|---|---|---|"]
-    for kind, name in KIND_NAMES.items():
-        if kind in inventory.bytes_of:
-            size = inventory.bytes_of[kind]
-            lines.append(f"| {name} | {size / 1e6:.1f} | {100 * size / inventory.total:.1f} % |")
-    lines.append(f"| **all** | **{inventory.total / 1e6:.1f}** | |")
-    return "\n".join([*lines, "", f"What is not quantized is {inventory.dtype}."] if inventory.dtype else lines)
+    sizes = [(name, inventory.bytes_of[kind]) for kind, name in KIND_NAMES.items() if kind in inventory.bytes_of]
+    rows = [(name, f"{size / 1e6:.1f}", f"{100 * size / inventory.total:.1f} %") for name, size in sizes]
+    text = f"## Size\n\n{markdown_table(('tensors', 'MB', 'share'), rows)}"
+    text += f"\n| **all** | **{inventory.total / 1e6:.1f}** | |"
+    return f"{text}\n\nWhat is not quantized is {inventory.dtype}." if inventory.dtype else text
 
 
 def _recipe(folder: Path) -> str:

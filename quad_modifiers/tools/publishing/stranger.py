@@ -19,19 +19,12 @@ _ERROR_LENGTH = 500  # characters of an error that are passed on
 
 @dataclass(frozen=True)
 class Impression:
-    """The observations of a stranger's check.
+    """The observations of a stranger's check."""
 
-    Attributes:
-        model_class: class that transformers chose.
-        tensors: parameters and buffers that were checked.
-        generated: continuation of a short prompt, or token ids where there is no tokenizer.
-        seconds: time that loading took.
-    """
-
-    model_class: str
-    tensors: int
-    generated: str
-    seconds: float
+    model_class: str  # class that transformers chose
+    tensors: int  # parameters and buffers that were checked
+    generated: str  # continuation of a short prompt, or token ids where there is no tokenizer
+    seconds: float  # time that loading took
 
 
 def check_as_stranger(folder: Path) -> Impression:
@@ -51,14 +44,8 @@ def check_as_stranger(folder: Path) -> Impression:
     with tempfile.TemporaryDirectory() as elsewhere:
         report = Path(elsewhere) / "report.json"
         code = f"from {__name__} import main; main()"
-        done = subprocess.run(
-            [sys.executable, "-c", code, str(folder.absolute()), str(report)],
-            cwd=elsewhere,
-            env=environment,
-            capture_output=True,
-            text=True,
-            check=False,
-        )
+        command = [sys.executable, "-c", code, str(folder.absolute()), str(report)]
+        done = subprocess.run(command, cwd=elsewhere, env=environment, capture_output=True, text=True, check=False)
         if not report.is_file():
             last = done.stderr.strip().splitlines()[-1:] or [f"exit status {done.returncode}"]
             raise ValueError(f"{folder} cannot be loaded in a fresh process: {last[0][:_ERROR_LENGTH]}")
@@ -122,12 +109,7 @@ def _generate(model: Any, folder: Path) -> str:
         if not bool(torch.isfinite(logits).all()):
             raise ValueError("the logits are NaN or infinite")
         # Sampling settings of generation_config.json do not matter here.
-        output = model.generate(
-            input_ids=ids,
-            attention_mask=torch.ones_like(ids),
-            max_new_tokens=_NEW_TOKENS,
-            do_sample=False,
-            pad_token_id=0,
-        )
+        settings = {"max_new_tokens": _NEW_TOKENS, "do_sample": False, "pad_token_id": 0}
+        output = model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), **settings)
     new = output[0, ids.shape[1] :]
     return str(new.tolist()) if tokenizer is None else str(tokenizer.decode(new))

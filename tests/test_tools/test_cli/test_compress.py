@@ -13,7 +13,7 @@ import pytest
 from safetensors.torch import load_file
 
 import quad_modifiers
-from quad_modifiers.tools.cli import footprint
+from quad_modifiers.tools.cli import compress as compressing
 
 pytest.importorskip("llmcompressor")
 
@@ -66,10 +66,10 @@ def test_size_of_a_model_from_the_cache(toy_checkpoint, tmp_path: Path, monkeypa
     (tmp_path / "models--org--toy" / "refs").mkdir()
     (tmp_path / "models--org--toy" / "refs" / "main").write_text("abc")
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
-    found = footprint.original_folder("org/toy")
+    found = compressing.original_folder("org/toy")
     assert found is not None
     assert found.samefile(snapshot)
-    assert footprint.original_folder("org/other") is None
+    assert compressing.original_folder("org/other") is None
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ import pytest
 
 from quad_modifiers.data import stdlib_code, wikipedia_articles
 from quad_modifiers.tools.evaluation import items
-from quad_modifiers.tools.evaluation.prose import paragraphs, word_count
+from quad_modifiers.tools.evaluation.items import paragraphs, word_count
 
 pytest.importorskip("gensim")
 

@@ -10,7 +10,7 @@ import pytest
 from safetensors.torch import load_file
 
 from quad_modifiers.tools.inspection import compare_checkpoints
-from quad_modifiers.tools.inspection.compare_table import comparison_rows
+from quad_modifiers.tools.inspection.compared import comparison_rows
 
 pytest.importorskip("llmcompressor")
 

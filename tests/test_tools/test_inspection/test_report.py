@@ -6,6 +6,7 @@ import json
 import re
 from html.parser import HTMLParser
 from pathlib import Path
+from statistics import fmean
 
 import pytest
 
@@ -16,6 +17,11 @@ pytest.importorskip("llmcompressor")
 pytest.importorskip("matplotlib")
 
 SHORT = {"samples": 4, "eval_windows": 2, "seq_length": 48}
+
+
+def mean_input(found, field: str, groups: tuple[str, ...], stage: str = "after") -> float:
+    """The mean of a field of the inputs over all blocks and the given groups."""
+    return fmean(getattr(row, field) for row in found.inputs if row.stage == stage and row.group in groups)
 
 
 class Page(HTMLParser):
@@ -61,10 +67,10 @@ def of_a_checkpoint(toy_checkpoint, make_checkpoint, text_file: Path, tmp_path_f
 def test_projection_takes_the_planted_outliers_out(of_a_model) -> None:
     found, _ = of_a_model
     for group in ("qkv", "gate_up"):
-        before, after = (found.mean_input("error_4bit", (group,), stage) for stage in ("before", "after"))
+        before, after = (mean_input(found, "error_4bit", (group,), stage) for stage in ("before", "after"))
         assert after < 0.5 * before
-    assert found.mean_input("outlier_energy", ("qkv",)) > 0.3
-    assert found.mean_input("step_to_std", ("qkv",)) < found.mean_input("step_to_std", ("qkv",), "before")
+    assert mean_input(found, "outlier_energy", ("qkv",)) > 0.3
+    assert mean_input(found, "step_to_std", ("qkv",)) < mean_input(found, "step_to_std", ("qkv",), "before")
     unquantized = found.loss_of("nothing", "inputs and weights", "")
     assert unquantized.divergence < 1e-5, "the projection keeps the function"
     assert found.loss_of("all", "inputs", "4").divergence < found.loss_of("all", "inputs", "4", "before").divergence

@@ -1,12 +1,12 @@
 """Where the perplexity is lost: the model with one part quantized at a time, against the model without."""
 
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
-from quad_kernels import InputQuantization
 from torch import nn
 
 from quad_modifiers.model.decoder import Decoder
@@ -20,21 +20,16 @@ from quad_modifiers.tools.inspection.measure.weights import RoundedWeights
 
 @dataclass(frozen=True)
 class Reference:
-    """The model that trials are compared with.
+    """The model that trials are compared with."""
 
-    Attributes:
-        losses: mean negative log-likelihood of a token in each window, `[windows]`, float64, nats.
-        logits: `[length, vocabulary]` for each window, in the model's dtype.
-    """
-
-    losses: torch.Tensor
-    logits: list[torch.Tensor]
+    losses: torch.Tensor  # mean negative log-likelihood of a token in each window, `[windows]`, float64, nats
+    logits: list[torch.Tensor]  # `[length, vocabulary]` for each window, in the model's dtype
 
     @classmethod
     def of(cls, decoder: Decoder, windows: list[torch.Tensor]) -> "Reference":
         """Runs the model as it is."""
-        logits: list[torch.Tensor] = []
-        return cls(_window_losses(decoder, windows, lambda _, seen: logits.append(seen)), logits)
+        losses, logits = zip(*_run(decoder, windows), strict=True)
+        return cls(torch.tensor(losses, dtype=torch.float64), list(logits))
 
     @property
     def perplexity(self) -> float:
@@ -47,49 +42,31 @@ class Reference:
         return nn.functional.kl_div(theirs, ours, reduction="sum", log_target=True).item() / len(logits)
 
 
-def _window_losses(
-    decoder: Decoder, windows: list[torch.Tensor], see: Callable[[int, torch.Tensor], None]
-) -> torch.Tensor:
-    """Returns the mean negative log-likelihood in each window, and shows `see` the logits of each."""
-    losses = []
-    head = decoder.head
-    for index, window in enumerate(windows):
-        handle = head.register_forward_hook(lambda _, __, logits, i=index: see(i, logits.detach().flatten(0, -2)))
-        try:
-            losses.append(perplexity(decoder.model, [window], progress=False).nll_per_token)
-        finally:
-            handle.remove()
-    return torch.tensor(losses, dtype=torch.float64)
+def _run(decoder: Decoder, windows: list[torch.Tensor]) -> Iterator[tuple[float, torch.Tensor]]:
+    """Yields the mean negative log-likelihood in each window, and its logits."""
+    for window in windows:
+        seen: list[torch.Tensor] = []
+        with decoder.head.register_forward_hook(lambda _, __, logits, keep=seen.append: keep(logits)):
+            loss = perplexity(decoder.model, [window], progress=False).nll_per_token
+        yield loss, seen[-1].detach().flatten(0, -2)
 
 
 class LossMeter:
-    """Measures trials against a reference, each window on its own.
-
-    Args:
-        decoder: with `QuadLinear` linears.
-        windows: token ids, `[1, length]` each.
-        stage: name of the stage in the rows.
-        reference: reference on the same windows; the model as it is now by default.
-    """
+    """Measures trials against a reference on the same windows, `[1, length]` each; by default the model as it is."""
 
     def __init__(
-        self,
-        decoder: Decoder,
-        windows: list[torch.Tensor],
-        stage: Stage,
-        reference: Reference | None = None,
+        self, decoder: Decoder, windows: list[torch.Tensor], stage: Stage, reference: Reference | None = None
     ) -> None:
         self.decoder, self.windows, self.stage = decoder, windows, stage
         self.reference = Reference.of(decoder, windows) if reference is None else reference
 
     def row(self, part: str, quantized: Quantized, bits: str) -> LossRow:
         """Returns the row of the model as it is at this moment."""
-        divergences: list[float] = []
-        losses = _window_losses(
-            self.decoder,
-            self.windows,
-            lambda index, logits: divergences.append(self.reference.divergence(index, logits)),
-        )
+        found, divergences = [], []
+        for index, (loss, logits) in enumerate(_run(self.decoder, self.windows)):
+            found.append(loss)
+            divergences.append(self.reference.divergence(index, logits))
+        losses = torch.tensor(found, dtype=torch.float64)
         more = losses - self.reference.losses
         return LossRow(
             self.stage,
@@ -106,41 +83,31 @@ class LossMeter:
         """Returns the row of the model with a part quantized; afterwards the model is what it was."""
         with ExitStack() as stack:
             for linear, bits in trial.inputs.items():
-                stack.enter_context(_quantized_input(linear, INPUT_GRIDS[bits]))
+                stack.enter_context(_with(linear, input_quantization=INPUT_GRIDS[bits], quantize_input=True))
             for linear in trial.weights:
                 assert rounded is not None
-                stack.enter_context(_replaced_weight(linear, rounded(linear)))
+                weight = nn.Parameter(rounded(linear).to(linear.residual.weight), requires_grad=False)
+                stack.enter_context(_with(linear.residual, weight=weight))
             return self.row(trial.part, trial.quantized, trial.bits)
 
 
 @contextmanager
-def _quantized_input(linear: QuadLinear, quantization: InputQuantization) -> Iterator[None]:
-    before = linear.input_quantization, linear.quantize_input
-    linear.input_quantization, linear.quantize_input = quantization, True
+def _with(module: nn.Module, **attributes: Any) -> Iterator[None]:
+    """Gives a module other attributes inside the block."""
+    before = {name: getattr(module, name) for name in attributes}
+    for name, value in attributes.items():
+        setattr(module, name, value)
     try:
         yield
     finally:
-        linear.input_quantization, linear.quantize_input = before
-
-
-@contextmanager
-def _replaced_weight(linear: QuadLinear, weight: torch.Tensor) -> Iterator[None]:
-    original = linear.residual.weight
-    linear.residual.weight = nn.Parameter(weight.to(original), requires_grad=False)
-    try:
-        yield
-    finally:
-        linear.residual.weight = original
+        for name, value in before.items():
+            setattr(module, name, value)
 
 
 @contextmanager
 def unquantized_inputs(linears: Iterable[QuadLinear]) -> Iterator[None]:
     """Switches the input quantization of linears off."""
-    switched = [linear for linear in linears if linear.quantize_input]
-    for linear in switched:
-        linear.quantize_input = False
-    try:
+    with ExitStack() as stack:
+        for linear in linears:
+            stack.enter_context(_with(linear, quantize_input=False))
         yield
-    finally:
-        for linear in switched:
-            linear.quantize_input = True

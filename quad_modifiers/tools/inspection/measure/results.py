@@ -11,41 +11,31 @@ from typing import Literal
 
 from quad_modifiers.model.architecture import dense_block
 
-FORMAT_VERSION = 1
 Stage = Literal["before", "after"]
 Quantized = Literal["inputs", "weights", "inputs and weights"]
 
 
 @dataclass(frozen=True)
 class Subject:
-    """The inspected model or checkpoint.
+    """The inspected model or checkpoint."""
 
-    Attributes:
-        name: folder or Hub id.
-        kind: "model" for an unquantized model, which is projected in memory, or "checkpoint".
-        model_type: stock model type.
-        layers, hidden: decoder blocks, and width of the original residual stream.
-        linear_parameters: weights of the decoder's linears.
-        end_parameters: weights of embedding and head, each counted: a projection unties them.
-        rank, basis: rank and basis of the projection; 0 and None without one.
-        recipe: recipe whose projection was applied (model), or that made the checkpoint, if known.
-        baseline: the original model of a checkpoint, if it was given.
-        input_bits: bits of the checkpoint's inputs by group; None where they are not quantized. Empty for a model.
-        groups: the groups of a block in run order, each with whether its linears write the stream (D-type).
-    """
-
-    name: str
+    name: str  # folder or Hub id
+    # "model" for an unquantized model, which is projected in memory, or "checkpoint"
     kind: Literal["model", "checkpoint"]
-    model_type: str
+    model_type: str  # stock model type
+    # layers, hidden: decoder blocks, and width of the original residual stream
     layers: int
     hidden: int
-    linear_parameters: int
-    end_parameters: int
+    linear_parameters: int  # weights of the decoder's linears
+    end_parameters: int  # weights of embedding and head, each counted: a projection unties them
+    # rank, basis: rank and basis of the projection; 0 and None without one
     rank: int
     basis: str | None
-    recipe: str | None
-    baseline: str | None = None
+    recipe: str | None  # recipe whose projection was applied (model), or that made the checkpoint, if known
+    baseline: str | None = None  # the original model of a checkpoint, if it was given
+    # bits of the checkpoint's inputs by group; None where they are not quantized. Empty for a model.
     input_bits: dict[str, int | None] = field(default_factory=dict)
+    # the groups of a block in run order, each with whether its linears write the stream (D-type)
     groups: dict[str, bool] = field(
         default_factory=lambda: {group.name: group.writes_stream for group in dense_block()}
     )
@@ -53,40 +43,24 @@ class Subject:
 
 @dataclass(frozen=True)
 class Settings:
-    """How it was measured; enough to measure it again.
+    """How it was measured; enough to measure it again."""
 
-    Attributes:
-        text: origin of the text.
-        calibration_windows: number of windows for the spectrum and the projection.
-        measured_windows: other windows, for everything else.
-        window_length: tokens of each.
-        seed: seed that chose the windows.
-        versions: versions of the packages that matter.
-        machine: processor or GPU.
-    """
-
-    text: str
-    calibration_windows: int
-    measured_windows: int
-    window_length: int
-    seed: int
-    versions: dict[str, str]
-    machine: str
+    text: str  # origin of the text
+    calibration_windows: int  # number of windows for the spectrum and the projection
+    measured_windows: int  # other windows, for everything else
+    window_length: int  # tokens of each
+    seed: int  # seed that chose the windows
+    versions: dict[str, str]  # versions of the packages that matter
+    machine: str  # processor or GPU
 
 
 @dataclass(frozen=True)
 class Spectrum:
-    """Second moment of the normalized residual stream.
+    """Second moment of the normalized residual stream."""
 
-    Attributes:
-        energy: share of each eigen-direction, falling, sums to 1; `[hidden]`.
-        tokens: number of tokens measured, both norms of a block counted apart.
-        errors: U-type input error at 4 bits by outlier rank, on other text than the spectrum.
-    """
-
-    energy: list[float]
-    tokens: int
-    errors: list[tuple[int, float]]
+    energy: list[float]  # share of each eigen-direction, falling, sums to 1; `[hidden]`
+    tokens: int  # number of tokens measured, both norms of a block counted apart
+    errors: list[tuple[int, float]]  # U-type input error at 4 bits by outlier rank, on other text than the spectrum
 
     def held_by(self, rank: int) -> float:
         """Returns the share of the energy in the first `rank` directions."""
@@ -95,116 +69,78 @@ class Spectrum:
 
 @dataclass(frozen=True)
 class InputRow:
-    """The input of one group of linears in one block.
-
-    Attributes:
-        outlier_energy: share of the energy in the coordinates that stay in full precision, mean over tokens.
-        error_4bit, error_8bit: error of the input with its residual rounded, mean over tokens.
-        step_to_std: step of the 4-bit grid over the standard deviation of the residual, mean over tokens.
-    """
+    """The input of one group of linears in one block."""
 
     stage: Stage
     layer: int
     group: str
-    outlier_energy: float
+    outlier_energy: float  # share of the energy in the coordinates that stay in full precision, mean over tokens
+    # error_4bit, error_8bit: error of the input with its residual rounded, mean over tokens
     error_4bit: float
     error_8bit: float
-    step_to_std: float
+    step_to_std: float  # step of the 4-bit grid over the standard deviation of the residual, mean over tokens
 
 
 @dataclass(frozen=True)
 class WeightRow:
-    """The weight of one linear, its residual part rounded to nearest on a 4-bit grid with clip search.
-
-    Attributes:
-        weight_error: squared error over the squared weight, outlier columns included.
-        output_error: expected squared output error over the expected squared output, inputs unquantized.
-    """
+    """The weight of one linear, its residual part rounded to nearest on a 4-bit grid with clip search."""
 
     stage: Stage
     layer: int
     role: str
-    weight_error: float
-    output_error: float
+    weight_error: float  # squared error over the squared weight, outlier columns included
+    output_error: float  # expected squared output error over the expected squared output, inputs unquantized
 
 
 @dataclass(frozen=True)
 class Surface:
-    """Magnitudes of one input, token by channel, each cell the maximum of a few tokens and channels.
-
-    Attributes:
-        outliers: the columns that stay in full precision, which are the first ones.
-        tokens, channels: numbers of tokens and channels that the rows and columns cover.
-        values: `[rows][columns]`.
-    """
+    """Magnitudes of one input, token by channel, each cell the maximum of a few tokens and channels."""
 
     stage: Stage
     layer: int
     group: str
-    outliers: int
+    outliers: int  # the columns that stay in full precision, which are the first ones
+    # tokens, channels: numbers of tokens and channels that the rows and columns cover
     tokens: int
     channels: int
-    values: list[list[float]]
+    values: list[list[float]]  # `[rows][columns]`
 
 
 @dataclass(frozen=True)
 class LossRow:
-    """The model with one part quantized and the rest as it was.
-
-    Attributes:
-        part: quantized part: a group, a role, "blocks 4-5", "all", or "nothing".
-        quantized: inputs, weights (rounded to nearest with clip search), or both.
-        bits: bits of the part, such as "4" or "U 4, D 8".
-        divergence: KL divergence of the next token's distribution from the reference's, mean over tokens, nats. It is
-            what `loss` would come to on text that the reference wrote itself, and needs far less text to settle.
-        loss: mean negative log-likelihood of a token less that of the reference, nats.
-        stderr: standard error of `loss` over windows, which are the same ones; None for a single window.
-        perplexity: exp of the mean negative log-likelihood.
-    """
+    """The model with one part quantized and the rest as it was."""
 
     stage: Stage
-    part: str
-    quantized: Quantized
-    bits: str
+    part: str  # quantized part: a group, a role, "blocks 4-5", "all", or "nothing"
+    quantized: Quantized  # inputs, weights (rounded to nearest with clip search), or both
+    bits: str  # bits of the part, such as "4" or "U 4, D 8"
+    # KL divergence of the next token's distribution from the reference's, mean over tokens, nats. It is what `loss`
+    # would come to on text that the reference wrote itself, and needs far less text to settle.
     divergence: float
-    loss: float
-    stderr: float | None
-    perplexity: float
+    loss: float  # mean negative log-likelihood of a token less that of the reference, nats
+    stderr: float | None  # standard error of `loss` over windows, which are the same ones; None for a single window
+    perplexity: float  # exp of the mean negative log-likelihood
 
 
 @dataclass(frozen=True)
 class BlockRow:
-    """One block of a checkpoint against the same block of the original, in the original's basis, mean over tokens.
-
-    Attributes:
-        accumulated: error of the residual stream after the block, everything before quantized as well.
-        alone: error of what the block adds to the stream, given the original's stream as input.
-        alone_weights: the same with inputs unquantized.
-    """
+    """One block of a checkpoint against the same block of the original, in the original's basis, mean over tokens."""
 
     layer: int
-    accumulated: float
-    alone: float
-    alone_weights: float
+    accumulated: float  # error of the residual stream after the block, everything before quantized as well
+    alone: float  # error of what the block adds to the stream, given the original's stream as input
+    alone_weights: float  # the same with inputs unquantized
 
 
 @dataclass(frozen=True)
 class Rule:
-    """One rule of the recommendation and its result.
+    """One rule of the recommendation and its result."""
 
-    Attributes:
-        number: number of the rule in docs/guide/inspection.md, such as "R1".
-        question: question that the rule decides.
-        measured: the numbers that it looked at, in words.
-        rule: the rule itself, its threshold included.
-        answer: conclusion from the numbers.
-    """
-
-    number: str
-    question: str
-    measured: str
-    rule: str
-    answer: str
+    number: str  # number of the rule in docs/guide/inspection.md, such as "R1"
+    question: str  # question that the rule decides
+    measured: str  # the numbers that it looked at, in words
+    rule: str  # the rule itself, its threshold included
+    answer: str  # conclusion from the numbers
 
 
 @dataclass(frozen=True)
@@ -220,37 +156,28 @@ class Recommendation:
 
 @dataclass(frozen=True)
 class Inspection:
-    """Everything that was measured; see the classes of the parts.
-
-    Attributes:
-        reference: model that the losses are against, in words. The single inputs of a checkpoint are against the
-            checkpoint with unquantized inputs.
-        reference_perplexity: perplexity of the reference.
-    """
+    """Everything that was measured; see the classes of the parts."""
 
     subject: Subject
     settings: Settings
-    reference_perplexity: float
+    reference_perplexity: float  # perplexity of the reference
+    # model that the losses are against, in words. The single inputs of a checkpoint are against the checkpoint with
+    # unquantized inputs.
     reference: str
     spectrum: Spectrum
-    inputs: list[InputRow]
-    weights: list[WeightRow]
-    surfaces: list[Surface]
-    losses: list[LossRow]
-    blocks: list[BlockRow]
+    inputs: list[InputRow] = field(default_factory=list)
+    weights: list[WeightRow] = field(default_factory=list)
+    surfaces: list[Surface] = field(default_factory=list)
+    losses: list[LossRow] = field(default_factory=list)
+    blocks: list[BlockRow] = field(default_factory=list)
     recommendation: Recommendation | None = None
-    format_version: int = FORMAT_VERSION
+    format_version: int = 1
 
     def loss_of(self, part: str, quantized: Quantized, bits: str, stage: Stage = "after") -> LossRow | None:
         """Returns the row of one quantized part, None if it was not measured."""
         wanted = (stage, part, quantized, bits)
         rows = (row for row in self.losses if (row.stage, row.part, row.quantized, row.bits) == wanted)
         return next(rows, None)
-
-    def mean_input(self, field_name: str, groups: tuple[str, ...], stage: Stage = "after") -> float | None:
-        """Returns the mean of a field of `inputs` over all blocks and the given groups, None without a row."""
-        values = [getattr(row, field_name) for row in self.inputs if row.stage == stage and row.group in groups]
-        return sum(values) / len(values) if values else None
 
 
 def write_json(content: object, file: Path) -> None:

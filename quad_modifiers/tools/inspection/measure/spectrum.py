@@ -13,27 +13,15 @@ _TOKENS_PER_NORM = 64  # in the sample for the errors by rank
 
 
 def measure_spectrum(
-    decoder: Decoder,
-    calibration: list[torch.Tensor],
-    other: torch.Tensor,
-    hidden: int,
-    rank: int,
+    decoder: Decoder, calibration: list[torch.Tensor], other: torch.Tensor, hidden: int, rank: int
 ) -> Spectrum:
     """Returns the spectrum of the stream as the readers of both norms see it, without the norms' weights.
 
     It does not depend on the basis: a projected checkpoint has the spectrum of its original. Where the extended basis
-    has made the stream wider, the zeros that this adds are left out.
-
-    Args:
-        decoder: the model as it runs.
-        calibration: windows behind the second moment.
-        other: a window behind the errors by rank.
-        hidden: width of the original stream.
-        rank: one of the ranks to try.
+    has made the stream wider than the `hidden` of the original, the zeros that this adds are left out. The second
+    moment is that of `calibration`, the errors by rank, `rank` among them, are those of the window `other`.
     """
-    model = decoder.model
-    width = model.config.hidden_size
-    gram = StreamingGram(width, model.device)
+    gram = StreamingGram(decoder.model.config.hidden_size, decoder.model.device)
     _run(decoder, calibration, gram.add)
     sample: list[torch.Tensor] = []
     _run(decoder, [other], lambda x: sample.append(x[:: max(1, len(x) // _TOKENS_PER_NORM)]))
@@ -58,12 +46,9 @@ def candidate_ranks(hidden: int, rank: int) -> list[int]:
 
 
 def errors_by_rank(gram: torch.Tensor, sample: torch.Tensor, ranks: list[int]) -> list[tuple[int, float]]:
-    """Returns the U-type input error at 4 bits for each rank, in the extended basis with a Hadamard rotation.
+    """Returns the U-type input error at 4 bits for each rank below d, in the extended basis with a Hadamard rotation.
 
-    Args:
-        gram: second moment that the outlier directions come from, `[d, d]`.
-        sample: normalized stream, `[n, d]`, float32.
-        ranks: ranks to try, each smaller than d.
+    The outlier directions come from the second moment `gram`, `[d, d]`; `sample` is the normalized stream, `[n, d]`.
     """
     size = len(gram)
     vectors, _ = outlier_basis(gram, max(ranks))
@@ -75,6 +60,3 @@ def errors_by_rank(gram: torch.Tensor, sample: torch.Tensor, ranks: list[int]) -
         error = (fake_quantize(residual, INPUT_GRIDS[4]) - residual).square().sum(-1) / energy
         errors.append((rank, error.mean().item()))
     return errors
-
-
-__all__ = ["candidate_ranks", "errors_by_rank", "measure_spectrum"]

@@ -24,15 +24,10 @@ _MAX_UNEXPLAINED = 0.02  # 8-bit embeddings leave 1e-4, an unrelated model most 
 
 @dataclass(frozen=True)
 class StreamMap:
-    """The change of basis of the residual stream.
+    """The change of basis of the residual stream."""
 
-    Attributes:
-        there: map from the original's stream to the other's, `[d, width]`.
-        back: pseudo-inverse of `there`, `[width, d]`.
-    """
-
-    there: torch.Tensor
-    back: torch.Tensor
+    there: torch.Tensor  # map from the original's stream to the other's, `[d, width]`
+    back: torch.Tensor  # pseudo-inverse of `there`, `[width, d]`
 
     @classmethod
     @torch.no_grad()
@@ -102,13 +97,9 @@ def _streams(
     back: torch.Tensor | None = None,
     lead: tuple[list[torch.Tensor], torch.Tensor] | None = None,
 ) -> list[torch.Tensor]:
-    """Returns the stream before the first block and after every block, `[tokens, d]`, float32.
+    """Returns the stream before the first block and after every block, `[tokens, d]`, float32, mapped by `back`.
 
-    Args:
-        decoder: the model as it runs.
-        window: token ids, `[1, length]`.
-        back: map applied to every stream.
-        lead: the original's streams and the map from them: every block gets the original's stream as its input.
+    With `lead`, the original's streams and the map from them, every block gets the original's stream as its input.
     """
     streams: list[torch.Tensor] = []
 
@@ -143,12 +134,5 @@ def _hooked(
     def after(_: nn.Module, __: Any, output: Any) -> None:
         see_output(output[0] if isinstance(output, tuple) else output)
 
-    handles = [
-        block.register_forward_pre_hook(before, with_kwargs=True),
-        block.register_forward_hook(after),
-    ]
-    try:
+    with block.register_forward_pre_hook(before, with_kwargs=True), block.register_forward_hook(after):
         yield
-    finally:
-        for handle in handles:
-            handle.remove()

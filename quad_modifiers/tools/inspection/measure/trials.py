@@ -2,7 +2,6 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
 
 from quad_modifiers.model.decoder import PlacedLinear
 from quad_modifiers.nn.quad_linear import QuadLinear
@@ -15,41 +14,35 @@ Linears = list[PlacedLinear]
 
 @dataclass(frozen=True)
 class Trial:
-    """One part to quantize.
+    """One part to quantize."""
 
-    Attributes:
-        part, quantized, bits: fields of the `LossRow`.
-        inputs: bits of the input by linear.
-        weights: linears whose weights are rounded.
-    """
-
+    # part, quantized, bits: fields of the `LossRow`
     part: str
     quantized: Quantized
     bits: str
-    inputs: dict[QuadLinear, int]
-    weights: tuple[QuadLinear, ...] = ()
+    inputs: dict[QuadLinear, int]  # bits of the input by linear
+    weights: tuple[QuadLinear, ...] = ()  # linears whose weights are rounded
 
 
 def input_trials(linears: Linears) -> Iterator[Trial]:
     """Yields the inputs of all groups together, of each kind, and of each group alone."""
-
-    def chosen(bits: int, **wanted: Any) -> dict[QuadLinear, int]:
-        return {linear.module: bits for linear in linears if _is(linear, **wanted)}
-
-    yield Trial("all", "inputs", "4", chosen(4))
-    yield Trial("all", "inputs", "8", chosen(8))
-    yield Trial("U-type", "inputs", "4", chosen(4, writes=False))
-    yield Trial("D-type", "inputs", "4", chosen(4, writes=True))
-    for group in _group_names(linears):
-        yield Trial(group, "inputs", "4", chosen(4, group=group))
+    for part, inside in _input_parts(linears):
+        for bits in (4, 8) if part == "all" else (4,):
+            yield Trial(part, "inputs", str(bits), dict.fromkeys(inside, bits))
 
 
-def _is(linear: PlacedLinear, writes: bool | None = None, group: str | None = None) -> bool:
-    return writes in (None, linear.group.writes_stream) and group in (None, linear.group.name)
+def _input_parts(linears: Linears) -> Iterator[tuple[str, list[QuadLinear]]]:
+    """Yields all linears, those of each kind, and those of each group."""
+    yield "all", [linear.module for linear in linears]
+    for kind, writes in (("U-type", False), ("D-type", True)):
+        yield kind, [linear.module for linear in linears if linear.group.writes_stream == writes]
+    for group in dict.fromkeys(linear.group.name for linear in linears):
+        yield group, [linear.module for linear in linears if linear.group.name == group]
 
 
-def _group_names(linears: Linears) -> list[str]:
-    return list(dict.fromkeys(linear.group.name for linear in linears))
+def _runs_of_blocks(linears: Linears) -> Iterator[tuple[str, list[QuadLinear]]]:
+    for start, stop in slices(max(linear.layer for linear in linears) + 1):
+        yield slice_name(start, stop), [linear.module for linear in linears if start <= linear.layer < stop]
 
 
 def weight_trials(linears: Linears) -> Iterator[Trial]:
@@ -65,28 +58,14 @@ def weight_trials(linears: Linears) -> Iterator[Trial]:
 
 def block_trials(linears: Linears) -> Iterator[Trial]:
     """Yields runs of consecutive blocks, inputs and weights together, at most `MAX_SLICES` of them."""
-    for start, stop in slices(_layers(linears)):
-        inside = tuple(linear.module for linear in linears if start <= linear.layer < stop)
-        yield Trial(slice_name(start, stop), "inputs and weights", "4", dict.fromkeys(inside, 4), inside)
+    for name, inside in _runs_of_blocks(linears):
+        yield Trial(name, "inputs and weights", "4", dict.fromkeys(inside, 4), tuple(inside))
 
 
 def stored_parts(linears: Linears) -> Iterator[tuple[str, set[QuadLinear]]]:
     """Yields the parts of a checkpoint whose inputs are measured alone: all, kinds, groups, runs of blocks."""
-
-    def inside(**wanted: Any) -> set[QuadLinear]:
-        return {linear.module for linear in linears if _is(linear, **wanted)}
-
-    yield "all", inside()
-    yield "U-type", inside(writes=False)
-    yield "D-type", inside(writes=True)
-    for group in _group_names(linears):
-        yield group, inside(group=group)
-    for start, stop in slices(_layers(linears)):
-        yield slice_name(start, stop), {linear.module for linear in linears if start <= linear.layer < stop}
-
-
-def _layers(linears: Linears) -> int:
-    return max(linear.layer for linear in linears) + 1
+    for name, inside in (*_input_parts(linears), *_runs_of_blocks(linears)):
+        yield name, set(inside)
 
 
 def slices(layers: int) -> list[tuple[int, int]]:

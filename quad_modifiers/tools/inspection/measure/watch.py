@@ -1,7 +1,7 @@
 """Runs a decoder as it is and shows what enters its parts."""
 
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -13,12 +13,10 @@ See = Callable[[torch.Tensor], None]
 @contextmanager
 def watching(watched: Iterable[tuple[nn.Module, See]]) -> Iterator[None]:
     """Calls `see` with the tokens that enter each module, `[n, width]`, while the block runs."""
-    handles = [module.register_forward_pre_hook(_hook(see), with_kwargs=True) for module, see in watched]
-    try:
+    with ExitStack() as stack:
+        for module, see in watched:
+            stack.enter_context(module.register_forward_pre_hook(_hook(see), with_kwargs=True))
         yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def _hook(see: See) -> Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], None]:

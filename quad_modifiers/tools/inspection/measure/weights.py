@@ -35,14 +35,7 @@ class RoundedWeights:
 
 @torch.no_grad()
 def measure_weights(decoder: Decoder, window: torch.Tensor, rounded: RoundedWeights, stage: Stage) -> list[WeightRow]:
-    """Returns one row per linear, the output errors from the inputs of one window.
-
-    Args:
-        decoder: with unquantized `QuadLinear` linears.
-        window: token ids, `[1, length]`.
-        rounded: object that finds the scales, and keeps them for later.
-        stage: name of the stage in the rows.
-    """
+    """Returns one row per unquantized `QuadLinear`, the output errors from the inputs of one window, `[1, length]`."""
     rows: list[WeightRow] = []
 
     def see(layer: int, role: str, linear: QuadLinear, x: torch.Tensor) -> None:
