@@ -94,8 +94,8 @@ def finetune(
     output, settings = Path(output), settings or TuningSettings()
     check_target(output)
     opened = open_checkpoint(checkpoint)
-    opened.need_quad()
     opened.check_weights()
+    opened.need_quad()
     if original is not None:
         _check_original(original, opened.config)
     model, tokenizer = opened.load(), find_tokenizer(opened.name)
