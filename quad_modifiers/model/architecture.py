@@ -74,6 +74,11 @@ class Group:
             )
 
     @property
+    def is_repeated(self) -> bool:
+        """True if it is repeated for several parts, each of which may see other tokens."""
+        return "*" in self.parent
+
+    @property
     def writes_stream(self) -> bool:
         """True if its linears write the residual stream ("D-type"), False if they read it ("U-type")."""
         return any(member.produces == ("stream",) for member in self.members)

@@ -8,6 +8,7 @@ the linears have been changed.
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -173,17 +174,23 @@ class HookedRunner(BlockRunner):
     def visit(self, batches: Sequence[CalibrationBatch], visit: Visit) -> None:
         """See `BlockRunner.visit`."""
         index = self.block.index
-        inputs: dict[str, list[torch.Tensor]] = {_key(group): [] for group in self.block.groups}
-        for batch in batches:
-            self.run(batch.hidden, batch.arguments[index], lambda group, x: inputs[_key(group)].append(x))
+        inputs: list[dict[str, torch.Tensor]] = [{} for _ in batches]
+        for batch, seen in zip(batches, inputs, strict=True):
+            self.run(batch.hidden, batch.arguments[index], partial(_keep, seen))
         for group in self.block.groups:
-            visit(group, inputs.pop(_key(group)))
+            # An expert that no token of a batch was sent to is not called.
+            none = batches[0].hidden.new_empty(0, group.linears[0].module.in_features)
+            visit(group, [seen.pop(_key(group), none) for seen in inputs])
         for batch in batches:
             batch.hidden = self.run(batch.hidden, batch.arguments[index], lambda group, x: None)
 
 
 def _key(group: PlacedGroup) -> str:
     return f"{group.path} {group.group.name}"
+
+
+def _keep(seen: dict[str, torch.Tensor], group: PlacedGroup, x: torch.Tensor) -> None:
+    seen[_key(group)] = x
 
 
 def _listen(module: nn.Module, group: PlacedGroup, see: See) -> Any:

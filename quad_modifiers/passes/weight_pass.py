@@ -110,15 +110,20 @@ class _BlockWork:
         inputs: list[torch.Tensor],
         stream: list[CalibrationBatch],
         originals: list[dict[str, torch.Tensor]] | None,
-    ) -> InputMoments:
+    ) -> InputMoments | None:
+        """Moments of the inputs, None if there are none: an expert that no token was sent to is rounded to nearest."""
+        if group.group.is_repeated:
+            originals = None  # the original model may send other tokens to a part
         moments = InputMoments(self._chosen(group)[0].module, originals is not None)
         for index, (x, batch) in enumerate(zip(inputs, stream, strict=True)):
+            if not x.numel():
+                continue
             original = None if originals is None else batch.tokens(originals[index].pop(group.names)).float()
             try:
                 moments.add(batch.tokens(x), original)
             except ValueError as error:
                 raise ValueError(f"{group.names}: {error}") from error
-        return moments
+        return moments if moments.tokens else None
 
     def _solve(self, group: PlacedGroup, moments: InputMoments | None) -> None:
         chosen = self._chosen(group)

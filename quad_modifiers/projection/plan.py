@@ -133,7 +133,9 @@ def plan_projection(
         elif group.group.reads == "channels":
             orders[group.path] = torch.arange(channels[group.path])
             if statistics is not None and settings.channels_rank:
-                orders[group.path] = statistics.channels[group.path].argsort(descending=True, stable=True)
+                energy = statistics.channels.get(group.path)
+                if energy is not None:  # else an expert that no token was sent to
+                    orders[group.path] = energy.argsort(descending=True, stable=True)
     return Projection(
         residual=basis,
         heads=heads,

@@ -67,6 +67,11 @@ class InputMoments:
         return residual if outlier is None else torch.cat([residual, outlier], dim=-1)
 
     @property
+    def tokens(self) -> int:
+        """Number of inputs added."""
+        return self._gram.tokens
+
+    @property
     def hessian(self) -> torch.Tensor:
         """Mean of x_seen x_seen^T, `[n, n]`, float64."""
         return self._gram.mean()

@@ -1,0 +1,99 @@
+"""A mixture of experts as data: experts are repeated groups, the router reads the stream and is not quantized."""
+
+import pytest
+import torch
+from torch import nn
+from transformers.models.llama.modeling_llama import LlamaMLP
+
+from quad_modifiers.model.architecture import Architecture, Group, Member, dense_block
+from quad_modifiers.model.decoder import Decoder
+from quad_modifiers.nn.packed_linear import PackedLinear
+from quad_modifiers.nn.quad_linear import QuadLinear
+from quad_modifiers.passes.statistics import collect_statistics
+from quad_modifiers.passes.weight_pass import quantize_blocks
+from quad_modifiers.projection.apply import apply_projection
+from quad_modifiers.projection.plan import ProjectionSettings, plan_projection
+from quad_modifiers.quantization.grid import IntegerGrid
+from quad_modifiers.quantization.group import WeightQuantization
+
+NORM = "post_attention_layernorm"
+UP = tuple(Member(name, ("channels",)) for name in ("gate_proj", "up_proj"))
+BLOCK = (
+    *dense_block()[:2],
+    Group("router", "mlp", (Member("router", ("other",)),), "stream", NORM, quantized=False),
+    Group("gate_up", "mlp.experts.*", UP, "stream", NORM),
+    Group("down", "mlp.experts.*", (Member("down_proj", ("stream",)),), "channels"),
+)
+EXPERTS = Architecture("experts", BLOCK, runner="hooked")
+
+
+class Experts(nn.Module):
+    """Each token goes to the expert that the router likes best; the last one gets none."""
+
+    def __init__(self, config) -> None:
+        super().__init__()
+        self.router = nn.Linear(config.hidden_size, 4, bias=False)
+        self.experts = nn.ModuleList(LlamaMLP(config) for _ in range(4))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        flat, out = x.flatten(0, 1), torch.zeros_like(x).flatten(0, 1)
+        chosen = self.router(flat)[:, :3].argmax(-1)
+        for index, expert in enumerate(self.experts):
+            if (chosen == index).any():
+                out[chosen == index] = expert(flat[chosen == index])
+        return out.view(x.shape)
+
+
+@pytest.fixture
+def decoder(make_toy) -> Decoder:
+    model = make_toy("llama")
+    torch.manual_seed(0)
+    for layer in model.model.layers:
+        layer.mlp = Experts(model.config).requires_grad_(False)
+    decoder = Decoder(model, EXPERTS)
+    decoder.check_linears()
+    for linear in decoder.linears():
+        linear.replace(QuadLinear(linear.module, linear.role))
+        linear.module.take_bias()
+    return decoder
+
+
+def ids(seed: int) -> torch.Tensor:
+    return torch.randint(3, 320, (2, 24), generator=torch.Generator().manual_seed(seed))
+
+
+@torch.no_grad()
+def logits(decoder: Decoder) -> torch.Tensor:
+    return decoder.model(ids(9)).logits
+
+
+def test_a_projection_keeps_the_function_and_the_routes(decoder: Decoder) -> None:
+    wanted = logits(decoder)
+    settings = ProjectionSettings(rank=8, values_rank=2, channels_rank=8)
+    statistics = collect_statistics(decoder, [{"input_ids": ids(seed)} for seed in (1, 2)])
+    plan = plan_projection(decoder, settings, statistics)
+    assert sum("experts" in path for path in plan.orders) == 2 * 4
+    apply_projection(decoder, plan)
+    assert decoder.blocks[0].module.mlp.router.in_features == 72
+    torch.testing.assert_close(logits(decoder), wanted, rtol=1e-4, atol=1e-4)
+
+
+def test_every_expert_is_quantized_on_the_tokens_that_it_sees(decoder: Decoder) -> None:
+    wanted, done = logits(decoder), []
+    settings = WeightQuantization(IntegerGrid(8), error_correction=0.5)
+
+    def install(linear, weight) -> None:
+        linear.module.residual = PackedLinear.of(weight, weight.scale.dtype)
+        done.append(linear.name)
+
+    batches = [{"input_ids": ids(seed)} for seed in (1, 2)]
+    blocks = quantize_blocks(decoder, batches, settings, install, lambda name: False)
+    reports = [report for block in blocks for report in block]
+    assert len(done) == 2 * (4 + 4 * 3)
+    unseen = [report.name for report in reports if report.attempts == 0]
+    assert sum("experts.3" in name for name in unseen) == 2 * 2, "rounded to nearest: no token was sent there"
+    assert not [name for name in unseen if "experts.0" in name or "self_attn" in name]
+    assert isinstance(decoder.blocks[0].module.mlp.router, nn.Linear)
+    error = float((logits(decoder) - wanted).norm() / wanted.norm())
+    print(f"relative error with 8-bit weights {error:.4f}, bound 0.05")
+    assert 0 < error < 0.05
