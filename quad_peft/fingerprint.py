@@ -17,8 +17,7 @@ def base_fingerprint(model: nn.Module) -> str | None:
     Every outlier weight depends on the projection, and after GPTQ on the calibration: another checkpoint of the same
     model has another hash. Values are hashed in bfloat16: the dtype in which the model is loaded does not matter.
 
-    Returns:
-        16 hexadecimal digits; None if tensors are not in memory (offloaded or on the meta device).
+    None if tensors are not in memory (offloaded or on the meta device).
     """
     digest = hashlib.sha256()
     for name, split, tensors in _layers(model):

@@ -44,11 +44,7 @@ def get_outlier_model(
 
 
 def prepare_config(config: Any, model: nn.Module) -> None:
-    """Gives an adapter's config what PEFT needs to put it into a QUAD model; PEFT calls this through registration.
-
-    Raises:
-        ValueError: if an outlier adapter belongs to another checkpoint, or names layers without outlier weights.
-    """
+    """Gives an adapter's config what PEFT needs to put it into a QUAD model; PEFT calls this through registration."""
     if not isinstance(config, LoraConfig):
         return
     config._register_custom_module({QuadLinear: QuadLoraLayer, OutlierLinear: _InsideOfQuadLinear})

@@ -72,12 +72,7 @@ class OutlierLoRA(QuadModifier):
     _outcome: "Outcome | None" = PrivateAttr(default=None)
 
     def prepare(self, decoder: Decoder, batches: Batches) -> None:
-        """Records what the original model says about the samples while it is still there.
-
-        Raises:
-            ImportError: if peft or accelerate is not installed.
-            ValueError: if there are fewer than two calibration samples.
-        """
+        """Records what the original model says about the samples while it is still there."""
         _check_installed()
         self._data = self._samples(batches())
         self._folder = TemporaryDirectory(prefix="quad-outlier-lora-")
@@ -90,12 +85,7 @@ class OutlierLoRA(QuadModifier):
             model.to(device)
 
     def run(self, decoder: Decoder, batches: Batches) -> None:
-        """Trains and merges.
-
-        Raises:
-            ValueError: if the model has no outlier weights, or a stock modifier quantizes inputs.
-            NonFiniteError: if the loss becomes NaN.
-        """
+        """Trains and merges."""
         model = decoder.model
         _pack_stock_weights(decoder)
         logger.info("OutlierLoRA: %s, %d samples", self.loss, len(self._data.training_samples) if self._data else 0)

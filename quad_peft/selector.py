@@ -12,9 +12,7 @@ class OutlierSelector(nn.Module):
 
     The dense weight exists only where others ask for it: in the state dict, and so in the saved adapter.
 
-    Args:
-        split: split of the layer's input; `split.rank` must not be 0.
-        lora_b: matrix B of the adapter, whose dtype and device A shares.
+    `split.rank` must not be 0; A shares dtype and device of the adapter's matrix B, `lora_b`.
 
     Attributes:
         scale: number in each row of A, `[rank]`, float32 on the CPU: ones, or the powers of two of `equalize_outliers`.

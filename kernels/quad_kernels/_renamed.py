@@ -31,11 +31,7 @@ _RENAMED = {"LinearWeight": (LinearWeight, "QuantizedWeight"), "int4_linear": (i
 
 
 def renamed(name: str) -> Any:
-    """Returns what `quad_kernels` had under an old name, with a warning.
-
-    Raises:
-        AttributeError: if it never had that name.
-    """
+    """Returns what `quad_kernels` had under an old name, with a warning; AttributeError if it had none."""
     if name not in _RENAMED:
         raise AttributeError(f"module 'quad_kernels' has no attribute {name!r}")
     thing, new = _RENAMED[name]

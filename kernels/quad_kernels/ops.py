@@ -26,8 +26,7 @@ _library = torch.library.Library("quad_kernels", "DEF")
 def _custom_op(shapes: Callable[..., Any]) -> Callable[[Callable[..., Any]], Any]:
     """Makes a function an op of its name, with the schema of its annotations.
 
-    Args:
-        shapes: returns empty tensors like the op's results; it names those of the op's parameters that it needs.
+    `shapes` returns empty tensors like the op's results; it names those of the op's parameters that it needs.
     """
 
     def define(run: Callable[..., Any]) -> Any:

@@ -24,9 +24,6 @@ def describe_linears(decoder: Decoder, contributed: Contributions) -> tuple[bool
     """Returns whether plain compressed-tensors can express the model, and the format of each role.
 
     Roles are described once: in every block they must be alike.
-
-    Raises:
-        ValueError: naming a linear that differs from the same role in the first block, or that cannot be stored.
     """
     _refuse_other_quantization(decoder)
     formats: RoleFormats = {}
@@ -109,14 +106,7 @@ def _weight_format(module: QuadLinear, where: str) -> WeightFormat | None:
 def quantization_config(
     decoder: Decoder, plain: bool, linears: RoleFormats, contributed: Contributions
 ) -> dict[str, Any] | None:
-    """Returns `quantization_config` of config.json, or None for a plain model with nothing quantized.
-
-    Args:
-        decoder: the compressed model.
-        plain: whether plain compressed-tensors can express it.
-        linears: format of each role.
-        contributed: what modifiers want to be stored.
-    """
+    """Returns `quantization_config` of config.json, or None for a plain model with nothing quantized."""
     architecture = decoder.architecture
     ends = ((architecture.embedding, decoder.embedding), (architecture.head, decoder.head))
     tables = [path for path, module in ends if is_packed(module)]
@@ -146,10 +136,8 @@ def quantization_config(
 def config_groups(plain: bool, linears: RoleFormats, tables: list[str]) -> dict[str, Any]:
     """Returns compressed-tensors' `config_groups`: roles with the same quantization share a group.
 
-    Args:
-        plain: False if the packed weights are children `residual` of the linears.
-        linears: format of each role.
-        tables: paths of a packed embedding or head.
+    Unless `plain`, packed weights are children `residual` of the linears. `tables` are paths of a packed embedding or
+    head.
     """
     settings: dict[str, tuple[list[str], dict[str, Any]]] = {}
     suffix = "" if plain else r"\.residual"

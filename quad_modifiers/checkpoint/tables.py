@@ -15,11 +15,7 @@ def is_packed(module: nn.Module) -> bool:
 
 
 def install_tables(decoder: Decoder, quad: QuadFormat) -> None:
-    """Puts unset packed tables in place of a stock embedding and head, as the format says.
-
-    Raises:
-        ValueError: see `packed_tables`.
-    """
+    """Puts unset packed tables in place of a stock embedding and head, as the format says."""
     embedding, head = packed_tables(decoder, quad)
     if embedding:
         decoder.replace_embedding(_unset(PackedEmbedding, decoder.embedding.weight))

@@ -135,14 +135,7 @@ def sampled_documents(
 ) -> list[str]:
     """Returns all documents, or as many drawn at random as give `tokens` tokens several times over.
 
-    Args:
-        texts: documents; only those drawn are read.
-        tokens: number of tokens wanted.
-        generator: source of the draws.
-        character_limit: number of characters below which nothing is left out.
-
-    Raises:
-        TypeError: if a document is not a string.
+    Only documents that are drawn are read; below `character_limit` characters nothing is left out.
     """
     limit = max(character_limit, _CHARACTERS_PER_TOKEN * tokens)
     order = torch.randperm(len(texts), generator=generator).tolist()

@@ -58,19 +58,9 @@ def resolve(
 ) -> Resolved:
     """Returns the text or token ids that `source` names.
 
-    Args:
-        source: any data set of `calibration_windows`, or a list of token ids [tokens].
-        purpose: purpose of the text, for messages.
-        text_column: field or column of the text.
-        splits: the split of a `datasets` name or DatasetDict; also a list of one, or a mapping whose key is the first
-            of the purpose's usual splits.
-        config_name: the configuration of a `datasets` name.
-
-    Raises:
-        TypeError: if `source` is of no kind listed, or holds something other than text or token ids.
-        ValueError: if a file has no text, a column or split is missing, or a name cannot be loaded.
-        FileNotFoundError: if there is no such local file.
-        ImportError: if a package that the data set needs is not installed.
+    `source` is any data set of `calibration_windows`, or a list of token ids [tokens]. `splits` may also be a list of
+    one, or a mapping whose key is the first of the purpose's usual splits. The errors are those of
+    `calibration_windows`.
     """
     if source is None:
         return calibration_texts()

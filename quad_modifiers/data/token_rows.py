@@ -16,11 +16,7 @@ def dataset_rows(dataset: "Dataset") -> Iterator[torch.Tensor]:
 
 
 def loader_rows(loader: Any) -> Iterator[torch.Tensor]:
-    """Yields the token ids of each sample of a DataLoader, without padding.
-
-    Raises:
-        TypeError: if it does not yield mappings with `input_ids`.
-    """
+    """Yields the token ids of each sample of a DataLoader, without padding."""
     for batch in loader:
         if not isinstance(batch, Mapping) or "input_ids" not in batch:
             found = f"a mapping with {sorted(batch)}" if isinstance(batch, Mapping) else f"a {type(batch).__name__}"
@@ -29,12 +25,7 @@ def loader_rows(loader: Any) -> Iterator[torch.Tensor]:
 
 
 def unpadded(ids: Any, mask: Any | None, where: str) -> Iterator[torch.Tensor]:
-    """Yields each sample of `ids` ([tokens] or [batch, tokens]) as [tokens], int64, masked positions removed.
-
-    Raises:
-        TypeError: if the ids are not integers.
-        ValueError: if the shape is neither of the two, or differs from the mask's.
-    """
+    """Yields each sample of `ids` ([tokens] or [batch, tokens]) as [tokens], int64, masked positions removed."""
     rows = torch.as_tensor(ids)
     if rows.numel() and (rows.is_floating_point() or rows.is_complex() or rows.dtype == torch.bool):
         raise TypeError(f"{where} must hold integer token ids, not {rows.dtype}")

@@ -83,12 +83,7 @@ def stream_windows(stream: torch.Tensor, length: int) -> torch.Tensor:
 
 
 def token_stream(tokenizer: "PreTrainedTokenizerBase", texts: Sequence[str]) -> torch.Tensor:
-    """Returns the tokens of all texts joined with a blank line: [tokens], int64, no special tokens added.
-
-    Raises:
-        ValueError: if there is no text, or only white space.
-        TypeError: if `texts` is one string, or holds something that is not a string.
-    """
+    """Returns the tokens of all texts joined with a blank line: [tokens], int64, no special tokens added."""
     if isinstance(texts, str):
         raise TypeError("texts must be a sequence of documents, not one string; wrap it in a list")
     for index, text in enumerate(texts):

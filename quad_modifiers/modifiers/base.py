@@ -154,9 +154,7 @@ def _begin_own_pass(model: nn.Module) -> None:
     An offloaded module copies an assigned parameter into the old storage, which a tied weight shares and whose dtype
     it keeps; the block-wise passes move one block at a time themselves.
 
-    Raises:
-        ValueError: if the user chose a pipeline that calibrates all modifiers at once, where the order of the recipe
-            would be lost.
+    A pipeline of the user that calibrates all modifiers at once is refused: the order of the recipe would be lost.
     """
     remove_dispatch(model, onload_tensors=False)
     modifiers = active_session().lifecycle.recipe.modifiers

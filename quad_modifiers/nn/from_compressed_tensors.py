@@ -36,9 +36,6 @@ def stock_quantized_weight(linear: nn.Module) -> QuantizedWeight | None:
 
     llm-compressor keeps the rounded weight as floating point; the integers are found by dividing by the scales, which
     is exact for up to 4 bits, and for 8 without zero points.
-
-    Args:
-        linear: with compressed-tensors' scheme, status and scales.
     """
     if not is_frozen(linear):
         return None
@@ -54,11 +51,7 @@ def stock_quantized_weight(linear: nn.Module) -> QuantizedWeight | None:
 
 
 def check_storable(linear: nn.Module, where: str) -> None:
-    """Checks that a checkpoint can hold the weights of a linear, should llm-compressor have frozen them.
-
-    Raises:
-        ValueError: naming the linear and the scheme.
-    """
+    """Checks that a checkpoint can hold the weights of a linear, should llm-compressor have frozen them."""
     if not is_frozen(linear):
         return
     arguments = scheme_of(linear).weights

@@ -9,11 +9,7 @@ from quad_modifiers.plugins.manager import PluginError, failed_plugins
 
 
 def load_term(kind: str) -> type[LinearTerm]:
-    """Returns the class of a kind of linear term.
-
-    Raises:
-        PluginError: if no plugin brings it, or what it brings is not a term of that kind.
-    """
+    """Returns the class of a kind of linear term."""
     found = _load(linear_terms(), kind, "a linear has the term")
     if not (isinstance(found, type) and issubclass(found, LinearTerm)) or found.kind != kind or kind in RESERVED_KINDS:
         raise PluginError(
@@ -24,11 +20,7 @@ def load_term(kind: str) -> type[LinearTerm]:
 
 
 def load_section(name: str) -> Any:
-    """Returns the class of a checkpoint section, a `quad_modifiers.checkpoint.contribute.CheckpointSection`.
-
-    Raises:
-        PluginError: if no plugin brings it.
-    """
+    """Returns the class of a checkpoint section, a `quad_modifiers.checkpoint.contribute.CheckpointSection`."""
     return _load(checkpoint_sections(), name, "it has the section")
 
 

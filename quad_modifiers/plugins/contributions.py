@@ -73,20 +73,12 @@ def kernel_backends(manager: QuadPluginManager | None = None) -> dict[str, Contr
 
 
 def linear_terms(manager: QuadPluginManager | None = None) -> dict[str, Contribution]:
-    """Returns the contributed kinds of terms of a linear by name, without importing them.
-
-    Raises:
-        PluginError: if a plugin returns no mapping of names to "module:Class", or two claim one name.
-    """
+    """Returns the contributed kinds of terms of a linear by name, without importing them."""
     return _table("linear term", manager)
 
 
 def checkpoint_sections(manager: QuadPluginManager | None = None) -> dict[str, Contribution]:
-    """Returns the contributed sections of a checkpoint by name, without importing them.
-
-    Raises:
-        PluginError: if a plugin returns no mapping of names to "module:Class", or two claim one name.
-    """
+    """Returns the contributed sections of a checkpoint by name, without importing them."""
     return _table("checkpoint section", manager)
 
 

@@ -23,9 +23,8 @@ LAYERS = 64
 def linear_names(roles: Iterable[str] | None = None, child: str = "") -> tuple[str, ...]:
     """Returns the names of linears in every layer of every known architecture, or of their children `child`.
 
-    Args:
-        roles: those wanted, such as "down_proj"; all by default.
-        child: name of a child of the containers that a projection makes.
+    All `roles` by default, else those named, such as "down_proj"; `child` is one of the containers that a projection
+    makes.
     """
     return _linear_names(tuple(architectures().values()), None if roles is None else frozenset(roles), child)
 

@@ -40,11 +40,7 @@ def resolve_recipe(name_or_path: str | Path, manager: "QuadPluginManager | None"
 
 
 def read_recipe(path: Path) -> str:
-    """Returns the text of a recipe file.
-
-    Raises:
-        ValueError: if it is not UTF-8 text.
-    """
+    """Returns the text of a recipe file, which must be UTF-8."""
     try:
         return path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:

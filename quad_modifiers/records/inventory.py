@@ -65,12 +65,7 @@ class Inventory:
 
 
 def read_inventory(folder: Path) -> Inventory:
-    """Reads a checkpoint folder.
-
-    Raises:
-        FileNotFoundError: naming the missing file.
-        ValueError: naming the file that is damaged.
-    """
+    """Reads a checkpoint folder."""
     config = read_json(folder / "config.json")
     bytes_of: dict[str, int] = dict.fromkeys(KIND_NAMES, 0)
     count, dtype = 0, ""
@@ -110,11 +105,7 @@ def _weight_files(folder: Path) -> list[Path]:
 
 
 def read_header(file: Path) -> dict[str, dict[str, Any]]:
-    """Returns the entries of a safetensors file by tensor name, without its metadata.
-
-    Raises:
-        ValueError: if the file is damaged or shorter than its header says.
-    """
+    """Returns the entries of a safetensors file by tensor name, without its metadata."""
     size = file.stat().st_size
     try:
         with file.open("rb") as stream:
@@ -132,12 +123,7 @@ def read_header(file: Path) -> dict[str, dict[str, Any]]:
 
 
 def read_json(file: Path) -> dict[str, Any]:
-    """Returns a JSON object.
-
-    Raises:
-        FileNotFoundError: if there is no such file.
-        ValueError: if it is not a JSON object.
-    """
+    """Returns a JSON object."""
     if not file.is_file():
         raise FileNotFoundError(f"{file.parent} has no {file.name}; it is not a checkpoint, or an incomplete one")
     try:

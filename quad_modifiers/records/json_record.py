@@ -9,11 +9,7 @@ _Record = TypeVar("_Record", bound=BaseModel)
 
 
 def read_record(record: type[_Record], file: Path) -> _Record | None:
-    """Returns the record in a file, None if there is no file.
-
-    Raises:
-        ValueError: naming the field that is wrong.
-    """
+    """Returns the record in a file, None if there is no file; ValueError names the field that is wrong."""
     if not file.is_file():
         return None
     try:

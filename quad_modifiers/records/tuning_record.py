@@ -76,9 +76,5 @@ class Tuning(_Strict):
 
 
 def read_tuning(folder: Path) -> Tuning | None:
-    """Returns the record in a folder, None if there is none.
-
-    Raises:
-        ValueError: naming the field that is wrong.
-    """
+    """Returns the record in a folder, None if there is none; ValueError names the field that is wrong."""
     return read_record(Tuning, folder / TUNING_NAME)

@@ -15,11 +15,7 @@ from quad_modifiers.vllm_plugin.table import QuadTableMethod
 
 
 class QuadConfig(QuantizationConfig):
-    """`quantization_config` of a QUAD checkpoint.
-
-    Args:
-        quad: checked `quad` section of the config.
-    """
+    """`quantization_config` of a QUAD checkpoint; `quad` is its section of that name, checked."""
 
     def __init__(self, quad: QuadFormat) -> None:
         super().__init__()
@@ -49,11 +45,7 @@ class QuadConfig(QuantizationConfig):
 
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> "QuadConfig":
-        """Reads `quantization_config`.
-
-        Raises:
-            ValueError: if it is damaged, of an unknown version, or has parts that are not served.
-        """
+        """Reads `quantization_config`; ValueError if it is damaged, of an unknown version, or not served."""
         quad = read_format(config.get("quad"))
         unserved = sorted({kind for linear in quad.linears.values() for kind in linear.terms} | quad.sections.keys())
         if unserved:
@@ -64,11 +56,7 @@ class QuadConfig(QuantizationConfig):
         return cls(quad)
 
     def get_quant_method(self, layer: torch.nn.Module, prefix: str) -> QuantizeMethodBase | None:
-        """The method of a decoder linear, or of a packed embedding or head; None leaves a layer as it is.
-
-        Raises:
-            ValueError: naming the layer if the checkpoint does not describe it, or if its members cannot be fused.
-        """
+        """The method of a decoder linear, or of a packed embedding or head; None leaves a layer as it is."""
         if isinstance(layer, ParallelLMHead):
             return None if self.quad.head is None else QuadTableMethod(PackedHead)
         if isinstance(layer, VocabParallelEmbedding):

@@ -25,13 +25,9 @@ def prepare_rows(linear: LinearFormat, stored: dict[str, torch.Tensor]) -> Quant
 
     No kernel multiplies packed weights by floating-point inputs yet, so weight-only layers are expanded.
 
-    Args:
-        linear: format of the layer.
-        stored: `weight_packed` `[out, ceil(in * bits / 32)]`, int32; `weight_scale` `[out, groups]`, floating point;
-            `weight_zero_point` `[out, groups]`, int8, if there is one.
-
-    Returns:
-        The quantized weight, or `[out, in]` in the dtype of the scales where inputs are not quantized.
+    `stored` has `weight_packed` `[out, ceil(in * bits / 32)]`, int32, `weight_scale` `[out, groups]`, floating point,
+    and `weight_zero_point` `[out, groups]`, int8, if there is one. Expanded weights are `[out, in]` in the dtype of the
+    scales.
     """
     assert linear.weight is not None
     bits, width = linear.weight.bits, linear.split().residual_width

@@ -38,13 +38,7 @@ def member_position(shard_id: ShardId) -> int:
 def fused_format(linears: dict[str, LinearFormat], roles: Sequence[str], prefix: str) -> LinearFormat:
     """Returns the format that the members of a layer share; its `out_features` is their sum.
 
-    Args:
-        linears: formats of all roles.
-        roles: members of the layer in vLLM's order, such as q_proj, k_proj, v_proj.
-        prefix: path of the layer, for messages.
-
-    Raises:
-        ValueError: if a role is not described, or the members differ in more than `out_features`.
+    `roles` are the members in vLLM's order, such as q_proj, k_proj, v_proj.
     """
     missing = [role for role in roles if role not in linears]
     if missing:
@@ -73,15 +67,7 @@ def column_parallel_rows(
 
     A member with fewer heads than ranks is replicated: `ranks * partition / out_features` neighbours hold equal rows.
 
-    Args:
-        out_features: output width of each member, from the checkpoint.
-        partition_sizes: output width of each member on one rank, from vLLM.
-        rank: tensor-parallel rank of this process.
-        ranks: number of tensor-parallel ranks.
-        prefix: path of the layer, for messages.
-
-    Raises:
-        ValueError: if config.json and `quad.linears` disagree about the size of a member.
+    `out_features` are the members' output widths in the checkpoint, `partition_sizes` those on one rank, from vLLM.
     """
     rows, offset = [], 0
     for member, (total, count) in enumerate(zip(out_features, partition_sizes, strict=True)):

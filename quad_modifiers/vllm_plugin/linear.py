@@ -29,13 +29,7 @@ logger = init_logger("vllm.quad_modifiers")  # vLLM shows what is logged below i
 
 
 class QuadLinearMethod(LinearMethodBase):
-    """Loads and applies one fused or single linear.
-
-    Args:
-        linear: format that all members share.
-        out_features: output width of each member.
-        prefix: path of the layer, for messages.
-    """
+    """Loads and applies one fused or single linear, whose members share the format `linear`."""
 
     def __init__(self, linear: LinearFormat, out_features: tuple[int, ...], prefix: str) -> None:
         self.linear = linear
@@ -57,11 +51,7 @@ class QuadLinearMethod(LinearMethodBase):
         params_dtype: torch.dtype,
         **extra: Any,
     ) -> None:
-        """Creates the rank's rows of the checkpoint's tensors, below `residual` and `outlier` as the checkpoint does.
-
-        Raises:
-            ValueError: naming the layer if config.json contradicts the checkpoint's description of the linears.
-        """
+        """Creates the rank's rows of the checkpoint's tensors, below `residual` and `outlier` as they are stored."""
         if input_size != self.linear.in_features or layer.has_bias != self.linear.bias:
             raise ValueError(
                 f"{self.prefix} has {input_size} inputs and bias={layer.has_bias} by config.json, "

@@ -34,11 +34,7 @@ class CheckedWeights:
         self._checkpoint = vllm_config.model_config, vllm_config.quant_config.quad
 
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
-        """Loads the tensors of a checkpoint.
-
-        Raises:
-            ValueError: naming tensors that are missing, surplus, mis-shaped or damaged.
-        """
+        """Loads the tensors of a checkpoint; ValueError names those missing, surplus, mis-shaped or damaged."""
         model_config, quad = self._checkpoint
         expected = expected_tensors(model_config.hf_config, quad, architectures())
         loaded: set[str] = super().load_weights(checked_tensors(weights, expected, model_config.dtype))  # type: ignore[misc]

@@ -13,8 +13,7 @@ from quad_modifiers.nn.packed_table import BITS, PackedEmbedding, PackedHead
 class QuadTableMethod(QuantizeMethodBase):
     """Loads and applies an 8-bit table; vLLM divides its rows among the ranks and pads them.
 
-    Args:
-        kind: the module of the transformers runtime that does the arithmetic.
+    `kind` is the module of the transformers runtime that does the arithmetic.
     """
 
     def __init__(self, kind: type[PackedEmbedding | PackedHead]) -> None:

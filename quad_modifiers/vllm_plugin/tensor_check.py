@@ -17,13 +17,7 @@ def checked_tensors(
 ) -> Iterator[tuple[str, torch.Tensor]]:
     """Passes on the tensors that fit, floating-point ones cast to `dtype`; those whose value was known are dropped.
 
-    Args:
-        tensors: names and tensors of the checkpoint.
-        expected: from `expected_tensors`.
-        dtype: dtype of the model that is being loaded.
-
-    Raises:
-        ValueError: if the stream cannot be read, or at its end, naming tensors that are missing, surplus or damaged.
+    ValueError if the stream cannot be read, or at its end, naming tensors that are missing, surplus or damaged.
     """
     missing, problems = set(expected), []
     for name, tensor in _readable(tensors):

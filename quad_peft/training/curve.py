@@ -8,13 +8,7 @@ CURVE_NUMBERS, CURVE_PICTURE = "loss_curve.json", "loss_curve.png"
 
 
 def write_curve(history: list[dict[str, Any]], folder: Path, loss: str) -> None:
-    """Writes `loss_curve.json` and, where matplotlib is installed, `loss_curve.png`.
-
-    Args:
-        history: log entries of the Trainer.
-        folder: folder to write to.
-        loss: name of the minimized loss, for the axis.
-    """
+    """Writes `loss_curve.json` and, where matplotlib is installed, `loss_curve.png`; `loss` names the axis."""
     training = [[entry["step"], entry["loss"]] for entry in history if "loss" in entry]
     validation = [[entry["step"], entry["eval_loss"]] for entry in history if "eval_loss" in entry]
     numbers = {"loss": loss, "training": training, "validation": validation}

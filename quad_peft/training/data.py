@@ -112,25 +112,11 @@ def training_data(
 ) -> TrainingData:
     """Cuts text into samples.
 
-    Args:
-        source: any data set of `quad_modifiers.data.calibration_windows`, None for the same articles and modules; also
-            a list of `[tokens]`. Token ids `[tokens]` are cut into windows.
-        tokenizer: tokenizer of the model; not needed for token ids.
-        length: tokens in a sample, at most.
-        samples: largest number of samples, drawn at random, or the first of a DataLoader; all by default.
-        packed: True to cut one stream of all documents into windows of exactly `length`; otherwise one sample for each
-            document, cut at `length`.
-        validation: share of the samples to validate on: the last ones of the text, at least one.
-        text_column: field or column of the text.
-        split: split of a `datasets` name or a DatasetDict; "train" or "calibration" or the only one by default.
-        dataset_config: configuration of a `datasets` name.
-        seed: seed of the draw.
-
-    Raises:
-        FileNotFoundError: if there is no such file.
-        ImportError: if the package `datasets` is needed and missing.
-        TypeError: if `source` is of no kind listed, or holds something other than text or token ids.
-        ValueError: for no text, no such column or split (those there are named), or fewer than two samples.
+    `source` is any data set of `quad_modifiers.data.calibration_windows`, None for the same articles and modules, or a
+    list of `[tokens]`; token ids `[tokens]` are cut into windows. With `packed`, so is one stream of all documents,
+    into windows of exactly `length`; otherwise every document is a sample, cut at `length`. At most `samples` are drawn
+    at random, or the first of a DataLoader. Validated on is the share `validation`, the last ones of the text, at least
+    one.
     """
     if not 0 < validation < 1:
         raise ValueError(f"validation ({validation}) is a share of the samples, above 0 and below 1")

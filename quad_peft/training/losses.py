@@ -32,14 +32,9 @@ def distillation_loss(
 ) -> torch.Tensor:
     """Returns the sum over positions of `temperature² KL(teacher || student)`, a float32 scalar.
 
-    Args:
-        student_hidden: input of the student's head, `[..., student_width]`.
-        student_head: frozen head; receives no gradient.
-        teacher_hidden: input of the teacher's head, `[..., teacher_width]`; the widths may differ.
-        teacher_head: head with the same vocabulary.
-        mask: `[...]`, bool, False for padding; all positions count by default.
-        temperature: number that divides the logits of both.
-        chunk: positions at a time; as many as fit into 64 MiB of float32 by default.
+    Hidden states are `[..., width]`, and the widths of student and teacher may differ; both heads have one vocabulary,
+    and the student's receives no gradient. `mask` is `[...]`, bool, False for padding. `chunk` positions are computed
+    at a time, by default as many as fit into 64 MiB of float32.
     """
     student, teacher = _rows(student_hidden, mask), _rows(teacher_hidden, mask)
 
@@ -58,11 +53,8 @@ def next_token_loss(
 ) -> torch.Tensor:
     """Returns the sum over positions of the cross-entropy, a float32 scalar.
 
-    Args:
-        hidden: input of the head, `[..., width]`.
-        head: frozen head; receives no gradient.
-        targets: `[...]`, the token that follows each position (`shifted`), `IGNORED` where none counts.
-        chunk: see `distillation_loss`.
+    `hidden` is `[..., width]`; the head receives no gradient. `targets` is `[...]`, the token that follows each
+    position (`shifted`), `IGNORED` where none counts; `chunk` is that of `distillation_loss`.
     """
     mask = targets != IGNORED
     rows, wanted = _rows(hidden, mask), targets[mask].unsqueeze(-1)

@@ -54,12 +54,7 @@ class LiveTeacher:
 
 
 class CachedTeacher:
-    """Hidden states on disk and a copy of the head; the model is not in memory.
-
-    Args:
-        folder: folder that `cache_teacher` made.
-        head: module from hidden states to logits.
-    """
+    """Hidden states in a folder of `cache_teacher` and a copy of the head; the model is not in memory."""
 
     def __init__(self, folder: Path, head: nn.Module) -> None:
         self.folder, self.head = folder, head
@@ -93,13 +88,7 @@ def cache_teacher(model: Any, samples: Sequence[torch.Tensor], folder: Path) -> 
     They go to a subfolder named by a hash of the model's weights and the samples, so that one folder serves several
     models and texts. After an interruption the next call resumes where it stopped.
 
-    Args:
-        model: the original model. It is only read, and may change afterwards.
-        samples: token ids, `[tokens]` each.
-        folder: folder for caches; made if missing.
-
-    Raises:
-        OSError: if the disk is too small.
+    The model is only read, and may change afterwards. A disk that is too small is an OSError before the work begins.
     """
     own = folder / f"teacher-{_key(model, samples)}"
     own.mkdir(parents=True, exist_ok=True)

@@ -140,16 +140,8 @@ def tune(
 
     Goes on from the last complete state in the folder of `arguments`, to the same result as without an interruption.
 
-    Args:
-        model: `PeftModel` of a QUAD model.
-        data: samples to train and to validate on.
-        settings: settings of the training.
-        arguments: result of `settings.arguments(folder)`.
-        teacher: the original model, for distillation; None trains on the next token.
-        pad_token: id in the padding.
-
-    Raises:
-        NonFiniteError: if the loss becomes NaN; the weights from before that step are saved in `last_good`.
+    Without `teacher` it trains on the next token. If the loss becomes NaN, NonFiniteError ends the run, and the weights
+    from before that step are saved in `last_good`.
     """
     start, folder = time.perf_counter(), Path(arguments.output_dir)
     equalize_outliers(model, data.samples[:_EQUALIZED])

@@ -65,13 +65,8 @@ def _named(name: str) -> Backend | None:
 def register_backend_path(name: str, path: str, origin: str) -> None:
     """Adds a backend that is imported when the first choice is made; adding it again changes nothing.
 
-    Args:
-        name: name of the backend.
-        path: "module:object", a `Backend` or a subclass.
-        origin: distribution that contributes it, for messages.
-
-    Raises:
-        ValueError: if another backend has its name.
+    `path` is "module:object", a `Backend` or a subclass; `origin` is the distribution that contributes it, for
+    messages.
     """
     known = _imported.get(name) or _pending.get(name)
     if known == (path, origin):

@@ -42,12 +42,7 @@ def integer_linear(operands: LinearOperands) -> torch.Tensor:
 def _rows(operands: LinearOperands, rows: slice, x: torch.Tensor, weight: QuantizedWeight, groups: int) -> torch.Tensor:
     """Returns the layer for some tokens, float32.
 
-    Args:
-        operands: operands of all tokens.
-        rows: range of the tokens.
-        x: integers of those tokens, unpacked, `[tokens, in]`, int8.
-        weight: weight in layout int8, or without groups in layout onednn.
-        groups: number of groups of inputs that share both scales.
+    `x` is `[tokens, in]`, int8, unpacked; `weight` is in layout int8, or without groups in layout onednn.
     """
     x_scale, bias, outlier_weight = operands.x_scale[rows], operands.bias, operands.outlier_weight
     outlier = None if operands.outlier is None else operands.outlier[rows]

@@ -24,17 +24,8 @@ def tune(
 ) -> dict[Problem, Config]:
     """Measures configurations for the given problems and keeps the fastest in the cache.
 
-    Args:
-        shapes: tokens, output channels and input width of each; tokens are rounded up to a power of two.
-        rank: outlier coordinates.
-        group_size: inputs per scale of the weight, None for one scale per channel.
-        weight_bits: 4 for nibbles, 8 for int8.
-        dtype: dtype of outliers, outlier weight and output.
-        device: a CUDA device.
-        seconds: time limit for one problem; at least one configuration is measured.
-
-    Returns:
-        The fastest configuration of each problem.
+    `shapes` are tokens, rounded up to a power of two, output channels and input width. At least one configuration of a
+    problem is measured, more within `seconds`.
     """
     device = torch.device(device)
     if device.index is None:
