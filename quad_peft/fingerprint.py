@@ -39,7 +39,6 @@ def _layers(model: nn.Module) -> Iterator[tuple[str, str, list[torch.Tensor]]]:
         if id(module) in adapted:
             outlier, scale = adapted[id(module)].original_weights()
         else:
-            outlier = None if module.outlier is None else module.outlier.weight
-            scale = module.weight_scale
+            outlier, scale = module.outlier_weight, module.weight_scale
         tensors = [tensor for tensor in (outlier, scale) if tensor is not None]
         yield name.removesuffix(_WRAPPED).removeprefix("base_model.model."), str(module.split), tensors

@@ -112,7 +112,7 @@ class QuadLoraLayer(nn.Module, LoraLayer):
         base = self.get_base_layer()
         with torch.no_grad():
             outlier, scale = self._changes(names)
-            merged = None if base.outlier is None else base.outlier.weight
+            merged = base.outlier_weight
             if merged is not None and outlier is not None:
                 merged = changed_outlier_weight(merged, outlier)
             merged_scale = None if scale is None else changed_weight_scale(self._weight_scale(), scale)
@@ -120,10 +120,8 @@ class QuadLoraLayer(nn.Module, LoraLayer):
             if safe_merge and tensor is not None and not bool(torch.isfinite(tensor).all()):
                 raise ValueError(f"the adapters {', '.join(names)} hold NaN or infinite values; nothing was merged")
         if self._before_merging is None:
-            self._before_merging = (
-                None if base.outlier is None else base.outlier.weight.data,
-                None if merged_scale is None else self._weight_scale(),
-            )
+            before = None if base.outlier_weight is None else base.outlier_weight.data
+            self._before_merging = before, None if merged_scale is None else self._weight_scale()
         self._set(merged, merged_scale)
         self.merged_adapters.extend(names)
 
@@ -142,7 +140,7 @@ class QuadLoraLayer(nn.Module, LoraLayer):
         """Outlier weight and weight scale as they are without any merged adapter."""
         base, scale = self.get_base_layer(), self._weight_scale()
         if self._before_merging is None:
-            return None if base.outlier is None else base.outlier.weight, scale
+            return base.outlier_weight, scale
         outlier, before = self._before_merging
         return outlier, scale if before is None else before
 

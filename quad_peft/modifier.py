@@ -126,8 +126,7 @@ class OutlierLoRA(QuadModifier):
 
     def _train(self, decoder: Decoder) -> None:
         from quad_peft import OutlierLoraConfig, get_outlier_model
-        from quad_peft.training.record import model_name, tuning_record
-        from quad_peft.training.tuning_loop import TuningSettings, tune
+        from quad_peft.training.tuning_loop import TuningSettings, model_name, tune
 
         model = decoder.model
         assert self._data is not None
@@ -144,8 +143,7 @@ class OutlierLoRA(QuadModifier):
         tuned.merge_and_unload()
         if self.gradient_checkpointing:
             model.gradient_checkpointing_disable()
-        record = tuning_record(
-            self._outcome,
+        record = self._outcome.record(
             self._data,
             settings,
             original=None if self._teacher is None else model_name(model),

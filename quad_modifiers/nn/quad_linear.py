@@ -76,6 +76,11 @@ class QuadLinear(nn.Module):
             self.bias = nn.Parameter(bias, requires_grad=False)
 
     @property
+    def outlier_weight(self) -> torch.Tensor | None:
+        """Full-precision weight of the outlier coordinates, `[out, rank]`, None for rank 0."""
+        return None if self.outlier is None else self.outlier.weight
+
+    @property
     def in_features(self) -> int:
         """Width of the input."""
         return self.split.width
@@ -149,7 +154,7 @@ class QuadLinear(nn.Module):
             split=self.split,
             residual=self.residual if weight is None else weight,
             input_quantization=quantization,
-            outlier_weight=None if self.outlier is None else self.outlier.weight,
+            outlier_weight=self.outlier_weight,
             bias=self.bias,
             terms=self.terms() if self._has_terms else (),
         )

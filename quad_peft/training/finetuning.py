@@ -13,9 +13,8 @@ from quad_modifiers.output_folder import check_target, complete_or_absent
 from quad_modifiers.records.tuning_record import TUNING_NAME, Tuning
 from quad_peft.training.curve import write_curve
 from quad_peft.training.data import TrainingData, training_data
-from quad_peft.training.record import model_name, tuning_record
 from quad_peft.training.teacher import LiveTeacher, Teacher, cache_teacher
-from quad_peft.training.tuning_loop import Outcome, TuningSettings, tune
+from quad_peft.training.tuning_loop import Outcome, TuningSettings, model_name, tune
 
 logger = logging.getLogger(__name__)
 
@@ -131,8 +130,7 @@ def finetune(
     with arguments.main_process_first(local=False):
         teacher = _teacher(original, found, teacher_cache)
     outcome = tune(model, found, settings, arguments, teacher, _pad_token(tokenizer))
-    record = tuning_record(
-        outcome,
+    record = outcome.record(
         found,
         settings,
         original=original_name,

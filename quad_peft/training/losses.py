@@ -5,8 +5,7 @@ the forward pass computes it beside the loss, chunk by chunk: for both losses th
 of two distributions. Whole logits in float32, of the student and the teacher, would be the largest tensors of a step.
 """
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -76,17 +75,16 @@ def shifted(labels: torch.Tensor) -> torch.Tensor:
     return F.pad(labels[..., 1:], (0, 1), value=IGNORED)
 
 
-@contextmanager
-def without_head(model: Any) -> Iterator[nn.Module]:
-    """Makes a causal language model return the input of its head as `logits`, and yields the head.
+def head_input(model: Any, head: nn.Module, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+    """Returns the input of a causal language model's head, `[batch, tokens, hidden]`.
 
     Works through anything that wraps the model (PEFT, DistributedDataParallel), whose forward pass runs as usual.
     """
-    head = model.get_output_embeddings()
+    inputs = {name: batch[name] for name in ("input_ids", "attention_mask") if name in batch}
     own = head.__dict__.get("forward")
     head.forward = lambda x: x
     try:
-        yield head
+        return model(**inputs, use_cache=False).logits
     finally:
         del head.forward
         if own is not None:

@@ -8,8 +8,8 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from quad_peft.training.data import Collator, Samples
-from quad_peft.training.losses import IGNORED, distillation_loss, next_token_loss, shifted
-from quad_peft.training.teacher import Teacher, last_hidden_states
+from quad_peft.training.losses import IGNORED, distillation_loss, head_input, next_token_loss, shifted
+from quad_peft.training.teacher import Teacher
 
 
 class Quality(NamedTuple):
@@ -36,14 +36,14 @@ def measure(
     model: Any, samples: Samples, collator: Collator, batch_size: int = 1, teacher: Teacher | None = None
 ) -> Quality:
     """Runs the model over samples in evaluation mode; it comes back in the mode it had."""
-    device, was_training = model.device, model.training
+    device, was_training, head = model.device, model.training, model.get_output_embeddings()
     model.eval()
     sums = torch.zeros(3, dtype=torch.float64)
     counts = torch.zeros(2, dtype=torch.float64)
     batches = DataLoader(samples, batch_size=batch_size, collate_fn=collator)
     for batch in tqdm(batches, desc="validation samples", unit="batch", leave=False):
         batch = {name: tensor.to(device) for name, tensor in batch.items()}
-        hidden, head = last_hidden_states(model, batch), model.get_output_embeddings()
+        hidden = head_input(model, head, batch)
         targets, kept = shifted(batch["labels"]), batch["labels"] != IGNORED
         sums[0] += next_token_loss(hidden, head, targets).cpu()
         counts += torch.stack([(targets != IGNORED).sum(), kept.sum()]).cpu()

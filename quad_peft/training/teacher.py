@@ -18,7 +18,7 @@ from torch import nn
 from tqdm import tqdm
 
 from quad_modifiers.output_folder import check_space
-from quad_peft.training.losses import without_head
+from quad_peft.training.losses import head_input
 
 logger = logging.getLogger(__name__)
 
@@ -45,12 +45,13 @@ class LiveTeacher:
         self.model = model.eval()
         self.head: nn.Module = model.get_output_embeddings()
 
+    @torch.no_grad()
     def hidden_states(self, batch: dict[str, torch.Tensor]) -> torch.Tensor:
         """See `Teacher`."""
         device = batch["input_ids"].device
         if self.model.device != device:
             self.model.to(device)
-        return last_hidden_states(self.model, batch)
+        return head_input(self.model, self.head, batch)
 
 
 class CachedTeacher:
@@ -74,14 +75,6 @@ class CachedTeacher:
 
 
 @torch.no_grad()
-def last_hidden_states(model: Any, batch: dict[str, torch.Tensor]) -> torch.Tensor:
-    """Returns the input of a model's head, `[batch, tokens, hidden]`."""
-    inputs = {name: batch[name] for name in ("input_ids", "attention_mask") if name in batch}
-    with without_head(model):
-        return model(**inputs, use_cache=False).logits
-
-
-@torch.no_grad()
 def cache_teacher(model: Any, samples: Sequence[torch.Tensor], folder: Path) -> CachedTeacher:
     """Writes a model's last hidden states for all samples, or finds them there.
 
@@ -90,22 +83,22 @@ def cache_teacher(model: Any, samples: Sequence[torch.Tensor], folder: Path) -> 
 
     The model is only read, and may change afterwards. A disk that is too small is an OSError before the work begins.
     """
-    own = folder / f"teacher-{_key(model, samples)}"
+    own, head = folder / f"teacher-{_key(model, samples)}", model.get_output_embeddings()
     own.mkdir(parents=True, exist_ok=True)
     count = -(-len(samples) // SAMPLES_PER_FILE)
     missing = [index for index in range(count) if not _shard_file(own, index).is_file()]
     if missing:
-        width, size = model.get_output_embeddings().weight.shape[1], model.dtype.itemsize
+        width, size = head.weight.shape[1], model.dtype.itemsize
         tokens = sum(len(sample) for index in missing for sample in _shard(samples, index))
         check_space(own / "states", tokens * width * size)
         logger.info("teacher: last hidden states of %d samples, %.1f MB", len(samples), tokens * width * size / 1e6)
     for index in tqdm(missing, desc="teacher", unit="file", leave=False, disable=not missing):
         states = {}
         for place, sample in enumerate(_shard(samples, index), start=index * SAMPLES_PER_FILE):
-            hidden = last_hidden_states(model, {"input_ids": sample.unsqueeze(0).to(model.device)})
+            hidden = head_input(model, head, {"input_ids": sample.unsqueeze(0).to(model.device)})
             states[str(place)] = hidden.squeeze(0).cpu().contiguous()
         _write(states, _shard_file(own, index))
-    return CachedTeacher(own, copy.deepcopy(model.get_output_embeddings()).requires_grad_(False))
+    return CachedTeacher(own, copy.deepcopy(head).requires_grad_(False))
 
 
 def _shard(samples: Sequence[torch.Tensor], index: int) -> Sequence[torch.Tensor]:

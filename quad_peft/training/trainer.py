@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from transformers import Trainer, TrainerCallback
 
-from quad_peft.training.losses import IGNORED, distillation_loss, next_token_loss, shifted, without_head
+from quad_peft.training.losses import IGNORED, distillation_loss, head_input, next_token_loss, shifted
 from quad_peft.training.teacher import Teacher
 
 
@@ -53,10 +53,8 @@ class QuadTrainer(Trainer):
         num_items_in_batch: torch.Tensor | int | None = None,
     ) -> Any:
         """The loss of one batch, as its share of the step's mean; in an evaluation, the mean over the batch."""
-        unwrapped = self.accelerator.unwrap_model(model)
-        asked = {name: inputs[name] for name in ("input_ids", "attention_mask") if name in inputs}
-        with without_head(unwrapped) as head:
-            hidden = model(**asked, use_cache=False).logits
+        head = self.accelerator.unwrap_model(model).get_output_embeddings()
+        hidden = head_input(model, head, inputs)
         with self.accelerator.autocast():
             total = self._sum(hidden, head, inputs)
         if model.training and num_items_in_batch is not None:

@@ -5,12 +5,15 @@ import logging
 import re
 import time
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from transformers import TrainingArguments
 
 from quad_modifiers.output_folder import replace_file
+from quad_modifiers.records.machine import package_versions
+from quad_modifiers.records.tuning_record import TunedQuality, Tuning
 from quad_peft.equalize import equalize_outliers
 from quad_peft.training.data import Collator, TrainingData
 from quad_peft.training.measure import Quality, measure
@@ -126,6 +129,45 @@ class Outcome:
     before: Quality
     after: Quality
     seconds: float
+
+    def record(
+        self,
+        data: TrainingData,
+        settings: TuningSettings,
+        *,
+        original: str | None,
+        train_weight_scales: bool,
+        processes: int = 1,
+    ) -> Tuning:
+        """Returns the content of `tuning.json`; without an `original`, the loss was that of the next token."""
+        trained = data.samples[: len(data.samples) - data.validation]
+        return Tuning(
+            loss="next_token" if original is None else "distillation",
+            original=original,
+            temperature=settings.temperature,
+            data=data.source,
+            samples=len(trained),
+            tokens=sum(len(sample) for sample in trained),
+            validation_samples=data.validation,
+            steps=self.steps,
+            best_step=self.best_step,
+            batch_size=settings.batch_size * settings.accumulation * processes,
+            learning_rate=settings.learning_rate,
+            seed=settings.seed,
+            trainable_parameters=self.trainable_parameters,
+            weight_scales=train_weight_scales,
+            before=TunedQuality(perplexity=self.before.perplexity, divergence=self.before.divergence),
+            after=TunedQuality(perplexity=self.after.perplexity, divergence=self.after.divergence),
+            original_perplexity=self.before.original_perplexity,
+            seconds=round(self.seconds, 1),
+            packages={**package_versions(), "peft": version("peft")},
+        )
+
+
+def model_name(model: Any) -> str:
+    """Returns a model's name for readers: a Hub id, or the last part of a path."""
+    text = str(model) if isinstance(model, (str, Path)) else str(model.config._name_or_path or type(model).__name__)
+    return Path(text).name if Path(text).is_dir() else text
 
 
 def tune(

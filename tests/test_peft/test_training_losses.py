@@ -8,7 +8,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from quad_modifiers.nn.packed_table import PackedHead
-from quad_peft.training.losses import IGNORED, distillation_loss, next_token_loss, shifted, without_head
+from quad_peft.training.losses import IGNORED, distillation_loss, head_input, next_token_loss, shifted
 
 VOCABULARY, BATCH, TOKENS = 50, 3, 7
 
@@ -122,17 +122,19 @@ def test_logits_of_a_chunk_are_all_that_exists() -> None:
     assert largest >= 10 * VOCABULARY
 
 
-def test_without_head_returns_what_the_head_would_see(make_toy) -> None:
+def test_head_input_is_what_the_head_would_see(make_toy) -> None:
+    def broken(**inputs: object) -> None:
+        raise RuntimeError("inside")
+
     model = make_toy()
+    head = model.get_output_embeddings()
     ids = torch.arange(3, 23).view(1, 20)
     with torch.no_grad():
         logits = model(ids).logits
-        with without_head(model) as head:
-            hidden = model(ids).logits
-        assert torch.equal(head(hidden), logits)
+        assert torch.equal(head(head_input(model, head, {"input_ids": ids})), logits)
         assert torch.equal(model(ids).logits, logits)
-        with pytest.raises(RuntimeError, match="inside"), without_head(model):
-            raise RuntimeError("inside")
+        with pytest.raises(RuntimeError, match="inside"):
+            head_input(broken, head, {"input_ids": ids})
         assert torch.equal(model(ids).logits, logits)
 
 
