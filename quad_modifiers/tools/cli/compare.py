@@ -9,15 +9,6 @@ from quad_modifiers.tools.cli.options import Seed, SeqLength, TextColumn
 from quad_modifiers.tools.console import log_on_stderr, print_table
 
 
-def register(app: typer.Typer) -> None:
-    """Adds the command to `quad`."""
-    app.command(
-        "compare",
-        epilog="Example: quad compare outputs/quad-w4a4 outputs/quad-w4a4a8 -o outputs/comparison\n\n"
-        "Python: quad_modifiers.tools.inspection.compare_checkpoints(checkpoints, output_dir, ...)",
-    )(compare)
-
-
 def compare(
     checkpoints: Annotated[list[Path], typer.Argument(metavar="OUT...", help="Folders with checkpoints, two or more.")],
     output: Annotated[

@@ -20,15 +20,6 @@ from quad_modifiers.tools.cli.options import (
 from quad_modifiers.tools.console import log_on_stderr, print_table
 
 
-def register(app: typer.Typer) -> None:
-    """Adds the command to `quad`."""
-    app.command(
-        "compress",
-        epilog="Example: quad compress HuggingFaceTB/SmolLM2-135M-Instruct quad_w4a4 -o outputs/SmolLM2-quad\n\n"
-        "Python: quad_modifiers.oneshot(model, recipe, output_dir=...)",
-    )(compress)
-
-
 def compress(
     model: Annotated[str, typer.Argument(help="Folder or Hub id of an unquantized causal language model.")],
     recipe: Annotated[str, typer.Argument(help="Name of a recipe (see `quad recipes`) or path of a YAML file.")],

@@ -13,15 +13,6 @@ if TYPE_CHECKING:
     from quad_modifiers.records.evaluation_record import Evaluation
 
 
-def register(app: typer.Typer) -> None:
-    """Adds the command to `quad`."""
-    app.command(
-        "eval",
-        epilog="Example: quad eval outputs/SmolLM2-quad --baseline outputs/SmolLM2-135M\n\n"
-        "Python: quad_modifiers.tools.evaluation.evaluate(model, tasks, baseline)",
-    )(evaluate)
-
-
 def evaluate(
     model: Annotated[str, typer.Argument(metavar="OUT", help="Folder of a checkpoint, or a Hub id.")],
     baseline: Annotated[

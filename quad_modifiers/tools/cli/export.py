@@ -16,15 +16,6 @@ class Format(str, Enum):
     compressed_tensors = "compressed-tensors"
 
 
-def register(app: typer.Typer) -> None:
-    """Adds the command to `quad`."""
-    app.command(
-        "export",
-        epilog="Example: quad export outputs/quad-square -o outputs/portable --format compressed-tensors\n\n"
-        "Python: quad_modifiers.checkpoint.export.export_compressed_tensors(source_folder, target_folder)",
-    )(export)
-
-
 def export(
     checkpoint: Annotated[Path, typer.Argument(help="A QUAD checkpoint.")],
     output: Annotated[Path, typer.Option("--output", "-o", metavar="DIR", help="Folder for the export; new or empty.")],

@@ -13,21 +13,6 @@ if TYPE_CHECKING:
     from quad_modifiers.records.tuning_record import Tuning
 
 
-def register(app: typer.Typer) -> None:
-    """Adds the commands to `quad`."""
-    app.command(
-        "finetune",
-        epilog="Example: quad finetune outputs/my-quad --distill-from outputs/SmolLM2-135M -o outputs/adapter --merge "
-        "outputs/my-quad-tuned\n\nOn several devices: accelerate launch -m quad_modifiers finetune ...\n\n"
-        "Python: quad_peft.training.finetune(checkpoint, output, ...)",
-    )(finetune)
-    app.command(
-        "merge",
-        epilog="Example: quad merge outputs/my-quad outputs/adapter -o outputs/my-quad-tuned\n\n"
-        "Python: quad_peft.training.merge(checkpoint, adapter, output)",
-    )(merge)
-
-
 def finetune(
     checkpoint: Annotated[str, typer.Argument(help="Folder or Hub id of a QUAD checkpoint.")],
     output: Annotated[

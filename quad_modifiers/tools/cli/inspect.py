@@ -9,15 +9,6 @@ from quad_modifiers.tools.cli.options import Seed, SeqLength, TextColumn
 from quad_modifiers.tools.console import log_on_stderr, print_table
 
 
-def register(app: typer.Typer) -> None:
-    """Adds the command to `quad`."""
-    app.command(
-        "inspect",
-        epilog="Example: quad inspect outputs/SmolLM2-135M -o outputs/report\n\n"
-        "Python: quad_modifiers.tools.inspection.inspect_model(model, output_dir, ...)",
-    )(inspect)
-
-
 def inspect(
     model: Annotated[
         str, typer.Argument(metavar="MODEL|OUT", help="Folder or Hub id of an unquantized model or a QUAD checkpoint.")

@@ -3,7 +3,7 @@
 import sys
 import traceback
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Annotated
 
 import typer
@@ -14,6 +14,36 @@ from quad_modifiers.tools.console import show_warning
 
 _DEBUG = "--debug"
 
+# Each command's function, and the Python function that its help names.
+_COMMANDS: dict[str, tuple[Callable[..., None], str]] = {
+    "compress": (compress.compress, "quad_modifiers.oneshot(model, recipe, output_dir=...)"),
+    "finetune": (finetune.finetune, "quad_peft.training.finetune(checkpoint, output, ...)"),
+    "merge": (finetune.merge, "quad_peft.training.merge(checkpoint, adapter, output)"),
+    "eval": (evaluate.evaluate, "quad_modifiers.tools.evaluation.evaluate(model, tasks, baseline)"),
+    "inspect": (inspect.inspect, "quad_modifiers.tools.inspection.inspect_model(model, output_dir, ...)"),
+    "compare": (compare.compare, "quad_modifiers.tools.inspection.compare_checkpoints(checkpoints, output_dir, ...)"),
+    "plugins": (plugins.plugins, "quad_modifiers.plugins.plugin_table()"),
+    "export": (
+        export.export,
+        "quad_modifiers.checkpoint.export.export_compressed_tensors(source_folder, target_folder)",
+    ),
+    "publish": (
+        publish.publish,
+        "quad_modifiers.tools.publishing.publish(folder, repo_id, ...), and plan(...) for --dry-run",
+    ),
+}
+_EXAMPLES = {
+    "compress": "quad compress HuggingFaceTB/SmolLM2-135M-Instruct quad_w4a4 -o outputs/SmolLM2-quad",
+    "finetune": "quad finetune outputs/my-quad --distill-from outputs/SmolLM2-135M -o outputs/adapter --merge "
+    "outputs/my-quad-tuned\n\nOn several devices: accelerate launch -m quad_modifiers finetune ...",
+    "merge": "quad merge outputs/my-quad outputs/adapter -o outputs/my-quad-tuned",
+    "eval": "quad eval outputs/SmolLM2-quad --baseline outputs/SmolLM2-135M",
+    "inspect": "quad inspect outputs/SmolLM2-135M -o outputs/report",
+    "compare": "quad compare outputs/quad-w4a4 outputs/quad-w4a4a8 -o outputs/comparison",
+    "export": "quad export outputs/quad-square -o outputs/portable --format compressed-tensors",
+    "publish": "quad publish outputs/SmolLM2-quad me/SmolLM2-quad --base-model HuggingFaceTB/SmolLM2-135M --dry-run",
+}
+
 app = typer.Typer(
     name="quad",
     help="4-bit weights and activations for LLMs with a full-precision outlier subspace (QUAD, arXiv 2503.19353).",
@@ -22,8 +52,10 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
 )
-for group in (compress, finetune, evaluate, inspect, compare, recipes, plugins, export, publish):
-    group.register(app)
+for _name, (_function, _python) in _COMMANDS.items():
+    _example = f"Example: {_EXAMPLES[_name]}\n\n" if _name in _EXAMPLES else ""
+    app.command(_name, epilog=f"{_example}Python: {_python}")(_function)
+app.add_typer(recipes.recipes, name="recipes")
 
 
 def _show_version(wanted: bool) -> None:

@@ -1,13 +1,6 @@
 """`quad plugins`: what is installed and what it contributes."""
 
-import typer
-
 from quad_modifiers.tools.console import print_table
-
-
-def register(app: typer.Typer) -> None:
-    """Adds the command to `quad`."""
-    app.command("plugins", epilog="Python: quad_modifiers.plugins.plugin_table()")(plugins)
 
 
 def plugins() -> None:

@@ -12,16 +12,6 @@ if TYPE_CHECKING:
     from quad_modifiers.tools.publishing import Plan
 
 
-def register(app: typer.Typer) -> None:
-    """Adds the command to `quad`."""
-    app.command(
-        "publish",
-        epilog="Example: quad publish outputs/SmolLM2-quad me/SmolLM2-quad --base-model HuggingFaceTB/SmolLM2-135M "
-        "--dry-run\n\nPython: quad_modifiers.tools.publishing.publish(folder, repo_id, ...), and plan(...) for "
-        "--dry-run",
-    )(publish)
-
-
 def publish(
     folder: Annotated[Path, typer.Argument(help="A checkpoint that `quad compress` or `quad export` wrote.")],
     repo_id: Annotated[str, typer.Argument(metavar="ORG/NAME", help="Repository on the Hub; created if missing.")],

@@ -15,11 +15,6 @@ recipes = typer.Typer(
 )
 
 
-def register(app: typer.Typer) -> None:
-    """Adds the group to `quad`."""
-    app.add_typer(recipes, name="recipes")
-
-
 @recipes.callback(invoke_without_command=True)
 def _default(context: typer.Context) -> None:
     if context.invoked_subcommand is None:
