@@ -1,7 +1,8 @@
-"""What measured: processor, graphics processor, versions of packages."""
+"""What measured: processor, graphics processor, versions of packages, peak memory."""
 
 import os
 import platform
+import sys
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
@@ -31,3 +32,13 @@ def machine_name() -> str:
     lines = info.read_text(encoding="utf-8").splitlines() if info.is_file() else []
     names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
     return f"{os.cpu_count()} cores of {names[0] if names else platform.processor() or platform.machine()}"
+
+
+def peak_memory() -> int:
+    """Returns the largest resident memory of this process so far, in bytes; 0 on Windows, which has no getrusage."""
+    if sys.platform == "win32":
+        return 0
+    import resource
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024

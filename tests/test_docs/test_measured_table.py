@@ -10,8 +10,7 @@ from statistics import median
 import pytest
 
 from quad_modifiers.recipe import list_recipes
-from quad_modifiers.tools.bench.rows import QUALITY
-from quad_modifiers.tools.bench.texts import CODE, NEWS
+from quad_modifiers.tools.bench.rows import CODE, NEWS, QUALITY
 
 from .measurements import MODELS, REFERENCE, filled_in, measurements, number, perplexity
 from .pages import ROOT

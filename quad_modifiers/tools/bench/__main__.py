@@ -9,9 +9,8 @@ from typing import Any
 
 from quad_modifiers.tools.bench.quality import environment, measure
 from quad_modifiers.tools.bench.quality_table import read_measurements, render
-from quad_modifiers.tools.bench.rows import GPTQ_SPEED, HEADLINE, QUALITY, ROWS, SEEDS
+from quad_modifiers.tools.bench.rows import GPTQ_SPEED, HEADLINE, QUALITY, ROWS, SEEDS, TEXTS
 from quad_modifiers.tools.bench.runtime import compare_runtime
-from quad_modifiers.tools.bench.texts import TEXTS
 from quad_modifiers.tools.bench.tuning_benchmark import compare_training_cost, measure_tuning
 from quad_modifiers.tools.bench.tuning_peers import compare_tuning
 

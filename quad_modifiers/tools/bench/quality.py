@@ -1,7 +1,6 @@
 """Measures one row in a process of its own, so that peak memory and time are the row's alone."""
 
 import json
-import resource
 import subprocess
 import sys
 import tempfile
@@ -15,9 +14,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from quad_modifiers.data import calibration_windows, token_windows
 from quad_modifiers.records.evaluation_record import Comparison
-from quad_modifiers.records.machine import machine_name, package_versions
-from quad_modifiers.tools.bench.rows import ROWS, Row
-from quad_modifiers.tools.bench.texts import CODE, NEWS, TEXTS, WIKIPEDIA
+from quad_modifiers.records.machine import machine_name, package_versions, peak_memory
+from quad_modifiers.tools.bench.rows import CODE, NEWS, ROWS, TEXTS, WIKIPEDIA, Row
 from quad_modifiers.tools.demo.packaged_models import fetch
 from quad_modifiers.tools.evaluation import Perplexity, perplexity
 from quad_modifiers.tools.evaluation.comparison import AVERAGE
@@ -72,7 +70,7 @@ def measure_here(
             start = time.perf_counter()
             made = _make(chosen, original, tokenizer, Path(scratch), seed, samples)
             seconds = time.perf_counter() - start
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        peak = peak_memory()
         if isinstance(made, Path) and made != original:
             size = sum(file.stat().st_size for file in made.glob("*.safetensors"))
         tasks = [] if items == 0 else _tasks(made, original, tokenizer, items)

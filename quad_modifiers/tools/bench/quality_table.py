@@ -6,8 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from quad_modifiers.tools.bench.quality import Measurement
-from quad_modifiers.tools.bench.rows import ROWS
-from quad_modifiers.tools.bench.texts import CODE, NEWS
+from quad_modifiers.tools.bench.rows import CODE, NEWS, ROWS
 from quad_modifiers.tools.publishing.markdown import markdown_table
 
 _REFERENCE = "full_precision"

@@ -1,6 +1,20 @@
-"""The rows of the quality table: what is compared, and how."""
+"""The rows of the quality table: what is compared, and how; and the texts that perplexity is measured on."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
+
+from quad_modifiers.data import news_articles, stdlib_code, wikipedia_articles
+
+# None of the texts calibrates or trains.
+WIKIPEDIA = "Wikipedia, held out"
+NEWS = "news (Lee corpus)"
+CODE = "Python code, held out"
+
+TEXTS: dict[str, Callable[[], list[str]]] = {
+    WIKIPEDIA: lambda: wikipedia_articles("held_out"),
+    NEWS: news_articles,
+    CODE: lambda: stdlib_code("held_out"),
+}
 
 _PEER = """
 peer_stage:

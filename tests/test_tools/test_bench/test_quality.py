@@ -19,8 +19,7 @@ from quad_modifiers.tools.bench import quality as measuring
 from quad_modifiers.tools.bench.__main__ import main
 from quad_modifiers.tools.bench.quality import Measurement, measure_here
 from quad_modifiers.tools.bench.quality_table import read_measurements, render
-from quad_modifiers.tools.bench.rows import Row
-from quad_modifiers.tools.bench.texts import CODE, NEWS
+from quad_modifiers.tools.bench.rows import CODE, NEWS, Row
 from quad_peft.training import checkpoint
 
 RECIPE = """

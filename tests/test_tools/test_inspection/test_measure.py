@@ -13,10 +13,10 @@ from quad_modifiers.model.decoder import Decoder
 from quad_modifiers.nn.quad_linear import QuadLinear
 from quad_modifiers.tools.evaluation import perplexity
 from quad_modifiers.tools.inspection.measure import trials
-from quad_modifiers.tools.inspection.measure.groups import INPUT_GRIDS
 from quad_modifiers.tools.inspection.measure.inputs import measure_inputs, measure_surfaces
 from quad_modifiers.tools.inspection.measure.loss import LossMeter, Reference
 from quad_modifiers.tools.inspection.measure.spectrum import candidate_ranks, errors_by_rank, measure_spectrum
+from quad_modifiers.tools.inspection.measure.watch import INPUT_GRIDS
 from quad_modifiers.tools.inspection.measure.weights import RoundedWeights, measure_weights
 
 LLAMA = Architecture("llama")

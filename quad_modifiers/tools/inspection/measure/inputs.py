@@ -8,9 +8,8 @@ from quad_kernels import quantize_input, split_input
 from torch import nn
 
 from quad_modifiers.model.decoder import Decoder
-from quad_modifiers.tools.inspection.measure.groups import INPUT_GRIDS, split_of
 from quad_modifiers.tools.inspection.measure.results import InputRow, Stage, Surface
-from quad_modifiers.tools.inspection.measure.watch import watching
+from quad_modifiers.tools.inspection.measure.watch import INPUT_GRIDS, split_of, watching
 
 _ROWS, _COLUMNS = 48, 96  # cells of a surface, at most
 _TINY = torch.finfo(torch.float32).tiny

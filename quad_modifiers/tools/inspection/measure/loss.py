@@ -12,9 +12,9 @@ from torch import nn
 from quad_modifiers.model.decoder import Decoder
 from quad_modifiers.nn.quad_linear import QuadLinear
 from quad_modifiers.tools.evaluation import perplexity
-from quad_modifiers.tools.inspection.measure.groups import INPUT_GRIDS
 from quad_modifiers.tools.inspection.measure.results import LossRow, Quantized, Stage
 from quad_modifiers.tools.inspection.measure.trials import Trial
+from quad_modifiers.tools.inspection.measure.watch import INPUT_GRIDS
 from quad_modifiers.tools.inspection.measure.weights import RoundedWeights
 
 

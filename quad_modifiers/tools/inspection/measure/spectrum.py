@@ -5,9 +5,8 @@ from quad_kernels import RMSNorm, fake_quantize
 
 from quad_modifiers.linalg import StreamingGram, extended_basis, outlier_basis, random_rotation
 from quad_modifiers.model.decoder import Decoder
-from quad_modifiers.tools.inspection.measure.groups import INPUT_GRIDS
 from quad_modifiers.tools.inspection.measure.results import Spectrum
-from quad_modifiers.tools.inspection.measure.watch import watching
+from quad_modifiers.tools.inspection.measure.watch import INPUT_GRIDS, watching
 
 _TOKENS_PER_NORM = 64  # in the sample for the errors by rank
 
