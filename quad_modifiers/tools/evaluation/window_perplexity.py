@@ -14,20 +14,13 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Perplexity:
-    """A perplexity with the amount of text it was measured on.
+    """A perplexity with the amount of text it was measured on."""
 
-    Attributes:
-        value: exp(nll_per_token).
-        nll_per_token: mean negative log-likelihood of a predicted token, in nats.
-        tokens: predicted tokens, that is (length - 1) per window.
-        stderr: standard error of `nll_per_token` over windows, in nats; NaN for a single window.
-        window_nll: mean negative log-likelihood of each window, in nats, to compare two models window by window.
-    """
-
-    value: float
-    nll_per_token: float
-    tokens: int
-    stderr: float
+    value: float  # exp(nll_per_token)
+    nll_per_token: float  # mean negative log-likelihood of a predicted token, in nats
+    tokens: int  # predicted tokens, that is (length - 1) per window
+    stderr: float  # standard error of `nll_per_token` over windows, in nats; NaN for a single window
+    # mean negative log-likelihood of each window, in nats, to compare two models window by window
     window_nll: tuple[float, ...] = field(default=(), repr=False, compare=False)
 
     def __str__(self) -> str:

@@ -18,23 +18,14 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Plan:
-    """The files and the card of a publication that has not been made.
+    """The files and the card of a publication that has not been made."""
 
-    Attributes:
-        repo_id: "org/name".
-        files: path in the repository and bytes.
-        card: text of README.md.
-        license: license of the base model, as far as it was found.
-        base_model: Hub id of the original, if known.
-        impression: observations of the stranger's check; None if it was skipped.
-    """
-
-    repo_id: str
-    files: tuple[tuple[str, int], ...]
-    card: str
-    license: License
-    base_model: str | None
-    impression: Impression | None
+    repo_id: str  # "org/name"
+    files: tuple[tuple[str, int], ...]  # path in the repository and bytes
+    card: str  # text of README.md
+    license: License  # license of the base model, as far as it was found
+    base_model: str | None  # Hub id of the original, if known
+    impression: Impression | None  # observations of the stranger's check; None if it was skipped
 
     @property
     def total(self) -> int:
@@ -44,21 +35,13 @@ class Plan:
 
 @dataclass(frozen=True)
 class Published:
-    """A finished publication.
+    """A finished publication."""
 
-    Attributes:
-        repo_id: "org/name".
-        url: address of the repository.
-        commit_url: address of the commit.
-        plan: plan that was carried out.
-        removed: files of an earlier checkpoint that the commit deleted.
-    """
-
-    repo_id: str
-    url: str
-    commit_url: str
-    plan: Plan
-    removed: tuple[str, ...]
+    repo_id: str  # "org/name"
+    url: str  # address of the repository
+    commit_url: str  # address of the commit
+    plan: Plan  # plan that was carried out
+    removed: tuple[str, ...]  # files of an earlier checkpoint that the commit deleted
 
 
 def plan(
@@ -74,16 +57,8 @@ def plan(
     """Checks a checkpoint folder and returns what `publish` would upload. Writes and uploads nothing.
 
     The Hub is asked for nothing but the license of `base_model`, and only if neither argument, folder nor cache have
-    it; without a connection the license is unknown.
-
-    Args:
-        folder: a checkpoint.
-        repo_id: "org/name".
-        base_model: Hub id of the original model; that of the card in the folder by default.
-        license: license of the original, an identifier of the Hub such as "apache-2.0"; looked up by default.
-        token: token for a base model that is not public.
-        check: True to load the checkpoint in a fresh process (`check_as_stranger`).
-        needs_tokenizer: True to refuse a folder without a tokenizer.
+    it; without a connection the license is unknown. The arguments are those of `publish`; the name must be "org/name",
+    and a token is needed only for a base model that is not public.
 
     Raises:
         FileNotFoundError, ValueError: naming what is missing, damaged or misspelt, with the remedy.
@@ -135,12 +110,12 @@ def publish(
         folder: a checkpoint. Its README.md is written, or updated between our markers.
         repo_id: "org/name"; "name" alone means the user's own namespace.
         private: True to create a private repository; one that exists and is public is refused.
-        base_model: Hub id of the original model.
-        license: license of the original; looked up by default.
+        base_model: Hub id of the original model; that of the card in the folder by default.
+        license: license of the original, an identifier of the Hub such as "apache-2.0"; looked up by default.
         token: token of the Hub; by default the environment's (HF_TOKEN) or that of `hf auth login`.
         revision: branch, made if it is missing; main by default.
         message: first line of the commit message.
-        check: True to load the checkpoint in a fresh process first.
+        check: True to load the checkpoint in a fresh process first (`check_as_stranger`).
         overwrite: True to replace another model that the repository holds. A checkpoint published from here is always
             replaced; its weight files that are not part of the new one are deleted.
         needs_tokenizer: True to refuse a folder without a tokenizer.
