@@ -121,7 +121,13 @@ def finetune(
 
 
 def _print(record: "Tuning", adapter: Path, merged: Path | None) -> None:
-    print_table(("", "before", "after"), _qualities(record), title="on validation samples, never trained on")
+    before, after = record.before, record.after
+    qualities = [("perplexity", f"{before.perplexity:.3f}", f"{after.perplexity:.3f}")]
+    if before.divergence is not None and after.divergence is not None:
+        qualities.append(("KL to the original", f"{before.divergence:.4f}", f"{after.divergence:.4f}"))
+    if record.original_perplexity is not None:
+        qualities.append(("perplexity of the original", f"{record.original_perplexity:.3f}", ""))
+    print_table(("", "before", "after"), qualities, title="on validation samples, never trained on")
     size = sum(file.stat().st_size for file in adapter.glob("*.safetensors"))
     kept = f"the state after step {record.best_step}, the best on the validation samples"
     if not record.best_step:
@@ -150,12 +156,3 @@ def merge(
     with log_on_stderr():
         training.merge(checkpoint, adapter, output)
     print_table((), [("checkpoint", f"{output} ({file_size(read_inventory(output).total)})")])
-
-
-def _qualities(record: "Tuning") -> list[tuple[str, str, str]]:
-    rows = [("perplexity", f"{record.before.perplexity:.3f}", f"{record.after.perplexity:.3f}")]
-    if record.before.divergence is not None and record.after.divergence is not None:
-        rows.append(("KL to the original", f"{record.before.divergence:.4f}", f"{record.after.divergence:.4f}"))
-    if record.original_perplexity is not None:
-        rows.append(("perplexity of the original", f"{record.original_perplexity:.3f}", ""))
-    return rows

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict
 from hashlib import sha256
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -93,34 +93,25 @@ def evaluate(
     halves = [
         _measure(subject, loaded, cut, limit, seed, fresh) for subject, cut in zip(subjects, token_windows, strict=True)
     ]
-    ours, theirs = halves[0], halves[1] if len(halves) > 1 else None
-    baselines = [None] * len(loaded) if theirs is None else theirs.runs
-    compared = [
-        compare(task.name, run, other, seed) for task, run, other in zip(loaded, ours.runs, baselines, strict=True)
-    ]
+    ours, theirs = halves[0][0], halves[1][0] if len(halves) > 1 else None
+    baselines = [None] * len(loaded) if theirs is None else theirs
+    compared = [compare(task.name, run, other, seed) for task, run, other in zip(loaded, ours, baselines, strict=True)]
     return Evaluation(
         format_version=1,
-        baseline=subjects[1].name if theirs else None,
-        perplexity=_perplexities(measured, [half.perplexity for half in halves], seed),
-        results=_merged(run.results for run in ours.runs),
-        baseline_results=_merged(run.results for run in theirs.runs) if theirs else {},
+        baseline=None if theirs is None else subjects[1].name,
+        perplexity=_perplexities(measured, [of_text for _, of_text in halves], seed),
+        results=_merged(run.results for run in ours),
+        baseline_results=_merged(run.results for run in theirs or ()),
         tasks=list(tasks),
         comparisons=[each for each in compared if each is not None],
-        average=average(ours.runs, None if theirs is None else theirs.runs, seed),
-        n_shot=_merged(run.n_shot for run in ours.runs),
-        versions=_merged(run.versions for run in ours.runs),
+        average=average(ours, theirs, seed),
+        n_shot=_merged(run.n_shot for run in ours),
+        versions=_merged(run.versions for run in ours),
         limit=limit,
         seed=seed,
         packages=package_versions(),
         machine=machine_name(),
     )
-
-
-class _Half(NamedTuple):
-    """The results of one model, in the order of the tasks."""
-
-    runs: list[TaskRun]
-    perplexity: Perplexity | None
 
 
 def _measure(
@@ -130,8 +121,8 @@ def _measure(
     limit: int | None,
     seed: int,
     fresh: bool,
-) -> _Half:
-    """Runs a model on everything that is not kept; it is out of memory afterwards."""
+) -> tuple[list[TaskRun], Perplexity | None]:
+    """Runs a model on all that is not kept and returns the results by task; it is out of memory afterwards."""
     identity = subject.identity
     surroundings = {"packages": package_versions(), "device": subject.device, "seed": seed}
 
@@ -157,7 +148,7 @@ def _measure(
         return Perplexity(**{**found, "window_nll": tuple(found["window_nll"])})
 
     try:
-        return _Half([run(task) for task in tasks], None if windows is None else measure_perplexity(windows))
+        return [run(task) for task in tasks], None if windows is None else measure_perplexity(windows)
     finally:
         subject.release()
 
