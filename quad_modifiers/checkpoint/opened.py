@@ -60,6 +60,19 @@ class Opened:
             )
         return self.quad
 
+    def need_unquantized(self, what: str) -> None:
+        """Refuses a quantized model where `what` must be none, naming the method."""
+        if self.quantized is not None:
+            raise ValueError(
+                f"{self.name} is quantized ({self.quantized}), but {what} must be the unquantized original"
+            )
+
+    def need_same_type(self, original: "Opened") -> None:
+        """Refuses models of two types: one cannot be made of the other."""
+        mine, theirs = self.architecture.model_type, original.architecture.model_type
+        if mine != theirs:
+            raise ValueError(f"{self.name} is made of a {mine} model, but the baseline is a {theirs} model")
+
     def check_weights(self) -> None:
         """Checks that the folder holds a file of weights; a Hub id is not looked up.
 

@@ -3,6 +3,7 @@
 import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -17,12 +18,12 @@ from quad_modifiers.records.evaluation_record import Evaluation, read_evaluation
 from quad_modifiers.records.inventory import read_inventory
 from quad_modifiers.records.score_cells import perplexity_cells, score_cells
 from quad_modifiers.records.widths import width_tags
-from quad_modifiers.tools.inspection.baseline import need_same_type, need_unquantized
-from quad_modifiers.tools.inspection.compared import Comparison, Entry, Score
+from quad_modifiers.tools.inspection.compared import NUMBERS_NAME, Comparison, Entry, Score
 from quad_modifiers.tools.inspection.evaluation_text import TextOptions
 from quad_modifiers.tools.inspection.measure.loss import LossMeter, Reference
 from quad_modifiers.tools.inspection.measure.results import BlockRow, LossRow
 from quad_modifiers.tools.inspection.measure.stream import measure_blocks
+from quad_modifiers.tools.inspection.model_report import write_report
 
 logger = logging.getLogger(__name__)
 
@@ -70,16 +71,18 @@ def compare_checkpoints(
         text = TextOptions(dataset, text_column, 0, eval_windows, seq_length, seed)
         found = _against(open_checkpoint(baseline, known_only=True), folders, entries, text)
     if output_dir is not None:
-        compare_report.write(found, Path(output_dir))
+        drawn = compare_report.charts(found)
+        build = partial(compare_report.comparison_page, found)
+        write_report(Path(output_dir), drawn, build, found, NUMBERS_NAME)
     return found
 
 
 def _against(original: Opened, folders: list[Path], entries: list[Entry], text: TextOptions) -> Comparison:
     """Runs every checkpoint beside the original."""
-    need_unquantized(original, "the baseline")
+    original.need_unquantized("the baseline")
     warn_of_length(original.config, text.seq_length)
     for folder in folders:
-        need_same_type(open_checkpoint(folder, known_only=True), original)
+        open_checkpoint(folder, known_only=True).need_same_type(original)
     windows = text.windows(original.tokenizer(), held_out=True)
     decoder = Decoder(original.load(), original.architecture)
     reference = Reference.of(decoder, windows.measured)

@@ -1,38 +1,26 @@
 """The table, the charts and the page of a comparison."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Sequence
 from functools import partial
 from operator import itemgetter
-from pathlib import Path
 
 import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from quad_modifiers.records.inventory import KIND_NAMES
-from quad_modifiers.tools.inspection.compared import NUMBERS_NAME, Comparison, comparison_rows
+from quad_modifiers.tools.inspection.compared import Comparison, comparison_rows
 from quad_modifiers.tools.inspection.figures import INK, SERIES, Chart, legend_below, new_figure
-from quad_modifiers.tools.inspection.model_report import write_report
 from quad_modifiers.tools.inspection.page import Section, folded, page, preformatted, table
 
 
-def write(found: Comparison, folder: Path) -> None:
-    """Writes the report, all of it or nothing."""
-    write_report(folder, charts(found), lambda drawn: comparison_page(found, drawn), found, NUMBERS_NAME)
-
-
-def charts(found: Comparison) -> list[Chart]:
-    """Returns the charts that there are numbers for."""
-    made: list[Chart] = []
-
-    def add(name: str, title: str, draw: Callable[..., Figure], caption: str, *arguments: object) -> None:
-        made.append(Chart(name, title, caption, partial(draw, found, *arguments)))
-
-    add(
+def charts(found: Comparison) -> Iterator[Chart]:
+    """Yields the charts that there are numbers for."""
+    yield Chart(
         "size",
         "Size of the tensors",
-        _size,
         "What the bytes are spent on. Where embedding and head are a large share, EmbeddingHeadQuant shrinks them.",
+        partial(_size, found),
     )
     for lower_is_better, name, title in ((True, "perplexity", "Perplexity"), (False, "tasks", "Tasks")):
         if any(score.is_perplexity == lower_is_better for entry in found.entries for score in entry.scores):
@@ -40,25 +28,22 @@ def charts(found: Comparison) -> list[Chart]:
                 "From evaluation.json, with one standard error where it is known. "
                 f"{'Lower' if lower_is_better else 'Higher'} is better; the dotted mark is the original."
             )
-            add(name, title, _scores, caption, lower_is_better)
+            yield Chart(name, title, caption, partial(_scores, found, lower_is_better))
     if found.baseline is not None:
-        add(
+        yield Chart(
             "block-error",
             "Error of the residual stream, by block",
-            _blocks,
             "Squared error of the stream after each block, against the original's on the same text and in its "
             "basis, mean over tokens; everything before the block is quantized as well. Lower is better.",
-            "accumulated",
+            partial(_blocks, found, "accumulated"),
         )
-        add(
+        yield Chart(
             "block-alone",
             "Error of each block alone",
-            _blocks,
             "Error of what a block adds to the stream when it is given the original's stream. Peaks are the blocks "
             "to treat differently.",
-            "alone",
+            partial(_blocks, found, "alone"),
         )
-    return made
 
 
 def comparison_page(found: Comparison, charts: Sequence[Section]) -> str:

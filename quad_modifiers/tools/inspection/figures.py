@@ -52,17 +52,8 @@ class Chart:
     draw: Callable[[], Figure]  # function that makes the figure
 
 
-@dataclass(frozen=True)
-class Drawn:
-    """A chart as SVG for the page and as PNG for everything else."""
-
-    chart: Chart
-    svg: str
-    png: bytes
-
-
-def draw(chart: Chart) -> Drawn:
-    """Draws a chart; the same numbers give the same bytes."""
+def draw(chart: Chart) -> tuple[str, bytes]:
+    """Returns a chart as SVG for the page and as PNG for everything else; the same numbers give the same bytes."""
     with matplotlib.rc_context({**_STYLE, "svg.hashsalt": chart.name}):
         figure = chart.draw()
         vector, pixels = io.StringIO(), io.BytesIO()
@@ -70,7 +61,7 @@ def draw(chart: Chart) -> Drawn:
         figure.savefig(vector, format="svg", pad_inches=0.05, dpi=130, metadata=nothing, bbox_inches="tight")
         unnamed = {"Software": None}
         figure.savefig(pixels, format="png", dpi=160, facecolor="white", metadata=unnamed, bbox_inches="tight")
-    return Drawn(chart, _inline(vector.getvalue(), chart), pixels.getvalue())
+    return _inline(vector.getvalue(), chart), pixels.getvalue()
 
 
 def _inline(svg: str, chart: Chart) -> str:

@@ -1,10 +1,11 @@
 """One inspection from beginning to end: what is opened, in which order it is measured, what is put together."""
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from tqdm import tqdm
@@ -12,7 +13,7 @@ from tqdm import tqdm
 from quad_modifiers.checkpoint.opened import Opened, open_checkpoint
 from quad_modifiers.data.windows import warn_of_length
 from quad_modifiers.model.decoder import Decoder
-from quad_modifiers.tools.inspection.baseline import need_same_type, need_unquantized
+from quad_modifiers.projection.apply import apply_projection
 from quad_modifiers.tools.inspection.evaluation_text import TextOptions
 from quad_modifiers.tools.inspection.measure.inputs import measure_inputs, measure_surfaces
 from quad_modifiers.tools.inspection.measure.loss import LossMeter, Reference, unquantized_inputs
@@ -21,12 +22,16 @@ from quad_modifiers.tools.inspection.measure.spectrum import measure_spectrum
 from quad_modifiers.tools.inspection.measure.stream import measure_blocks
 from quad_modifiers.tools.inspection.measure.trials import block_trials, input_trials, stored_parts, weight_trials
 from quad_modifiers.tools.inspection.measure.weights import RoundedWeights, measure_weights
-from quad_modifiers.tools.inspection.projected import project, projection_of
 from quad_modifiers.tools.inspection.recommendation import recommend
+
+if TYPE_CHECKING:
+    from quad_modifiers.modifiers.svd_outlier_projection import SVDOutlierProjection
 
 logger = logging.getLogger(__name__)
 
 DEFAULT_RECIPE = "quad_w4a4"
+_PROJECTION = "SVDOutlierProjection"
+_progress = partial(tqdm, unit="part", leave=False)
 
 
 def measure(
@@ -45,11 +50,11 @@ def measure(
             raise ValueError(f"{opened.name} is a QUAD checkpoint, which has its projection; omit --recipe and --rank")
         original = None if baseline is None else open_checkpoint(baseline, known_only=True)
         if original is not None:
-            need_unquantized(original, "the baseline")
-            need_same_type(opened, original)
+            original.need_unquantized("the baseline")
+            opened.need_same_type(original)
         found = _measure_checkpoint(opened, original, layers, text)
     else:
-        need_unquantized(opened, "what is inspected must be a QUAD checkpoint, or else it")
+        opened.need_unquantized("what is inspected must be a QUAD checkpoint, or else it")
         if baseline is not None:
             raise ValueError(f"{opened.name} is an unquantized model, its own baseline; omit --baseline")
         found = _measure_model(opened, recipe or DEFAULT_RECIPE, rank, layers, text)
@@ -166,10 +171,6 @@ def _checkpoint_losses(
     return rows, whole.reference.perplexity
 
 
-def _progress(items: list[Any], description: str) -> Iterator[Any]:
-    return iter(tqdm(items, desc=description, unit="part", leave=False))
-
-
 def _chosen(layers: Sequence[int] | None, opened: Opened) -> list[int]:
     """Returns the blocks whose surfaces are drawn; refuses those that the model does not have."""
     count = opened.config.num_hidden_layers
@@ -190,3 +191,40 @@ def _subject(
     layers = config.num_hidden_layers
     groups = {group.name: group.writes_stream for group in opened.architecture.roles().values()}
     return Subject(opened.name, kind, model_type, layers, hidden, inside, ends, rank, basis, recipe, groups=groups)
+
+
+def projection_of(recipe: str, rank: int | None) -> "SVDOutlierProjection":
+    """Returns the projection of a recipe, with another rank if one is given.
+
+    Raises:
+        RecipeError: if the recipe cannot be used.
+        FileNotFoundError: if there is no such recipe.
+        ValueError: if it has no projection, or the rank is negative.
+    """
+    from llmcompressor.recipe import Recipe
+
+    from quad_modifiers.recipe import check_recipe, resolve_recipe
+
+    check_recipe(recipe)
+    modifiers = Recipe.create_instance(str(resolve_recipe(recipe))).modifiers
+    found = [modifier for modifier in modifiers if type(modifier).__name__ == _PROJECTION]
+    if not found:
+        names = ", ".join(type(modifier).__name__ for modifier in modifiers)
+        raise ValueError(
+            f"the recipe {recipe} has no {_PROJECTION}, only {names}; choose one with it, such as quad_w4a4"
+        )
+    first, kind = found[0], type(found[0])
+    if rank is None:
+        return first
+    return kind(**{**first.model_dump(include=set(kind.model_fields)), "rank": rank})
+
+
+def project(model: Any, projection: "SVDOutlierProjection", windows: list[torch.Tensor]) -> None:
+    """Projects a model in place; its function stays the same. Refuses a rank that does not fit the model."""
+    from quad_modifiers.modifiers.base import prepared_decoder
+
+    decoder = prepared_decoder(model)
+    projection.check(decoder)
+    for linear in decoder.linears():
+        linear.module.take_bias()
+    apply_projection(decoder, projection.plan(decoder, lambda: [{"input_ids": window} for window in windows]))

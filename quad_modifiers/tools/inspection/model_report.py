@@ -79,9 +79,9 @@ def write_report(folder: Path, charts: Iterable, build, numbers: object, numbers
     with complete_or_absent(folder) as temporary:
         sections = []
         for chart in charts:
-            drawn = draw(chart)
-            (temporary / f"{chart.name}.png").write_bytes(drawn.png)
-            sections.append(Section(chart.name, chart.title, chart.caption, f"<figure>{drawn.svg}</figure>"))
+            svg, png = draw(chart)
+            (temporary / f"{chart.name}.png").write_bytes(png)
+            sections.append(Section(chart.name, chart.title, chart.caption, f"<figure>{svg}</figure>"))
         (temporary / REPORT_NAME).write_text(build(sections), encoding="utf-8")
         write_json(numbers, temporary / numbers_name)
     logger.info("report in %s", folder / REPORT_NAME)

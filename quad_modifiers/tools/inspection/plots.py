@@ -1,7 +1,7 @@
 """The charts of an inspection, drawn from its numbers alone: which there are, what the page says, how they look."""
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Iterator, Mapping
 from functools import partial
 from typing import Any
 
@@ -17,20 +17,14 @@ PART_TITLES = {"qkv": "q, k, v", "o": "o_proj", "gate_up": "gate, up", "down": "
 _STAGE_COLOURS = {"before": BEFORE, "after": AFTER}
 
 
-def charts(found: Inspection) -> list[Chart]:
-    """Returns the charts that there are numbers for, in the order of the page."""
+def charts(found: Inspection) -> Iterator[Chart]:
+    """Yields the charts that there are numbers for, in the order of the page."""
     both = any(row.stage == "before" for row in found.inputs)
     sides = "before (orange) and after (blue) the projection" if both else "in the checkpoint"
-    made: list[Chart] = []
-
-    def add(name: str, title: str, draw: Callable[..., Figure], caption: str, *arguments: int) -> None:
-        made.append(Chart(name, title, caption, partial(draw, found, *arguments)))
-
     for layer in sorted({surface.layer for surface in found.surfaces}):
-        add(
+        yield Chart(
             f"surface-block-{layer}",
             f"Activations of block {layer}",
-            draw_surfaces,
             "Magnitude by token and channel. Left: the model's own inputs; a few channels or tokens tower over the "
             "rest and set the grid for all. Right: the same inputs as the quantizer sees them; the towers should have "
             "gone into the outlier coordinates (orange), which stay in full precision, and what is quantized (blue) "
@@ -38,39 +32,39 @@ def charts(found: Inspection) -> list[Chart]:
             if both
             else "Magnitude by token and channel, as the quantizer sees it: outlier coordinates (orange) stay in full "
             "precision; what is quantized (blue) should be flat.",
-            layer,
+            partial(draw_surfaces, found, layer),
         )
-    add(
+    yield Chart(
         "spectrum",
         "Spectrum of the residual stream",
-        draw_spectrum,
         "Energy of each direction of the normalized stream (left), held by the first directions together (middle), "
         "and the error of 4-bit U-type inputs if that many directions stay in full precision (right). A steep "
         "beginning means that few directions do most of the good; a straight tail, that more rank buys little.",
+        partial(draw_spectrum, found),
     )
-    add(
+    yield Chart(
         "input-error",
         "Error of quantized inputs, by block",
-        draw_input_error,
         f"Squared error of each token's input over its energy, {sides}, at 4 and at 8 bits. Lower is better; a "
         "factor of 256 separates 4 and 8 bits where no outlier stretches the grid. Blocks that stick out are "
         "the ones to look at.",
+        partial(draw_input_error, found),
     )
-    add(
+    yield Chart(
         "grid-ratio",
         "Step of the 4-bit grid over the standard deviation",
-        draw_grid_ratio,
         "How many standard deviations of the quantized coordinates one step of the grid spans. Gaussian data of "
         "this width has about 0.4; above 1, most coordinates round to zero.",
+        partial(draw_grid_ratio, found),
     )
     if found.weights:
-        add(
+        yield Chart(
             "weight-error",
             "Error of 4-bit weights, by block and role",
-            draw_weight_error,
             "Signal over error of each linear's output, in dB, with its residual weight rounded to nearest and its "
             "input unquantized. Higher is better. GPTQ, which the recipes use, does better than this; the pattern "
             "stays.",
+            partial(draw_weight_error, found),
         )
     if found.subject.kind == "model":
         loss = (
@@ -85,18 +79,17 @@ def charts(found: Inspection) -> list[Chart]:
             "the checkpoint with unquantized inputs, one part quantized as stored. The axis is logarithmic."
         )
         blocks = "The same for runs of blocks: only the inputs of these blocks are quantized."
-    add("loss-parts", "Where the perplexity is lost: parts", draw_loss_parts, loss)
-    add("loss-blocks", "Where the perplexity is lost: depth", draw_loss_blocks, blocks)
+    yield Chart("loss-parts", "Where the perplexity is lost: parts", loss, partial(draw_loss_parts, found))
+    yield Chart("loss-blocks", "Where the perplexity is lost: depth", blocks, partial(draw_loss_blocks, found))
     if found.blocks:
-        add(
+        yield Chart(
             "block-error",
             "Each block against the original's",
-            draw_block_error,
             "Error of the residual stream after each block (accumulated), and of what the block itself adds when "
             "it is given the original's stream, with its inputs quantized and without: the distance between the "
             "last two is due to the inputs, the rest to the weights.",
+            partial(draw_block_error, found),
         )
-    return made
 
 
 def draw_surfaces(found: Inspection, layer: int) -> Figure:

@@ -16,7 +16,7 @@ def _undrawn(monkeypatch: pytest.MonkeyPatch) -> None:
     """Leave the charts blank: tests/test_tools/test_inspection draws them."""
     from quad_modifiers.tools.inspection import figures
 
-    monkeypatch.setattr(figures, "draw", lambda chart: figures.Drawn(chart, "<svg></svg>", b"\x89PNG"))
+    monkeypatch.setattr(figures, "draw", lambda _: ("<svg></svg>", b"\x89PNG"))
 
 
 SHORT = ("--samples", 4, "--eval-windows", 2, "--seq-length", 48)

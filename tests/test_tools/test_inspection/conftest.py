@@ -70,4 +70,4 @@ def undrawn(monkeypatch: pytest.MonkeyPatch) -> None:
     """Leave the charts blank, which takes most of the time of a toy's report."""
     from quad_modifiers.tools.inspection import figures
 
-    monkeypatch.setattr(figures, "draw", lambda chart: figures.Drawn(chart, "<svg></svg>", b"\x89PNG"))
+    monkeypatch.setattr(figures, "draw", lambda _: ("<svg></svg>", b"\x89PNG"))

@@ -9,7 +9,7 @@ from transformers import AutoModelForCausalLM
 from quad_modifiers.model.architecture import Architecture
 from quad_modifiers.model.decoder import Decoder
 from quad_modifiers.tools.inspection.measure.stream import StreamMap, measure_blocks
-from quad_modifiers.tools.inspection.projected import project, projection_of
+from quad_modifiers.tools.inspection.measuring import project, projection_of
 
 LLAMA = Architecture("llama")
 

@@ -5,8 +5,8 @@ same tokens: the map between the streams is the one between their embeddings, wh
 rounding of the weights.
 """
 
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +17,7 @@ from quad_modifiers.model.decoder import Decoder
 from quad_modifiers.nn.quad_linear import QuadLinear
 from quad_modifiers.tools.inspection.measure.loss import unquantized_inputs
 from quad_modifiers.tools.inspection.measure.results import BlockRow
+from quad_modifiers.tools.inspection.measure.watch import watching
 
 _ROWS_PER_COORDINATE = 4  # embeddings in the fit
 _MAX_UNEXPLAINED = 0.02  # 8-bit embeddings leave 1e-4, an unrelated model most of it
@@ -107,32 +108,24 @@ def _streams(
         flat = stream.flatten(0, -2).float()
         streams.append(flat if back is None else flat @ back.to(flat.device))
 
+    def after(_: nn.Module, __: Any, output: Any) -> None:
+        keep(output[0] if isinstance(output, tuple) else output)
+
     with ExitStack() as stack:
+        stack.enter_context(watching([(decoder.blocks[0].module, keep)]))
         for layer, block in enumerate(decoder.blocks):
-            given = None if lead is None else lead[0][layer] @ lead[1].to(lead[0][layer].device)
-            stack.enter_context(_hooked(block.module, keep if layer == 0 else None, given, keep))
+            stack.enter_context(block.module.register_forward_hook(after))
+            if lead is not None:
+                given = _replacing(lead[0][layer] @ lead[1].to(lead[0][layer].device))
+                stack.enter_context(block.module.register_forward_pre_hook(given, with_kwargs=True))
         decoder.run(window)
     return streams
 
 
-@contextmanager
-def _hooked(
-    block: nn.Module,
-    see_input: Callable[[torch.Tensor], None] | None,
-    replacement: torch.Tensor | None,
-    see_output: Callable[[torch.Tensor], None],
-) -> Iterator[None]:
-    def before(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+def _replacing(stream: torch.Tensor) -> Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], Any]:
+    def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         hidden = args[0] if args else kwargs["hidden_states"]
-        if see_input is not None:
-            see_input(hidden)
-        if replacement is None:
-            return None
-        hidden = replacement.to(hidden).view_as(hidden)
+        hidden = stream.to(hidden).view_as(hidden)
         return ((hidden, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": hidden})
 
-    def after(_: nn.Module, __: Any, output: Any) -> None:
-        see_output(output[0] if isinstance(output, tuple) else output)
-
-    with block.register_forward_pre_hook(before, with_kwargs=True), block.register_forward_hook(after):
-        yield
+    return hook
