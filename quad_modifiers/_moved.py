@@ -9,6 +9,7 @@ import warnings
 from collections.abc import Sequence
 from types import ModuleType
 
+# Not here: a module whose name its package now gives to a function; importing it would hide the function.
 MOVED = {
     "quad_modifiers.bench": "quad_modifiers.tools.bench",
     "quad_modifiers.architectures": "quad_modifiers.model.architecture",
@@ -23,7 +24,6 @@ MOVED = {
     "quad_modifiers.plugins.registration": "quad_modifiers.plugins.modifier_classes",
     "quad_modifiers.publishing": "quad_modifiers.tools.publishing",
     "quad_modifiers.publishing.evaluation": "quad_modifiers.records.evaluation_record",
-    "quad_modifiers.publishing.publish": "quad_modifiers.tools.publishing.publication",
     "quad_modifiers.text": "quad_modifiers.data",
 }
 STAY = ("quad_modifiers.bench",)  # names of commands, which are promised to stay: no warning

@@ -21,6 +21,14 @@ def test_an_old_path_gives_the_module_of_the_new_one_and_a_warning(old: str) -> 
     assert new.__spec__.name == MOVED[old]
 
 
+def test_no_old_path_hides_a_function_of_its_package() -> None:
+    """An imported module becomes an attribute of its parent, which is the same package under both paths."""
+    for old in MOVED:
+        parent, _, name = old.rpartition(".")
+        package = importlib.import_module(MOVED.get(parent, parent))
+        assert name not in getattr(package, "__all__", ()), old
+
+
 def test_a_module_below_an_old_path_is_the_same_module() -> None:
     new = importlib.import_module("quad_modifiers.tools.evaluation.cache")
     with pytest.warns(DeprecationWarning, match="has moved"):
