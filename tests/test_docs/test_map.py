@@ -7,6 +7,7 @@ import importlib
 import re
 from collections.abc import Iterator
 from functools import cache
+from operator import attrgetter
 from pathlib import Path
 
 import pytest
@@ -139,11 +140,15 @@ def test_functions_and_classes_in_pictures_exist(page: Path) -> None:
 
 
 def test_the_names_of_other_libraries_exist() -> None:
+    missing = []
     for name, owner in OTHERS.items():
         module, _, attribute = owner.partition(":")
-        found = importlib.import_module(module)
-        for part in [attribute, *name.split(".")] if attribute else name.split("."):
-            found = getattr(found, part)
+        path = f"{attribute}.{name}" if attribute else name
+        try:
+            attrgetter(path)(importlib.import_module(module))
+        except AttributeError:
+            missing.append(f"{module}.{path}")
+    assert missing == []
 
 
 def floors() -> list[list[str]]:
