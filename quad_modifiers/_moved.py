@@ -1,4 +1,4 @@
-"""Import paths of version 0.1.0, which keep working for one release with a DeprecationWarning."""
+"""Import paths of documented modules of version 0.1.0: they work for one more release, with a DeprecationWarning."""
 
 import importlib
 import importlib.abc
@@ -7,9 +7,9 @@ import importlib.util
 import sys
 import warnings
 from collections.abc import Sequence
-from types import ModuleType
+from types import CodeType, ModuleType
+from typing import cast
 
-# Not here: a module whose name its package now gives to a function; importing it would hide the function.
 MOVED = {
     "quad_modifiers.bench": "quad_modifiers.tools.bench",
     "quad_modifiers.architectures": "quad_modifiers.model.architecture",
@@ -24,12 +24,33 @@ MOVED = {
     "quad_modifiers.plugins.registration": "quad_modifiers.plugins.modifier_classes",
     "quad_modifiers.publishing": "quad_modifiers.tools.publishing",
     "quad_modifiers.publishing.evaluation": "quad_modifiers.records.evaluation_record",
+    "quad_modifiers.publishing.publish": "quad_modifiers.tools.publishing.publication",
     "quad_modifiers.text": "quad_modifiers.data",
 }
 STAY = ("quad_modifiers.bench",)  # names of commands, which are promised to stay: no warning
 
 
-class _MovedFinder(importlib.abc.MetaPathFinder, importlib.abc.Loader):
+class _OldPackage(ModuleType):
+    """A package at its old path: has its own submodules, and takes everything else from the package at the new path.
+
+    Not the new package itself: Python makes an imported submodule an attribute of its parent, and some functions have
+    the name of the module that they were in.
+    """
+
+    def __init__(self, name: str, new: ModuleType) -> None:
+        super().__init__(name, new.__doc__)
+        self.__dict__["_new"] = new
+
+    def __getattr__(self, attribute: str) -> object:
+        return getattr(self._new, attribute)
+
+    def __setattr__(self, attribute: str, value: object) -> None:
+        if isinstance(value, ModuleType) and attribute in getattr(self._new, "__all__", ()):
+            return  # `from package import name` goes on giving the function
+        super().__setattr__(attribute, value)
+
+
+class _MovedFinder(importlib.abc.MetaPathFinder, importlib.abc.InspectLoader):
     """Answers an import of an old path with the module at its new one."""
 
     def __init__(self) -> None:
@@ -48,20 +69,32 @@ class _MovedFinder(importlib.abc.MetaPathFinder, importlib.abc.Loader):
         if not name.startswith(STAY):
             text = f"{name} has moved to {new}; the old path goes with the next release"
             warnings.warn(text, DeprecationWarning, stacklevel=2)
-        if name.endswith(".__main__"):  # `python -m` asks its loader for the code
-            return importlib.util.spec_from_file_location(name, found.origin)
-        return importlib.machinery.ModuleSpec(name, self, is_package=found.submodule_search_locations is not None)
+        is_package = found.submodule_search_locations is not None
+        return importlib.machinery.ModuleSpec(name, self, origin=found.origin, is_package=is_package)
 
     def create_module(self, spec: importlib.machinery.ModuleSpec) -> ModuleType:
         """Returns the module itself, not a copy: classes must stay the same."""
         module = importlib.import_module(str(new_path(spec.name)))
+        if spec.submodule_search_locations is not None:
+            return _OldPackage(spec.name, module)
         self._specs[spec.name] = module.__spec__
         return module
 
     def exec_module(self, module: ModuleType) -> None:
-        """Gives the module its own spec back; it was executed under its new path."""
-        assert module.__spec__ is not None
-        module.__spec__ = self._specs.pop(module.__spec__.name)
+        """Gives a module its own spec back; it was executed under its new path."""
+        if not isinstance(module, _OldPackage):
+            assert module.__spec__ is not None
+            module.__spec__ = self._specs.pop(module.__spec__.name)
+
+    def get_code(self, fullname: str) -> CodeType | None:
+        """Returns the code of the module at its new path, which `python -m` runs under the old one."""
+        new = str(new_path(fullname))
+        loader = cast(importlib.abc.InspectLoader, importlib.util.find_spec(new).loader)  # type: ignore[union-attr]
+        return loader.get_code(new)
+
+    def get_source(self, fullname: str) -> None:
+        """The old path has none."""
+        return None
 
 
 def new_path(name: str) -> str | None:
