@@ -35,6 +35,6 @@ def renamed(name: str) -> Any:
     if name not in _RENAMED:
         raise AttributeError(f"module 'quad_kernels' has no attribute {name!r}")
     thing, new = _RENAMED[name]
-    text = f"quad_kernels.{name} is now quad_kernels.{new}; the old name goes with the next release"
+    text = f"quad_kernels.{name} is now quad_kernels.{new}; the old name will be removed in the next release"
     warnings.warn(text, DeprecationWarning, stacklevel=3)
     return thing

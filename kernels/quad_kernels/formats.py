@@ -118,9 +118,6 @@ class QuantizedActivations(NamedTuple):
     scale: torch.Tensor
 
 
-SCALE_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
-
-
 class KVEntries(NamedTuple):
     """Quantized vectors.
 

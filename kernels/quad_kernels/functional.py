@@ -8,7 +8,6 @@ import torch
 from quad_kernels import ops
 from quad_kernels.backends import choose_backend
 from quad_kernels.formats import (
-    SCALE_DTYPES,
     InputQuantization,
     InputSplit,
     KVEntries,
@@ -18,7 +17,9 @@ from quad_kernels.formats import (
 from quad_kernels.hadamard.construct import HadamardPlan, plan_hadamard
 from quad_kernels.hadamard.reference import apply_hadamard as reference_hadamard
 from quad_kernels.packing import nibble_bytes
-from quad_kernels.weight import QuantizedWeight
+from quad_kernels.weight import QuantizedWeight, expand_scales
+
+_SCALE_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 
 def quantize_activations(
@@ -127,8 +128,7 @@ def fake_quantize(x: torch.Tensor, quantization: InputQuantization) -> torch.Ten
         tensor([[ 3., -8.,  1.]])
     """
     integers, scale = quantize_input(x, quantization)
-    repeat = x.shape[-1] // scale.shape[-1]
-    return (integers * scale.repeat_interleave(repeat, dim=-1)).to(x.dtype)
+    return (integers * expand_scales(scale, x.shape[-1])).to(x.dtype)
 
 
 def prepare_weight(
@@ -207,22 +207,32 @@ def integer_linear(
         >>> integer_linear(x, x_scale, weight, bias=torch.tensor([10.0, 0.0]))
         tensor([[10.5000, 10.0000]])
     """
-    columns = x.shape[-1]
-    wanted = nibble_bytes(weight.in_features) if x.dtype == torch.uint8 else weight.in_features
+    leading, columns, x_groups = x.shape[:-1], x.shape[-1], x_scale.shape[-1]
+    inputs, outputs = weight.in_features, weight.out_features
+    wanted = nibble_bytes(inputs) if x.dtype == torch.uint8 else inputs
     if columns != wanted:
-        raise ValueError(f"x has {columns} columns, a weight of {weight.in_features} inputs needs {wanted}")
+        raise ValueError(f"x has {columns} columns, a weight of {inputs} inputs needs {wanted}")
+    if x_scale.shape[:-1] != leading or not x_groups or inputs % x_groups:
+        raise ValueError(f"x_scale {list(x_scale.shape)} does not fit x {list(x.shape)} and {inputs} inputs")
     if (outlier is None) != (outlier_weight is None):
         raise ValueError("outlier and outlier_weight go together")
-    if outlier is not None and outlier_weight is not None and outlier.shape[-1] != outlier_weight.shape[-1]:
-        raise ValueError(f"{outlier.shape[-1]} outliers do not fit an outlier weight {list(outlier_weight.shape)}")
+    if outlier is not None and outlier_weight is not None:
+        if outlier.shape[-1] != outlier_weight.shape[-1]:
+            raise ValueError(f"{outlier.shape[-1]} outliers do not fit an outlier weight {list(outlier_weight.shape)}")
+        if outlier.shape[:-1] != leading:
+            raise ValueError(f"outlier {list(outlier.shape)} does not fit x {list(x.shape)}")
+        if outlier_weight.shape[0] != outputs:
+            raise ValueError(f"outlier_weight {list(outlier_weight.shape)} does not fit {outputs} output channels")
+    if bias is not None and bias.shape != (outputs,):
+        raise ValueError(f"bias {list(bias.shape)} does not fit {outputs} output channels")
     y = ops.integer_linear(
         x.reshape(-1, columns),
-        x_scale.reshape(-1, x_scale.shape[-1]),
+        x_scale.reshape(-1, x_groups),
         weight.integers,
         weight.scale,
         weight.zero_point,
-        weight.in_features,
-        weight.out_features,
+        inputs,
+        outputs,
         weight.bits,
         weight.layout,
         None if outlier is None else outlier.reshape(-1, outlier.shape[-1]),
@@ -231,7 +241,7 @@ def integer_linear(
         out_dtype,
         backend or "",
     )
-    return y.view(*x.shape[:-1], weight.out_features)
+    return y.view(*leading, outputs)
 
 
 def apply_hadamard(x: torch.Tensor, plan: HadamardPlan, *, backend: str | None = None) -> torch.Tensor:
@@ -292,8 +302,8 @@ def quantize_kv(
     scale_dtype = scale_dtype or x.dtype
     if head_dim % 2 or not head_dim:
         raise ValueError(f"head_dim ({head_dim}) must be even and positive: two coordinates share a byte")
-    if scale_dtype not in SCALE_DTYPES:
-        raise ValueError(f"scale_dtype ({scale_dtype}) must be one of {', '.join(map(str, SCALE_DTYPES))}")
+    if scale_dtype not in _SCALE_DTYPES:
+        raise ValueError(f"scale_dtype ({scale_dtype}) must be one of {', '.join(map(str, _SCALE_DTYPES))}")
     if not 0 < clip_ratio <= 1:
         raise ValueError(f"clip_ratio ({clip_ratio}) must lie in (0, 1]")
     integers, scale, zero = ops.quantize_kv(x.reshape(-1, head_dim), clip_ratio, scale_dtype, backend or "")

@@ -112,14 +112,13 @@ def test_a_path_may_be_registered_again(monkeypatch: pytest.MonkeyPatch) -> None
     module = ModuleType("again")
     module.Again = type("Again", (Backend,), {"name": "again"})
     monkeypatch.setitem(sys.modules, "again", module)
-    with temporary_registrations():
-        for _ in range(2):
-            register_backend_path("again", "again:Again", "my-dist 1.0")
-        assert "again" in backends()
+    for _ in range(2):
         register_backend_path("again", "again:Again", "my-dist 1.0")
-        assert "again" in backends()
-        with pytest.raises(ValueError, match=r"named .again. exists already; other-dist 2\.0 cannot add another"):
-            register_backend_path("again", "again:Again", "other-dist 2.0")
+    assert "again" in backends()
+    register_backend_path("again", "again:Again", "my-dist 1.0")
+    assert "again" in backends()
+    with pytest.raises(ValueError, match=r"named .again. exists already; other-dist 2\.0 cannot add another"):
+        register_backend_path("again", "again:Again", "other-dist 2.0")
 
 
 def test_a_backend_of_the_last_release_is_refused_with_what_to_change() -> None:
@@ -144,6 +143,13 @@ def test_registrations_inside_the_context_are_undone() -> None:
     assert choose_backend("cpu").name == "onednn"
     with pytest.raises(BackendError, match="there is no kernel backend 'mine'"):
         choose_backend("cpu", "mine")
+
+
+def test_choices_are_made_anew_inside_the_context(caplog: pytest.LogCaptureFixture) -> None:
+    choose_backend("cpu")
+    with caplog.at_level(logging.INFO, logger="quad_kernels"), temporary_registrations():
+        choose_backend("cpu")
+    assert [record.getMessage() for record in caplog.records] == ["kernels on cpu: onednn"]
 
 
 @pytest.fixture

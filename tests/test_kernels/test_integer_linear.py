@@ -6,7 +6,6 @@ import pytest
 import torch
 from quad_kernels import QuantizedWeight
 from quad_kernels import integer_linear as public_integer_linear
-from quad_kernels.integer_linear.onednn import onednn_takes
 
 LAYOUTS = [
     ("reference", "int8"),
@@ -33,11 +32,7 @@ def integer_linear(
     bits: int = 4,
 ) -> torch.Tensor:
     plain = QuantizedWeight(weight, scale, zero_point, weight.shape[1], weight.shape[0], bits)
-    if layout == "onednn" and not onednn_takes(plain):
-        layout = "int8"
-    prepared = plain.to_layout(layout)
-    assert prepared.layout == ("int8" if layout == "nibbles" and bits > 4 else layout)
-    return public_integer_linear(x, x_scale, prepared)
+    return public_integer_linear(x, x_scale, plain.to_layout(layout))
 
 
 def integers(shape: tuple[int, ...], bits: int, seed: int = 0) -> torch.Tensor:
@@ -95,6 +90,36 @@ def test_float64_is_used_exactly_where_float32_could_round(
     assert used == [exact]
 
 
+@pytest.mark.parametrize(
+    ("operand", "shape", "reason"),
+    [
+        ("x", (2, 3, 63), "x has 63 columns, a weight of 64 inputs needs 64"),
+        ("x_scale", (1, 1), r"x_scale \[1, 1\] does not fit x \[2, 3, 64\] and 64 inputs"),
+        ("x_scale", (6, 1), r"x_scale \[6, 1\] does not fit x \[2, 3, 64\] and 64 inputs"),
+        ("x_scale", (2, 3, 3), r"x_scale \[2, 3, 3\] does not fit x \[2, 3, 64\] and 64 inputs"),
+        ("x_scale", (2, 3, 0), r"x_scale \[2, 3, 0\] does not fit x \[2, 3, 64\] and 64 inputs"),
+        ("outlier", (1, 8), r"outlier \[1, 8\] does not fit x \[2, 3, 64\]"),
+        ("outlier", (2, 3, 7), r"7 outliers do not fit an outlier weight \[5, 8\]"),
+        ("outlier_weight", (1, 8), r"outlier_weight \[1, 8\] does not fit 5 output channels"),
+        ("bias", (1,), r"bias \[1\] does not fit 5 output channels"),
+        ("bias", (5, 1), r"bias \[5, 1\] does not fit 5 output channels"),
+    ],
+)
+def test_shapes_that_do_not_fit_are_refused(layout: str, operand: str, shape: tuple[int, ...], reason: str) -> None:
+    weight = QuantizedWeight(integers((5, 64), 4), scales((5, 1)), None, 64, 5, 4).to_layout(layout)
+    operands = {
+        "x": integers((2, 3, 64), 4),
+        "x_scale": scales((2, 3, 1)),
+        "outlier": scales((2, 3, 8)),
+        "outlier_weight": scales((5, 8)),
+        "bias": scales((5,)),
+    }
+    assert public_integer_linear(weight=weight, **operands).shape == (2, 3, 5)
+    operands[operand] = operands[operand].new_zeros(shape)
+    with pytest.raises(ValueError, match=reason):
+        public_integer_linear(weight=weight, **operands)
+
+
 @pytest.mark.parametrize("zero_points", [False, True])
 @pytest.mark.parametrize(("x_groups", "w_groups"), [(1, 1), (4, 1), (1, 4), (4, 4), (2, 8)])
 def test_scales_groups_and_zero_points(layout: str, x_groups: int, w_groups: int, zero_points: bool) -> None:
@@ -124,7 +149,7 @@ def test_many_tokens_are_computed_in_parts(layout: str, x_groups: int, w_groups:
     tokens, k, out, rank = 300, 64, 24, 8
     x, x_scale = integers((tokens, k), 8), scales((tokens, x_groups))
     plain = QuantizedWeight(integers((out, k), 4, seed=2), scales((out, w_groups), seed=3), None, k, out, 4)
-    weight = plain.to_layout("onednn" if layout == "onednn" and onednn_takes(plain) else "int8")
+    weight = plain.to_layout(layout)
     outlier, outlier_weight, bias = scales((tokens, rank), 4), scales((out, rank), 5), scales((out,), 6)
     whole = public_integer_linear(x, x_scale, weight, outlier=outlier, outlier_weight=outlier_weight, bias=bias)
     for token in (0, 127, 128, 255, 299):

@@ -7,8 +7,9 @@ from typing import Any
 
 import pytest
 import torch
-from quad_kernels import LinearOperands, QuantizedWeight, integer_linear
+from quad_kernels import LinearOperands, QuantizedWeight, WeightLayout, integer_linear
 from quad_kernels.integer_linear.config import SPLITS, TILES, Config
+from quad_kernels.layouts import register_layout, temporary_layouts
 from quad_kernels.packing import pack_nibbles
 
 pytest.importorskip("triton")
@@ -232,6 +233,16 @@ def test_no_tokens(device: torch.device) -> None:
     weight = moved(linear_weight(integers((9, 300), 4, 1), 4), device)
     got = integer_linear(torch.empty(0, 300, dtype=torch.int8, device=device), torch.empty(0, 1, device=device), weight)
     assert got.shape == (0, 9)
+
+
+def test_a_layout_that_only_another_backend_reads_is_converted(device: torch.device) -> None:
+    flipped = WeightLayout(lambda i: i.T.contiguous(), lambda stored, _: stored.T.contiguous(), lambda weight: True)
+    x, weight = integers((3, 96), 8, 0), linear_weight(integers((20, 96), 4, 1), 4)
+    with temporary_layouts():
+        register_layout("flipped", flipped)
+        stored = moved(weight.to_layout("flipped"), device)
+        got = integer_linear(x.to(device), torch.ones(3, 1).to(device), stored)
+    assert torch.equal(got.cpu(), exact(x, weight))
 
 
 def test_strided_inputs(device: torch.device) -> None:

@@ -39,7 +39,9 @@ class Backend:
         return None
 
     def prepare_weight(self, weight: QuantizedWeight, quantization: InputQuantization | None) -> QuantizedWeight:
-        """Returns `weight` as this backend reads it best; what comes in another layout it converts in every call.
+        """Returns `weight` in the layout to keep it in; here nibbles, the smallest.
+
+        A layer takes every layout, but may have to convert it in every call.
 
         Args:
             weight: in any layout.

@@ -100,6 +100,7 @@ def temporary_registrations() -> Iterator[None]:
         >>> "mine" in backends()
         False
     """
+    _choose.cache_clear()
     before = [(table, dict(table)) for table in (_backends, _pending, _imported, _failed)]
     with temporary_layouts():
         try:

@@ -1,8 +1,8 @@
 """Which configuration runs a problem: measured, where somebody tuned it on this kind of GPU, else by the model.
 
 Measurements are kept in `$QUAD_KERNELS_CACHE`, by default `~/.cache/quad_kernels`, in one file for each GPU, version of
-Triton and state of the kernel's source. Serving never tunes by itself; `tune` does, and QUAD_KERNELS_AUTOTUNE=1 does
-for every new problem.
+Triton and state of the kernel's source. Serving never tunes by itself; `tune.tune` does, and QUAD_KERNELS_AUTOTUNE=1
+does for every new problem.
 """
 
 import hashlib

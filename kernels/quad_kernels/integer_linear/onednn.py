@@ -16,7 +16,7 @@ from quad_kernels.integer_linear import reference
 from quad_kernels.integer_linear.operands import LinearOperands
 from quad_kernels.layouts import WeightForm, WeightLayout
 from quad_kernels.packing import unpack_integers
-from quad_kernels.weight import QuantizedWeight
+from quad_kernels.weight import QuantizedWeight, expand_scales
 
 _SMALLEST_WIDTH = 16  # _int_mm reads past a weight of one column: its transpose's strides are ambiguous
 _TOKENS_AT_ONCE = 128  # more would stream the float32 sums of a wide layer through memory several times
@@ -124,12 +124,8 @@ def _zeros(count: int) -> torch.Tensor:
 
 def _grouped_product(x: torch.Tensor, x_scale: torch.Tensor, weight: QuantizedWeight, groups: int) -> torch.Tensor:
     """One integer product per group of coordinates that share both scales; `[tokens, out]`, both scales applied."""
-
-    def per_group(values: torch.Tensor) -> torch.Tensor:
-        return values.repeat_interleave(groups // values.shape[1], dim=1)
-
-    x_scale, scale = per_group(x_scale), per_group(weight.scale)
-    zero_point = None if weight.zero_point is None else per_group(weight.zero_point)
+    x_scale, scale = expand_scales(x_scale, groups), expand_scales(weight.scale, groups)
+    zero_point = None if weight.zero_point is None else expand_scales(weight.zero_point, groups)
     size = weight.in_features // groups
     y = torch.zeros(x.shape[0], weight.out_features)
     for group in range(groups):

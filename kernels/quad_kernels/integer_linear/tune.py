@@ -8,7 +8,6 @@ from quad_kernels.integer_linear.autotune import SECONDS, tune_problem
 from quad_kernels.integer_linear.config import Config, Problem, token_bucket
 from quad_kernels.integer_linear.launch import Launch
 from quad_kernels.integer_linear.operands import LinearOperands
-from quad_kernels.packing import nibble_bytes
 from quad_kernels.weight import QuantizedWeight
 
 
@@ -30,20 +29,16 @@ def tune(
     device = torch.device(device)
     if device.index is None:
         device = torch.device(device.type, torch.cuda.current_device())
-    tuned = {}
+    tuned, half = {}, 2 ** (weight_bits - 1)
     for tokens, outputs, inputs in shapes:
         tokens = token_bucket(tokens)
-        if weight_bits > 4:
-            integers = torch.randint(-128, 128, (outputs, inputs), dtype=torch.int8, device=device)
-        else:
-            integers = torch.randint(0, 256, (outputs, nibble_bytes(inputs)), dtype=torch.uint8, device=device)
+        integers = torch.randint(-half, half, (outputs, inputs), dtype=torch.int8, device=device)
         groups = inputs // group_size if group_size else 1
         scale = torch.rand(outputs, groups, device=device).to(dtype)
-        layout = "int8" if weight_bits > 4 else "nibbles"
         operands = LinearOperands(
             x=torch.randint(-8, 8, (tokens, inputs), dtype=torch.int8, device=device),
             x_scale=torch.rand(tokens, 1, device=device),
-            weight=QuantizedWeight(integers, scale, None, inputs, outputs, weight_bits, layout),
+            weight=QuantizedWeight(integers, scale, None, inputs, outputs, weight_bits).to_layout("nibbles"),
             outlier=torch.randn(tokens, rank, device=device, dtype=dtype) if rank else None,
             outlier_weight=torch.randn(outputs, rank, device=device, dtype=dtype) if rank else None,
             bias=None,
