@@ -1,5 +1,6 @@
 import json
 import logging
+from functools import partial
 
 import pytest
 import torch
@@ -69,7 +70,7 @@ def test_one_window_of_each_stretch_is_drawn(windows_of):
     assert places != sorted(places)
 
 
-def test_large_data_is_sampled_by_document():
+def test_large_data_is_sampled_by_document(windows_of, monkeypatch):
     seen = set()
 
     class Counting(list):
@@ -77,9 +78,17 @@ def test_large_data_is_sampled_by_document():
             seen.add(index)
             return super().__getitem__(index)
 
+        def __iter__(self):
+            return map(self.__getitem__, range(len(self)))
+
     drawn = sampled_documents(Counting(TEXTS), 4 * 8, torch.Generator().manual_seed(0), character_limit=100)
     assert drawn == [TEXTS[index] for index in sorted(seen)]
     assert 4 * 8 < sum(map(len, drawn)) < sum(map(len, TEXTS)) / 2
+    seen.clear()
+    few = partial(sampled_documents, character_limit=100)
+    monkeypatch.setattr("quad_modifiers.data.calibration.sampled_documents", few)
+    assert layout(windows_of(Counting(TEXTS), num_samples=4, sequence_length=8)) == int64_windows(4, 8)
+    assert 0 < len(seen) < len(TEXTS)
 
 
 def test_plain_text_file(windows_of, tmp_path):

@@ -132,10 +132,11 @@ def test_names_of_the_page_exist(page: Path) -> None:
     assert [text for text in (problem(*each) for each in found) if text is not None] == []
 
 
-@pytest.mark.parametrize("page", NAMING, ids=lambda page: page.name)
+@pytest.mark.parametrize("page", NAMING[1:], ids=lambda page: page.name)
 def test_functions_and_classes_in_pictures_exist(page: Path) -> None:
     text = pictures(page)
     names = re.findall(r"([A-Za-z_][\w.]*)\(\)", text) + re.findall(r"\b[A-Z][a-z]*[A-Z]\w*\b", text)
+    assert names
     assert [name for name in names if problem(name, None) is not None] == []
 
 

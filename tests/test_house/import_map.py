@@ -91,7 +91,11 @@ def modules(root: Path = ROOT) -> dict[str, Path]:
 
 
 def arrows(files: dict[str, Path]) -> list[Arrow]:
-    """Returns every import of one of our modules by another, once."""
+    """Returns every import of one of our modules by another, once.
+
+    Raises:
+        ValueError: if an import is relative.
+    """
     found = set()
     for name, file in files.items():
         for target in _imports(ast.parse(file.read_text(encoding="utf-8")), files):
@@ -104,7 +108,9 @@ def _imports(tree: ast.AST, files: dict[str, Path]) -> Iterator[str]:
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names if alias.name in files)
-        elif isinstance(node, ast.ImportFrom) and node.level == 0:
+        elif isinstance(node, ast.ImportFrom):
+            if node.level != 0:
+                raise ValueError(f"line {node.lineno}: a relative import is not on the map; write the full name")
             for alias in node.names:
                 named = (f"{node.module}.{alias.name}", node.module)
                 yield from [module for module in named if module in files][:1]

@@ -47,6 +47,15 @@ def test_an_import_inside_a_function_counts(tmp_path: Path) -> None:
     assert circles(found) == [["quad_modifiers.compression", "quad_modifiers.linalg.gram"]]
 
 
+@pytest.mark.parametrize("line", ["from . import gram", "from .gram import mean", "from ..linalg.gram import mean"])
+def test_a_relative_import_is_refused(line: str, tmp_path: Path) -> None:
+    file = tmp_path / "quad_modifiers/linalg/basis.py"
+    file.parent.mkdir(parents=True)
+    file.write_text(f"import torch\n{line}\n")
+    with pytest.raises(ValueError, match="line 2: a relative import is not on the map; write the full name"):
+        arrows(modules(tmp_path))
+
+
 def test_a_module_outside_of_every_room_is_named() -> None:
     with pytest.raises(ValueError, match=r"quad_modifiers\.attic is in no room"):
         room_of("quad_modifiers.attic")

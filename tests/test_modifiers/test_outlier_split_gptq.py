@@ -125,9 +125,7 @@ def test_group_size_must_divide_before_calibration(make_toy, compress, monkeypat
 
 @pytest.mark.parametrize(("bits", "symmetric"), [(4, True), (4, False), (8, True), (8, False)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-def test_the_integers_of_the_pass_are_those_in_place_and_on_disk(
-    dtype, bits, symmetric, make_toy, compress, tmp_path
-) -> None:
+def test_the_integers_in_place_are_those_on_disk(dtype, bits, symmetric, make_toy, compress, tmp_path) -> None:
     model = compress(
         make_toy(dtype=dtype, num_hidden_layers=1),
         SVDOutlierProjection(rank=8),

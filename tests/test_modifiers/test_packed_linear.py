@@ -8,7 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from quad_kernels import InputQuantization, InputSplit, choose_backend, fake_quantize
+from quad_kernels import InputQuantization, InputSplit, QuantizedWeight, choose_backend, fake_quantize
 from quad_kernels.packing import pack_int32
 from torch import nn
 
@@ -38,6 +38,20 @@ def make(kind: str) -> tuple[QuadLinear, torch.Tensor]:
 
 def draw(*shape: int) -> torch.Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(1))
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize("bits", [2, 4, 8])
+def test_a_quantized_weight_keeps_its_integers(bits: int, symmetric: bool) -> None:
+    half, generator = 2 ** (bits - 1), torch.Generator().manual_seed(0)
+    integers = torch.randint(-half, half, (30, 56), dtype=torch.int8, generator=generator)
+    zeros = None if symmetric else torch.randint(-half, half, (30, 7), dtype=torch.int8, generator=generator)
+    weight = QuantizedWeight(integers, torch.ones(30, 7), zeros, 56, 30, bits)
+    kept = PackedLinear.of(weight, torch.float32).quantized_weight()
+    assert torch.equal(kept.integers, integers)
+    assert (kept.zero_point is None) == symmetric
+    if zeros is not None:
+        assert torch.equal(kept.zero_point, zeros)
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -57,9 +57,12 @@ def test_a_plan_changes_nothing(make_toy) -> None:
     model = make_toy("llama")
     decoder = wrapped(model)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    plan = plan_projection(decoder, ProjectionSettings(rank=0), None)
+    batches = [{"input_ids": torch.randint(3, 320, (2, 64), generator=torch.Generator().manual_seed(4))}] * 4
+    settings = ProjectionSettings(rank=8, values_rank=2, channels_rank=4)
+    plan = plan_projection(decoder, settings, collect_statistics(decoder, batches))
     assert plan.origin is not None
-    assert plan.origin["rank"] == 0
+    assert plan.origin["rank"] == 8
+    assert plan.residual.width == 72
     assert model.config.hidden_size == 64
     for name, tensor in model.state_dict().items():
         assert torch.equal(tensor, before[name]), name

@@ -111,8 +111,10 @@ def test_a_projection_after_it_is_refused() -> None:
         oneshot(toy("llama"), recipe, dataset=TOKENS, max_seq_length=32)
 
 
-def test_error_correction_sees_it(compress: Compress) -> None:
+def test_error_correction_sees_it(branched: Compressed, compress: Compress) -> None:
     made = compress(PROJECT, BRANCH, "DynamicActQuant: {}", "OutlierSplitGPTQ: {error_correction: 0.5}")
+    print(f"relative error of the logits: {branched.error:.3f} without error correction, {made.error:.3f} with it")
+    assert made.error < branched.error
     assert torch.equal(logits_of(AutoModelForCausalLM.from_pretrained(made.folder)), made.logits)
 
 
@@ -179,6 +181,10 @@ def test_inspection_measures_it(branched: Compressed, tmp_path: Path) -> None:
     known = find_architecture(type("Stock", (), {"model_type": "llama"}), architectures())
     rows = measure_inputs(Decoder(model, known), [TOKENS[:1]], "after")
     assert {row.group for row in rows} == {"qkv", "o", "gate_up", "down"}
+    with torch.no_grad():
+        for term in terms(model):
+            term.up.zero_()
+    assert measure_inputs(Decoder(model, known), [TOKENS[:1]], "after") != rows
 
 
 def test_it_is_listed() -> None:
