@@ -63,7 +63,6 @@ class Group:
                 f"group {self.name!r} reads {self.reads!r} and has norm {self.norm!r}: a group reads the stream "
                 "through a norm, and nothing else through one"
             )
-
         changed = {"stream", "values", "channels"}
         if not self.quantized and (
             self.reads != "stream" or any(changed & set(each.produces) for each in self.members)
@@ -72,6 +71,14 @@ class Group:
                 f"group {self.name!r} is not quantized, so it must read the stream and produce nothing that a "
                 "projection changes: quantize it, or say that it produces 'other'"
             )
+        if self.reads not in changed:
+            raise ValueError(f"group {self.name!r} reads {self.reads!r}; it can read 'stream', 'values' or 'channels'")
+        for each in self.members:
+            if each.produces != ("stream",) if self.writes_stream else "stream" in each.produces:
+                rule = "must write the stream, and nothing else" if self.writes_stream else "cannot write it"
+                raise ValueError(
+                    f"{each.name!r} of group {self.name!r} produces {each.produces}: what reads the {self.reads} {rule}"
+                )
 
     @property
     def is_repeated(self) -> bool:
@@ -81,7 +88,7 @@ class Group:
     @property
     def writes_stream(self) -> bool:
         """True if its linears write the residual stream ("D-type"), False if they read it ("U-type")."""
-        return any(member.produces == ("stream",) for member in self.members)
+        return self.reads != "stream"
 
 
 def dense_block(
@@ -172,10 +179,6 @@ class Architecture:
     def roles(self) -> dict[str, Group]:
         """Returns the group of each role that is quantized, in run order."""
         return {member.role: group for group, member in self.quantized_members()}
-
-    def writers(self) -> frozenset[str]:
-        """Roles of the linears that write the residual stream."""
-        return frozenset(role for role, group in self.roles().items() if group.writes_stream)
 
 
 BUILTIN_ARCHITECTURES = tuple(Architecture(model_type) for model_type in ("llama", "mistral", "qwen2", "qwen3"))

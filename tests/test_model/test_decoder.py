@@ -74,7 +74,7 @@ def test_a_reader_that_is_not_quantized_is_no_linear_to_work_on(model) -> None:
     assert not any("router" in linear.name for linear in decoder.linears())
     assert "router" in [group.group.name for group in decoder.blocks[0].groups]
     assert EXPERTS.roles().keys() == {"wqkv", "wo", "w1", "expert_down"}
-    assert EXPERTS.writers() == {"wo", "expert_down"}
+    assert {role for role, group in EXPERTS.roles().items() if group.writes_stream} == {"wo", "expert_down"}
 
 
 def test_replacing_a_linear(model) -> None:
@@ -96,6 +96,14 @@ def test_wrong_data_is_named(model) -> None:
         Decoder(model, Architecture("llama", BLOCK, "tokens", "blocks"))
     with pytest.raises(ValueError, match="reads 'channels' and has norm 'norm_1'"):
         Group("down", "mlp", (), "channels", "norm_1")
+    for produces, reads, norm, message in (
+        (("stream",), "stream", "n", "what reads the stream cannot write it"),
+        (("queries", "stream"), "stream", "n", "what reads the stream cannot write it"),
+        (("values",), "channels", "", "what reads the channels must write the stream, and nothing else"),
+        (("stream",), "queries", "", "reads 'queries'; it can read 'stream', 'values' or 'channels'"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            Group("wrong", "mlp", (Member("up", produces),), reads, norm)
     for produces, reads, norm in ((("channels",), "stream", "n"), (("stream",), "channels", "")):
         with pytest.raises(ValueError, match="group 'kept' is not quantized, so it must read the stream and produce"):
             Group("kept", "mlp", (Member("w", produces),), reads, norm, quantized=False)
