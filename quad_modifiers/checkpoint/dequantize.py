@@ -43,9 +43,10 @@ def dequantize_model(model: nn.Module, architecture: Architecture, dtype: torch.
     gain = (stock_width / width) ** 0.5
     fill = stock_width - width
     for block in decoder.blocks:
-        for linear in block.linears():
-            container = linear.module
-            weight, bias = dense_weight(container), container.bias
+        for linear in (each for group in block.groups for each in group.linears):
+            module = linear.module
+            weight = dense_weight(module) if linear.group.quantized else module.weight.double()
+            bias = module.bias
             if linear.group.writes_stream:
                 weight = gain * nn.functional.pad(weight, (0, 0, 0, fill))
                 bias = None if bias is None else gain * nn.functional.pad(bias.double(), (0, fill))

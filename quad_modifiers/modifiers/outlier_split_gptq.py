@@ -1,7 +1,6 @@
 """OutlierSplitGPTQ: weight quantization around full-precision outlier columns."""
 
 import logging
-import re
 import time
 from typing import Any, ClassVar, Literal
 
@@ -15,6 +14,7 @@ from quad_modifiers.nn.packed_linear import PackedLinear
 from quad_modifiers.passes.weight_pass import quantize_blocks
 from quad_modifiers.quantization.grid import IntegerGrid
 from quad_modifiers.quantization.group import LinearReport, WeightQuantization
+from quad_modifiers.recipe.coverage import is_ignored
 from quad_modifiers.reporting import layer_progress, table
 
 logger = logging.getLogger(__name__)
@@ -46,7 +46,7 @@ class OutlierSplitGPTQ(QuadModifier):
         block_size: columns whose mutual updates are done at once.
         sweeps: coordinate-descent sweeps that revisit the rounding after GPTQ.
         error_correction: 0 to 1, how far weights are first moved to make up for the error of earlier layers.
-        ignore: module names, or "re:" patterns, that stay in full precision.
+        ignore: linears that stay in full precision, by the last parts of their names or by "re:" patterns.
     """
 
     recipe_role: ClassVar[str | None] = "quantize_weights"
@@ -64,7 +64,7 @@ class OutlierSplitGPTQ(QuadModifier):
     error_correction: float = Field(default=0.0, ge=0.0, le=1.0)
     ignore: list[str] = Field(default=["lm_head"])
 
-    _reports: list[LinearReport] = PrivateAttr(default_factory=list)
+    _reports: dict[str, dict[str, LinearReport]] = PrivateAttr(default_factory=dict)  # by block and group
     _seconds: float = PrivateAttr(default=0.0)
 
     def run(self, decoder: Decoder, batches: Batches) -> None:
@@ -74,8 +74,12 @@ class OutlierSplitGPTQ(QuadModifier):
         logger.info("OutlierSplitGPTQ: %s, %d bits, %s", self.method, self.bits, self._granularity())
         start = time.perf_counter()
         done = quantize_blocks(decoder, data, self._settings(), _install, self._is_ignored)
-        for _ in layer_progress(decoder.blocks, "quantizing"):
-            self._reports += next(done)
+        for block in layer_progress(decoder.blocks, "quantizing"):
+            worst = self._reports.setdefault(block.name, {})
+            for group, report in next(done):
+                name = ",".join(member.name for member in group.group.members)
+                if name not in worst or report.error > worst[name].error:  # of the experts, the worst
+                    worst[name] = report
         self._seconds = time.perf_counter() - start
 
     def on_finalize(self, state: State, **kwargs: Any) -> bool:
@@ -89,17 +93,10 @@ class OutlierSplitGPTQ(QuadModifier):
         return True
 
     def _error_table(self) -> str:
-        """One row per block, one column per group of linears; a damping that had to grow is marked."""
-        rows: dict[str, dict[str, str]] = {}
-        for report in self._reports:
-            parts = report.name.split(".")
-            block, group = ".".join(parts[:-2]), parts[-1]
-            grown = f" (damping {report.damping:g} after {report.attempts} attempts)" if report.attempts > 1 else ""
-            rows.setdefault(block, {})[group] = f"{report.decibels:.1f}{grown}"
-        groups = list(dict.fromkeys(group for row in rows.values() for group in row))
-        return table(
-            ("block", *groups), [(block, *(row.get(group, "-") for group in groups)) for block, row in rows.items()]
-        )
+        """One row per block, one column per group of linears, of several experts the worst."""
+        groups = list(dict.fromkeys(group for row in self._reports.values() for group in row))
+        rows = [(block, *(_decibels(row.get(group)) for group in groups)) for block, row in self._reports.items()]
+        return table(("block", *groups), rows)
 
     def _granularity(self) -> str:
         return "one scale per output channel" if self.group_size is None else f"groups of {self.group_size}"
@@ -117,10 +114,7 @@ class OutlierSplitGPTQ(QuadModifier):
         )
 
     def _is_ignored(self, name: str) -> bool:
-        return any(
-            re.match(pattern[3:], name) is not None if pattern.startswith("re:") else name.endswith(pattern)
-            for pattern in self.ignore
-        )
+        return is_ignored(name, self.ignore)
 
     def _check_widths(self, decoder: Decoder) -> None:
         for linear in decoder.linears():
@@ -135,3 +129,11 @@ def _install(linear: PlacedLinear, weight: QuantizedWeight) -> None:
     """Puts the packed weight in the place of the residual linear."""
     container = linear.module
     container.residual = PackedLinear.of(weight, weight.scale.dtype, container.input_quantization)
+
+
+def _decibels(report: LinearReport | None) -> str:
+    """A cell of the table of errors; a damping that had to grow is marked."""
+    if report is None:
+        return "-"
+    grown = f" (damping {report.damping:g} after {report.attempts} attempts)" if report.attempts > 1 else ""
+    return f"{report.decibels:.1f}{grown}"

@@ -24,8 +24,8 @@ def quantize_blocks(
     settings: WeightQuantization,
     finish: Finish,
     skipped: Callable[[str], bool],
-) -> Iterator[list[LinearReport]]:
-    """Quantizes all decoder blocks in order; yields the reports of each block when it is done.
+) -> Iterator[list[tuple[PlacedGroup, LinearReport]]]:
+    """Quantizes all decoder blocks in order; yields each group of a block with its report when it is done.
 
     Args:
         decoder: with `QuadLinear` linears.
@@ -54,7 +54,7 @@ class _BlockWork:
 
     Attributes:
         finished: the quantized linears and their weights.
-        reports: what the quantization of each group did.
+        reports: the quantized groups, each with what its quantization did.
     """
 
     def __init__(
@@ -62,7 +62,7 @@ class _BlockWork:
     ) -> None:
         self.block, self.settings, self.scale_dtype, self.skipped = block, settings, scale_dtype, skipped
         self.finished: list[tuple[PlacedLinear, QuantizedWeight]] = []
-        self.reports: list[LinearReport] = []
+        self.reports: list[tuple[PlacedGroup, LinearReport]] = []
 
     def round_to_nearest(self) -> None:
         """Quantizes the groups without inputs."""
@@ -83,23 +83,28 @@ class _BlockWork:
 
     def _switch_inputs(self, on: bool) -> None:
         for linear in self.block.linears():
-            linear.module.quantize_input = on and linear.module.input_quantization is not None
+            linear.module.quantize_input = on
 
     def _original_inputs(
         self, runner: BlockRunner, stream: list[CalibrationBatch], original: list[torch.Tensor]
     ) -> list[dict[str, torch.Tensor]]:
-        """Inputs of all groups in the original model, by group; moves its stream past the block."""
+        """Inputs in the original model of the groups that are corrected; moves its stream past the block."""
         inputs: list[dict[str, torch.Tensor]] = []
         for index, batch in enumerate(stream):
             seen: dict[str, torch.Tensor] = {}
 
             def see(group: PlacedGroup, x: torch.Tensor, seen: dict[str, torch.Tensor] = seen) -> None:
-                # Kept until their group is reached: half the memory, and the drift they serve is an average.
-                seen[group.names] = x.bfloat16()
+                if self._is_corrected(group):
+                    # Kept until their group is reached: half the memory, and the drift they serve is an average.
+                    seen[group.names] = x.bfloat16()
 
             original[index] = runner.run(original[index], batch.arguments[self.block.index], see)
             inputs.append(seen)
         return inputs
+
+    def _is_corrected(self, group: PlacedGroup) -> bool:
+        """Not a repeated group: the original model may send other tokens to a part, such as an expert."""
+        return group.group.quantized and not group.group.is_repeated and bool(self._chosen(group))
 
     def _chosen(self, group: PlacedGroup) -> list[PlacedLinear]:
         return [linear for linear in group.linears if not self.skipped(linear.name)]
@@ -112,8 +117,8 @@ class _BlockWork:
         originals: list[dict[str, torch.Tensor]] | None,
     ) -> InputMoments | None:
         """Moments of the inputs, None if there are none: an expert that no token was sent to is rounded to nearest."""
-        if group.group.is_repeated:
-            originals = None  # the original model may send other tokens to a part
+        if not self._is_corrected(group):
+            originals = None
         moments = InputMoments(self._chosen(group)[0].module, originals is not None)
         for index, (x, batch) in enumerate(zip(inputs, stream, strict=True)):
             if not x.numel():
@@ -132,4 +137,4 @@ class _BlockWork:
         linears = [linear.module for linear in chosen]
         weights, report = quantize_group(linears, moments, self.settings, self.scale_dtype, group.names)
         self.finished += zip(chosen, weights, strict=True)
-        self.reports.append(report)
+        self.reports.append((group, report))

@@ -5,6 +5,7 @@ stream is a container whose children `outlier` and `residual` are linears.
 """
 
 import functools
+import re
 from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
@@ -98,6 +99,19 @@ def stock_schemes(modifier: "Modifier") -> "list[QuantizationScheme]":
     return list(modifier.resolved_config.config_groups.values())
 
 
+def is_ignored(name: str, patterns: Iterable[str]) -> bool:
+    """Returns whether the `ignore` of one of our modifiers names a linear.
+
+    Args:
+        name: full name of the linear.
+        patterns: last parts of names, such as "down_proj" or "self_attn.q_proj", or "re:" and a regular expression.
+    """
+    return any(
+        re.match(pattern[3:], name) is not None if pattern.startswith("re:") else f".{name}".endswith(f".{pattern}")
+        for pattern in patterns
+    )
+
+
 def covered(modifier: "Modifier", part: str, names: tuple[str, ...]) -> set[str]:
     """Returns which of `names` a modifier quantizes; `part` is "weights" or "input_activations"."""
     from llmcompressor.modifiers.quantization import QuantizationMixin
@@ -108,4 +122,5 @@ def covered(modifier: "Modifier", part: str, names: tuple[str, ...]) -> set[str]
         return matching(names, targets, ignore or [])
     if ignore is None:
         ignore = list(getattr(type(modifier), "ignored_by_default", ("lm_head",)))
-    return matching(names, getattr(modifier, "targets", None) or ["Linear"], ignore)
+    kept = tuple(name for name in names if not is_ignored(name.removesuffix(".residual"), ignore))
+    return matching(kept, getattr(modifier, "targets", None) or ["Linear"], ignore)

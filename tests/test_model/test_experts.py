@@ -1,12 +1,19 @@
 """A mixture of experts as data: experts are repeated groups, the router reads the stream and is not quantized."""
 
+import logging
+import re
+from copy import deepcopy
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import nn
 from transformers.models.llama.modeling_llama import LlamaMLP
 
+from quad_modifiers.checkpoint.dequantize import dequantize_model
 from quad_modifiers.model.architecture import Architecture, Group, Member, dense_block
 from quad_modifiers.model.decoder import Decoder
+from quad_modifiers.modifiers.outlier_split_gptq import OutlierSplitGPTQ
 from quad_modifiers.nn.packed_linear import PackedLinear
 from quad_modifiers.nn.quad_linear import QuadLinear
 from quad_modifiers.passes.statistics import collect_statistics
@@ -25,6 +32,7 @@ BLOCK = (
     Group("down", "mlp.experts.*", (Member("down_proj", ("stream",)),), "channels"),
 )
 EXPERTS = Architecture("experts", BLOCK, runner="hooked")
+KINDS = ("qkv", "o", "gate_up", "down")
 
 
 class Experts(nn.Module):
@@ -67,6 +75,17 @@ def logits(decoder: Decoder) -> torch.Tensor:
     return decoder.model(ids(9)).logits
 
 
+def scores(decoder: Decoder) -> torch.Tensor:
+    """What the routers give every token, which their choice does not show in full."""
+    found = []
+    routers = [block.module.mlp.router for block in decoder.blocks]
+    hooks = [router.register_forward_hook(lambda *seen: found.append(seen[-1])) for router in routers]
+    logits(decoder)
+    for hook in hooks:
+        hook.remove()
+    return torch.stack(found)
+
+
 def test_a_projection_keeps_the_function_and_the_routes(decoder: Decoder) -> None:
     wanted = logits(decoder)
     settings = ProjectionSettings(rank=8, values_rank=2, channels_rank=8)
@@ -75,6 +94,21 @@ def test_a_projection_keeps_the_function_and_the_routes(decoder: Decoder) -> Non
     assert sum("experts" in path for path in plan.orders) == 2 * 4
     apply_projection(decoder, plan)
     assert decoder.blocks[0].module.mlp.router.in_features == 72
+    torch.testing.assert_close(logits(decoder), wanted, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("rank", [7, 8], ids=["padded", "heads divide"])
+def test_a_dequantized_model_routes_alike(rank: int, decoder: Decoder) -> None:
+    """The stock llama config wants a multiple of the 4 heads: with rank 7 the stream is widened from 71 to 72."""
+    settings = ProjectionSettings(rank=rank, values_rank=2, channels_rank=8)
+    statistics = collect_statistics(decoder, [{"input_ids": ids(seed)} for seed in (1, 2)])
+    apply_projection(decoder, plan_projection(decoder, settings, statistics))
+    wanted, wanted_scores = logits(decoder), scores(decoder)
+    dequantize_model(decoder.model, replace(EXPERTS, model_type="llama"))
+    assert decoder.model.config.hidden_size == 72
+    assert [block.module.mlp.router.in_features for block in decoder.blocks] == [72, 72]
+    assert not any(isinstance(module, QuadLinear) for module in decoder.model.modules())
+    torch.testing.assert_close(scores(decoder), wanted_scores, rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(logits(decoder), wanted, rtol=1e-4, atol=1e-4)
 
 
@@ -88,7 +122,7 @@ def test_every_expert_is_quantized_on_the_tokens_that_it_sees(decoder: Decoder) 
 
     batches = [{"input_ids": ids(seed)} for seed in (1, 2)]
     blocks = quantize_blocks(decoder, batches, settings, install, lambda name: False)
-    reports = [report for block in blocks for report in block]
+    reports = [report for block in blocks for _, report in block]
     assert len(done) == 2 * (4 + 4 * 3)
     unseen = [report.name for report in reports if report.attempts == 0]
     assert sum("experts.3" in name for name in unseen) == 2 * 2, "rounded to nearest: no token was sent there"
@@ -97,3 +131,18 @@ def test_every_expert_is_quantized_on_the_tokens_that_it_sees(decoder: Decoder) 
     error = float((logits(decoder) - wanted).norm() / wanted.norm())
     print(f"relative error with 8-bit weights {error:.4f}, bound 0.05")
     assert 0 < error < 0.05
+
+
+@torch.no_grad()
+def test_the_table_of_errors_has_a_row_for_each_block(decoder: Decoder, caplog: pytest.LogCaptureFixture) -> None:
+    batches = [{"input_ids": ids(seed)} for seed in (1, 2)]
+    copy = Decoder(deepcopy(decoder.model), EXPERTS)
+    each = quantize_blocks(copy, batches, WeightQuantization(IntegerGrid(8)), lambda *_: None, lambda name: False)
+    found = [[(group.group.name, report.decibels) for group, report in block] for block in each]
+    modifier = OutlierSplitGPTQ(bits=8)
+    modifier.run(decoder, lambda: batches)
+    with caplog.at_level(logging.INFO, logger="quad_modifiers"):
+        modifier.on_finalize(None)
+    rows = re.findall(r"^model\.layers\.\d +(.*)$", caplog.text, re.MULTILINE)
+    worst = [[min(value for name, value in block if name == kind) for kind in KINDS] for block in found]
+    assert [[float(cell) for cell in row.split()] for row in rows] == [[round(v, 1) for v in row] for row in worst]

@@ -24,6 +24,7 @@ STOCK_SPLIT = 'GPTQModifier: {scheme: W4A16, ignore: [lm_head, "re:.*outlier$"]}
 STOCK_W4A4 = 'QuantizationModifier: {scheme: W4A4, ignore: [lm_head, "re:.*outlier$"]}'
 STOCK_HEAD = "QuantizationModifier: {scheme: W8A16, targets: [lm_head]}"
 STOCK_DOWN = 'QuantizationModifier: {scheme: W4A16, targets: ["re:.*down_proj.*"]}'
+STOCK_DOWN_SPLIT = 'QuantizationModifier: {scheme: W4A16, targets: ["re:.*down_proj.*"], ignore: ["re:.*outlier$"]}'
 STOCK_CONTAINER = 'QuantizationModifier: {scheme: W4A16, targets: ["re:.*q_proj$"], ignore: ["re:.*outlier$"]}'
 
 
@@ -51,6 +52,8 @@ def validate(manager: QuadPluginManager, *modifiers: str) -> list[Problem]:
         (PROJECTION, ACTIVATIONS, WEIGHTS, "Tuner: {}"),
         (SMOOTH, STOCK_W4A16),
         ("SpinQuantModifier: {}", SMOOTH, STOCK_W4A16),
+        (PROJECTION, "OutlierSplitGPTQ: {ignore: [lm_head, down_proj]}", STOCK_DOWN_SPLIT),
+        (PROJECTION, 'OutlierSplitGPTQ: {ignore: [lm_head, "re:.*down_proj$"]}', STOCK_DOWN_SPLIT),
     ],
     ids=lambda modifiers: "+".join(each.split(":")[0] for each in modifiers),
 )
