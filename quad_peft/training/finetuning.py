@@ -8,7 +8,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from quad_modifiers.checkpoint.opened import find_tokenizer, open_checkpoint
+from quad_modifiers.checkpoint.opened import Opened, find_tokenizer, open_checkpoint
+from quad_modifiers.nn.quad_linear import QuadLinear
 from quad_modifiers.output_folder import check_target, complete_or_absent
 from quad_modifiers.records.tuning_record import TUNING_NAME, Tuning
 from quad_peft.training.curve import write_curve
@@ -95,8 +96,7 @@ def finetune(
     opened = open_checkpoint(checkpoint)
     opened.check_weights()
     opened.need_quad()
-    if original is not None:
-        _check_original(original, opened.config)
+    source = None if original is None else _opened_original(original, opened.config)
     model, tokenizer = opened.load(), find_tokenizer(opened.name)
     found = training_data(
         data,
@@ -128,7 +128,7 @@ def finetune(
         if writes:
             _open_folder(folder, identity, resume)
     with arguments.main_process_first(local=False):
-        teacher = _teacher(original, found, teacher_cache)
+        teacher = _teacher(source, found, teacher_cache)
     outcome = tune(model, found, settings, arguments, teacher, _pad_token(tokenizer))
     record = outcome.record(
         found,
@@ -175,12 +175,21 @@ def _open_folder(folder: Path, identity: dict[str, Any], resume: bool) -> None:
         )
 
 
-def _check_original(original: Any, checkpoint: Any) -> None:
-    """Checks by their configs that an original can be the checkpoint's own, before weights are loaded."""
+def _opened_original(original: Any, checkpoint: Any) -> Any:
+    """Returns an original, opened but not loaded; checks that it can be that of a checkpoint with this config."""
     if isinstance(original, (str, Path)):
         original = open_checkpoint(original)
         original.check_weights()
     config = original.config
+    is_quad = (
+        original.quad is not None
+        if isinstance(original, Opened)
+        else any(isinstance(module, QuadLinear) for module in original.modules())
+    )
+    if is_quad:
+        raise ValueError(
+            "the original model is a QUAD checkpoint itself; distill from the model that the checkpoint was made from"
+        )
     for name in ("vocab_size", "num_hidden_layers"):
         mine, theirs = getattr(checkpoint, name), getattr(config, name, None)
         if mine != theirs:
@@ -188,13 +197,14 @@ def _check_original(original: Any, checkpoint: Any) -> None:
                 f"the original model has {name} {theirs}, the checkpoint {mine}; distill from the model that the "
                 "checkpoint was made from"
             )
+    return original
 
 
 def _teacher(original: Any, data: TrainingData, cache: str | Path | None) -> Teacher | None:
     if original is None:
         return None
-    if isinstance(original, (str, Path)):
-        original = open_checkpoint(original).load()
+    if isinstance(original, Opened):
+        original = original.load()
     original.eval()
     return LiveTeacher(original) if cache is None else cache_teacher(original, data.samples, Path(cache))
 

@@ -293,6 +293,9 @@ def test_bad_input_is_refused_before_anything_is_written(checkpoint, original, m
     assert [path.name for path in tmp_path.iterdir()] == ["full"]
     with pytest.raises(ValueError, match="the original model has vocab_size 400, the checkpoint 320"):
         finetune(checkpoint, tmp_path / "a", data=token_ids(), original=other)
+    for itself in (checkpoint, AutoModelForCausalLM.from_pretrained(checkpoint)):
+        with pytest.raises(ValueError, match="the original model is a QUAD checkpoint itself"):
+            finetune(checkpoint, tmp_path / "a", data=token_ids(), original=itself)
 
 
 def test_processes_that_do_not_know_each_other_are_refused(checkpoint, tmp_path, monkeypatch) -> None:
