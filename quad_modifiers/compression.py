@@ -94,7 +94,7 @@ def oneshot(
             seed=seed,
         )
         loaded: PreTrainedModel = source.load() if isinstance(source, Opened) else source.eval()
-        before = _parameter_bytes(loaded)
+        before = loaded.get_memory_footprint(return_buffers=False)
         if output_dir is not None:
             check_space(Path(output_dir), before)  # 4-bit recipes need less than the original
         with _config_on_disk(loaded):
@@ -151,8 +151,9 @@ def _needs_known_architecture(recipe: Any) -> bool:
     """Returns whether the recipe uses a modifier that works on known architectures only."""
     from llmcompressor.recipe import Recipe
 
-    parsed = Recipe.create_instance(recipe)
-    return any(getattr(type(modifier), "needs_known_architecture", False) for modifier in parsed.modifiers)
+    from quad_modifiers.modifiers.base import QuadModifier  # imports llm-compressor
+
+    return any(isinstance(modifier, QuadModifier) for modifier in Recipe.create_instance(recipe).modifiers)
 
 
 def _check_model(model: Opened | PreTrainedModel, known_only: bool, length: int) -> None:
@@ -196,10 +197,6 @@ def _save(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, fol
             item.rename(temporary / item.name)
         inner.rmdir()
     logger.info("checkpoint in %s", folder)
-
-
-def _parameter_bytes(model: torch.nn.Module) -> int:
-    return sum(p.numel() * p.element_size() for p in {id(p): p for p in model.parameters()}.values())
 
 
 def _quantized_linears(model: torch.nn.Module) -> int:

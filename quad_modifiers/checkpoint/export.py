@@ -30,6 +30,7 @@ from quad_modifiers.nn.packed_table import PackedHead, PackedTable
 from quad_modifiers.nn.quad_linear import QuadLinear
 from quad_modifiers.output_folder import check_space, check_target, complete_or_absent
 from quad_modifiers.quantization.grid import IntegerGrid, round_to_grid, search_clip
+from quad_modifiers.records.inventory import read_json
 
 logger = logging.getLogger(__name__)
 
@@ -83,7 +84,7 @@ def export_compressed_tensors(
     model = opened.load()
     _check_finite(model)
     tensors, formats = _tensors(model, architecture, quad, size)
-    content = _config(opened.inventory().config, architecture, quad, formats, model)
+    content = _config(read_json(source / "config.json"), architecture, quad, formats, model)
     needed = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
     check_space(target, needed)
     with complete_or_absent(target) as temporary:
@@ -97,8 +98,6 @@ def export_compressed_tensors(
 
 
 def _open(source: Path) -> tuple[Opened, QuadFormat]:
-    if not (source / "config.json").is_file():
-        raise FileNotFoundError(f"there is no checkpoint in {source}: config.json is missing")
     opened = open_checkpoint(source)
     if opened.quantized == "compressed-tensors":
         raise ValueError(f"{source} is a compressed-tensors checkpoint already; it needs no export")

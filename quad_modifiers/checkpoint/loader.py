@@ -92,7 +92,8 @@ class QuadHfQuantizer(HfQuantizer):
     def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> None:
         for name, spec in self._expected.items():
             if name.endswith((".weight_scale", ".weight_shape")):  # what no header tells
-                tensor = model.get_buffer(name)
+                owner, _, leaf = name.rpartition(".")
+                tensor = getattr(model.get_submodule(owner), leaf)  # a term may hold a parameter of this name
                 problem = None if tensor.is_meta else value_problem(name, tensor, spec)
                 if problem is not None:
                     raise ValueError(f"{problem}; the checkpoint is damaged")

@@ -22,11 +22,11 @@ from quad_modifiers.model.architecture import Architecture
 from quad_modifiers.model.decoder import Decoder
 from quad_modifiers.nn.quad_linear import QuadLinear
 from quad_modifiers.output_folder import check_space, check_target, complete_or_absent
+from quad_modifiers.records.inventory import INDEX_NAME
 
 logger = logging.getLogger(__name__)
 
 WEIGHTS_NAME = "model{suffix}.safetensors"
-INDEX_NAME = "model.safetensors.index.json"
 
 
 def attach_saver(model: nn.Module, architecture: Architecture) -> None:
@@ -79,18 +79,14 @@ def save_checkpoint(
     model: nn.Module,
     architecture: Architecture,
     folder: Path,
-    tokenizer: Any = None,
-    recipe: str | None = None,
     max_shard_size: str | int = "5GB",
 ) -> None:
-    """Writes model, config, recipe, generation config and tokenizer.
+    """Writes model, config, generation config and the recipe of the active llm-compressor session.
 
     Args:
         model: with `QuadLinear` linears.
         architecture: names of its parts.
         folder: must not exist or be empty.
-        tokenizer: saved beside the model if given.
-        recipe: text of recipe.yaml; the active llm-compressor session's recipe by default.
         max_shard_size: largest size of one weight file.
 
     Raises:
@@ -106,7 +102,6 @@ def save_checkpoint(
         tensors = {name: tensor for name, tensor in tensors.items() if not name.startswith(f"{architecture.head}.")}
     config = _config(decoder, plain, linears, contributions)
     size = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
-    folder.parent.mkdir(parents=True, exist_ok=True)
     check_space(folder, size)
     with complete_or_absent(folder) as temporary:
         write_tensors(tensors, temporary, max_shard_size)
@@ -114,13 +109,11 @@ def save_checkpoint(
         generation = getattr(model, "generation_config", None)
         if generation is not None:
             generation.save_pretrained(temporary)
-        text = recipe if recipe is not None else _session_recipe()
-        if text:
-            (temporary / "recipe.yaml").write_text(text)
+        recipe = _session_recipe()
+        if recipe:
+            (temporary / "recipe.yaml").write_text(recipe)
         for name, text in contributions.files.items():
             (temporary / name).write_text(text)
-        if tokenizer is not None:
-            tokenizer.save_pretrained(temporary)
     kind = "compressed-tensors" if plain else "QUAD"
     logger.info("wrote a %s checkpoint of %.1f MB", kind, size / 1e6)
 

@@ -174,8 +174,7 @@ class Decoder:
         """Returns the number of channels of every MLP, by the path of its parent; a shared expert may have its own."""
         return {
             group.path: group.linears[0].module.in_features
-            for block in self.blocks
-            for group in block.groups
+            for group in self.groups()
             if group.group.reads == "channels"
         }
 

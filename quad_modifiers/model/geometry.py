@@ -52,15 +52,3 @@ class ModelGeometry:
             "values": values,
             "channels": self.intermediate,
         }
-
-    @staticmethod
-    def check_rank(field: str, rank: int, size: int, size_name: str) -> None:
-        """Checks that a rank leaves something to quantize.
-
-        Raises:
-            ValueError: if `rank` is not smaller than `size`.
-        """
-        if rank >= size:
-            raise ValueError(
-                f"{field} ({rank}) must be smaller than {size_name} ({size}); choose about {max(1, size // 8)}"
-            )

@@ -46,13 +46,11 @@ class QuadModifier(Modifier):
 
     Attributes:
         recipe_role: what it does, one of `quad_modifiers.recipe.order.ROLES`.
-        needs_known_architecture: whether it refuses models of an unknown architecture.
         ignored_by_default: names of linears that it leaves alone, where it has no field `ignore`.
         has_own_pass: whether it runs the model itself, so that no other modifier may calibrate in the same pass.
     """
 
     recipe_role: ClassVar[str | None] = None
-    needs_known_architecture: ClassVar[bool] = True
     ignored_by_default: ClassVar[tuple[str, ...]] = ("lm_head",)
     has_own_pass: ClassVar[bool] = True
 

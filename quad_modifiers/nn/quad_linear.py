@@ -124,7 +124,7 @@ class QuadLinear(nn.Module):
 
     @property
     def weight_scale(self) -> torch.Tensor | None:
-        """The scales of the residual's quantized weight, `[out, groups]`, None while it is not quantized."""
+        """The scales of the residual's quantized weight, `[out, groups]`, None while it is not packed."""
         return self.residual.weight_scale if isinstance(self.residual, PackedLinear) else None
 
     @property

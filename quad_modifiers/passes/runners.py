@@ -180,17 +180,13 @@ class HookedRunner(BlockRunner):
         for group in self.block.groups:
             # An expert that no token of a batch was sent to is not called.
             none = batches[0].hidden.new_empty(0, group.linears[0].module.in_features)
-            visit(group, [seen.pop(_key(group), none) for seen in inputs])
+            visit(group, [seen.pop(group.names, none) for seen in inputs])
         for batch in batches:
             batch.hidden = self.run(batch.hidden, batch.arguments[index], lambda group, x: None)
 
 
-def _key(group: PlacedGroup) -> str:
-    return f"{group.path} {group.group.name}"
-
-
 def _keep(seen: dict[str, torch.Tensor], group: PlacedGroup, x: torch.Tensor) -> None:
-    seen[_key(group)] = x
+    seen[group.names] = x
 
 
 def _listen(module: nn.Module, group: PlacedGroup, see: See) -> Any:

@@ -88,8 +88,11 @@ class _BlockMoments:
         """Adds the input of a writer."""
         if group.group.reads == "values":
             values = self.batch.tokens(x).unflatten(-1, (self.geometry.kv_heads, -1, self.geometry.head_dim))
-            new = [StreamingGram(self.geometry.head_dim, x.device) for _ in range(self.geometry.kv_heads)]
-            for head, gram in enumerate(self.heads.setdefault(group.path, new)):
+            if group.path not in self.heads:
+                self.heads[group.path] = [
+                    StreamingGram(self.geometry.head_dim, x.device) for _ in range(self.geometry.kv_heads)
+                ]
+            for head, gram in enumerate(self.heads[group.path]):
                 gram.add(values[:, head])
         elif group.group.reads == "channels":
             energy = self.batch.tokens(x).double().square().sum(0)

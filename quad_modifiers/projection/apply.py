@@ -119,7 +119,8 @@ def _project_writer(group: PlacedGroup, linear: PlacedLinear, projection: Projec
         weight = _rotate_heads_in(weight, projection.heads[group.path])
     else:
         weight = weight[:, projection.orders[group.path].to(weight.device)]
-    _install(module, projection.split(group), weight, basis.write_bias(module.bias))
+    bias = None if module.bias is None else basis.write(module.bias)
+    _install(module, projection.split(group), weight, bias)
 
 
 def _rotate_heads_out(weight: torch.Tensor, heads: torch.Tensor) -> torch.Tensor:

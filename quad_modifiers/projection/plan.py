@@ -33,12 +33,8 @@ class ResidualBasis:
         return (weight.detach().double() * norm.detach().double()) @ basis / self.gain
 
     def write(self, weight: torch.Tensor) -> torch.Tensor:
-        """Weight of a writer to the stream: c Q^T W, `[width, in]`."""
+        """Weight `[d, in]` or bias `[d]` of a writer to the stream: c Q^T W, `[width, in]` or `[width]`."""
         return self.gain * (self.basis.to(weight.device).T @ weight.detach().double())
-
-    def write_bias(self, bias: torch.Tensor | None) -> torch.Tensor | None:
-        """Bias of a writer, `[width]`."""
-        return None if bias is None else self.gain * (self.basis.to(bias.device).T @ bias.detach().double())
 
 
 @dataclass(frozen=True)
@@ -105,10 +101,18 @@ class ProjectionSettings:
             ValueError: naming the rank that is too large.
         """
         geometry = decoder.geometry
-        geometry.check_rank("rank", self.rank, geometry.hidden, "hidden_size")
-        geometry.check_rank("o_proj_rank_per_head", self.values_rank, geometry.head_dim, "head_dim")
+        _check_rank("rank", self.rank, geometry.hidden, "hidden_size")
+        _check_rank("o_proj_rank_per_head", self.values_rank, geometry.head_dim, "head_dim")
         channels = min(decoder.channels().values(), default=geometry.intermediate)
-        geometry.check_rank("down_proj_rank", self.channels_rank, channels, "intermediate_size")
+        _check_rank("down_proj_rank", self.channels_rank, channels, "intermediate_size")
+
+
+def _check_rank(field: str, rank: int, size: int, size_name: str) -> None:
+    """Checks that a rank leaves something to quantize."""
+    if rank >= size:
+        raise ValueError(
+            f"{field} ({rank}) must be smaller than {size_name} ({size}); choose about {max(1, size // 8)}"
+        )
 
 
 def plan_projection(

@@ -25,7 +25,7 @@ KIND_NAMES = {
     "residual": "unquantized weights of the linears",
     "embedding": "embedding",
     "head": "head",
-    "other": "norms and biases",
+    "other": "norms, biases and other parts",
 }
 
 

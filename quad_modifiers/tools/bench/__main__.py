@@ -17,7 +17,7 @@ from quad_modifiers.tools.bench.tuning_peers import compare_tuning
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the chosen rows, appends each to a JSON-lines file, and prints the table of that file."""
-    parser = argparse.ArgumentParser(prog="python -m quad_modifiers.tools.bench", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m quad_modifiers.bench", description=__doc__)
     parser.add_argument("what", choices=("quality", "gptq-speed", "table", *_PAIRS))
     parser.add_argument(
         "checkpoints", nargs="*", help="runtime, tuning...: the folders of the original and of its checkpoint"

@@ -1,7 +1,7 @@
 """The settings of the paper (QUAD, arXiv 2503.19353) and of its code, on a model of your choice.
 
-    python -m quad_modifiers.tools.bench.published meta-llama/Meta-Llama-3-8B -o outputs/published --damping 0.05
-    python -m quad_modifiers.tools.bench.published Qwen/Qwen2.5-7B -o outputs/published-qwen
+    python -m quad_modifiers.bench.published meta-llama/Meta-Llama-3-8B -o outputs/published --damping 0.05
+    python -m quad_modifiers.bench.published Qwen/Qwen2.5-7B -o outputs/published-qwen
 
 Compresses with each setting, evaluates beside the original, and prints one table. Each checkpoint and each measured
 part is kept, so the same command resumes after an interruption. It needs the Hub, and for these models a GPU; with
@@ -78,7 +78,7 @@ TUNED = {"quad_w4a4a8_tuned": "quad_w4a4a8"}
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the settings in turn and prints the table."""
     parser = argparse.ArgumentParser(
-        prog="python -m quad_modifiers.tools.bench.published",
+        prog="python -m quad_modifiers.bench.published",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )

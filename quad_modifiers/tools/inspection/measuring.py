@@ -74,14 +74,14 @@ def _measure_model(
     hidden = decoder.geometry.hidden
     subject = _subject(opened, decoder, "model", hidden, projection.rank, projection.basis, recipe)
     projection.check(decoder)
-    prepared_decoder(decoder.model)
+    decoder = prepared_decoder(decoder.model)
     logger.info("inspecting %s: spectrum of the residual stream", opened.name)
     spectrum = measure_spectrum(decoder, text.calibration, windows[0], hidden, projection.rank)
     reference = Reference.of(decoder, windows)
     found = Inspection(subject, text.settings, reference.perplexity, "the model in full precision", spectrum)
     _add_side(found, "before", decoder, windows, chosen, reference)
     logger.info("projecting by %s, rank %d", recipe, projection.rank)
-    project(decoder.model, projection, text.calibration)
+    project(decoder, projection, text.calibration)
     _add_side(found, "after", decoder, windows, chosen, reference)
     return found
 
@@ -219,12 +219,8 @@ def projection_of(recipe: str, rank: int | None) -> "SVDOutlierProjection":
     return kind(**{**first.model_dump(include=set(kind.model_fields)), "rank": rank})
 
 
-def project(model: Any, projection: "SVDOutlierProjection", windows: list[torch.Tensor]) -> None:
-    """Projects a model in place; its function stays the same. Refuses a rank that does not fit the model."""
-    from quad_modifiers.modifiers.base import prepared_decoder
-
-    decoder = prepared_decoder(model)
-    projection.check(decoder)
+def project(decoder: Decoder, projection: "SVDOutlierProjection", windows: list[torch.Tensor]) -> None:
+    """Projects a model in place; its function stays the same. The decoder comes from `prepared_decoder`."""
     for linear in decoder.linears():
         linear.module.take_bias()
     apply_projection(decoder, projection.plan(decoder, lambda: [{"input_ids": window} for window in windows]))

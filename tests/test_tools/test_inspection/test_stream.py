@@ -22,7 +22,9 @@ def decoder(model) -> Decoder:
 def projected(make_toy, windows, recipe_file):
     pytest.importorskip("llmcompressor")
     model = make_toy("llama")
-    project(model, projection_of(str(recipe_file), None), windows)
+    from quad_modifiers.modifiers.base import prepared_decoder  # imports llm-compressor
+
+    project(prepared_decoder(model), projection_of(str(recipe_file), None), windows)
     return model
 
 
