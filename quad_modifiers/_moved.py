@@ -67,7 +67,7 @@ class _MovedFinder(importlib.abc.MetaPathFinder, importlib.abc.InspectLoader):
         if found is None:
             return None
         if not name.startswith(STAY):
-            text = f"{name} has moved to {new}; the old path goes with the next release"
+            text = f"{name} has moved to {new}; the old path will be removed in the next release"
             warnings.warn(text, DeprecationWarning, stacklevel=2)
         is_package = found.submodule_search_locations is not None
         return importlib.machinery.ModuleSpec(name, self, origin=found.origin, is_package=is_package)
