@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+
 import pytest
 import torch
 from quad_kernels import (
@@ -216,3 +220,41 @@ def test_no_tokens(layout: str) -> None:
     x, x_scale = torch.zeros(2, 0, WIDTH, dtype=torch.int8), torch.zeros(2, 0, 1)
     y = integer_linear(x, x_scale, weight, bias=torch.ones(24), out_dtype=torch.bfloat16, backend="onednn")
     assert (y.shape, y.dtype) == ((2, 0, 24), torch.bfloat16)
+
+
+_WITHOUT_VNNI = """
+import torch
+from quad_kernels import InputQuantization, QuantizedWeight, integer_linear
+from quad_kernels.backends import choose_backend
+from quad_kernels.integer_linear import onednn
+
+backend = choose_backend("cpu", "onednn")
+for bits in (4, 8):
+    for x_bits in (4, 8):
+        half, x_half = 2 ** (bits - 1), 2 ** (x_bits - 1)
+        generator = torch.Generator().manual_seed(0)
+        integers = torch.randint(-half, half, (40, 256), dtype=torch.int8, generator=generator)
+        integers[0], integers[1] = -half, half - 1
+        weight = QuantizedWeight(integers, torch.ones(40, 1), None, 256, 40, bits)
+        stored = backend.prepare_weight(weight, InputQuantization(x_bits))
+        print(onednn._exact_bits(), bits, x_bits, stored.layout)
+        for tokens in (1, 6, 40):
+            x = torch.randint(-x_half, x_half, (tokens, 256), dtype=torch.int8, generator=generator)
+            x[0] = -x_half
+            x[-1] = x_half - 1
+            wanted = (x.long() @ integers.long().T).float()
+            for layout in (stored, weight.to_layout("onednn")):
+                assert torch.equal(integer_linear(x, torch.ones(tokens, 1), layout, backend="onednn"), wanted)
+"""
+
+
+@pytest.mark.parametrize("isa", ["AVX2", "AVX512_CORE", "ALL"])
+def test_sums_are_exact_on_processors_without_vnni(isa: str) -> None:
+    """oneDNN pretends to run on an older processor, whose pairs of products saturate."""
+    environment = os.environ | {"ONEDNN_MAX_CPU_ISA": isa}
+    done = subprocess.run(
+        [sys.executable, "-c", _WITHOUT_VNNI], capture_output=True, text=True, env=environment, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    if isa == "AVX2":
+        assert done.stdout.splitlines() == ["4 4 4 onednn", "4 4 8 int8", "4 8 4 onednn", "4 8 8 int8"]

@@ -1,8 +1,9 @@
 """Integer linear layer on the CPU: oneDNN's int8 products with int32 sums, which PyTorch ships.
 
 Two of them. `onednn::qlinear_pointwise` reads a weight that was put in oneDNN's own order at load and is the fastest
-for every number of tokens; it takes unsigned activations, so int8 ones are shifted by 128, and has neither
-scales per group nor zero points.
+for every number of tokens; it takes unsigned activations, so int8 ones are shifted, and has neither scales per group
+nor zero points. Processors without VNNI add pairs of products in 16 bits, which 255 x 127 x 2 saturates: there only
+inputs of 4 bits are exact, shifted by 8 instead of 128.
 `torch._int_mm` reads a plain int8 weight and takes the other cases.
 """
 
@@ -30,8 +31,10 @@ def integer_linear(operands: LinearOperands) -> torch.Tensor:
     if weight.in_features // groups < _SMALLEST_WIDTH:
         return reference.integer_linear(operands)
     x = unpack_integers(operands.x, weight.in_features)
-    if groups > 1 or weight.layout != "onednn":
+    if groups > 1 or weight.layout != "onednn" or not (_exact_bits() == 8 or _fits_four_bits(x)):
         weight = weight.to_layout("int8")
+        if weight.bits > 4 and not _int_mm_is_exact():
+            return reference.integer_linear(operands)
     y = x.new_empty(x.shape[0], weight.out_features, dtype=operands.out_dtype)
     for start in range(0, x.shape[0], _TOKENS_AT_ONCE):
         rows = slice(start, start + _TOKENS_AT_ONCE)
@@ -47,7 +50,7 @@ def _rows(operands: LinearOperands, rows: slice, x: torch.Tensor, weight: Quanti
     x_scale, bias, outlier_weight = operands.x_scale[rows], operands.bias, operands.outlier_weight
     outlier = None if operands.outlier is None else operands.outlier[rows]
     if weight.layout == "onednn":
-        y = _onednn_product(x, weight)
+        y = _onednn_product(x, weight, 128 if _exact_bits() == 8 else 8)
     elif groups == 1:
         y = _product(x, weight.integers, weight.scale, weight.zero_point)
     else:
@@ -63,26 +66,41 @@ def _rows(operands: LinearOperands, rows: slice, x: torch.Tensor, weight: Quanti
 
 def best_layout(weight: QuantizedWeight, quantization: InputQuantization | None) -> str:
     """Returns the layout of the fastest product with such inputs; oneDNN's is undone where it has no product."""
-    per_token = quantization is not None and quantization.groups(weight.in_features) == 1
-    return "onednn" if per_token and onednn_takes(weight) else "int8"
+    if quantization is None or quantization.groups(weight.in_features) > 1 or quantization.bits > _exact_bits():
+        return "int8"
+    return "onednn" if onednn_takes(weight) else "int8"
 
 
 def onednn_takes(weight: WeightForm) -> bool:
     """Returns whether oneDNN's prepacked product can compute with a weight like this one."""
     per_channel = weight.scale.shape[1] == 1 and weight.zero_point is None
-    return per_channel and weight.in_features >= _SMALLEST_WIDTH and _onednn_is_exact()
+    return per_channel and weight.in_features >= _SMALLEST_WIDTH and _exact_bits() > 0
 
 
 @lru_cache(maxsize=1)
-def _onednn_is_exact() -> bool:
-    """Tries the largest integers: some builds lack it, and some older processors saturate pairs of products."""
-    x, integers = torch.full((2, 64), 127, dtype=torch.int8), torch.full((16, 64), 127, dtype=torch.int8)
-    try:
-        weight = QuantizedWeight(_prepack(integers), torch.ones(16, 1), None, 64, 16, 8, "onednn")
-        y = _onednn_product(x, weight)
-    except (RuntimeError, AttributeError):
-        return False
-    return bool((y == 64 * 127 * 127).all())
+def _exact_bits() -> int:
+    """Returns the width of the inputs up to which oneDNN's sums are exact: 8, 4, or 0 where a build lacks the product.
+
+    Tried with the largest integers.
+    """
+    integers = torch.full((16, 64), 127, dtype=torch.int8)
+    for bits, offset in ((8, 128), (4, 8)):
+        largest = 2 ** (bits - 1) - 1
+        try:
+            weight = QuantizedWeight(_prepack(integers), torch.ones(16, 1), None, 64, 16, 8, "onednn")
+            y = _onednn_product(torch.full((2, 64), largest, dtype=torch.int8), weight, offset)
+        except (RuntimeError, AttributeError):
+            return 0
+        if bool((y == 64 * 127 * largest).all()):
+            return bits
+    return 0
+
+
+def _fits_four_bits(x: torch.Tensor) -> bool:
+    if not x.numel():
+        return True
+    least, largest = torch.aminmax(x)
+    return int(least) >= -8 and int(largest) < 8
 
 
 def _prepack(integers: torch.Tensor) -> torch.Tensor:
@@ -97,12 +115,12 @@ def _from_prepacked(stored: torch.Tensor, in_features: int) -> torch.Tensor:
 LAYOUTS = {"onednn": WeightLayout(pack=_prepack, unpack=_from_prepacked, accepts=onednn_takes)}
 
 
-def _onednn_product(x: torch.Tensor, weight: QuantizedWeight) -> torch.Tensor:
-    """Returns scale * sum over k of x * integers, `[tokens, out]`, float32."""
+def _onednn_product(x: torch.Tensor, weight: QuantizedWeight, offset: int) -> torch.Tensor:
+    """Returns scale * sum over k of x * integers, `[tokens, out]`, float32; `x + offset` is not negative."""
     return torch.ops.onednn.qlinear_pointwise(
-        x.view(torch.uint8) ^ 128,  # two's complement to an offset of 128
+        x.view(torch.uint8) + offset,  # wraps: two's complement to an offset
         1.0,
-        128,
+        offset,
         weight.integers,
         weight.scale.float().squeeze(1),
         _zeros(weight.out_features),
@@ -155,6 +173,20 @@ def _integer_product(x: torch.Tensor, integers: torch.Tensor) -> torch.Tensor:
     With the weight as the left operand oneDNN reads it row by row in the order of memory: on 2 cores with AVX512-VNNI
     and 4096 x 4096 that takes a third to two thirds of the time of the other order.
     """
+    if not _int_mm_is_exact():
+        low, high = x & 15, x >> 4  # pairs of products of these fit into 16 bits
+        return _int_mm(low, integers) + (_int_mm(high, integers) << 4)
+    return _int_mm(x, integers)
+
+
+@lru_cache(maxsize=1)
+def _int_mm_is_exact() -> bool:
+    """Tries the largest integers: without VNNI it may saturate like the other product."""
+    integers = torch.full((16, 64), 127, dtype=torch.int8)
+    return all(bool((_int_mm(integers[:n], integers) == 64 * 127 * 127).all()) for n in (1, 16))
+
+
+def _int_mm(x: torch.Tensor, integers: torch.Tensor) -> torch.Tensor:
     if x.shape[0] <= _MOST_SINGLE_TOKENS:
         return torch.cat([torch._int_mm(integers, token.unsqueeze(1)) for token in x], dim=1).T
     return torch._int_mm(integers, x.T.contiguous()).T
