@@ -94,13 +94,17 @@ class PackedLinear(nn.Module):
 
     def prepared_weight(self) -> QuantizedWeight:
         """The weight as the kernels read it."""
-        if self._prepared is None:
+        prepared = self._prepared
+        if prepared is None:
             if _is_offloaded(self):  # the tensors come for one forward pass and go again
                 return self._repacked()
             self.prepare()
-        assert self._prepared is not None
-        scale = self.weight_scale  # trained scales are looked up, not copied
-        return self._prepared if self._prepared.scale is scale else replace(self._prepared, scale=scale)
+            prepared = self._prepared
+            assert prepared is not None
+        scale = self._buffers.get("weight_scale")  # trained scales are looked up, not copied
+        if scale is None:  # a parameter while it is trained
+            scale = self.weight_scale
+        return prepared if prepared.scale is scale else replace(prepared, scale=scale)
 
     def _repacked(self) -> QuantizedWeight:
         return prepare_weight(

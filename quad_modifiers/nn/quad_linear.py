@@ -78,7 +78,8 @@ class QuadLinear(nn.Module):
     @property
     def outlier_weight(self) -> torch.Tensor | None:
         """Full-precision weight of the outlier coordinates, `[out, rank]`, None for rank 0."""
-        return None if self.outlier is None else self.outlier.weight
+        outlier = self._modules.get("outlier")
+        return None if outlier is None else outlier.weight
 
     @property
     def in_features(self) -> int:
@@ -134,7 +135,8 @@ class QuadLinear(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Applies the layer to `[..., in]`; the outlier coordinates bypass the quantization of the input."""
-        if not (_is_offloaded(self.residual) or _is_offloaded(self.outlier)):
+        modules = self._modules  # looked up hundreds of times for a token: without nn.Module's detour
+        if not (_is_offloaded(modules["residual"]) or _is_offloaded(modules.get("outlier"))):
             return linear_forward(x, self._parts())
         with self.present() as parts:
             return linear_forward(x, parts)
@@ -147,16 +149,19 @@ class QuadLinear(nn.Module):
 
     def _parts(self) -> LinearParts:
         quantization = self.input_quantization if self.quantize_input else None
+        residual = self._modules["residual"]
         weight = None
-        if quantization is not None or isinstance(self.residual, PackedLinear):
-            weight = self.quantized_weight()
+        if isinstance(residual, PackedLinear):
+            weight = residual.prepared_weight()
+        elif quantization is not None:
+            weight = stock_quantized_weight(residual)
         return LinearParts(
-            split=self.split,
-            residual=self.residual if weight is None else weight,
-            input_quantization=quantization,
-            outlier_weight=self.outlier_weight,
-            bias=self.bias,
-            terms=self.terms() if self._has_terms else (),
+            self.split,
+            residual if weight is None else weight,
+            quantization,
+            self.outlier_weight,
+            self._parameters["bias"],
+            self.terms() if self._has_terms else (),
         )
 
     def extra_repr(self) -> str:
@@ -166,7 +171,7 @@ class QuadLinear(nn.Module):
 
 def _is_offloaded(module: nn.Module | None) -> bool:
     """True if accelerate brings and takes away the tensors of a part."""
-    return module is not None and hasattr(module, "_hf_hook")
+    return module is not None and "_hf_hook" in module.__dict__
 
 
 @contextmanager
