@@ -1,6 +1,87 @@
-"""Lists the packages, which lie in three folders; everything else is in pyproject.toml."""
+"""Lists the packages, which lie in three folders, and builds the native CPU kernels; the rest is in pyproject.toml."""
 
-from setuptools import find_packages, setup
+import platform
+import subprocess
+import sys
+from pathlib import Path
+
+from setuptools import Extension, find_packages, setup
+from setuptools.command.build_ext import build_ext
+
+SOURCES = Path("kernels/quad_kernels/native/src")
+AVX2 = ["-mavx2", "-mfma", "-mf16c"]
+AVX512 = [*AVX2, "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mavx512vnni", "-mprefer-vector-width=512"]
+# Each instruction set is a file of its own: what the processor does not have must not be in code that it runs.
+INSTRUCTION_SETS = {
+    "avx2": AVX2,
+    "avxvnni": [*AVX2, "-mavxvnni"],
+    "avx512vnni": AVX512,
+    "amx": [*AVX512, "-mamx-tile", "-mamx-int8", "-mamx-bf16"],
+}
+# No contraction: products and sums are rounded alike by every instruction set.
+KERNEL_FLAGS = ["-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-ffp-contract=off", "-fno-math-errno"]
+OPERATOR_FLAGS = ["-std=c++17", "-O2", "-fPIC", "-DTORCH_TARGET_VERSION=0x020A000000000000"]  # torch 2.10
+
+
+class BuildNative(build_ext):
+    """Builds the library of native kernels, or says why the installation is without it."""
+
+    def run(self) -> None:
+        """Leaves the library out where it cannot be built: the package works without it, on oneDNN's kernels."""
+        try:
+            super().run()
+        except Exception as error:
+            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+            print(
+                f"quad_kernels: WITHOUT native CPU kernels ({reason}). Everything works, linears on a CPU are several "
+                "times slower. They need x86-64 Linux, a C++17 compiler (gcc 11 or newer) and, while they are built, "
+                "torch 2.10 or newer in the same environment (pip install --no-build-isolation)",
+                file=sys.stderr,
+            )
+
+    def get_ext_filename(self, fullname: str) -> str:
+        """The library is no Python module, so its name has no tag of an interpreter."""
+        return str(Path(*fullname.split(".")).with_suffix(".so"))
+
+    def build_extension(self, ext: Extension) -> None:
+        """Compiles every instruction set with its own flags, and the operators with torch's headers."""
+        if platform.machine() not in ("x86_64", "AMD64") or sys.platform != "linux":
+            raise RuntimeError(f"there are none for {platform.machine()} on {sys.platform}")
+        try:
+            import torch
+        except ImportError as error:
+            raise RuntimeError("torch cannot be imported") from error
+        root = Path(torch.__file__).parent
+        includes = [str(root / "include"), str(root / "include/torch/csrc/api/include")]
+        self.mkpath(self.build_temp)
+        compiler = self._compiler()
+        objects = []
+        for source in ext.sources:
+            flags = KERNEL_FLAGS + INSTRUCTION_SETS.get(Path(source).stem, [])
+            if Path(source).stem == "torch_ops":
+                flags = OPERATOR_FLAGS + [f"-I{path}" for path in includes]
+            target = str(Path(self.build_temp) / f"{Path(source).stem}.o")
+            self._call([compiler, *flags, "-c", source, "-o", target])
+            objects.append(target)
+        library = Path(self.get_ext_fullpath(ext.name))
+        self.mkpath(str(library.parent))
+        libraries = [f"-L{root / 'lib'}", "-ltorch_cpu", "-lc10", "-Wl,--as-needed"]
+        self._call([compiler, "-shared", *objects, "-o", str(library), *libraries])
+
+    def _compiler(self) -> str:
+        import os
+
+        return os.environ.get("CXX", "g++")
+
+    def _call(self, command: list[str]) -> None:
+        print(" ".join(command))
+        try:
+            subprocess.run(command, check=True)
+        except FileNotFoundError as error:
+            raise RuntimeError(f"there is no C++ compiler {command[0]!r}; set CXX") from error
+        except subprocess.CalledProcessError as error:
+            raise RuntimeError(f"{command[0]} failed with status {error.returncode}, see above") from error
+
 
 setup(
     packages=[
@@ -16,4 +97,12 @@ setup(
         "quad_modifiers": ["py.typed", "tools/evaluation/tasks/*.yaml"],
         "quad_kernels": ["py.typed"],
     },
+    ext_modules=[
+        Extension(
+            "quad_kernels.native._kernels",
+            sources=[str(SOURCES / f"{name}.cpp") for name in (*INSTRUCTION_SETS, "choose", "torch_ops")],
+            depends=[str(path) for path in sorted(SOURCES.glob("*.h"))],
+        )
+    ],
+    cmdclass={"build_ext": BuildNative},
 )

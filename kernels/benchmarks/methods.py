@@ -86,18 +86,10 @@ class QuadLayer:
         return x
 
     def __call__(self, x: torch.Tensor, copy: int) -> torch.Tensor:
-        """See `Layer`. Not `quad_linear`, which would not quantize an input that it has just seen."""
-        outlier, integers, scale = quantize_activations(x, QUANTIZATION, self.split)
+        """See `Layer`. Not `quad_kernels.quad_linear`, which may not quantize an input that it has just seen."""
         i = copy % self.copies
-        return integer_linear(
-            integers,
-            scale,
-            self.weights[i],
-            outlier=outlier,
-            outlier_weight=self.outlier_weights[i],
-            bias=self.bias,
-            out_dtype=x.dtype,
-        )
+        run = choose_backend(x.device).quad_linear
+        return run(x, self.weights[i], self.split, QUANTIZATION, self.outlier_weights[i], self.bias)
 
     def parts(self, x: torch.Tensor) -> list[Method]:
         """What the shares of the time are computed from: the layer without its quantization, and without both."""

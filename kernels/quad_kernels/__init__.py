@@ -20,6 +20,7 @@ from quad_kernels.functional import (
     quantize_input,
     quantize_kv,
     split_input,
+    table_product,
 )
 from quad_kernels.integer_linear.operands import LinearOperands
 from quad_kernels.layouts import WeightLayout
@@ -50,6 +51,7 @@ __all__ = [
     "quantize_kv",
     "register_backend",
     "split_input",
+    "table_product",
 ]
 
 

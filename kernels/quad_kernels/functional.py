@@ -17,6 +17,7 @@ from quad_kernels.formats import (
 from quad_kernels.hadamard.construct import HadamardPlan, plan_hadamard
 from quad_kernels.hadamard.reference import apply_hadamard as reference_hadamard
 from quad_kernels.packing import nibble_bytes
+from quad_kernels.table_product.reference import table_product as reference_table_product
 from quad_kernels.weight import QuantizedWeight, expand_scales
 
 _SCALE_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
@@ -244,6 +245,45 @@ def integer_linear(
     return y.view(*leading, outputs)
 
 
+def table_product(
+    x: torch.Tensor, words: torch.Tensor, scale: torch.Tensor, *, backend: str | None = None
+) -> torch.Tensor:
+    """Returns x V^T for a table V of 8-bit integers with a scale per row: the head of a model, weight-only.
+
+    Args:
+        x: `[..., columns]`, floating point.
+        words: packed rows with an offset of 128, `[rows, ceil(columns / 4)]`, int32, as `quad_kernels.packing` packs
+            8 bits.
+        scale: scales of the rows, `[rows, 1]`, floating point.
+        backend: name of a backend; by default the environment variable QUAD_KERNELS or the best for the device.
+
+    Returns:
+        `[..., rows]`, dtype of `x`. Differentiable with respect to `x`.
+
+    Raises:
+        ValueError: if the shapes do not fit.
+
+    Example:
+        >>> from quad_kernels.packing import pack_int32
+        >>> words = pack_int32(torch.tensor([[1, -2, 3, 4], [5, 6, 7, -128]], dtype=torch.int8), bits=8)
+        >>> table_product(torch.tensor([[1.0, 0.0, 0.0, 2.0]]), words, torch.tensor([[1.0], [0.5]]))
+        tensor([[   9.0000, -125.5000]])
+    """
+    rows, columns = words.shape[0], x.shape[-1]
+    if words.shape[1] != -(-columns // 4) or scale.shape != (rows, 1):
+        raise ValueError(
+            f"a table of words {list(words.shape)}, scales {list(scale.shape)} does not fit {columns} inputs"
+        )
+    flat = x.reshape(-1, columns)
+    if torch.is_grad_enabled() and x.requires_grad:
+        y = reference_table_product(flat, words, scale)
+    elif torch.compiler.is_compiling():
+        y = ops.table_product(flat, words, scale, backend or "")
+    else:
+        y = choose_backend(x.device, backend).table_product(flat, words, scale)
+    return y.view(*x.shape[:-1], rows)
+
+
 def apply_hadamard(x: torch.Tensor, plan: HadamardPlan, *, backend: str | None = None) -> torch.Tensor:
     """Returns `x @ hadamard_matrix(plan.size)` for the last dimension.
 
@@ -343,4 +383,5 @@ __all__ = [
     "quantize_input",
     "quantize_kv",
     "split_input",
+    "table_product",
 ]

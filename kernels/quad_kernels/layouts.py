@@ -44,13 +44,18 @@ class WeightLayout:
 
     Attributes:
         pack: function from integers `[out, in]`, int8, to the stored tensor, of any shape and dtype.
-        unpack: inverse of `pack`, called with the stored tensor and the input width; its result is contiguous.
+        unpack: inverse of `pack`, called with the stored tensor and the input width; its result is contiguous and
+            may have more rows at its end.
         accepts: function that tells whether a weight may be stored this way; one that may not stays int8.
+        linear: function that computes a whole layer in one call with weights that are stored this way: it has the
+            arguments of `quad_kernels.Backend.quad_linear`, and returns None for dtypes or groups that it does not
+            take. Compiled graphs call it directly. None if a layer is computed part by part.
     """
 
     pack: Callable[[torch.Tensor], torch.Tensor]
     unpack: Callable[[torch.Tensor, int], torch.Tensor]
     accepts: Callable[[WeightForm], bool]
+    linear: Callable[..., torch.Tensor | None] | None = None
 
 
 _layouts = {

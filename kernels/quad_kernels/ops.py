@@ -121,6 +121,12 @@ def integer_linear(
     return y.contiguous()  # callers of a compiled graph rely on the strides of the fake kernel
 
 
+@_custom_op(lambda x, words: x.new_empty(x.shape[0], words.shape[0]))
+def table_product(x: torch.Tensor, words: torch.Tensor, scale: torch.Tensor, backend: str) -> torch.Tensor:
+    """See `quad_kernels.table_product`."""
+    return choose_backend(x.device, backend).table_product(x, words, scale)
+
+
 @_custom_op(lambda x: x.new_empty(x.shape))
 def hadamard(x: torch.Tensor, backend: str) -> torch.Tensor:
     """See `quad_kernels.apply_hadamard`."""

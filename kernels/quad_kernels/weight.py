@@ -79,7 +79,7 @@ class QuantizedWeight:
 
     def unpacked(self) -> torch.Tensor:
         """Returns the integers, `[out, in]`, int8."""
-        return find_layout(self.layout).unpack(self.integers, self.in_features)
+        return find_layout(self.layout).unpack(self.integers, self.in_features)[: self.out_features]
 
     def dequantized(self, dtype: torch.dtype) -> torch.Tensor:
         """Returns the weight as floating point, `[out, in]`, computed in float32, for float64 in float64."""

@@ -1,18 +1,16 @@
 """Embedding and head as 8-bit tables: one row of integers and one scale per entry of the vocabulary.
 
-On a small model these two are most of the checkpoint. They stay in the words of the checkpoint; a look-up unpacks the
-rows it needs, and the head unpacks a slice of rows at a time, small enough to stay in the cache until its product.
+On a small model these two are most of the checkpoint. They stay in the words of the checkpoint, which both a look-up
+and the head's product read.
 """
 
 import torch
+from quad_kernels import table_product
 from quad_kernels.packing import pack_int32
+from quad_kernels.table_product.reference import unpack_bytes
 from torch import nn
 
 BITS = 8
-_SLICE = 4096  # rows of the vocabulary at a time
-_FEW_TOKENS = 8  # up to here PyTorch's weight-only int8 product is faster than a matrix product in the model's dtype
-_INT8_COLUMNS = 64  # that product reads whole vectors: past the end of a row of any other width
-_FLIP = -0x7F7F7F80  # 0x80808080: in each byte, from the stored offset of 128 to two's complement
 
 
 class PackedTable(nn.Module):
@@ -44,10 +42,7 @@ class PackedTable(nn.Module):
 
     def integers(self, rows: slice) -> torch.Tensor:
         """Unpacks some rows, `[n, columns]`, int8."""
-        return self._unpacked(self.weight_packed[rows])
-
-    def _unpacked(self, words: torch.Tensor) -> torch.Tensor:
-        return (words ^ _FLIP).view(torch.int8)[..., : self.columns]
+        return unpack_bytes(self.weight_packed[rows], self.columns)
 
     @property
     def weight(self) -> torch.Tensor:
@@ -64,7 +59,7 @@ class PackedEmbedding(PackedTable):
 
     def forward(self, ids: torch.Tensor) -> torch.Tensor:
         """Returns `[..., columns]` for ids `[...]`, in the dtype of the scales."""
-        integers = self._unpacked(nn.functional.embedding(ids, self.weight_packed))
+        integers = unpack_bytes(nn.functional.embedding(ids, self.weight_packed), self.columns)
         scale = nn.functional.embedding(ids, self.weight_scale)
         return (integers.float() * scale.float()).to(scale.dtype)
 
@@ -74,7 +69,7 @@ class PackedHead(PackedTable):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Returns `[..., rows]` for `[..., columns]`, in the dtype of `x`."""
-        return table_product(x, self)
+        return table_product(x, self.weight_packed, self.weight_scale)
 
 
 class TiedHead(nn.Module):
@@ -91,29 +86,5 @@ class TiedHead(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """See `PackedHead.forward`."""
-        return table_product(x, self.__dict__["table"])
-
-
-def table_product(x: torch.Tensor, table: PackedTable) -> torch.Tensor:
-    """Returns x V^T times the scale of each row, `[..., rows]` for `[..., columns]`, in the dtype of `x`."""
-    flat = x.flatten(0, -2)
-    product = _int8_product if _takes_int8_product(flat) else _product
-    slices = [slice(start, start + _SLICE) for start in range(0, table.rows, _SLICE)]
-    parts = [product(flat, table.integers(rows), table.weight_scale[rows, 0]) for rows in slices]
-    return torch.cat(parts, dim=-1).unflatten(0, x.shape[:-1])
-
-
-def _takes_int8_product(x: torch.Tensor) -> bool:
-    few = x.is_cpu and x.shape[0] <= _FEW_TOKENS and x.shape[1] % _INT8_COLUMNS == 0
-    differentiable = torch.is_grad_enabled() and x.requires_grad
-    return few and x.dtype in (torch.bfloat16, torch.float16, torch.float32) and not differentiable
-
-
-def _int8_product(x: torch.Tensor, integers: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
-    return torch._weight_int8pack_mm(x.contiguous(), integers, scale.to(x.dtype))
-
-
-def _product(x: torch.Tensor, integers: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
-    # Integers of 8 bits are exact in every floating dtype; the scale comes last, as in the int8 product.
-    y = nn.functional.linear(x, integers.to(x.dtype))
-    return (y * scale.to(y.dtype) if y.dtype == torch.float64 else y.float() * scale.float()).to(x.dtype)
+        table = self.__dict__["table"]
+        return table_product(x, table.weight_packed, table.weight_scale)

@@ -32,6 +32,8 @@ FLOORS = (
     "quad_kernels.quantize_activations",
     "quad_kernels.integer_linear",
     "quad_kernels.int4_kv",
+    "quad_kernels.table_product",
+    "quad_kernels.native",
     "quad_kernels.backends",
     "quad_kernels.ops",
     "quad_kernels.functional",

@@ -11,6 +11,11 @@ import pytest
 import torch
 from quad_kernels import Backend, BackendError, InputQuantization, backends, choose_backend, quantize_activations
 from quad_kernels.backends import register_backend, register_backend_path, temporary_registrations
+from quad_kernels.backends.native_cpu import NativeBackend
+
+_missing = NativeBackend().unavailable(torch.device("cpu"))
+CPU = "native" if _missing is None else "onednn"  # an installation without a compiler has no native kernels
+CHOICE = "kernels on cpu: native" if _missing is None else f"kernels on cpu: onednn (native cannot run: {_missing})"
 
 
 @pytest.fixture(autouse=True)
@@ -38,7 +43,7 @@ class Broken(Backend):
 
 
 def test_the_cpu_has_its_own_and_other_devices_fall_back_to_the_reference() -> None:
-    assert choose_backend("cpu").name == "onednn"
+    assert choose_backend("cpu").name == CPU
     assert choose_backend("meta").name == "reference"
 
 
@@ -46,14 +51,14 @@ def test_the_choice_is_logged_once(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.INFO, logger="quad_kernels"):
         choose_backend("cpu")
         choose_backend("cpu")
-    assert [record.getMessage() for record in caplog.records] == ["kernels on cpu: onednn"]
+    assert [record.getMessage() for record in caplog.records] == [CHOICE]
 
 
 def test_one_that_cannot_run_is_passed_over_with_its_reason(caplog: pytest.LogCaptureFixture) -> None:
     register_backend(Broken())
     with caplog.at_level(logging.INFO, logger="quad_kernels"):
-        assert choose_backend("cpu").name == "onednn"
-    assert "kernels on cpu: onednn (broken cannot run: it has no batteries)" in caplog.text
+        assert choose_backend("cpu").name == CPU
+    assert f"kernels on cpu: {CPU} (broken cannot run: it has no batteries" in caplog.text
 
 
 def test_forced_by_argument_and_by_environment(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -82,7 +87,7 @@ def test_the_name_of_the_last_release_still_forces_onednn(monkeypatch: pytest.Mo
 
 
 def test_an_unknown_name_lists_the_known_ones() -> None:
-    with pytest.raises(BackendError, match=r"no kernel backend 'gpu'; there are onednn, .*reference"):
+    with pytest.raises(BackendError, match=r"no kernel backend 'gpu'; there are native, onednn, .*reference"):
         choose_backend("cpu", "gpu")
 
 
@@ -140,7 +145,7 @@ def test_registrations_inside_the_context_are_undone() -> None:
         assert choose_backend("cpu").name == "doubling"
         with pytest.raises(BackendError, match="cannot be used"):
             choose_backend("cpu", "mine")
-    assert choose_backend("cpu").name == "onednn"
+    assert choose_backend("cpu").name == CPU
     with pytest.raises(BackendError, match="there is no kernel backend 'mine'"):
         choose_backend("cpu", "mine")
 
@@ -149,7 +154,7 @@ def test_choices_are_made_anew_inside_the_context(caplog: pytest.LogCaptureFixtu
     choose_backend("cpu")
     with caplog.at_level(logging.INFO, logger="quad_kernels"), temporary_registrations():
         choose_backend("cpu")
-    assert [record.getMessage() for record in caplog.records] == ["kernels on cpu: onednn"]
+    assert [record.getMessage() for record in caplog.records] == [CHOICE]
 
 
 @pytest.fixture
@@ -183,7 +188,7 @@ def test_a_contributed_backend_that_fails_is_left_out(
     path: str, reason: str, module: ModuleType, caplog: pytest.LogCaptureFixture
 ) -> None:
     register_backend_path("mine", path, "my-dist 1.0")
-    assert choose_backend("cpu").name == "onednn"
+    assert choose_backend("cpu").name == CPU
     assert "the kernel backend 'mine' cannot be used" in caplog.text
     assert "mine" not in backends()
     with pytest.raises(BackendError, match=reason):

@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from quad_kernels import LinearOperands, choose_backend
 
 ROOT = Path(__file__).parents[2]
 
@@ -28,7 +29,7 @@ def _package(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     torch.set_grad_enabled(True)
 
 
-TOY = ["--models", "toy", "--device", "cpu", "--repeats", "3", "--ceiling-size", "64"]
+TOY = ["--models", "toy", "--device", "cpu", "--repeats", "3", "--ceiling-size", "512"]
 
 
 def run(*arguments: str) -> int:
@@ -58,10 +59,9 @@ def test_every_case_is_measured_with_its_origin_ceiling_and_shares(tmp_path: Pat
 
 
 def test_a_wrong_kernel_is_reported_and_not_timed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys) -> None:
-    from quad_kernels import LinearOperands
-    from quad_kernels.backends.onednn_cpu import OneDnnBackend
-
-    right = OneDnnBackend.integer_linear
+    monkeypatch.setenv("QUAD_KERNELS", "onednn")
+    backend = choose_backend("cpu")
+    right = backend.integer_linear
 
     def wrong(operands: LinearOperands) -> torch.Tensor:
         y = right(operands)
@@ -69,7 +69,7 @@ def test_a_wrong_kernel_is_reported_and_not_timed(monkeypatch: pytest.MonkeyPatc
             y[-1, -1] += 0.5 * y.abs().max()
         return y
 
-    monkeypatch.setattr(OneDnnBackend, "integer_linear", staticmethod(wrong))
+    monkeypatch.setattr(backend, "integer_linear", wrong)
     output = tmp_path / "rows.jsonl"
     assert run("--tokens", "2", "--output", str(output)) == 1
     rows = {row["case"]: row for row in map(json.loads, output.read_text().splitlines())}
@@ -89,13 +89,13 @@ def test_the_gate_sees_a_wrong_quantizer(monkeypatch: pytest.MonkeyPatch, part: 
     from benchmarks import gate
     from benchmarks.methods import QuadLayer, Setting
     from benchmarks.shapes import MODELS
-    from quad_kernels.backends.onednn_cpu import OneDnnBackend
 
     generator = torch.Generator().manual_seed(0)
     layer = QuadLayer(MODELS["toy"].linears()["qkv"], Setting(torch.device("cpu"), torch.bfloat16, 1), generator)
     x = layer.make_input(5, generator)
     assert gate.check(layer, x, exact=True) is None
-    right = OneDnnBackend.quantize_activations
+    backend = choose_backend("cpu")
+    right = backend.quantize_activations
 
     def wrong(*arguments):  # type: ignore[no-untyped-def]
         outlier, integers, scale = right(*arguments)
@@ -103,7 +103,7 @@ def test_the_gate_sees_a_wrong_quantizer(monkeypatch: pytest.MonkeyPatch, part: 
         changed[-1, -1] += 1
         return outlier, integers, scale
 
-    monkeypatch.setattr(OneDnnBackend, "quantize_activations", staticmethod(wrong))
+    monkeypatch.setattr(backend, "quantize_activations", wrong)
     assert message in (gate.check(layer, x, exact=True) or "")
 
 
@@ -111,10 +111,10 @@ def test_a_wrong_integer_sum_is_seen_where_the_dtype_hides_it(monkeypatch: pytes
     from benchmarks import gate
     from benchmarks.methods import QuadLayer, Setting
     from benchmarks.shapes import MODELS
-    from quad_kernels.backends.onednn_cpu import OneDnnBackend
 
-    right = OneDnnBackend.integer_linear
-    monkeypatch.setattr(OneDnnBackend, "integer_linear", staticmethod(lambda *a: right(*a) * (1 + 1e-4)))
+    backend = choose_backend("cpu")
+    right = backend.integer_linear
+    monkeypatch.setattr(backend, "integer_linear", lambda *a: right(*a) * (1 + 1e-4))
     generator = torch.Generator().manual_seed(0)
     layer = QuadLayer(MODELS["toy"].linears()["down"], Setting(torch.device("cpu"), torch.bfloat16, 1), generator)
     x = layer.make_input(5, generator)

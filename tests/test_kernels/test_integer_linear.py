@@ -13,6 +13,10 @@ LAYOUTS = [
     ("onednn", "int8"),
     ("onednn", "nibbles"),
     ("onednn", "onednn"),
+    ("native", "lines4"),
+    ("native", "lines8"),
+    ("onednn", "lines4"),
+    ("reference", "lines8"),
 ]
 
 

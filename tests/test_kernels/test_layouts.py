@@ -29,14 +29,20 @@ def make_weight(bits: int = 4, groups: int = 1, zero_points: bool = False) -> Qu
     return QuantizedWeight(integers, scale, zero, WIDTH, OUT, bits)
 
 
-@pytest.mark.parametrize("layout", ["int8", "nibbles", "onednn"])
+@pytest.mark.parametrize("layout", ["int8", "nibbles", "onednn", "lines4", "lines8"])
 @pytest.mark.parametrize(("bits", "groups", "zero_points"), [(4, 1, False), (2, 4, True), (8, 2, False)])
 def test_every_layout_gives_the_integers_and_the_words_back(
     layout: str, bits: int, groups: int, zero_points: bool
 ) -> None:
     plain = make_weight(bits, groups, zero_points)
     stored = plain.to_layout(layout)
-    accepted = {"int8": True, "nibbles": bits <= 4, "onednn": onednn_takes(plain)}[layout]
+    accepted = {
+        "int8": True,
+        "nibbles": bits <= 4,
+        "onednn": onednn_takes(plain),
+        "lines4": bits <= 4 and (groups == 1 or WIDTH // groups % 8 == 0),
+        "lines8": groups == 1 or WIDTH // groups % 4 == 0,
+    }[layout]
     assert stored.layout == (layout if accepted else "int8")
     assert stored.to_layout(layout) is stored
     assert torch.equal(stored.unpacked(), plain.integers)
@@ -74,7 +80,7 @@ def test_rows_are_a_part_of_the_output_channels() -> None:
 
 
 def test_an_unknown_layout_lists_the_known_ones() -> None:
-    with pytest.raises(ValueError, match="no weight layout 'int3'; there are int8, nibbles, onednn"):
+    with pytest.raises(ValueError, match="no weight layout 'int3'; there are int8, lines4, lines8, nibbles, onednn"):
         make_weight().to_layout("int3")
 
 

@@ -150,7 +150,7 @@ def test_fused_norm_equals_the_norm_before() -> None:
     assert torch.equal(fused, quad_linear(norm(x), weight, split, InputQuantization(), outlier_weight=outliers))
 
 
-@pytest.mark.parametrize("layout", ["int8", "nibbles", "onednn"])
+@pytest.mark.parametrize("layout", ["int8", "nibbles", "onednn", "lines4", "lines8"])
 @pytest.mark.parametrize("name", ["U-type", "Hadamard"])
 def test_compiled_without_a_graph_break(name: str, layout: str) -> None:
     split = SPLITS[name]

@@ -7,7 +7,7 @@ import torch
 from quad_kernels import InputQuantization
 from quad_kernels import quantize_activations as public_quantize_activations
 
-BACKENDS = ["reference", "onednn"]
+BACKENDS = ["reference", "onednn", "native"]
 
 
 @pytest.fixture(params=BACKENDS, autouse=True)

@@ -1,6 +1,7 @@
 """Which code runs an operation: a registry of backends, and the choice among them."""
 
 from quad_kernels.backends.base import Backend
+from quad_kernels.backends.native_cpu import NativeBackend
 from quad_kernels.backends.onednn_cpu import OneDnnBackend
 from quad_kernels.backends.registry import (
     BackendError,
@@ -12,7 +13,7 @@ from quad_kernels.backends.registry import (
 )
 from quad_kernels.backends.triton import TritonBackend
 
-for _backend in (Backend(), OneDnnBackend(), TritonBackend()):
+for _backend in (Backend(), OneDnnBackend(), NativeBackend(), TritonBackend()):
     register_backend(_backend)
 
 __all__ = [

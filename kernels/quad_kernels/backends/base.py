@@ -5,13 +5,15 @@ from types import MappingProxyType
 
 import torch
 
-from quad_kernels.formats import InputQuantization
+from quad_kernels.formats import InputQuantization, InputSplit
 from quad_kernels.hadamard import plan_hadamard
 from quad_kernels.hadamard import reference as hadamard_reference
 from quad_kernels.int4_kv import reference as kv_reference
 from quad_kernels.integer_linear import reference as linear_reference
+from quad_kernels.integer_linear.operands import LinearOperands
 from quad_kernels.layouts import WeightLayout
 from quad_kernels.quantize_activations import reference as quantize_reference
+from quad_kernels.table_product import reference as table_reference
 from quad_kernels.weight import QuantizedWeight
 
 
@@ -53,7 +55,23 @@ class Backend:
         """Returns the orthonormal transform of the last dimension, `plan_hadamard(x.shape[-1])`."""
         return hadamard_reference.apply_hadamard(x, plan_hadamard(x.shape[-1]))
 
+    def quad_linear(
+        self,
+        x: torch.Tensor,
+        weight: QuantizedWeight,
+        split: InputSplit,
+        quantization: InputQuantization,
+        outlier_weight: torch.Tensor | None,
+        bias: torch.Tensor | None,
+    ) -> torch.Tensor:
+        """Returns the complete layer of `x`, `[..., width]`, as `[..., out]`, dtype of `x`; here part by part."""
+        flat = x.reshape(-1, split.width)
+        outlier, integers, scale = self.quantize_activations(flat, quantization, split, None, False)
+        y = self.integer_linear(LinearOperands(integers, scale, weight, outlier, outlier_weight, bias, x.dtype))
+        return y.view(*x.shape[:-1], weight.out_features)
+
     quantize_activations = staticmethod(quantize_reference.quantize_activations)
     integer_linear = staticmethod(linear_reference.integer_linear)
+    table_product = staticmethod(table_reference.table_product)
     quantize_kv = staticmethod(kv_reference.quantize_kv)
     dequantize_kv = staticmethod(kv_reference.dequantize_kv)

@@ -11,6 +11,7 @@ from quad_kernels.hadamard import plan_hadamard, small_factors
 from quad_kernels.integer_linear import onednn
 from quad_kernels.layouts import WeightLayout
 from quad_kernels.quantize_activations import few_passes
+from quad_kernels.table_product import few_tokens
 from quad_kernels.weight import QuantizedWeight
 
 
@@ -37,3 +38,4 @@ class OneDnnBackend(Backend):
 
     quantize_activations = staticmethod(few_passes.quantize_activations)
     integer_linear = staticmethod(onednn.integer_linear)
+    table_product = staticmethod(few_tokens.table_product)

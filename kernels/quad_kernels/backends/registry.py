@@ -82,7 +82,7 @@ def backends() -> dict[str, Backend]:
 
     Example:
         >>> sorted(backends())
-        ['onednn', 'reference', 'triton']
+        ['native', 'onednn', 'reference', 'triton']
     """
     _import_pending()
     return dict(_backends)

@@ -2,8 +2,10 @@
 
 import torch
 
+from quad_kernels.backends import choose_backend
 from quad_kernels.formats import InputQuantization, InputSplit, RMSNorm
 from quad_kernels.functional import integer_linear, quantize_activations
+from quad_kernels.layouts import find_layout
 from quad_kernels.quad_linear.autograd import QuadLinearFunction
 from quad_kernels.quad_linear.memo import quantize_once
 from quad_kernels.weight import QuantizedWeight
@@ -49,12 +51,21 @@ def quad_linear(
     """
     if weight.in_features != split.residual_width:
         raise ValueError(f"the weight has {weight.in_features} inputs, the split's residual {split.residual_width}")
-    if torch.is_grad_enabled() and any(
-        t is not None and t.requires_grad for t in (x, outlier_weight, bias, weight.scale)
-    ):
+    if torch.is_grad_enabled() and _requires_grad(x, outlier_weight, bias, weight.scale):
         if norm is not None:
             raise NotImplementedError("gradients do not pass the fused norm; apply the norm before the layer")
         return QuadLinearFunction.apply(x, weight.scale, outlier_weight, bias, weight, split, quantization, backend)
+    linear = find_layout(weight.layout).linear
+    if linear is not None and norm is None:
+        if x.shape[-1] != split.width:
+            raise ValueError(f"the input has {x.shape[-1]} coordinates, its split is for {split.width}")
+        if not torch.compiler.is_compiling():
+            chosen = choose_backend(x.device, backend)
+            return chosen.quad_linear(x, weight, split, quantization, outlier_weight, bias)
+        # A compiled graph holds the operator of the layout itself: no Python at run time, and no other choice.
+        y = None if backend else linear(x, weight, split, quantization, outlier_weight, bias)
+        if y is not None:
+            return y
     if norm is None:
         outlier, integers, scale = quantize_once(x, split, quantization, backend)
     else:
@@ -69,6 +80,10 @@ def quad_linear(
         out_dtype=x.dtype,
         backend=backend,
     )
+
+
+def _requires_grad(*tensors: torch.Tensor | None) -> bool:
+    return any(tensor is not None and tensor.requires_grad for tensor in tensors)
 
 
 __all__ = ["quad_linear"]

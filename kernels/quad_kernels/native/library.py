@@ -1,0 +1,111 @@
+"""Loads the library of native kernels and chooses its instruction set.
+
+The library is no Python module: it registers the operators `torch.ops.quad_native`, and a few plain functions for this
+file. Hadamard matrices are constructed in Python and handed over when their size is met for the first time.
+"""
+
+import ctypes
+import logging
+import os
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from quad_kernels.hadamard import plan_hadamard
+from quad_kernels.hadamard.construct import hadamard_factor
+
+logger = logging.getLogger(__name__)
+
+ENVIRONMENT_VARIABLE = "QUAD_KERNELS_ISA"
+INSTRUCTION_SETS = ("amx", "avx512vnni", "avxvnni", "avx2")
+_PATH = Path(__file__).with_name("_kernels.so")
+
+
+class NativeLibraryError(RuntimeError):
+    """The native kernels cannot run here."""
+
+
+@cache
+def load() -> ctypes.CDLL:
+    """Returns the library, loaded once, with its instruction set chosen.
+
+    That is the best one of the processor, or the one named by the environment variable QUAD_KERNELS_ISA.
+
+    Raises:
+        NativeLibraryError: if the library was not built or does not load, or the instruction set cannot run.
+    """
+    if not _PATH.is_file():
+        raise NativeLibraryError("they were not built; see 'native CPU kernels' in the installation guide")
+    try:
+        torch.ops.load_library(str(_PATH))
+        library = ctypes.CDLL(str(_PATH))
+    except OSError as error:
+        raise NativeLibraryError(f"their library does not load ({error}); build it again with this torch") from error
+    _register_shapes()
+    library.quad_supported.restype = library.quad_chosen.restype = ctypes.c_char_p
+    library.quad_set_planner(_planner)
+    wanted = os.environ.get(ENVIRONMENT_VARIABLE, "")
+    found = library.quad_supported().decode()
+    if not found:
+        raise NativeLibraryError("this processor has no AVX2")
+    if wanted:
+        _choose(library, wanted)
+    logger.info("native CPU kernels: %s (the processor has %s)", library.quad_chosen().decode(), found)
+    return library
+
+
+def _register_shapes() -> None:
+    """Tells torch.compile what the operators return."""
+    ops = torch.ops.quad_native
+
+    @torch.library.register_fake(ops.linear.default)
+    def _(x: torch.Tensor, *arguments: Any) -> torch.Tensor:
+        return x.new_empty(*x.shape[:-1], arguments[11])  # out_features
+
+    @torch.library.register_fake(ops.head.default)
+    def _(x: torch.Tensor, words: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+        return x.new_empty(*x.shape[:-1], words.shape[0])
+
+
+def supported() -> tuple[str, ...]:
+    """Returns the instruction sets that this processor has, the best first."""
+    return tuple(load().quad_supported().decode().split())
+
+
+def instruction_set() -> str:
+    """Returns the name of the instruction set that runs."""
+    return str(load().quad_chosen().decode())
+
+
+def choose_instruction_set(name: str) -> None:
+    """Makes another instruction set run, in all threads, from the next call on.
+
+    Raises:
+        NativeLibraryError: if the processor does not have it.
+    """
+    _choose(load(), name)
+
+
+def _choose(library: ctypes.CDLL, name: str) -> None:
+    if not library.quad_choose(name.encode()):
+        found = library.quad_supported().decode().replace(" ", ", ")
+        raise NativeLibraryError(f"there are no kernels for the instruction set {name!r} here, only for {found}")
+
+
+@ctypes.CFUNCTYPE(None, ctypes.c_int64)
+def _planner(size: int) -> None:
+    """Hands the library the plan of a transform of `size` coordinates."""
+    plan = plan_hadamard(size)
+    signs = torch.cat([torch.zeros(0, dtype=torch.uint8), *(_signs(n) for n in plan.factors if n & (n - 1))])
+    orders = (ctypes.c_int32 * len(plan.factors))(*plan.factors)
+    pointer = ctypes.cast(signs.data_ptr(), ctypes.POINTER(ctypes.c_uint8))
+    load().quad_add_plan(ctypes.c_int64(size), ctypes.c_int64(plan.block), len(plan.factors), orders, pointer)
+
+
+def _signs(order: int) -> torch.Tensor:
+    """Returns the signs of a factor, `[columns * order / 4]`, uint8: bit i of byte g is set where row 4 g + i is -1."""
+    negative = hadamard_factor(order, torch.float32, torch.device("cpu")).T.contiguous() < 0
+    weights = torch.tensor([1, 2, 4, 8], dtype=torch.uint8)
+    return (negative.view(order, -1, 4).to(torch.uint8) * weights).sum(-1).to(torch.uint8).flatten()

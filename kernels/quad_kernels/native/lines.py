@@ -1,0 +1,119 @@
+"""The layouts of the native kernels: cache lines of 16 output channels, in the order in which the products read them.
+
+A line of `lines4` holds 16 channels x 8 inputs: the low four bits of byte 4 c + i are input i of channel c, the high
+four bits input 4 + i, both with an offset of 8. A line of `lines8` holds 16 channels x 4 inputs, byte 4 c + i with an
+offset of 128. Sixteen channels over all inputs are contiguous. Channels are filled up to 16, inputs to 64, with the
+integer 0.
+
+The offset makes weights unsigned, which is what the processors' products of bytes want on one side; it is taken off
+with the sum of the inputs, one number per token.
+"""
+
+import math
+
+import torch
+
+from quad_kernels.formats import InputQuantization, InputSplit
+from quad_kernels.layouts import WeightForm, WeightLayout
+from quad_kernels.weight import QuantizedWeight
+
+DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # and their numbers in the operators
+CHANNELS = 16
+INPUTS = 64  # inputs are filled up to a multiple of this
+
+
+def _padded(integers: torch.Tensor, offset: int) -> torch.Tensor:
+    rows, columns = integers.shape
+    padded = torch.nn.functional.pad(integers, (0, -columns % INPUTS, 0, -rows % CHANNELS))
+    return padded.view(torch.uint8) + offset  # wraps like two's complement: no overflow
+
+
+def _pack4(integers: torch.Tensor) -> torch.Tensor:
+    """Returns `[blocks, lines, 64]`, uint8, from `[out, in]`, int8, from -8 to 7."""
+    parts = _padded(integers, 8).unflatten(1, (-1, 2, 4)).unflatten(0, (-1, CHANNELS))
+    return (parts[..., 0, :] | parts[..., 1, :] << 4).transpose(1, 2).flatten(2).contiguous()
+
+
+def _unpack4(stored: torch.Tensor, in_features: int) -> torch.Tensor:
+    """Inverse of `_pack4`: `[16 blocks, in_features]`, int8."""
+    parts = stored.unflatten(2, (CHANNELS, 4)).transpose(1, 2)
+    both = torch.stack([parts & 15, parts >> 4], dim=-2).flatten(2).flatten(0, 1)
+    return (both[:, :in_features].view(torch.int8) - 8).contiguous()
+
+
+def _pack8(integers: torch.Tensor) -> torch.Tensor:
+    """Returns `[blocks, lines, 64]`, uint8, from `[out, in]`, int8."""
+    parts = _padded(integers, 128).unflatten(1, (-1, 4)).unflatten(0, (-1, CHANNELS))
+    return parts.transpose(1, 2).flatten(2).contiguous()
+
+
+def _unpack8(stored: torch.Tensor, in_features: int) -> torch.Tensor:
+    """Inverse of `_pack8`: `[16 blocks, in_features]`, int8."""
+    rows = stored.unflatten(2, (CHANNELS, 4)).transpose(1, 2).flatten(2).flatten(0, 1)
+    return (rows[:, :in_features] ^ 128).contiguous().view(torch.int8)
+
+
+def _takes4(weight: WeightForm) -> bool:
+    return weight.bits <= 4 and _takes(weight, 8)
+
+
+def _takes8(weight: WeightForm) -> bool:
+    return _takes(weight, 4)
+
+
+def _takes(weight: WeightForm, inputs: int) -> bool:
+    groups = weight.scale.shape[1]
+    return weight.scale.is_cpu and (groups == 1 or weight.in_features // groups % inputs == 0)
+
+
+def fits(layout: str, in_features: int, weight_groups: int, x_groups: int) -> bool:
+    """Returns whether inputs that share both scales are a whole number of lines of `layout`, or all inputs."""
+    if layout not in LAYOUTS:
+        return False
+    groups = math.lcm(weight_groups, x_groups)
+    return groups == 1 or in_features // groups % (8 if layout == "lines4" else 4) == 0
+
+
+def takes(weight: QuantizedWeight, x_groups: int, *tensors: torch.Tensor | None) -> bool:
+    """Returns whether the kernels multiply a weight by inputs of so many scales, given these other tensors."""
+    known = all(tensor is None or tensor.dtype in DTYPES for tensor in (weight.scale, *tensors))
+    return known and fits(weight.layout, weight.in_features, weight.scale.shape[1], x_groups)
+
+
+def settings(quantization: InputQuantization, split: InputSplit) -> tuple[int, float, int, int, int, bool, bool]:
+    """Returns the arguments of the operators that describe the input."""
+    return (
+        quantization.bits,
+        quantization.clip_ratio,
+        quantization.groups(split.residual_width),
+        split.outliers,
+        split.block,
+        split.keep_width,
+        split.hadamard,
+    )
+
+
+def operands(weight: QuantizedWeight) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None, int, int, bool]:
+    """Returns the arguments of the operators that describe a weight in lines."""
+    wide = weight.layout == "lines8"
+    return weight.integers, weight.scale, weight.zero_point, weight.in_features, weight.out_features, wide
+
+
+def linear(
+    x: torch.Tensor,
+    weight: QuantizedWeight,
+    split: InputSplit,
+    quantization: InputQuantization,
+    outlier_weight: torch.Tensor | None,
+    bias: torch.Tensor | None,
+) -> torch.Tensor | None:
+    """Returns a whole layer of `x`, `[..., width]`, as `[..., out]`, dtype of `x`; None if they do not take it."""
+    if not takes(weight, quantization.groups(weight.in_features), x, outlier_weight, bias):
+        return None
+    return torch.ops.quad_native.linear(x, *settings(quantization, split), *operands(weight), outlier_weight, bias)
+
+
+LAYOUTS = {
+    "lines4": WeightLayout(pack=_pack4, unpack=_unpack4, accepts=_takes4, linear=linear),
+    "lines8": WeightLayout(pack=_pack8, unpack=_unpack8, accepts=_takes8, linear=linear),
+}

@@ -1,0 +1,13 @@
+#define QUAD_AMX
+#include "product_avx512.h"
+// The product comes first: what follows is written for it.
+#include "head.h"
+
+namespace quad {
+
+const Kernels* amx_kernels() {
+    static const Kernels kernels{"amx", linear, quantize, hadamard_rows, head};
+    return &kernels;
+}
+
+}  // namespace quad

@@ -1,0 +1,12 @@
+#include "product_avx2.h"
+// The product comes first: what follows is written for it.
+#include "head.h"
+
+namespace quad {
+
+const Kernels* avx2_kernels() {
+    static const Kernels kernels{"avx2", linear, quantize, hadamard_rows, head};
+    return &kernels;
+}
+
+}  // namespace quad

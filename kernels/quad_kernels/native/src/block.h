@@ -1,0 +1,233 @@
+// What 16 output channels bring besides their integers, in the order in which the products meet it; and the arithmetic
+// that turns exact integer sums into outputs. Every path and every instruction set does it in this order:
+//   y = sum over groups g, in order, of fma((sum_g - offset_g) * x_scale_g, weight_scale_g, y)
+//   y = y + outlier product + bias, rounded once to the dtype of the output
+// where the outlier product adds, for each 32 columns in order, (sum over even columns) + (sum over odd columns), each by
+// fma in order. That is how AMX multiplies bfloat16, so a token's output never depends on the batch it is in.
+#pragma once
+
+#include "quantize.h"
+
+namespace {
+
+using quad::Output;
+using quad::Rest;
+using quad::Weight;
+
+constexpr int64_t kChannels = 16;
+
+// Transposes 8 x 8 numbers of 32 bits.
+void transpose8(__m256i* r) {
+    __m256i a[8], b[8];
+    for (int i = 0; i < 4; ++i) {
+        a[2 * i] = _mm256_unpacklo_epi32(r[2 * i], r[2 * i + 1]);
+        a[2 * i + 1] = _mm256_unpackhi_epi32(r[2 * i], r[2 * i + 1]);
+    }
+    for (int i = 0; i < 2; ++i) {
+        b[4 * i] = _mm256_unpacklo_epi64(a[4 * i], a[4 * i + 2]);
+        b[4 * i + 1] = _mm256_unpackhi_epi64(a[4 * i], a[4 * i + 2]);
+        b[4 * i + 2] = _mm256_unpacklo_epi64(a[4 * i + 1], a[4 * i + 3]);
+        b[4 * i + 3] = _mm256_unpackhi_epi64(a[4 * i + 1], a[4 * i + 3]);
+    }
+    for (int i = 0; i < 4; ++i) {
+        r[i] = _mm256_permute2x128_si256(b[i], b[4 + i], 0x20);
+        r[4 + i] = _mm256_permute2x128_si256(b[i], b[4 + i], 0x31);
+    }
+}
+
+// The outlier weights of 16 channels: pairs of bfloat16 as they are, [rank / 2][16][2], or float32, [rank][16].
+struct OutlierPanel {
+    const uint32_t* pairs;
+    const float* values;
+
+    // The weights of columns 2 j and 2 j + 1.
+    template <bool Pairs>
+    void columns(int64_t j, Float16& even, Float16& odd) const {
+        if constexpr (Pairs) {
+            const uint32_t* p = pairs + j * kChannels;
+#ifdef __AVX512F__
+            __m512i both = _mm512_loadu_si512(p);
+            even.v = _mm512_castsi512_ps(_mm512_slli_epi32(both, 16));
+            odd.v = _mm512_castsi512_ps(_mm512_and_si512(both, _mm512_set1_epi32(int(0xFFFF0000))));
+#else
+            const __m256i mask = _mm256_set1_epi32(int(0xFFFF0000));
+            __m256i left = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
+            __m256i right = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p + 8));
+            even = {_mm256_castsi256_ps(_mm256_slli_epi32(left, 16)), _mm256_castsi256_ps(_mm256_slli_epi32(right, 16))};
+            odd = {_mm256_castsi256_ps(_mm256_and_si256(left, mask)), _mm256_castsi256_ps(_mm256_and_si256(right, mask))};
+#endif
+        } else {
+            even = Float16::load(values + 2 * j * kChannels);
+            odd = Float16::load(values + (2 * j + 1) * kChannels);
+        }
+    }
+};
+
+struct Block {
+    int64_t first;      // channel
+    int64_t channels;   // 16, fewer in the last block
+    const float* scale;     // [groups][16]
+    const int32_t* offset;  // [groups][16]: what was added to the integers, to be taken off as often as the inputs' sum
+    OutlierPanel outlier;
+    const float* bias;  // [16]
+};
+
+struct BlockMemory {
+    Buffer<float> scale, values, bias;
+    Buffer<int32_t> offset;
+    Buffer<uint32_t> pairs;
+    Buffer<float> row;
+
+    Block prepare(const Weight& weight, const Rest& rest, int64_t index, int64_t rank) {
+        Block block{};
+        block.first = index * kChannels;
+        block.channels = smaller(kChannels, weight.out_features - block.first);
+        block.scale = scales(weight, block);
+        block.offset = offsets(weight, block);
+        if (rest.outlier_weight) {
+            if (rest.outlier_weight_dtype == Dtype::bfloat16) block.outlier.pairs = bfloat16_pairs(rest, block, rank);
+            else block.outlier.values = columns(rest, block, rank);
+        }
+        float* b = bias.at_least(kChannels);
+        for (int64_t c = 0; c < kChannels; ++c)
+            b[c] = rest.bias && c < block.channels ? load_one(rest.bias, rest.bias_dtype, block.first + c) : 0.0f;
+        block.bias = b;
+        return block;
+    }
+
+  private:
+    const float* scales(const Weight& weight, const Block& block) {
+        float* s = scale.at_least(weight.groups * kChannels);
+        if (weight.groups == 1 && block.channels == kChannels) {
+            load_row(element(weight.scale, weight.scale_dtype, block.first), weight.scale_dtype, kChannels, s);
+            return s;
+        }
+        for (int64_t g = 0; g < weight.groups; ++g)
+            for (int64_t c = 0; c < kChannels; ++c)
+                s[g * kChannels + c] =
+                    c < block.channels
+                        ? load_one(weight.scale, weight.scale_dtype, (block.first + c) * weight.groups + g)
+                        : 0.0f;
+        return s;
+    }
+
+    const int32_t* offsets(const Weight& weight, const Block& block) {
+        int32_t* o = offset.at_least(weight.groups * kChannels);
+        for (int64_t g = 0; g < weight.groups; ++g)
+            for (int64_t c = 0; c < kChannels; ++c) {
+                bool zero = weight.zero_point && c < block.channels;
+                o[g * kChannels + c] = (weight.wide ? 128 : 8) +
+                                       (zero ? weight.zero_point[(block.first + c) * weight.groups + g] : 0);
+            }
+        return o;
+    }
+
+    const uint32_t* bfloat16_pairs(const Rest& rest, const Block& block, int64_t padded) {
+        uint32_t* p = pairs.at_least(padded / 2 * kChannels);
+        auto source = static_cast<const uint16_t*>(rest.outlier_weight) + block.first * rest.rank;
+        int64_t whole = block.channels == kChannels ? rest.rank / 16 * 16 : 0;
+        for (int64_t half = 0; half < 2; ++half)
+            for (int64_t k = 0; k < whole; k += 16) {
+                __m256i rows[8];
+                for (int c = 0; c < 8; ++c)
+                    rows[c] = _mm256_loadu_si256(
+                        reinterpret_cast<const __m256i*>(source + (8 * half + c) * rest.rank + k));
+                transpose8(rows);
+                for (int j = 0; j < 8; ++j)
+                    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p + (k / 2 + j) * kChannels + 8 * half), rows[j]);
+            }
+        for (int64_t k = whole; k < padded; k += 2)
+            for (int64_t c = 0; c < kChannels; ++c) {
+                bool here = c < block.channels;
+                uint32_t even = here && k < rest.rank ? source[c * rest.rank + k] : 0;
+                uint32_t odd = here && k + 1 < rest.rank ? source[c * rest.rank + k + 1] : 0;
+                p[k / 2 * kChannels + c] = even | odd << 16;
+            }
+        return p;
+    }
+
+    const float* columns(const Rest& rest, const Block& block, int64_t padded) {
+        float* values_ = values.at_least(padded * kChannels);
+        float* one = row.at_least(padded);
+        for (int64_t c = 0; c < kChannels; ++c) {
+            std::memset(one, 0, padded * sizeof(float));
+            if (c < block.channels)
+                load_row(element(rest.outlier_weight, rest.outlier_weight_dtype, (block.first + c) * rest.rank),
+                         rest.outlier_weight_dtype, rest.rank, one);
+            for (int64_t k = 0; k < padded; ++k) values_[k * kChannels + c] = one[k];
+        }
+        return values_;
+    }
+};
+
+#ifdef __AVX512F__
+constexpr int kOutlierTile = 6;
+#else
+constexpr int kOutlierTile = 2;
+#endif
+
+// Adds the outlier products of T tokens, [T][16]; `x` is [T][rank].
+template <int T, bool Pairs>
+void add_outliers(const OutlierPanel& panel, const float* x, int64_t rank, float* y) {
+    Float16 sum[T];
+    for (int t = 0; t < T; ++t) sum[t] = Float16::zero();
+    for (int64_t start = 0; start < rank; start += kRank) {
+        Float16 even[T], odd[T];
+        for (int t = 0; t < T; ++t) even[t] = odd[t] = Float16::zero();
+        for (int64_t j = start / 2; j < (start + kRank) / 2; ++j) {
+            Float16 first, second;
+            panel.columns<Pairs>(j, first, second);
+            for (int t = 0; t < T; ++t) {
+                even[t] = even[t].plus_product(Float16::all(x[t * rank + 2 * j]), first);
+                odd[t] = odd[t].plus_product(Float16::all(x[t * rank + 2 * j + 1]), second);
+            }
+        }
+        for (int t = 0; t < T; ++t) sum[t] = sum[t] + (even[t] + odd[t]);
+    }
+    for (int t = 0; t < T; ++t) (Float16::load(y + 16 * t) + sum[t]).store(y + 16 * t);
+}
+
+template <bool Pairs, int T = kOutlierTile>
+void add_all_outliers(const OutlierPanel& panel, const float* x, int64_t rank, int64_t count, float* y) {
+    if constexpr (T > 0) {
+        for (; count >= T; count -= T, x += T * rank, y += 16 * T) add_outliers<T, Pairs>(panel, x, rank, y);
+        if (count) add_all_outliers<Pairs, T - 1>(panel, x, rank, count, y);
+    }
+}
+
+// Adds the exact sums [count][16] of stretch g, scaled, to y [count][16]; the tokens begin at `t`.
+void add_stretch(const Block& block, int64_t weight_groups, const Tokens& tokens, int64_t t, int64_t count, int64_t g,
+                 const int32_t* total, float* y) {
+    int64_t weight_g = g * weight_groups / tokens.sums, x_g = g * tokens.scales / tokens.sums;
+    const int32_t* offset = block.offset + weight_g * kChannels;
+    Float16 scale = Float16::load(block.scale + weight_g * kChannels);
+    for (int64_t i = 0; i < count; ++i) {
+        uint32_t sum = uint32_t(tokens.sum[(t + i) * tokens.sums + g]);
+        int32_t exact[kChannels];
+        for (int64_t c = 0; c < kChannels; ++c)
+            exact[c] = int32_t(uint32_t(total[i * kChannels + c]) - uint32_t(offset[c]) * sum);
+        Float16 x_scale = Float16::all(tokens.scale[(t + i) * tokens.scales + x_g]);
+        Float16::load(y + i * kChannels).plus_product(Float16::of(exact) * x_scale, scale).store(y + i * kChannels);
+    }
+}
+
+// Adds the bias and stores y [count][16] as the block's columns of the output, from token `t` on.
+void finish(const Block& block, const Output& output, int64_t width, int64_t t, int64_t count, float* y) {
+    Float16 bias = Float16::load(block.bias);
+    bool whole = block.channels == kChannels;
+    for (int64_t i = 0; i < count; ++i) {
+        Float16 sum = Float16::load(y + i * kChannels) + bias;
+        void* target = const_cast<void*>(element(output.data, output.dtype, (t + i) * width + block.first));
+        if (whole && output.dtype == Dtype::bfloat16) {
+            sum.store_bfloat16(static_cast<uint16_t*>(target));
+        } else if (whole && output.dtype == Dtype::float32) {
+            sum.store(static_cast<float*>(target));
+        } else {
+            float row[kChannels];
+            sum.store(row);
+            store_row(target, output.dtype, block.channels, row);
+        }
+    }
+}
+
+}  // namespace

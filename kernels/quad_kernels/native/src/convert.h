@@ -1,0 +1,164 @@
+// Rows of float32, bfloat16 and float16 as float32 and back, and sixteen float32 numbers as one value.
+#pragma once
+
+#include <immintrin.h>
+
+#include <cstring>
+
+#include "call.h"
+#include "memory.h"
+
+namespace {
+
+using quad::Dtype;
+
+int64_t size_of(Dtype dtype) { return dtype == Dtype::float32 ? 4 : 2; }
+
+const void* element(const void* data, Dtype dtype, int64_t index) {
+    return static_cast<const char*>(data) + index * size_of(dtype);
+}
+
+float from_bfloat16(uint16_t bits) {
+    uint32_t wide = uint32_t(bits) << 16;
+    float value;
+    std::memcpy(&value, &wide, 4);
+    return value;
+}
+
+// To nearest, ties to even; any NaN becomes the quiet one that PyTorch makes.
+uint16_t to_bfloat16(float value) {
+    uint32_t bits;
+    std::memcpy(&bits, &value, 4);
+    if ((bits & 0x7FFFFFFF) > 0x7F800000) return 0x7FC0;
+    return uint16_t((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16);
+}
+
+// Sixteen float32 numbers: one AVX-512 register, or two of AVX2. Products and sums are rounded alike in both.
+#ifdef __AVX512F__
+struct Float16 {
+    __m512 v;
+    static Float16 zero() { return {_mm512_setzero_ps()}; }
+    static Float16 all(float value) { return {_mm512_set1_ps(value)}; }
+    static Float16 load(const float* p) { return {_mm512_loadu_ps(p)}; }
+    static Float16 of(const int32_t* p) { return {_mm512_cvtepi32_ps(_mm512_loadu_si512(p))}; }
+    static Float16 of_bfloat16(const uint16_t* p) {
+        __m512i wide = _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+        return {_mm512_castsi512_ps(_mm512_slli_epi32(wide, 16))};
+    }
+    void store(float* p) const { _mm512_storeu_ps(p, v); }
+    void store_bfloat16(uint16_t* p) const {
+        __m512i bits = _mm512_castps_si512(v);
+        __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
+        bits = _mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7FFF)));
+        bits = _mm512_srli_epi32(bits, 16);
+        bits = _mm512_mask_mov_epi32(bits, _mm512_cmp_ps_mask(v, v, _CMP_UNORD_Q), _mm512_set1_epi32(0x7FC0));
+        _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtepi32_epi16(bits));
+    }
+    Float16 operator+(Float16 o) const { return {_mm512_add_ps(v, o.v)}; }
+    Float16 operator-(Float16 o) const { return {_mm512_sub_ps(v, o.v)}; }
+    Float16 operator*(Float16 o) const { return {_mm512_mul_ps(v, o.v)}; }
+    Float16 plus_product(Float16 a, Float16 b) const { return {_mm512_fmadd_ps(a.v, b.v, v)}; }
+};
+#else
+struct Float16 {
+    __m256 a, b;
+    static Float16 zero() { return {_mm256_setzero_ps(), _mm256_setzero_ps()}; }
+    static Float16 all(float value) { return {_mm256_set1_ps(value), _mm256_set1_ps(value)}; }
+    static Float16 load(const float* p) { return {_mm256_loadu_ps(p), _mm256_loadu_ps(p + 8)}; }
+    static Float16 of(const int32_t* p) {
+        auto q = reinterpret_cast<const __m256i*>(p);
+        return {_mm256_cvtepi32_ps(_mm256_loadu_si256(q)), _mm256_cvtepi32_ps(_mm256_loadu_si256(q + 1))};
+    }
+    static __m256 half_of_bfloat16(const uint16_t* p) {
+        __m256i wide = _mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+        return _mm256_castsi256_ps(_mm256_slli_epi32(wide, 16));
+    }
+    static Float16 of_bfloat16(const uint16_t* p) { return {half_of_bfloat16(p), half_of_bfloat16(p + 8)}; }
+    void store(float* p) const {
+        _mm256_storeu_ps(p, a);
+        _mm256_storeu_ps(p + 8, b);
+    }
+    static __m256i rounded(__m256 v) {
+        __m256i bits = _mm256_castps_si256(v);
+        __m256i odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
+        bits = _mm256_add_epi32(bits, _mm256_add_epi32(odd, _mm256_set1_epi32(0x7FFF)));
+        bits = _mm256_srli_epi32(bits, 16);
+        __m256i none = _mm256_castps_si256(_mm256_cmp_ps(v, v, _CMP_UNORD_Q));
+        return _mm256_blendv_epi8(bits, _mm256_set1_epi32(0x7FC0), none);
+    }
+    void store_bfloat16(uint16_t* p) const {
+        __m256i both = _mm256_packus_epi32(rounded(a), rounded(b));
+        _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm256_permute4x64_epi64(both, 0xD8));
+    }
+    Float16 operator+(Float16 o) const { return {_mm256_add_ps(a, o.a), _mm256_add_ps(b, o.b)}; }
+    Float16 operator-(Float16 o) const { return {_mm256_sub_ps(a, o.a), _mm256_sub_ps(b, o.b)}; }
+    Float16 operator*(Float16 o) const { return {_mm256_mul_ps(a, o.a), _mm256_mul_ps(b, o.b)}; }
+    Float16 plus_product(Float16 x, Float16 y) const {
+        return {_mm256_fmadd_ps(x.a, y.a, a), _mm256_fmadd_ps(x.b, y.b, b)};
+    }
+};
+#endif
+
+float load_one(const void* data, Dtype dtype, int64_t index) {
+    if (dtype == Dtype::float32) return static_cast<const float*>(data)[index];
+    uint16_t bits = static_cast<const uint16_t*>(data)[index];
+    return dtype == Dtype::bfloat16 ? from_bfloat16(bits) : _cvtsh_ss(bits);
+}
+
+void store_one(void* data, Dtype dtype, int64_t index, float value) {
+    if (dtype == Dtype::float32) static_cast<float*>(data)[index] = value;
+    else if (dtype == Dtype::bfloat16) static_cast<uint16_t*>(data)[index] = to_bfloat16(value);
+    else static_cast<uint16_t*>(data)[index] = _cvtss_sh(value, _MM_FROUND_TO_NEAREST_INT);
+}
+
+void load_row(const void* data, Dtype dtype, int64_t count, float* row) {
+    if (dtype == Dtype::float32) {
+        std::memcpy(row, data, count * 4);
+    } else if (dtype == Dtype::bfloat16) {
+        auto source = static_cast<const uint16_t*>(data);
+        int64_t i = 0;
+        for (; i + 16 <= count; i += 16) Float16::of_bfloat16(source + i).store(row + i);
+        for (; i < count; ++i) row[i] = from_bfloat16(source[i]);
+    } else {
+        auto source = static_cast<const uint16_t*>(data);
+        int64_t i = 0;
+        for (; i + 8 <= count; i += 8)
+            _mm256_storeu_ps(row + i, _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(source + i))));
+        for (; i < count; ++i) row[i] = _cvtsh_ss(source[i]);
+    }
+}
+
+void store_row(void* data, Dtype dtype, int64_t count, const float* row) {
+    if (dtype == Dtype::float32) {
+        std::memcpy(data, row, count * 4);
+    } else if (dtype == Dtype::bfloat16) {
+        auto target = static_cast<uint16_t*>(data);
+        int64_t i = 0;
+        for (; i + 16 <= count; i += 16) Float16::load(row + i).store_bfloat16(target + i);
+        for (; i < count; ++i) target[i] = to_bfloat16(row[i]);
+    } else {
+        auto target = static_cast<uint16_t*>(data);
+        int64_t i = 0;
+        for (; i + 8 <= count; i += 8)
+            _mm_storeu_si128(reinterpret_cast<__m128i*>(target + i),
+                             _mm256_cvtps_ph(_mm256_loadu_ps(row + i), _MM_FROUND_TO_NEAREST_INT));
+        for (; i < count; ++i) target[i] = _cvtss_sh(row[i], _MM_FROUND_TO_NEAREST_INT);
+    }
+}
+
+// Rounds float32 numbers to the values of a narrower dtype.
+void round_row(float* row, Dtype dtype, int64_t count) {
+    if (dtype == Dtype::bfloat16) {
+        int64_t i = 0;
+        for (; i + 16 <= count; i += 16) {
+            uint16_t narrow[16];
+            Float16::load(row + i).store_bfloat16(narrow);
+            Float16::of_bfloat16(narrow).store(row + i);
+        }
+        for (; i < count; ++i) row[i] = from_bfloat16(to_bfloat16(row[i]));
+    } else if (dtype == Dtype::float16) {
+        for (int64_t i = 0; i < count; ++i) row[i] = _cvtsh_ss(_cvtss_sh(row[i], _MM_FROUND_TO_NEAREST_INT));
+    }
+}
+
+}  // namespace

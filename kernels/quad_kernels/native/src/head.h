@@ -1,0 +1,98 @@
+// The head of a model with 8-bit rows: the sum of x times a row's integers, in float32, times the row's scale.
+#pragma once
+
+#include "linear.h"
+
+namespace {
+
+using quad::Table;
+
+#ifdef __AVX512F__
+constexpr int kHeadTile = 4;  // tokens that share a widened row
+Float16 widened(const uint8_t* p) {
+    __m128i bytes = _mm_xor_si128(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)), _mm_set1_epi8(-128));
+    return {_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(bytes))};
+}
+float total_of(Float16 a) { return _mm512_reduce_add_ps(a.v); }
+#else
+constexpr int kHeadTile = 2;
+Float16 widened(const uint8_t* p) {
+    __m128i bytes = _mm_xor_si128(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)), _mm_set1_epi8(-128));
+    return {_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(bytes)),
+            _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_srli_si128(bytes, 8)))};
+}
+float total_of(Float16 x) {
+    __m256 sum = _mm256_add_ps(x.a, x.b);
+    __m128 half = _mm_add_ps(_mm256_castps256_ps128(sum), _mm256_extractf128_ps(sum, 1));
+    half = _mm_add_ps(half, _mm_movehl_ps(half, half));
+    return _mm_cvtss_f32(_mm_add_ss(half, _mm_shuffle_ps(half, half, 1)));
+}
+#endif
+
+struct HeadCall {
+    const void* x;
+    void* y;
+    Dtype dtype;
+    int64_t tokens;
+    const Table& table;
+};
+
+constexpr int64_t kStep = 32;  // columns at a time
+
+// The products of one row, whose last columns are in `tail`, with T tokens of `x`, [T][padded].
+template <int T>
+void row_products(const uint8_t* row, const uint8_t* tail, int64_t columns, const float* x, int64_t padded, float* sum) {
+    Float16 even[T], odd[T];
+    for (int t = 0; t < T; ++t) even[t] = odd[t] = Float16::zero();
+    for (int64_t k = 0; k < columns; k += kStep) {
+        const uint8_t* p = k + kStep <= columns ? row + k : tail;
+        Float16 first = widened(p), second = widened(p + 16);
+        for (int t = 0; t < T; ++t) {
+            even[t] = even[t].plus_product(first, Float16::load(x + t * padded + k));
+            odd[t] = odd[t].plus_product(second, Float16::load(x + t * padded + k + 16));
+        }
+    }
+    for (int t = 0; t < T; ++t) sum[t] = total_of(even[t] + odd[t]);
+}
+
+template <int T>
+void head_rows(const HeadCall& call, int64_t begin, int64_t end, int64_t t, const float* x, int64_t padded) {
+    const Table& table = call.table;
+    int64_t whole = table.columns / kStep * kStep;
+    for (int64_t r = begin; r < end; ++r) {
+        const uint8_t* row = table.integers + r * table.stride;
+        uint8_t tail[kStep] = {};
+        std::memcpy(tail, row + whole, table.columns - whole);
+        _mm_prefetch(reinterpret_cast<const char*>(row + 2048), _MM_HINT_T0);
+        float sum[T], scale = load_one(table.scale, table.scale_dtype, r);
+        row_products<T>(row, tail, table.columns, x + t * padded, padded, sum);
+        for (int i = 0; i < T; ++i) store_one(call.y, call.dtype, (t + i) * table.rows + r, sum[i] * scale);
+    }
+}
+
+template <int T = kHeadTile>
+void head_tokens(const HeadCall& call, int64_t begin, int64_t end, int64_t t, const float* x, int64_t padded) {
+    if constexpr (T > 0) {
+        for (; t + T <= call.tokens; t += T) head_rows<T>(call, begin, end, t, x, padded);
+        if (t < call.tokens) head_tokens<T - 1>(call, begin, end, t, x, padded);
+    }
+}
+
+void head(const void* x, void* y, Dtype dtype, int64_t tokens, const Table& table, ParallelFor parallel_for) {
+    HeadCall call{x, y, dtype, tokens, table};
+    parallel_for(
+        0, table.rows, larger(1, kBytesPerThread / table.columns),
+        [](int64_t begin, int64_t end, void* context) {
+            const HeadCall& call = *static_cast<const HeadCall*>(context);
+            int64_t columns = call.table.columns, padded = round_up(columns, kStep);
+            float* x = call_memory().y.at_least(call.tokens * padded);
+            for (int64_t t = 0; t < call.tokens; ++t) {
+                load_row(element(call.x, call.dtype, t * columns), call.dtype, columns, x + t * padded);
+                std::memset(x + t * padded + columns, 0, (padded - columns) * sizeof(float));
+            }
+            head_tokens(call, begin, end, 0, x, padded);
+        },
+        &call);
+}
+
+}  // namespace

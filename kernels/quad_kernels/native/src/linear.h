@@ -1,0 +1,289 @@
+// A whole linear: quantizes the tokens, multiplies, adds outliers and bias. Few tokens go straight from the packed
+// weight; more share weights that are unpacked once.
+#pragma once
+
+#include "block.h"
+
+namespace {
+
+using quad::Integers;
+using quad::ParallelFor;
+
+constexpr int64_t kBatch = 512;  // tokens at a time, at most: memory does not grow with their number
+constexpr int64_t kBatchBytes = 1 << 20;  // of their integers, which each thread reads again for each block of channels
+constexpr int64_t kBytesPerThread = 64 * 1024;  // of weights read for one token; a thread less would start in vain
+
+struct CallMemory {
+    Buffer<int8_t> integers;
+    Buffer<float> scale, outlier;
+    Buffer<int32_t> sum;
+    Buffer<uint16_t> outlier16;
+    BlockMemory block[2];
+    Buffer<uint8_t> panel;
+    Buffer<int32_t> total;
+    Buffer<float> y;
+};
+
+CallMemory& call_memory() {
+    thread_local CallMemory memory;
+    return memory;
+}
+
+int64_t greatest_divisor(int64_t a, int64_t b) { return b ? greatest_divisor(b, a % b) : a; }
+
+// A call, and where its tokens are.
+struct Call {
+    const Input* input;
+    const Integers* integers;
+    const Weight& weight;
+    const Rest& rest;
+    const Output& output;
+    int64_t first, count;  // tokens of this batch
+    bool small;            // integers of the inputs fit into 4 bits
+    Tokens tokens;
+    uint16_t* outlier16;  // [rank / 32][count][32], bfloat16, where AMX multiplies them
+
+    int64_t stretch() const { return weight.in_features / tokens.sums; }
+    int64_t lines() const { return round_up(weight.in_features, kChunk) / per_line(); }
+    int64_t per_line() const { return weight.wide ? 4 : 8; }
+    const uint8_t* block_lines(int64_t index) const { return weight.lines + index * lines() * kLine; }
+};
+
+Tokens make_room(CallMemory& memory, const Call& call, int64_t count) {
+    int64_t rank = call.rest.outlier_weight ? round_up(call.rest.rank, kRank) : 0;
+    int64_t scales = call.input ? call.input->groups : call.integers->groups;
+    int64_t sums = scales / greatest_divisor(scales, call.weight.groups) * call.weight.groups;
+    Tokens tokens{};
+    tokens.integers = memory.integers.at_least(round_up(call.weight.in_features, kChunk) * count);
+    tokens.scale = memory.scale.at_least(scales * count);
+    tokens.sum = memory.sum.at_least(sums * count);
+    tokens.outlier = memory.outlier.at_least(larger(1, rank * count));
+    tokens.count = count;
+    tokens.scales = scales;
+    tokens.sums = sums;
+    tokens.rank = rank;
+    return tokens;
+}
+
+// Brings token i of the batch to its place.
+void place(const Call& call, int64_t i) {
+    const Tokens& tokens = call.tokens;
+    if (call.input) {
+        quantize_into(*call.input, call.first + i, tokens, i);
+        return;
+    }
+    const Integers& x = *call.integers;
+    int64_t t = call.first + i;
+    std::memcpy(tokens.scale + i * tokens.scales, x.scale + t * tokens.scales, tokens.scales * sizeof(float));
+    place_token(tokens, i, x.data + t * call.weight.in_features, call.weight.in_features);
+    if (tokens.rank) {
+        float* outlier = tokens.outlier + i * tokens.rank;
+        load_row(element(call.rest.outlier, call.rest.outlier_dtype, t * call.rest.rank), call.rest.outlier_dtype,
+                 call.rest.rank, outlier);
+        std::memset(outlier + call.rest.rank, 0, (tokens.rank - call.rest.rank) * sizeof(float));
+    }
+}
+
+void end_block(const Call& call, const Block& block, int64_t t, int64_t count, float* y) {
+    const Tokens& tokens = call.tokens;
+    if (tokens.rank) {
+        const float* x = tokens.outlier + t * tokens.rank;
+        if (block.outlier.pairs) add_all_outliers<true>(block.outlier, x, tokens.rank, count, y);
+        else add_all_outliers<false>(block.outlier, x, tokens.rank, count, y);
+    }
+    finish(block, call.output, call.weight.out_features, call.first + t, count, y);
+}
+
+template <int T, bool Wide>
+void direct_block(const Call& call, int64_t index, CallMemory& memory) {
+    const Tokens& tokens = call.tokens;
+    Block block = memory.block[0].prepare(call.weight, call.rest, index, tokens.rank);
+    alignas(64) int32_t total[T * kChannels];
+    alignas(64) float y[T * kChannels] = {};
+    int64_t end = ceil_div(call.weight.in_features, call.per_line()), step = call.stretch() / call.per_line();
+    for (int64_t s = 0; s < tokens.sums; ++s) {
+        int64_t begin = s * step, stop = s + 1 == tokens.sums ? end : begin + step;
+        Product::direct<T, Wide>(call.block_lines(index), begin, stop, tokens.integers, tokens.count * kChunk,
+                                 call.small, total);
+        add_stretch(block, call.weight.groups, tokens, 0, T, s, total, y);
+    }
+    end_block(call, block, 0, T, y);
+}
+
+template <bool Wide, int T = Product::kDirect>
+void direct_blocks(const Call& call, int64_t begin, int64_t end, CallMemory& memory) {
+    if constexpr (T > 0) {
+        if (call.count != T) return direct_blocks<Wide, T - 1>(call, begin, end, memory);
+        for (int64_t b = begin; b < end; ++b) direct_block<T, Wide>(call, b, memory);
+    }
+}
+
+// Few tokens: every thread quantizes them for itself, which is quicker than to wait for another.
+void direct(const Call& whole, int64_t threads_grain, ParallelFor parallel_for) {
+    auto body = [](int64_t begin, int64_t end, void* context) {
+        CallMemory& memory = call_memory();
+        Call call = *static_cast<const Call*>(context);
+        call.tokens = make_room(memory, call, call.count);
+        for (int64_t i = 0; i < call.count; ++i) place(call, i);
+        if (call.weight.wide) direct_blocks<true>(call, begin, end, memory);
+        else direct_blocks<false>(call, begin, end, memory);
+    };
+    parallel_for(0, ceil_div(whole.weight.out_features, kChannels), threads_grain, body, const_cast<Call*>(&whole));
+}
+
+template <bool Wide, int T = Product::kTile>
+void tiles(const Call& call, const uint8_t* panel, int64_t rows, int64_t first, bool add, int64_t t, int32_t* total) {
+    if constexpr (T > 0) {
+        const Tokens& tokens = call.tokens;
+        alignas(64) int32_t sums[T * kChannels];
+        for (; t + T <= call.count; t += T) {
+            Product::tile<T, Wide>(panel, rows, tokens.integers + t * kChunk, tokens.count * kChunk, first, call.small,
+                                   sums);
+            int32_t* target = total + t * kChannels;
+            if (add) for (int i = 0; i < T * kChannels; ++i) target[i] += sums[i];
+            else std::memcpy(target, sums, sizeof(sums));
+        }
+        if (t < call.count) tiles<Wide, T - 1>(call, panel, rows, first, add, t, total);
+    }
+}
+
+template <bool Wide>
+void tiled_block(const Call& call, int64_t index, CallMemory& memory) {
+    const Tokens& tokens = call.tokens;
+    Block block = memory.block[0].prepare(call.weight, call.rest, index, tokens.rank);
+    uint8_t* panel = memory.panel.at_least(Product::kPanel * kChannels * Product::kPlanes);
+    int32_t* total = memory.total.at_least(call.count * kChannels);
+    float* y = memory.y.at_least(call.count * kChannels);
+    std::memset(y, 0, call.count * kChannels * sizeof(float));
+    int64_t lines_at_once = Product::kPanel / call.per_line();
+    int64_t all = ceil_div(call.weight.in_features, call.per_line()), step = call.stretch() / call.per_line();
+    for (int64_t s = 0; s < tokens.sums; ++s) {
+        int64_t begin = s * step, stop = s + 1 == tokens.sums ? all : begin + step;
+        for (int64_t l = begin; l < stop; l += lines_at_once) {
+            int64_t end = smaller(stop, l + lines_at_once);
+            const uint8_t* rows = Product::unpack<Wide>(call.block_lines(index), l, end, panel);
+            tiles<Wide>(call, rows, (end - l) * call.per_line() / 4, l * call.per_line(), l > begin, 0, total);
+        }
+        add_stretch(block, call.weight.groups, tokens, 0, call.count, s, total, y);
+    }
+    end_block(call, block, 0, call.count, y);
+}
+#ifdef QUAD_AMX
+#include "product_amx.h"
+#else
+constexpr int64_t kUnit = 1;    // blocks of channels that a thread takes at once
+constexpr int64_t kTokens = 1;  // the number of tokens is padded to a multiple of this
+uint16_t* room_for_outlier16(CallMemory&, const Call&) { return nullptr; }
+void place_outlier16(const Call&, int64_t) {}
+#endif
+
+template <bool Wide>
+void units(const Call& call, int64_t begin, int64_t end) {
+    CallMemory& memory = call_memory();
+#ifdef QUAD_AMX
+    if (takes_amx(call)) {
+        TileSession session;
+        for (int64_t u = begin; u < end; ++u) amx_unit<Wide>(call, u, memory);
+        return;
+    }
+#endif
+    int64_t blocks = ceil_div(call.weight.out_features, kChannels);
+    for (int64_t b = begin * kUnit; b < smaller(blocks, end * kUnit); ++b) tiled_block<Wide>(call, b, memory);
+}
+
+// Many tokens: they are quantized first, on all threads; then each thread takes channels.
+void blocked(Call& call, ParallelFor parallel_for) {
+    parallel_for(
+        0, call.count, larger(1, 16384 / call.weight.in_features),
+        [](int64_t begin, int64_t end, void* context) {
+            const Call& call = *static_cast<const Call*>(context);
+            for (int64_t i = begin; i < end; ++i) {
+                place(call, i);
+                if (call.outlier16) place_outlier16(call, i);
+            }
+        },
+        &call);
+    parallel_for(
+        0, ceil_div(call.weight.out_features, kUnit * kChannels), 1,
+        [](int64_t begin, int64_t end, void* context) {
+            const Call& call = *static_cast<const Call*>(context);
+            if (call.weight.wide) units<true>(call, begin, end);
+            else units<false>(call, begin, end);
+        },
+        &call);
+}
+
+bool all_small(const Integers& x, int64_t width) {
+    int8_t low = 0, high = 0;
+    for (int64_t i = 0; i < x.tokens * width; ++i) {
+        low = x.data[i] < low ? x.data[i] : low;
+        high = x.data[i] > high ? x.data[i] : high;
+    }
+    return low >= -8 && high <= 7;
+}
+
+void linear(const Input* input, const Integers* integers, const Weight& weight, const Rest& rest, const Output& output,
+            ParallelFor parallel_for) {
+    int64_t tokens = input ? input->tokens : integers->tokens;
+    bool small = input ? input->bits <= 4 : all_small(*integers, weight.in_features);
+    int64_t batch = larger(64, smaller(kBatch, kBatchBytes / weight.in_features / 32 * 32));
+    for (int64_t first = 0; first < tokens; first += batch) {
+        Call call{input, integers, weight, rest, output, first, smaller(batch, tokens - first), small, {}, nullptr};
+        if (call.count <= Product::kDirect) {
+            direct(call, larger(1, kBytesPerThread / (call.lines() * kLine * call.count)), parallel_for);
+        } else {
+            call.tokens = make_room(call_memory(), call, round_up(call.count, kTokens));
+            call.outlier16 = room_for_outlier16(call_memory(), call);
+            blocked(call, parallel_for);
+        }
+    }
+}
+
+void quantize(const Input& input, void* outlier, int8_t* integers, float* scale, ParallelFor parallel_for) {
+    struct Context {
+        const Input& input;
+        void* outlier;
+        int8_t* integers;
+        float* scale;
+    } context{input, outlier, integers, scale};
+    parallel_for(
+        0, input.tokens, larger(1, 16384 / input.width),
+        [](int64_t begin, int64_t end, void* pointer) {
+            const Context& c = *static_cast<const Context*>(pointer);
+            int64_t rank = c.input.rank(), width = c.input.residual();
+            Buffer<float>& wide = call_memory().outlier;
+            for (int64_t t = begin; t < end; ++t) {
+                float* row = wide.at_least(larger(1, rank));
+                quantize_token(c.input, t, row, c.integers + t * width, c.scale + t * c.input.groups);
+                if (rank)
+                    store_row(const_cast<void*>(element(c.outlier, c.input.dtype, t * rank)), c.input.dtype, rank, row);
+            }
+        },
+        &context);
+}
+
+void hadamard_rows(const void* data, void* output, Dtype dtype, int64_t tokens, const Hadamard& plan,
+                   ParallelFor parallel_for) {
+    struct Context {
+        const void* data;
+        void* output;
+        Dtype dtype;
+        const Hadamard& plan;
+    } context{data, output, dtype, plan};
+    parallel_for(
+        0, tokens, larger(1, 16384 / plan.size),
+        [](int64_t begin, int64_t end, void* pointer) {
+            const Context& c = *static_cast<const Context*>(pointer);
+            QuantizeMemory& memory = quantize_memory();
+            int64_t size = c.plan.size;
+            float* row = memory.row.at_least(size);
+            for (int64_t t = begin; t < end; ++t) {
+                load_row(element(c.data, c.dtype, t * size), c.dtype, size, row);
+                transform(row, c.plan, memory.tables);
+                store_row(const_cast<void*>(element(c.output, c.dtype, t * size)), c.dtype, size, row);
+            }
+        },
+        &context);
+}
+
+}  // namespace

@@ -1,0 +1,141 @@
+// Integer products with 256-bit registers: AVX-VNNI where the file is compiled for it, else pairs of 16-bit sums.
+#pragma once
+
+#include <immintrin.h>
+
+#include <cstring>
+
+#include "memory.h"
+
+namespace {
+
+struct Product {
+#ifdef __AVXVNNI__
+    static constexpr const char* name = "avxvnni";
+#else
+    static constexpr const char* name = "avx2";
+#endif
+    static constexpr int kDirect = 4;
+    static constexpr int kTile = 3;
+    static constexpr int64_t kPanel = 512;
+    static constexpr int kPlanes = 2;  // a panel of whole bytes is two of nibbles: 255 x 127 x 2 overflows 16 bits
+
+    static __m256i broadcast(const int8_t* a) {
+        int32_t four;
+        std::memcpy(&four, a, 4);
+        return _mm256_set1_epi32(four);
+    }
+
+    // 8 channels: sums of products. With 16 bits a product of four inputs adds at most 2 x 15 x 128 to each half.
+    struct Sum {
+#ifdef __AVXVNNI__
+        __m256i wide = _mm256_setzero_si256();
+        void add(__m256i weights, __m256i inputs) { wide = _mm256_dpbusd_avx_epi32(wide, weights, inputs); }
+        __m256i take() { return wide; }
+#else
+        __m256i narrow = _mm256_setzero_si256();
+        void add(__m256i weights, __m256i inputs) {
+            narrow = _mm256_add_epi16(narrow, _mm256_maddubs_epi16(weights, inputs));
+        }
+        __m256i take() { return _mm256_madd_epi16(narrow, _mm256_set1_epi16(1)); }
+#endif
+    };
+
+    // Products that fit into 16 bits before the sums must be widened: 2 x 15 x 8 each for 4-bit inputs, 2 x 15 x 128 else.
+    static int64_t steps(bool small) {
+#ifdef __AVXVNNI__
+        (void)small;
+        return int64_t(1) << 40;
+#else
+        return small ? 128 : 8;
+#endif
+    }
+
+    static void accumulate(int32_t* total, __m256i sum, int shift, bool first) {
+        auto p = reinterpret_cast<__m256i*>(total);
+        sum = _mm256_slli_epi32(sum, shift);
+        _mm256_storeu_si256(p, first ? sum : _mm256_add_epi32(_mm256_loadu_si256(p), sum));
+    }
+
+    template <int T, bool Wide>
+    static void direct(const uint8_t* lines, int64_t begin, int64_t end, const int8_t* a, int64_t chunk, bool small,
+                       int32_t* total) {
+        constexpr int kPer = Wide ? 16 : 8;
+        const int64_t flush = Wide ? steps(small) : steps(small) / 2;
+        const __m256i nibble = _mm256_set1_epi8(15);
+        std::memset(total, 0, T * 16 * sizeof(int32_t));
+        for (int64_t start = begin; start < end; start += flush) {
+            int64_t stop = smaller(end, start + flush);
+            Sum low[T][2], high[T][2];  // of whole bytes: their low and high halves; else both into `low`
+            for (int64_t l = start; l < stop; ++l) {
+                const int8_t* x = a + l / kPer * chunk + l % kPer * (64 / kPer);
+                _mm_prefetch(reinterpret_cast<const char*>(lines + l * kLine + 3072), _MM_HINT_T0);
+                for (int h = 0; h < 2; ++h) {
+                    __m256i w = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(lines + l * kLine + 32 * h));
+                    __m256i first = _mm256_and_si256(w, nibble);
+                    __m256i second = _mm256_and_si256(_mm256_srli_epi16(w, 4), nibble);
+                    for (int t = 0; t < T; ++t) {
+                        low[t][h].add(first, broadcast(x + t * kLine));
+                        if constexpr (Wide) high[t][h].add(second, broadcast(x + t * kLine));
+                        else low[t][h].add(second, broadcast(x + t * kLine + 4));
+                    }
+                }
+            }
+            for (int t = 0; t < T; ++t)
+                for (int h = 0; h < 2; ++h) {
+                    accumulate(total + 16 * t + 8 * h, low[t][h].take(), 0, false);
+                    if constexpr (Wide) accumulate(total + 16 * t + 8 * h, high[t][h].take(), 4, false);
+                }
+        }
+    }
+
+    template <bool Wide>
+    static const uint8_t* unpack(const uint8_t* lines, int64_t begin, int64_t end, uint8_t* panel) {
+        const __m256i nibble = _mm256_set1_epi8(15);
+        int64_t plane = Wide ? (end - begin) * kLine : kLine;  // distance of the two halves
+        uint8_t* target = panel;
+        for (int64_t l = begin; l < end; ++l, target += Wide ? kLine : 2 * kLine)
+            for (int h = 0; h < 2; ++h) {
+                __m256i w = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(lines + l * kLine + 32 * h));
+                _mm256_store_si256(reinterpret_cast<__m256i*>(target + 32 * h), _mm256_and_si256(w, nibble));
+                _mm256_store_si256(reinterpret_cast<__m256i*>(target + plane + 32 * h),
+                                   _mm256_and_si256(_mm256_srli_epi16(w, 4), nibble));
+            }
+        return panel;
+    }
+
+    template <int T>
+    static void plane(const uint8_t* panel, int64_t rows, const int8_t* a, int64_t chunk, int64_t first, bool small,
+                      int shift, int32_t* total) {
+        const int64_t flush = steps(small);
+        for (int64_t start = 0; start < rows; start += flush) {
+            int64_t stop = smaller(rows, start + flush);
+            Sum sum[T][2];
+            auto w = reinterpret_cast<const __m256i*>(panel + start * kLine);
+            for (int64_t k = first + 4 * start, end = first + 4 * stop; k < end;) {
+                const int8_t* x = a + k / 64 * chunk + k % 64;
+                int64_t last = smaller(end, k / 64 * 64 + 64);
+                for (; k < last; k += 4, x += 4, w += 2) {
+                    __m256i left = _mm256_load_si256(w), right = _mm256_load_si256(w + 1);
+                    for (int t = 0; t < T; ++t) {
+                        __m256i inputs = broadcast(x + t * kLine);
+                        sum[t][0].add(left, inputs);
+                        sum[t][1].add(right, inputs);
+                    }
+                }
+            }
+            for (int t = 0; t < T; ++t)
+                for (int h = 0; h < 2; ++h) accumulate(total + 16 * t + 8 * h, sum[t][h].take(), shift, false);
+        }
+    }
+
+    template <int T, bool Wide>
+    static void tile(const uint8_t* panel, int64_t rows, const int8_t* a, int64_t chunk, int64_t first, bool small,
+                     int32_t* total) {
+        std::memset(total, 0, T * 16 * sizeof(int32_t));
+        plane<T>(panel, rows, a, chunk, first, small, 0, total);
+        if constexpr (Wide) plane<T>(panel + rows * kLine, rows, a, chunk, first, small, 4, total);
+    }
+};
+
+}  // namespace

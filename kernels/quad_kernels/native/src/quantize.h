@@ -1,0 +1,129 @@
+// One token becomes outliers and integers: split, Hadamard, absolute maximum, rounding, in memory that fits the cache.
+#pragma once
+
+#include "hadamard.h"
+
+namespace {
+
+using quad::Input;
+
+// Quantized tokens as the products read them. Inputs come in chunks of 64, each with all its tokens one after the other:
+// a chunk of 16 tokens is a tile of AMX, and no two tokens lie a power of two apart in memory. Padding holds zeros.
+struct Tokens {
+    int8_t* integers;   // [chunks][count][64]
+    float* scale;       // [count][scales]
+    int32_t* sum;       // [count][sums], of the integers of a stretch that has one scale on either side
+    float* outlier;     // [count][rank]
+    int64_t count;      // with padding
+    int64_t scales;
+    int64_t sums;
+    int64_t rank;       // with padding: a multiple of 32
+
+    const int8_t* chunk(int64_t k) const { return integers + k / 64 * count * 64; }
+};
+
+constexpr int64_t kChunk = 64;
+constexpr int64_t kRank = 32;  // outlier columns at a time
+
+struct QuantizeMemory {
+    Buffer<float> row;
+    Buffer<float> tables;
+    Buffer<int8_t> integers;
+};
+
+QuantizeMemory& quantize_memory() {
+    thread_local QuantizeMemory memory;
+    return memory;
+}
+
+// The largest magnitude. As integers: a NaN is larger than every number and is not lost.
+float largest_magnitude(const float* x, int64_t count) {
+    int32_t largest = 0;
+    for (int64_t i = 0; i < count; ++i) {
+        int32_t bits;
+        std::memcpy(&bits, x + i, 4);
+        bits &= 0x7FFFFFFF;
+        largest = bits > largest ? bits : largest;
+    }
+    float value;
+    std::memcpy(&value, &largest, 4);
+    return value;
+}
+
+// Rounds `count` numbers to multiples of `scale`, half to even.
+void round_to_grid(const float* x, int64_t count, float scale, int32_t bits, int8_t* integers) {
+    const float low = -float(1 << (bits - 1)), high = -low - 1;
+    const float magic = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer
+    for (int64_t i = 0; i < count; ++i) {
+        // A division, as in the reference: at clip ratio 1 the largest value is a tie.
+        float q = x[i] / scale;
+        q = q < low ? low : q;
+        q = q > high ? high : q;
+        q = (q + magic) - magic;
+        integers[i] = int8_t(int32_t(q));
+    }
+}
+
+// Moves the outliers to `outlier`, float32, and leaves the residual in `row`.
+void split_row(const Input& input, float* row, float* outlier) {
+    if (!input.outliers) return;
+    int64_t kept = input.block - input.outliers, blocks = input.width / input.block;
+    for (int64_t b = 0; b < blocks; ++b) {
+        float* block = row + b * input.block;
+        std::memcpy(outlier + b * input.outliers, block, input.outliers * sizeof(float));
+        if (input.keep_width) std::memset(block, 0, input.outliers * sizeof(float));
+        else std::memmove(row + b * kept, block + input.outliers, kept * sizeof(float));
+    }
+}
+
+// Quantizes token `t` of the input: outliers [rank], float32; integers [residual]; scale [groups].
+void quantize_token(const Input& input, int64_t t, float* outlier, int8_t* integers, float* scale) {
+    QuantizeMemory& memory = quantize_memory();
+    float* row = memory.row.at_least(input.width);
+    load_row(element(input.data, input.dtype, t * input.width), input.dtype, input.width, row);
+    split_row(input, row, outlier);
+    int64_t width = input.residual();
+    if (input.hadamard) {
+        transform(row, *input.hadamard, memory.tables);
+        round_row(row, input.dtype, width);
+    }
+    const float levels = (float(1 << input.bits) - 1) / 2;
+    int64_t size = width / input.groups;
+    for (int64_t g = 0; g < input.groups; ++g) {
+        float step = largest_magnitude(row + g * size, size) * input.clip_ratio / levels;
+        if (step < 1.17549435e-38f) step = 0;
+        scale[g] = step;
+        if (step > 0 && step <= 3.402823466e38f) {
+            round_to_grid(row + g * size, size, step, input.bits, integers + g * size);
+        } else {  // a token of zeros, or one with a NaN or an infinity, whose scale makes the output NaN
+            std::memset(integers + g * size, 0, size);
+        }
+    }
+}
+
+// Copies one token's integers to its place in `tokens`, fills up with zeros and adds them up.
+void place_token(const Tokens& tokens, int64_t t, const int8_t* integers, int64_t width) {
+    for (int64_t k = 0; k < width; k += kChunk) {
+        int8_t* line = tokens.integers + k / kChunk * tokens.count * kChunk + t * kChunk;
+        int64_t count = smaller(kChunk, width - k);
+        std::memcpy(line, integers + k, count);
+        std::memset(line + count, 0, kChunk - count);
+    }
+    int64_t size = width / tokens.sums;
+    for (int64_t s = 0; s < tokens.sums; ++s) {
+        int32_t sum = 0;
+        for (int64_t i = 0; i < size; ++i) sum += integers[s * size + i];
+        tokens.sum[t * tokens.sums + s] = sum;
+    }
+}
+
+void quantize_into(const Input& input, int64_t t, const Tokens& tokens, int64_t place) {
+    int64_t rank = input.rank();
+    int8_t* integers = quantize_memory().integers.at_least(input.residual());
+    float* outlier = tokens.outlier + place * tokens.rank;
+    quantize_token(input, t, outlier, integers, tokens.scale + place * tokens.scales);
+    if (rank) std::memset(outlier + rank, 0, (tokens.rank - rank) * sizeof(float));
+    place_token(tokens, place, integers, input.residual());
+}
+
+}  // namespace

@@ -1,0 +1,293 @@
+// The kernels as PyTorch operators of the stable ABI: one library serves every torch from 2.10 on.
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+
+#include <deque>
+#include <mutex>
+#include <optional>
+#include <tuple>
+#include <unordered_map>
+#include <vector>
+
+#include "choose.h"
+
+namespace {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+using MaybeTensor = std::optional<Tensor>;
+
+void parallel_for(int64_t begin, int64_t end, int64_t grain, quad::Body body, void* context) {
+    if (begin < end) torch_parallel_for(begin, end, grain, body, context);
+}
+
+quad::Dtype dtype_of(const Tensor& tensor, const char* what) {
+    switch (tensor.scalar_type()) {
+        case ScalarType::Float: return quad::Dtype::float32;
+        case ScalarType::BFloat16: return quad::Dtype::bfloat16;
+        case ScalarType::Half: return quad::Dtype::float16;
+        default: STD_TORCH_CHECK(false, what, " must be float32, bfloat16 or float16");
+    }
+}
+
+int32_t torch_dtype(quad::Dtype dtype) {
+    switch (dtype) {
+        case quad::Dtype::float32: return aoti_torch_dtype_float32();
+        case quad::Dtype::bfloat16: return aoti_torch_dtype_bfloat16();
+        default: return aoti_torch_dtype_float16();
+    }
+}
+
+Tensor empty(const std::vector<int64_t>& sizes, int32_t dtype) {
+    std::vector<int64_t> strides(sizes.size());
+    int64_t stride = 1;
+    for (size_t i = sizes.size(); i-- > 0;) {
+        strides[i] = stride;
+        stride *= sizes[i];
+    }
+    AtenTensorHandle handle;
+    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(sizes.size(), sizes.data(), strides.data(), dtype,
+                                                    aoti_torch_device_type_cpu(), 0, &handle));
+    return Tensor(handle);
+}
+
+// The sizes of `x` with another last one.
+std::vector<int64_t> sizes_with(const Tensor& x, int64_t last) {
+    std::vector<int64_t> sizes(x.sizes().begin(), x.sizes().end());
+    sizes.back() = last;
+    return sizes;
+}
+
+Tensor dense(const Tensor& tensor) {
+    return tensor.is_contiguous() ? tensor : torch::stable::contiguous(tensor);
+}
+
+MaybeTensor dense(const MaybeTensor& tensor) {
+    return tensor ? MaybeTensor(dense(*tensor)) : std::nullopt;
+}
+
+const quad::Kernels& kernels() {
+    const quad::Kernels* found = quad::chosen();
+    STD_TORCH_CHECK(found, "this processor has no AVX2");
+    return *found;
+}
+
+// Hadamard plans, made by Python when a size is met for the first time.
+struct Plan {
+    quad::Hadamard plan{};
+    std::deque<std::vector<uint8_t>> signs;
+};
+
+std::mutex plans_mutex;
+std::unordered_map<int64_t, Plan> plans;
+void (*planner)(int64_t) = nullptr;
+
+const quad::Hadamard* find_plan(int64_t size) {
+    std::lock_guard<std::mutex> lock(plans_mutex);
+    auto found = plans.find(size);
+    return found == plans.end() ? nullptr : &found->second.plan;
+}
+
+const quad::Hadamard& plan_for(int64_t size) {
+    const quad::Hadamard* plan = find_plan(size);
+    if (!plan && planner) {
+        planner(size);
+        plan = find_plan(size);
+    }
+    STD_TORCH_CHECK(plan, "there is no Hadamard plan for ", size, " coordinates");
+    return *plan;
+}
+
+quad::Input input_of(const Tensor& x, int64_t bits, double clip_ratio, int64_t groups, int64_t outliers, int64_t block,
+                     bool keep_width, bool hadamard) {
+    quad::Input input{};
+    input.data = x.const_data_ptr();
+    input.dtype = dtype_of(x, "x");
+    input.width = x.size(x.dim() - 1);
+    input.tokens = input.width ? x.numel() / input.width : 0;
+    input.outliers = outliers;
+    input.block = block;
+    input.keep_width = keep_width;
+    input.bits = int32_t(bits);
+    input.clip_ratio = float(clip_ratio);
+    input.groups = groups;
+    STD_TORCH_CHECK(block > 0 && input.width % block == 0 && outliers >= 0 && outliers < block, "the split does not fit x");
+    STD_TORCH_CHECK(groups > 0 && input.residual() % groups == 0, "the groups do not divide the residual");
+    STD_TORCH_CHECK(bits >= 2 && bits <= 8, "the input must be quantized to 2 to 8 bits");
+    if (hadamard) input.hadamard = &plan_for(input.residual());
+    return input;
+}
+
+quad::Weight weight_of(const Tensor& lines, const Tensor& scale, const MaybeTensor& zero_point, int64_t in_features,
+                       int64_t out_features, bool wide) {
+    int64_t per_line = wide ? 4 : 8, count = (in_features + 63) / 64 * (64 / per_line);
+    STD_TORCH_CHECK(lines.is_contiguous() && lines.scalar_type() == ScalarType::Byte &&
+                        lines.numel() == (out_features + 15) / 16 * count * 64,
+                    "the weight is not in layout 'lines'");
+    STD_TORCH_CHECK(scale.dim() == 2 && scale.size(0) == out_features && in_features % scale.size(1) == 0,
+                    "the weight scales do not fit");
+    quad::Weight weight{};
+    weight.lines = static_cast<const uint8_t*>(lines.const_data_ptr());
+    weight.scale = scale.const_data_ptr();
+    weight.scale_dtype = dtype_of(scale, "the weight scale");
+    weight.in_features = in_features;
+    weight.out_features = out_features;
+    weight.groups = scale.size(1);
+    weight.wide = wide;
+    if (zero_point) {
+        STD_TORCH_CHECK(zero_point->numel() == scale.numel() && zero_point->scalar_type() == ScalarType::Char,
+                        "the zero points do not fit");
+        weight.zero_point = static_cast<const int8_t*>(zero_point->const_data_ptr());
+    }
+    return weight;
+}
+
+quad::Rest rest_of(const MaybeTensor& outlier_weight, const MaybeTensor& bias, int64_t rank, int64_t out_features) {
+    quad::Rest rest{};
+    if (outlier_weight && rank) {
+        STD_TORCH_CHECK(outlier_weight->numel() == out_features * rank, "the outlier weight does not fit");
+        rest.outlier_weight = outlier_weight->const_data_ptr();
+        rest.outlier_weight_dtype = dtype_of(*outlier_weight, "the outlier weight");
+        rest.rank = rank;
+    }
+    if (bias) {
+        STD_TORCH_CHECK(bias->numel() == out_features, "the bias does not fit");
+        rest.bias = bias->const_data_ptr();
+        rest.bias_dtype = dtype_of(*bias, "the bias");
+    }
+    return rest;
+}
+
+Tensor linear(const Tensor& x_, int64_t bits, double clip_ratio, int64_t groups, int64_t outliers, int64_t block,
+              bool keep_width, bool hadamard, const Tensor& lines, const Tensor& scale_, const MaybeTensor& zero_point_,
+              int64_t in_features, int64_t out_features, bool wide, const MaybeTensor& outlier_weight_,
+              const MaybeTensor& bias_) {
+    Tensor x = dense(x_), scale = dense(scale_);
+    MaybeTensor zero_point = dense(zero_point_), outlier_weight = dense(outlier_weight_);
+    MaybeTensor bias = dense(bias_);
+    quad::Input input = input_of(x, bits, clip_ratio, groups, outliers, block, keep_width, hadamard);
+    STD_TORCH_CHECK(input.residual() == in_features, "the weight does not fit the residual");
+    quad::Weight weight = weight_of(lines, scale, zero_point, in_features, out_features, wide);
+    quad::Rest rest = rest_of(outlier_weight, bias, input.rank(), out_features);
+    Tensor y = empty(sizes_with(x, out_features), torch_dtype(input.dtype));
+    quad::Output output{y.mutable_data_ptr(), input.dtype};
+    kernels().linear(&input, nullptr, weight, rest, output, parallel_for);
+    return y;
+}
+
+Tensor integer_linear(const Tensor& x_, const Tensor& x_scale_, const Tensor& lines, const Tensor& scale_,
+                      const MaybeTensor& zero_point_, int64_t in_features, int64_t out_features, bool wide,
+                      const MaybeTensor& outlier_, const MaybeTensor& outlier_weight_, const MaybeTensor& bias_,
+                      int64_t out_dtype) {
+    Tensor x = dense(x_), x_scale = dense(x_scale_), scale = dense(scale_);
+    MaybeTensor zero_point = dense(zero_point_), outlier = dense(outlier_), bias = dense(bias_);
+    MaybeTensor outlier_weight = dense(outlier_weight_);
+    STD_TORCH_CHECK(x.dim() == 2 && x.size(1) == in_features && x.scalar_type() == ScalarType::Char, "x does not fit");
+    STD_TORCH_CHECK(x_scale.dim() == 2 && x_scale.size(0) == x.size(0) && x_scale.scalar_type() == ScalarType::Float,
+                    "the scales of x do not fit");
+    quad::Integers integers{static_cast<const int8_t*>(x.const_data_ptr()),
+                            static_cast<const float*>(x_scale.const_data_ptr()), x.size(0), x_scale.size(1)};
+    quad::Weight weight = weight_of(lines, scale, zero_point, in_features, out_features, wide);
+    quad::Rest rest = rest_of(outlier_weight, bias, outlier ? outlier->size(1) : 0, out_features);
+    if (outlier) {
+        STD_TORCH_CHECK(outlier->size(0) == x.size(0), "the outliers do not fit x");
+        rest.outlier = outlier->const_data_ptr();
+        rest.outlier_dtype = dtype_of(*outlier, "the outlier");
+    }
+    auto dtype = static_cast<quad::Dtype>(out_dtype);
+    Tensor y = empty({x.size(0), out_features}, torch_dtype(dtype));
+    quad::Output output{y.mutable_data_ptr(), dtype};
+    kernels().linear(nullptr, &integers, weight, rest, output, parallel_for);
+    return y;
+}
+
+std::tuple<Tensor, Tensor, Tensor> quantize(const Tensor& x_, int64_t bits, double clip_ratio, int64_t groups,
+                                            int64_t outliers, int64_t block, bool keep_width, bool hadamard) {
+    Tensor x = dense(x_);
+    quad::Input input = input_of(x, bits, clip_ratio, groups, outliers, block, keep_width, hadamard);
+    Tensor outlier = empty(sizes_with(x, input.rank()), torch_dtype(input.dtype));
+    Tensor integers = empty(sizes_with(x, input.residual()), aoti_torch_dtype_int8());
+    Tensor scale = empty(sizes_with(x, groups), aoti_torch_dtype_float32());
+    kernels().quantize(input, outlier.mutable_data_ptr(), static_cast<int8_t*>(integers.mutable_data_ptr()),
+                       static_cast<float*>(scale.mutable_data_ptr()), parallel_for);
+    return {outlier, integers, scale};
+}
+
+Tensor hadamard(const Tensor& x_) {
+    Tensor x = dense(x_);
+    quad::Dtype dtype = dtype_of(x, "x");
+    int64_t size = x.size(x.dim() - 1);
+    Tensor y = empty(sizes_with(x, size), torch_dtype(dtype));
+    kernels().hadamard(x.const_data_ptr(), y.mutable_data_ptr(), dtype, x.numel() / size, plan_for(size), parallel_for);
+    return y;
+}
+
+Tensor head(const Tensor& x_, const Tensor& words, const Tensor& scale_) {
+    Tensor x = dense(x_), scale = dense(scale_);
+    int64_t rows = words.size(0), columns = x.size(x.dim() - 1);
+    STD_TORCH_CHECK(words.dim() == 2 && words.is_contiguous() && words.scalar_type() == ScalarType::Int &&
+                        words.size(1) == (columns + 3) / 4,
+                    "the table does not fit x");
+    STD_TORCH_CHECK(scale.numel() == rows, "the scales do not fit the table");
+    quad::Table table{static_cast<const uint8_t*>(words.const_data_ptr()), words.size(1) * 4, scale.const_data_ptr(),
+                      dtype_of(scale, "the scale"), rows, columns};
+    quad::Dtype dtype = dtype_of(x, "x");
+    Tensor y = empty(sizes_with(x, rows), torch_dtype(dtype));
+    kernels().head(x.const_data_ptr(), y.mutable_data_ptr(), dtype, columns ? x.numel() / columns : 0, table,
+                   parallel_for);
+    return y;
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY(quad_native, m) {
+    m.def(
+        "linear(Tensor x, int bits, float clip_ratio, int groups, int outliers, int block, bool keep_width, "
+        "bool hadamard, Tensor lines, Tensor scale, Tensor? zero_point, int in_features, int out_features, bool wide, "
+        "Tensor? outlier_weight, Tensor? bias) -> Tensor");
+    m.def(
+        "integer_linear(Tensor x, Tensor x_scale, Tensor lines, Tensor scale, Tensor? zero_point, int in_features, "
+        "int out_features, bool wide, Tensor? outlier, Tensor? outlier_weight, Tensor? bias, int out_dtype) -> Tensor");
+    m.def(
+        "quantize(Tensor x, int bits, float clip_ratio, int groups, int outliers, int block, bool keep_width, "
+        "bool hadamard) -> (Tensor, Tensor, Tensor)");
+    m.def("hadamard(Tensor x) -> Tensor");
+    m.def("head(Tensor x, Tensor words, Tensor scale) -> Tensor");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(quad_native, CPU, m) {
+    m.impl("linear", TORCH_BOX(&linear));
+    m.impl("integer_linear", TORCH_BOX(&integer_linear));
+    m.impl("quantize", TORCH_BOX(&quantize));
+    m.impl("hadamard", TORCH_BOX(&hadamard));
+    m.impl("head", TORCH_BOX(&head));
+}
+
+// For library.py, by ctypes.
+extern "C" {
+
+const char* quad_supported() { return quad::supported(); }
+const char* quad_chosen() { return quad::chosen() ? quad::chosen()->name : ""; }
+int quad_choose(const char* name) { return quad::choose(name); }
+void quad_set_planner(void (*function)(int64_t)) { planner = function; }
+
+// `signs` holds the tables of the factors that are no powers of two, one after the other.
+void quad_add_plan(int64_t size, int64_t block, int32_t count, const int32_t* orders, const uint8_t* signs) {
+    std::lock_guard<std::mutex> lock(plans_mutex);
+    if (plans.count(size)) return;
+    Plan& made = plans[size];
+    made.plan.size = size;
+    made.plan.block = block;
+    made.plan.factor_count = count;
+    for (int32_t i = 0; i < count; ++i) {
+        int32_t order = made.plan.order[i] = orders[i];
+        if ((order & (order - 1)) == 0) continue;
+        int64_t length = int64_t(order) * (order / 4);
+        made.signs.emplace_back(signs, signs + length);
+        made.plan.signs[i] = made.signs.back().data();
+        signs += length;
+    }
+}
+}

@@ -1,0 +1,305 @@
+"""The native CPU kernels, with every instruction set of this processor: exact sums, and the references' numbers."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+from quad_kernels import (
+    InputQuantization,
+    InputSplit,
+    QuantizedWeight,
+    apply_hadamard,
+    choose_backend,
+    integer_linear,
+    quad_linear,
+    quantize_activations,
+)
+from quad_kernels.hadamard import hadamard_matrix, plan_hadamard
+from quad_kernels.native import library, lines
+from quad_kernels.quantize_activations.reference import quantize_activations as quantize_reference
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+TOKENS = (1, 2, 3, 5, 8, 9, 13, 33, 64)
+
+_missing = choose_backend("cpu", "reference") and None
+try:
+    library.load()
+except library.NativeLibraryError as error:
+    _missing = str(error)
+pytestmark = pytest.mark.skipif(_missing is not None, reason=f"no native kernels: {_missing}")
+
+
+@pytest.fixture(params=library.INSTRUCTION_SETS)
+def instruction_set(request: pytest.FixtureRequest) -> Iterator[str]:
+    if request.param not in library.supported():
+        pytest.skip(f"the processor has no {request.param}")
+    before = library.instruction_set()
+    library.choose_instruction_set(request.param)
+    yield request.param
+    library.choose_instruction_set(before)
+
+
+def random_weight(
+    out: int, width: int, bits: int, groups: int = 1, zero_points: bool = False, seed: int = 0, unit: bool = False
+) -> QuantizedWeight:
+    generator = torch.Generator().manual_seed(seed)
+    half = 2 ** (bits - 1)
+    integers = torch.randint(-half, half, (out, width), generator=generator, dtype=torch.int8)
+    scale = torch.ones(out, groups) if unit else torch.rand(out, groups, generator=generator) + 0.5
+    zero_point = torch.randint(-half, half, (out, groups), generator=generator, dtype=torch.int8)
+    return QuantizedWeight(integers, scale, zero_point if zero_points else None, width, out, bits)
+
+
+def in_lines(weight: QuantizedWeight) -> QuantizedWeight:
+    stored = weight.to_layout("lines4" if weight.bits <= 4 else "lines8")
+    assert stored.layout.startswith("lines")
+    return stored
+
+
+def exact(x: torch.Tensor, weight: QuantizedWeight) -> torch.Tensor:
+    """The sums of the integers, int64."""
+    wide = weight.unpacked().long()
+    if weight.zero_point is not None:
+        wide = wide - weight.zero_point.long().repeat_interleave(weight.in_features // weight.scale.shape[1], 1)
+    return x.long() @ wide.T
+
+
+@pytest.mark.parametrize("bits", [2, 4, 8])
+@pytest.mark.parametrize(("out", "width"), [(16, 64), (1, 8), (33, 200), (48, 1024), (17, 1), (70, 4100)])
+def test_layouts_hold_the_integers_at_half_a_byte_or_one(bits: int, out: int, width: int) -> None:
+    weight = random_weight(out, width, bits)
+    stored = in_lines(weight)
+    assert torch.equal(stored.unpacked(), weight.integers)
+    padded = (out + 15) // 16 * 16 * ((width + 63) // 64 * 64)
+    assert stored.integers.numel() == (padded // 2 if bits <= 4 else padded)
+    assert torch.equal(stored.to_layout("nibbles").unpacked(), weight.integers)
+
+
+@pytest.mark.parametrize("weight_bits", [2, 4, 8])
+@pytest.mark.parametrize("x_bits", [4, 8])
+@pytest.mark.parametrize(("out", "width"), [(48, 512), (33, 200), (1, 7), (16, 2600), (50, 64)])
+def test_sums_are_exact(instruction_set: str, weight_bits: int, x_bits: int, out: int, width: int) -> None:
+    half = 2 ** (x_bits - 1)
+    generator = torch.Generator().manual_seed(width)
+    for zero_points in (False, True):
+        weight = random_weight(out, width, weight_bits, zero_points=zero_points, unit=True)
+        for tokens in TOKENS:
+            x = torch.randint(-half, half, (tokens, width), generator=generator, dtype=torch.int8)
+            y = integer_linear(x, torch.ones(tokens, 1), in_lines(weight), backend="native")
+            assert torch.equal(y, exact(x, weight).float()), tokens
+
+
+@pytest.mark.parametrize("weight_bits", [4, 8])
+@pytest.mark.parametrize("x_bits", [4, 8])
+def test_sums_of_the_largest_integers_are_exact(instruction_set: str, weight_bits: int, x_bits: int) -> None:
+    width = 1536
+    for w in (-(2 ** (weight_bits - 1)), 2 ** (weight_bits - 1) - 1):
+        for value in (-(2 ** (x_bits - 1)), 2 ** (x_bits - 1) - 1):
+            integers = torch.full((20, width), w, dtype=torch.int8)
+            weight = in_lines(QuantizedWeight(integers, torch.ones(20, 1), None, width, 20, weight_bits))
+            for tokens in (1, 4, 40):
+                x = torch.full((tokens, width), value, dtype=torch.int8)
+                y = integer_linear(x, torch.ones(tokens, 1), weight, backend="native")
+                assert (y == w * value * width).all()
+
+
+@pytest.mark.parametrize("weight_bits", [4, 8])
+@pytest.mark.parametrize("weight_groups", [1, 2, 8])
+@pytest.mark.parametrize("x_groups", [1, 4, 16])
+@pytest.mark.parametrize("zero_points", [False, True])
+def test_groups_are_those_of_the_reference(
+    instruction_set: str, weight_bits: int, weight_groups: int, x_groups: int, zero_points: bool
+) -> None:
+    width, out = 512, 40
+    generator = torch.Generator().manual_seed(3)
+    weight = random_weight(out, width, weight_bits, weight_groups, zero_points)
+    for tokens in (1, 3, 37):
+        x = torch.randint(-8, 8, (tokens, width), generator=generator, dtype=torch.int8)
+        scale = torch.rand(tokens, x_groups, generator=generator) + 0.5
+        y = integer_linear(x, scale, in_lines(weight), backend="native")
+        wide = QuantizedWeight(
+            weight.integers, weight.scale.double(), weight.zero_point, width, out, weight.bits
+        ).dequantized(torch.float64)
+        truth = (x.double() * scale.double().repeat_interleave(width // x_groups, 1)) @ wide.T
+        torch.testing.assert_close(y.double(), truth, rtol=1e-5, atol=1e-3)
+
+
+SPLITS = {
+    "whole": InputSplit(96),
+    "stream": InputSplit(104, 8),
+    "heads": InputSplit(96, 4, 24, keep_width=True),
+    "dropped heads": InputSplit(96, 4, 24),
+    "odd": InputSplit(77, 5),
+    "wide": InputSplit(1100, 76),
+}
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("split", SPLITS.values(), ids=SPLITS)
+@pytest.mark.parametrize("bits", [2, 4, 8])
+@pytest.mark.parametrize("clip_ratio", [1.0, 0.86])
+def test_inputs_are_quantized_as_by_the_reference(
+    instruction_set: str, dtype: torch.dtype, split: InputSplit, bits: int, clip_ratio: float
+) -> None:
+    generator = torch.Generator().manual_seed(bits)
+    for tokens in (0, 1, 7):
+        x = (torch.randn(tokens, split.width, generator=generator) * 3).to(dtype)
+        quantization = InputQuantization(bits, clip_ratio)
+        own = quantize_activations(x, quantization, split, backend="native")
+        truth = quantize_reference(x, quantization, split, None, False)
+        for a, b in zip(own, truth, strict=True):
+            assert (a is None and b is None) or torch.equal(a, b)
+
+
+def test_ties_zeros_and_numbers_that_are_none(instruction_set: str) -> None:
+    largest = torch.randn(64, generator=torch.Generator().manual_seed(0)).abs() + 0.01
+    x = largest[:, None] * torch.linspace(-1, 1, 31)  # every integer and every tie between two
+    x[0] = 0
+    x[1] = 1e-40
+    quantization = InputQuantization(4)
+    own = quantize_activations(x, quantization, backend="native")
+    truth = quantize_reference(x, quantization, InputSplit(31), None, False)
+    assert torch.equal(own.integers, truth[1])
+    assert torch.equal(own.scale, truth[2])
+    x[2, 5], x[3, 7] = float("nan"), float("inf")
+    y = quad_linear(x, in_lines(random_weight(20, 31, 4)), InputSplit(31), quantization, backend="native")
+    assert y[2:4].isnan().all()
+    assert y[:2].eq(0).all()
+    assert y[4:].isfinite().all()
+
+
+@pytest.mark.parametrize("size", [1, 2, 4, 8, 12, 16, 20, 24, 28, 36, 64, 76, 96, 128, 144, 344, 1536, 4864, 11008])
+def test_the_hadamard_transform_is_that_of_the_matrix(instruction_set: str, size: int) -> None:
+    x = torch.randn(3, size, generator=torch.Generator().manual_seed(size))
+    y = apply_hadamard(x, plan_hadamard(size), backend="native")
+    torch.testing.assert_close(y.double(), x.double() @ hadamard_matrix(size), rtol=1e-5, atol=2e-6)
+    narrow = apply_hadamard(x.bfloat16(), plan_hadamard(size), backend="native")
+    assert narrow.dtype == torch.bfloat16
+    torch.testing.assert_close(narrow.double(), x.bfloat16().double() @ hadamard_matrix(size), rtol=8e-3, atol=1e-5)
+
+
+LAYERS = {
+    "stream": (InputSplit(576, 64), InputQuantization(4)),
+    "stream, 8 bits": (InputSplit(576, 64), InputQuantization(8, 0.95)),
+    "heads": (InputSplit(512, 8, 64, keep_width=True, hadamard=True), InputQuantization(4)),
+    "channels": (InputSplit(1536, 16, keep_width=True, hadamard=True), InputQuantization(8)),
+    "odd rank": (InputSplit(203, 3), InputQuantization(4)),
+    "groups": (InputSplit(512), InputQuantization(4, group_size=32)),
+    "wide groups": (InputSplit(576, 64), InputQuantization(4, group_size=128)),
+}
+
+
+def layer_tensors(
+    split: InputSplit, quantization: InputQuantization, dtype: torch.dtype, tokens: int, out: int = 50, bits: int = 4
+) -> dict:
+    generator = torch.Generator().manual_seed(tokens)
+    groups = split.residual_width // (quantization.group_size or split.residual_width)
+    weight = random_weight(out, split.residual_width, bits, groups)
+    scale = (weight.scale * 0.01).to(dtype)
+    weight = QuantizedWeight(weight.integers, scale, None, weight.in_features, out, bits)
+    outlier_weight = torch.randn(out, split.rank, generator=generator).to(dtype) if split.rank else None
+    return {
+        "x": torch.randn(tokens, split.width, generator=generator).to(dtype),
+        "weight": weight,
+        "split": split,
+        "quantization": quantization,
+        "outlier_weight": outlier_weight,
+        "bias": torch.randn(out, generator=generator).to(dtype),
+    }
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("layer", LAYERS.values(), ids=LAYERS)
+@pytest.mark.parametrize("bits", [4, 8])
+def test_a_layer_is_that_of_its_parts(instruction_set: str, dtype: torch.dtype, layer: tuple, bits: int) -> None:
+    """Its own quantized inputs, multiplied in float64: what is left is one rounding to the dtype."""
+    split, quantization = layer
+    for tokens in (1, 4, 21):
+        given = layer_tensors(split, quantization, dtype, tokens, bits=bits)
+        weight, outlier_weight, bias = given["weight"], given["outlier_weight"], given["bias"]
+        outlier, integers, scale = quantize_activations(given["x"], quantization, split, backend="native")
+        wide = scale.double().repeat_interleave(split.residual_width // scale.shape[1], 1)
+        truth = (integers.double() * wide) @ weight.dequantized(torch.float64).T + bias.double()
+        if outlier is not None:
+            truth += outlier.double() @ outlier_weight.double().T
+        y = quad_linear(**(given | {"weight": in_lines(weight)}), backend="native")
+        assert y.dtype == dtype
+        torch.testing.assert_close(y.double(), truth, rtol=torch.finfo(dtype).eps, atol=2e-4)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("layer", LAYERS.values(), ids=LAYERS)
+def test_no_result_depends_on_the_batch_the_threads_or_the_processor(dtype: torch.dtype, layer: tuple) -> None:
+    given = layer_tensors(*layer, dtype, tokens=70, out=150)
+    given["weight"] = in_lines(given["weight"])
+    before, threads = library.instruction_set(), torch.get_num_threads()
+    results = []
+    try:
+        for name in library.supported():
+            library.choose_instruction_set(name)
+            for count in (1, 2, 3):
+                torch.set_num_threads(count)
+                results.append(quad_linear(**given, backend="native"))
+                for tokens in (1, 5, 19):
+                    parts = [
+                        quad_linear(**(given | {"x": part}), backend="native") for part in given["x"].split(tokens)
+                    ]
+                    results.append(torch.cat(parts))
+    finally:
+        torch.set_num_threads(threads)
+        library.choose_instruction_set(before)
+    for result in results[1:]:
+        assert torch.equal(result, results[0])
+
+
+def test_more_tokens_than_fit_into_a_batch(instruction_set: str) -> None:
+    given = layer_tensors(InputSplit(144, 16), InputQuantization(4), torch.float32, tokens=1100, out=30)
+    given["weight"] = in_lines(given["weight"])
+    whole = quad_linear(**given, backend="native")
+    parts = [quad_linear(**(given | {"x": part}), backend="native") for part in given["x"].split(100)]
+    assert torch.equal(whole, torch.cat(parts))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("rows", "columns"), [(70, 576), (5, 33), (129, 96), (16, 4)])
+def test_the_head_multiplies_rows_of_bytes(instruction_set: str, dtype: torch.dtype, rows: int, columns: int) -> None:
+    from quad_kernels.packing import pack_int32
+
+    generator = torch.Generator().manual_seed(rows)
+    integers = torch.randint(-128, 128, (rows, columns), generator=generator, dtype=torch.int8)
+    scale = (torch.rand(rows, 1, generator=generator) + 0.5).to(dtype)
+    words = pack_int32(integers, 8)
+    one = []
+    for tokens in (1, 2, 5):
+        x = torch.randn(5, columns, generator=generator.manual_seed(1)).to(dtype)[:tokens]
+        y = torch.ops.quad_native.head(x, words, scale)
+        truth = (x.double() @ integers.double().T) * scale.double().T
+        torch.testing.assert_close(y.double(), truth, rtol=torch.finfo(dtype).eps, atol=1e-3)
+        one.append(y[0])
+    assert torch.equal(one[0], one[1])
+    assert torch.equal(one[0], one[2])
+
+
+def test_layouts_that_the_kernels_do_not_read_fall_back() -> None:
+    weight = random_weight(12, 24, 4, groups=8)  # groups of 3
+    x = torch.randint(-8, 8, (5, 24), dtype=torch.int8)
+    native = choose_backend("cpu", "native").prepare_weight(weight, InputQuantization(4))
+    assert native.layout == "int8"
+    y = integer_linear(x, torch.ones(5, 1), native, backend="native")
+    torch.testing.assert_close(y, integer_linear(x, torch.ones(5, 1), weight, backend="reference"))
+
+
+def test_an_instruction_set_can_be_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(library.NativeLibraryError, match="there are no kernels for the instruction set 'sse'"):
+        library.choose_instruction_set("sse")
+
+
+def test_lines_have_the_documented_order() -> None:
+    weight = random_weight(20, 100, 4)
+    stored = lines.LAYOUTS["lines4"].pack(weight.integers)
+    assert stored.shape == (2, 16, 64)
+    byte = int(stored[1, 3, 4 * 2 + 1])  # channel 16 + 2, inputs 24 + 1 and 24 + 5
+    assert byte & 15 == int(weight.integers[18, 25]) + 8
+    assert byte >> 4 == int(weight.integers[18, 29]) + 8
