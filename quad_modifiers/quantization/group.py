@@ -7,6 +7,7 @@ import torch
 from quad_kernels import InputQuantization, QuantizedWeight, fake_quantize, split_input
 
 from quad_modifiers.linalg import StreamingGram
+from quad_modifiers.linalg.fast_dtype import fast_dtype
 from quad_modifiers.nn.quad_linear import QuadLinear
 from quad_modifiers.quantization.gptq import ColumnBlock, GptqResult, RoundedBlock, quantize_columns
 from quad_modifiers.quantization.grid import (
@@ -56,9 +57,10 @@ class InputMoments:
         seen = self._columns(x, self.linear.input_quantization)
         self._gram.add(seen)
         if self._cross is not None and original is not None:
-            # bfloat16 is several times faster, and its relative error counts only against the small difference.
-            difference = (self._columns(original, None) - seen).bfloat16()
-            self._cross += difference.T @ seen.bfloat16()
+            # The relative error of bfloat16 counts only against the small difference.
+            dtype = fast_dtype(seen.device)
+            difference = (self._columns(original, None) - seen).to(dtype)
+            self._cross += difference.T @ seen.to(dtype)
 
     def _columns(self, x: torch.Tensor, quantization: InputQuantization | None) -> torch.Tensor:
         outlier, residual = split_input(x, self.linear.split)

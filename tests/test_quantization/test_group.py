@@ -7,6 +7,7 @@ import torch
 from quad_kernels import InputQuantization, InputSplit, fake_quantize, split_input
 from torch import nn
 
+from quad_modifiers.linalg.fast_dtype import fast_dtype
 from quad_modifiers.nn.quad_linear import QuadLinear
 from quad_modifiers.quantization.grid import IntegerGrid
 from quad_modifiers.quantization.group import InputMoments, WeightQuantization, quantize_group
@@ -54,6 +55,22 @@ def test_moments_are_those_of_what_the_runtime_sees(split: InputSplit) -> None:
     seen = seen if outlier is None else torch.cat([seen, outlier.double()], dim=1)
     torch.testing.assert_close(moments.hessian, seen.T @ seen / 400, rtol=1e-5, atol=1e-5)
     assert moments.hessian.shape[0] == split.residual_width + split.rank
+
+
+@pytest.mark.parametrize("limit", ["AVX2", "AVX512_CORE_AMX"])
+def test_the_drift_is_that_of_the_original_on_any_processor(limit: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", limit)  # what oneDNN may use decides the dtype of the products
+    linear = make_linears(SPLITS["plain"])[0]
+    x = inputs()
+    original = x + 0.1 * torch.randn(x.shape, generator=torch.Generator().manual_seed(9))
+    moments = InputMoments(linear, True)
+    for part, other in zip(x.split(130), original.split(130), strict=True):
+        moments.add(part, other)
+    wanted = (original - x).double().T @ x.double() / len(x)
+    exact = fast_dtype(x.device) == torch.float32
+    assert exact or limit != "AVX2"
+    tolerance = 1e-6 if exact else 4e-3 * float(wanted.abs().max())
+    torch.testing.assert_close(moments.drift, wanted, rtol=0, atol=tolerance)
 
 
 @pytest.mark.parametrize("method", ["gptq", "rtn"])
