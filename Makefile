@@ -9,16 +9,17 @@ VLLM_VENV ?= .venv-vllm
 
 # Tools run as modules: a virtual environment that was renamed still works that way.
 BIN := $(VENV)/bin/python
-KEY := $(shell cat pyproject.toml setup.py constraints.txt | cksum | cut -d ' ' -f 1)
+NATIVE := $(wildcard kernels/quad_kernels/native/src/*)
+KEY := $(shell cat pyproject.toml setup.py constraints.txt $(NATIVE) | cksum | cut -d ' ' -f 1)
 STAMP := $(VENV)/.installed-$(KEY)
 
 VLLM_BIN := $(VLLM_VENV)/bin/python
 VLLM_PIP := $(VLLM_BIN) -m pip install --disable-pip-version-check -c constraints-vllm.txt
-VLLM_KEY := $(shell cat pyproject.toml setup.py constraints-vllm.txt | cksum | cut -d ' ' -f 1)
+VLLM_KEY := $(shell cat pyproject.toml setup.py constraints-vllm.txt $(NATIVE) | cksum | cut -d ' ' -f 1)
 VLLM_STAMP := $(VLLM_VENV)/.installed-$(VLLM_KEY)
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo docs test test-slow bench-kernels bench-quality lint format clean distclean vllm-env test-vllm
+.PHONY: help venv demo docs test test-slow test-sanitized bench-kernels bench-quality lint format clean distclean vllm-env test-vllm
 
 help: ## show this list
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  \1\t\2/' | expand -t 14
@@ -41,6 +42,16 @@ test: $(STAMP) ## the tests that need neither GPU, network nor minutes
 
 test-slow: $(STAMP) ## the tests on real models
 	$(BIN) -m pytest -m slow $(PYTEST_ARGS)
+
+# The native kernels once more, built with sanitizers; their runtime must be loaded before Python's first allocation.
+SANITIZED := build/sanitized
+test-sanitized: $(STAMP) ## the tests of the native kernels under AddressSanitizer and UndefinedBehaviorSanitizer
+	CXXFLAGS="-fsanitize=address,undefined -fno-sanitize-recover=undefined -O1 -g1" \
+	    $(BIN) setup.py -q build_ext --build-lib $(SANITIZED) --build-temp $(SANITIZED)/objects
+	LD_PRELOAD="$$(g++ -print-file-name=libasan.so)" ASAN_OPTIONS=detect_leaks=0 \
+	    QUAD_KERNELS_LIBRARY=$(SANITIZED)/quad_kernels/native/_kernels.so \
+	    $(BIN) -m pytest tests/test_kernels/test_native.py \
+	    -k "largest or groups_are or ties or layer_is or batch or more_tokens or head or hadamard" $(PYTEST_ARGS)
 
 vllm-env: $(VLLM_STAMP) ## a second environment, with vLLM for the CPU
 

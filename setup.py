@@ -1,11 +1,14 @@
 """Lists the packages, which lie in three folders, and builds the native CPU kernels; the rest is in pyproject.toml."""
 
+import os
 import platform
+import shlex
 import subprocess
 import sys
 from pathlib import Path
 
 from setuptools import Extension, find_packages, setup
+from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_ext import build_ext
 
 SOURCES = Path("kernels/quad_kernels/native/src")
@@ -54,24 +57,19 @@ class BuildNative(build_ext):
         root = Path(torch.__file__).parent
         includes = [str(root / "include"), str(root / "include/torch/csrc/api/include")]
         self.mkpath(self.build_temp)
-        compiler = self._compiler()
-        objects = []
+        compiler = os.environ.get("CXX", "g++")
+        objects, extra = [], shlex.split(os.environ.get("CXXFLAGS", ""))
         for source in ext.sources:
             flags = KERNEL_FLAGS + INSTRUCTION_SETS.get(Path(source).stem, [])
             if Path(source).stem == "torch_ops":
                 flags = OPERATOR_FLAGS + [f"-I{path}" for path in includes]
             target = str(Path(self.build_temp) / f"{Path(source).stem}.o")
-            self._call([compiler, *flags, "-c", source, "-o", target])
+            self._call([compiler, *flags, *extra, "-c", source, "-o", target])
             objects.append(target)
         library = Path(self.get_ext_fullpath(ext.name))
         self.mkpath(str(library.parent))
         libraries = [f"-L{root / 'lib'}", "-ltorch_cpu", "-lc10", "-Wl,--as-needed"]
-        self._call([compiler, "-shared", *objects, "-o", str(library), *libraries])
-
-    def _compiler(self) -> str:
-        import os
-
-        return os.environ.get("CXX", "g++")
+        self._call([compiler, "-shared", *extra, *objects, "-o", str(library), *libraries])
 
     def _call(self, command: list[str]) -> None:
         print(" ".join(command))
@@ -81,6 +79,14 @@ class BuildNative(build_ext):
             raise RuntimeError(f"there is no C++ compiler {command[0]!r}; set CXX") from error
         except subprocess.CalledProcessError as error:
             raise RuntimeError(f"{command[0]} failed with status {error.returncode}, see above") from error
+
+
+class Wheel(bdist_wheel):
+    """A wheel for every Python: the library is loaded by PyTorch, not by the interpreter."""
+
+    def get_tag(self) -> tuple[str, str, str]:
+        """Only the platform is the build's."""
+        return "py3", "none", super().get_tag()[2]
 
 
 setup(
@@ -104,5 +110,5 @@ setup(
             depends=[str(path) for path in sorted(SOURCES.glob("*.h"))],
         )
     ],
-    cmdclass={"build_ext": BuildNative},
+    cmdclass={"build_ext": BuildNative, "bdist_wheel": Wheel},
 )
