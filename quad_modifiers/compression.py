@@ -16,6 +16,8 @@ from quad_modifiers.checkpoint.opened import Opened, load_tokenizer, open_checkp
 from quad_modifiers.data.calibration import CalibrationSource, as_dataloader, calibration_windows
 from quad_modifiers.data.windows import warn_of_length
 from quad_modifiers.model.architecture import find_architecture
+from quad_modifiers.model.decoder import Decoder
+from quad_modifiers.nn.native_block import install_native_blocks
 from quad_modifiers.nn.quad_linear import QuadLinear
 from quad_modifiers.output_folder import check_space, check_target, complete_or_absent
 from quad_modifiers.plugins import architectures
@@ -106,6 +108,7 @@ def oneshot(
                 pipeline=arguments.pop("pipeline", "independent"),
                 **arguments,
             )
+        _use_native_blocks(loaded)
         if output_dir is not None:
             _save(loaded, processor, Path(output_dir))
         _log_summary(loaded, before, None if output_dir is None else Path(output_dir), time.perf_counter() - start)
@@ -185,6 +188,17 @@ def _tokenizer(
             raise
         logger.warning("no tokenizer found beside the model (%s); the data set must be token ids", type(error).__name__)
         return None
+
+
+def _use_native_blocks(model: PreTrainedModel) -> None:
+    """Lets the model compute as its checkpoint will when it is loaded."""
+    if model.device.type != "cpu" or not any(isinstance(module, QuadLinear) for module in model.modules()):
+        return
+    from compressed_tensors.offload import remove_dispatch
+
+    remove_dispatch(model)  # where no pass of ours did: it wraps every forward
+    decoder = Decoder(model, find_architecture(model.config, architectures()))
+    install_native_blocks([block.module for block in decoder.blocks], decoder.head, decoder.final_norm)
 
 
 def _save(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, folder: Path) -> None:

@@ -114,7 +114,7 @@ class OutlierLoRA(QuadModifier):
             )
         if self._folder is not None:
             self._folder.cleanup()
-        return True
+        return super().on_finalize(state, **kwargs)
 
     def _samples(self, batches: list[dict[str, torch.Tensor]]) -> "TrainingData":
         from quad_peft.training.data import TrainingData

@@ -90,7 +90,7 @@ class OutlierSplitGPTQ(QuadModifier):
                 self._seconds,
                 self._error_table(),
             )
-        return True
+        return super().on_finalize(state, **kwargs)
 
     def _error_table(self) -> str:
         """One row per block, one column per group of linears, of several experts the worst."""

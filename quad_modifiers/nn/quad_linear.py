@@ -137,7 +137,7 @@ class QuadLinear(nn.Module):
         """Applies the layer to `[..., in]`; the outlier coordinates bypass the quantization of the input."""
         modules = self._modules  # looked up hundreds of times for a token: without nn.Module's detour
         if not (_is_offloaded(modules["residual"]) or _is_offloaded(modules.get("outlier"))):
-            return linear_forward(x, self._parts())
+            return linear_forward(x, self.parts())
         with self.present() as parts:
             return linear_forward(x, parts)
 
@@ -145,9 +145,10 @@ class QuadLinear(nn.Module):
     def present(self) -> Iterator[LinearParts]:
         """Yields the parts, with their tensors on the device that computes where accelerate offloads them."""
         with _present(self.residual), _present(self.outlier):
-            yield self._parts()
+            yield self.parts()
 
-    def _parts(self) -> LinearParts:
+    def parts(self) -> LinearParts:
+        """Returns what the layer is made of now."""
         quantization = self.input_quantization if self.quantize_input else None
         residual = self._modules["residual"]
         weight = None

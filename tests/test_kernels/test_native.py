@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from collections.abc import Iterator
 
 import pytest
@@ -291,9 +294,18 @@ def test_layouts_that_the_kernels_do_not_read_fall_back() -> None:
     torch.testing.assert_close(y, integer_linear(x, torch.ones(5, 1), weight, backend="reference"))
 
 
-def test_an_instruction_set_can_be_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(library.NativeLibraryError, match="there are no kernels for the instruction set 'sse'"):
+@pytest.mark.parametrize("name", ["avx2", "sse"])
+def test_an_instruction_set_can_be_asked_for(name: str) -> None:
+    with pytest.raises(library.InstructionSetError, match="there are no kernels for the instruction set 'sse'"):
         library.choose_instruction_set("sse")
+    text = "from quad_kernels import choose_backend; from quad_kernels.native import library;"
+    text += "print(choose_backend('cpu').name, library.instruction_set())"
+    environment = os.environ | {"QUAD_KERNELS_ISA": name}
+    done = subprocess.run([sys.executable, "-c", text], capture_output=True, text=True, env=environment, check=False)
+    if name == "avx2":
+        assert done.stdout.split() == ["native", "avx2"]
+    else:
+        assert "InstructionSetError: there are no kernels for the instruction set 'sse' here" in done.stderr
 
 
 def test_lines_have_the_documented_order() -> None:

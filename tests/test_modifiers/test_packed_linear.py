@@ -121,7 +121,7 @@ def test_offloaded_weights_are_not_kept() -> None:
 
 
 def test_the_layout_suits_the_inputs() -> None:
-    """The layout of products with one scale per token is undone in every call where inputs come in groups."""
+    """oneDNN's layout, of products with one scale per token, would be undone in every call with groups of inputs."""
     found = []
     for quantization in (InputQuantization(4), InputQuantization(4, group_size=16), None):
         packed = PackedLinear(WIDTH, OUT, 4, None, True, torch.float32, quantization)
@@ -129,4 +129,4 @@ def test_the_layout_suits_the_inputs() -> None:
         packed.weight_scale.fill_(1.0)
         found.append(packed.prepared_weight())
     fastest = choose_backend("cpu").prepare_weight(found[0], InputQuantization(4)).layout
-    assert [weight.layout for weight in found] == [fastest, "int8", "int8"]
+    assert [weight.layout for weight in found] == [fastest, "int8" if fastest == "onednn" else fastest, "int8"]

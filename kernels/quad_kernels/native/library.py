@@ -20,27 +20,35 @@ logger = logging.getLogger(__name__)
 
 ENVIRONMENT_VARIABLE = "QUAD_KERNELS_ISA"
 INSTRUCTION_SETS = ("amx", "avx512vnni", "avxvnni", "avx2")
-_PATH = Path(__file__).with_name("_kernels.so")
+LIBRARY_VARIABLE = "QUAD_KERNELS_LIBRARY"
+_BUILT = Path(__file__).with_name("_kernels.so")
 
 
 class NativeLibraryError(RuntimeError):
     """The native kernels cannot run here."""
 
 
+class InstructionSetError(RuntimeError):
+    """An instruction set that was asked for is not there."""
+
+
 @cache
 def load() -> ctypes.CDLL:
     """Returns the library, loaded once, with its instruction set chosen.
 
-    That is the best one of the processor, or the one named by the environment variable QUAD_KERNELS_ISA.
+    That is the best one of the processor, or the one named by the environment variable QUAD_KERNELS_ISA. The variable
+    QUAD_KERNELS_LIBRARY names another library file, such as one that was built with sanitizers.
 
     Raises:
-        NativeLibraryError: if the library was not built or does not load, or the instruction set cannot run.
+        NativeLibraryError: if the library was not built or does not load, or the processor has no AVX2.
+        InstructionSetError: if the processor does not have the instruction set that was asked for.
     """
-    if not _PATH.is_file():
+    path = Path(os.environ.get(LIBRARY_VARIABLE) or _BUILT)
+    if not path.is_file():
         raise NativeLibraryError("they were not built; see 'native CPU kernels' in the installation guide")
     try:
-        torch.ops.load_library(str(_PATH))
-        library = ctypes.CDLL(str(_PATH))
+        torch.ops.load_library(str(path))
+        library = ctypes.CDLL(str(path))
     except OSError as error:
         raise NativeLibraryError(f"their library does not load ({error}); build it again with this torch") from error
     _register_shapes()
@@ -83,7 +91,7 @@ def choose_instruction_set(name: str) -> None:
     """Makes another instruction set run, in all threads, from the next call on.
 
     Raises:
-        NativeLibraryError: if the processor does not have it.
+        InstructionSetError: if the processor does not have it.
     """
     _choose(load(), name)
 
@@ -91,7 +99,10 @@ def choose_instruction_set(name: str) -> None:
 def _choose(library: ctypes.CDLL, name: str) -> None:
     if not library.quad_choose(name.encode()):
         found = library.quad_supported().decode().replace(" ", ", ")
-        raise NativeLibraryError(f"there are no kernels for the instruction set {name!r} here, only for {found}")
+        raise InstructionSetError(
+            f"there are no kernels for the instruction set {name!r} here, only for {found}; change or unset "
+            f"{ENVIRONMENT_VARIABLE}"
+        )
 
 
 @ctypes.CFUNCTYPE(None, ctypes.c_int64)

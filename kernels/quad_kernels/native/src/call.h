@@ -32,11 +32,12 @@ struct Input {
     float clip_ratio;
     int64_t groups;  // scales per token
 
-    int64_t rank() const { return outliers * (width / block); }
-    int64_t residual() const { return keep_width ? width : width - rank(); }
+    // Inlined everywhere: a copy that the linker shares would be compiled for one instruction set.
+    __attribute__((always_inline)) int64_t rank() const { return outliers * (width / block); }
+    __attribute__((always_inline)) int64_t residual() const { return keep_width ? width : width - rank(); }
 };
 
-// A weight in layout "lines" with its scales; see layout.py.
+// A weight in layout lines4 or lines8 with its scales; see lines.py.
 struct Weight {
     const uint8_t* lines;
     const void* scale;  // [out, groups]
@@ -72,15 +73,23 @@ struct Output {
     Dtype dtype;
 };
 
+// One weight of several that share an input, and where its output goes.
+struct Member {
+    Weight weight;
+    Rest rest;
+    Output output;
+};
+
 using Body = void (*)(int64_t begin, int64_t end, void* context);
 // Runs `body` on parts of [begin, end), each of at least `grain` items, on the threads of PyTorch.
 using ParallelFor = void (*)(int64_t begin, int64_t end, int64_t grain, Body body, void* context);
 
-// An 8-bit table: rows of integers with an offset of 128, four to a word, and one scale per row.
+// The rows of a head: 8-bit integers with an offset of 128 and one scale per row, or bfloat16 without scales.
 struct Table {
-    const uint8_t* integers;  // [rows, stride]
+    const uint8_t* rows_data;  // [rows, stride], bytes
     int64_t stride;
-    const void* scale;  // [rows]
+    bool bytes;         // false for bfloat16
+    const void* scale;  // [rows], or null
     Dtype scale_dtype;
     int64_t rows;
     int64_t columns;
@@ -88,16 +97,28 @@ struct Table {
 
 struct Kernels {
     const char* name;
-    // y = residual of x, quantized, times the weight, plus the rest. Either `input` or `integers` is given.
-    void (*linear)(const Input* input, const Integers* integers, const Weight& weight, const Rest& rest,
-                   const Output& output, ParallelFor parallel_for);
+    // y = residual of x, quantized, times the weight, plus the rest, for each member. Either `input` or `integers` is
+    // given. Members have the same input width, groups, rank and dtype of outlier weights.
+    void (*linear)(const Input* input, const Integers* integers, const Member* members, int64_t count,
+                   ParallelFor parallel_for);
     // Writes outliers [tokens, rank] in the dtype of the input, integers [tokens, residual] and scales [tokens, groups].
     void (*quantize)(const Input& input, void* outlier, int8_t* integers, float* scale, ParallelFor parallel_for);
     // Transforms rows [tokens, plan.size] of `data` into `output`, both of `dtype`.
     void (*hadamard)(const void* data, void* output, Dtype dtype, int64_t tokens, const Hadamard& plan,
                      ParallelFor parallel_for);
-    // y = x table^T, the sum over columns scaled by the row's scale; x and y are [tokens, ...] of `dtype`.
+    // y = x table^T, the sum over columns times the row's scale; x and y are [tokens, ...] of `dtype`.
     void (*head)(const void* x, void* y, Dtype dtype, int64_t tokens, const Table& table, ParallelFor parallel_for);
+    // y = cast(x / sqrt(mean(x^2) + eps)) * weight for rows [rows, width].
+    void (*norm)(const void* x, const void* weight, void* y, Dtype dtype, float eps, int64_t rows, int64_t width,
+                 ParallelFor parallel_for);
+    // Rotates heads [tokens, heads, head_dim] in place by cosines and sines [angles, head_dim], of which token t has row
+    // t % angles; each product and the sum are rounded to `dtype`.
+    void (*rotate)(void* x, Dtype dtype, int64_t tokens, int64_t heads, int64_t head_dim, const void* cosine,
+                   const void* sine, int64_t angles, ParallelFor parallel_for);
+    // gate = cast(silu(gate)) * up, in place, rounded to `dtype` twice; without the product where `up` is null.
+    void (*gated)(void* gate, const void* up, Dtype dtype, int64_t count, ParallelFor parallel_for);
+    // y = y + x, in place.
+    void (*add)(void* y, const void* x, Dtype dtype, int64_t count, ParallelFor parallel_for);
 };
 
 const Kernels* avx2_kernels();

@@ -7,6 +7,7 @@
 namespace {
 
 using quad::Integers;
+using quad::Member;
 using quad::ParallelFor;
 
 constexpr int64_t kBatch = 512;  // tokens at a time, at most: memory does not grow with their number
@@ -31,30 +32,37 @@ CallMemory& call_memory() {
 
 int64_t greatest_divisor(int64_t a, int64_t b) { return b ? greatest_divisor(b, a % b) : a; }
 
-// A call, and where its tokens are.
+// A call, and where its tokens are. Its members are weights that share the input: q, k and v, or gate and up.
 struct Call {
     const Input* input;
     const Integers* integers;
-    const Weight& weight;
-    const Rest& rest;
-    const Output& output;
+    const Member* members;
+    int64_t member_count;
+    const Weight* weight;  // of the member that is computed
+    const Rest* rest;
+    const Output* output;
     int64_t first, count;  // tokens of this batch
     bool small;            // integers of the inputs fit into 4 bits
     Tokens tokens;
     uint16_t* outlier16;  // [rank / 32][count][32], bfloat16, where AMX multiplies them
 
-    int64_t stretch() const { return weight.in_features / tokens.sums; }
-    int64_t lines() const { return round_up(weight.in_features, kChunk) / per_line(); }
-    int64_t per_line() const { return weight.wide ? 4 : 8; }
-    const uint8_t* block_lines(int64_t index) const { return weight.lines + index * lines() * kLine; }
+    int64_t stretch() const { return weight->in_features / tokens.sums; }
+    int64_t lines() const { return round_up(weight->in_features, kChunk) / per_line(); }
+    int64_t per_line() const { return weight->wide ? 4 : 8; }
+    const uint8_t* block_lines(int64_t index) const { return weight->lines + index * lines() * kLine; }
+    void select(const Member& member) {
+        weight = &member.weight;
+        rest = &member.rest;
+        output = &member.output;
+    }
 };
 
 Tokens make_room(CallMemory& memory, const Call& call, int64_t count) {
-    int64_t rank = call.rest.outlier_weight ? round_up(call.rest.rank, kRank) : 0;
+    int64_t rank = call.rest->outlier_weight ? round_up(call.rest->rank, kRank) : 0;
     int64_t scales = call.input ? call.input->groups : call.integers->groups;
-    int64_t sums = scales / greatest_divisor(scales, call.weight.groups) * call.weight.groups;
+    int64_t sums = scales / greatest_divisor(scales, call.weight->groups) * call.weight->groups;
     Tokens tokens{};
-    tokens.integers = memory.integers.at_least(round_up(call.weight.in_features, kChunk) * count);
+    tokens.integers = memory.integers.at_least(round_up(call.weight->in_features, kChunk) * count);
     tokens.scale = memory.scale.at_least(scales * count);
     tokens.sum = memory.sum.at_least(sums * count);
     tokens.outlier = memory.outlier.at_least(larger(1, rank * count));
@@ -75,12 +83,12 @@ void place(const Call& call, int64_t i) {
     const Integers& x = *call.integers;
     int64_t t = call.first + i;
     std::memcpy(tokens.scale + i * tokens.scales, x.scale + t * tokens.scales, tokens.scales * sizeof(float));
-    place_token(tokens, i, x.data + t * call.weight.in_features, call.weight.in_features);
+    place_token(tokens, i, x.data + t * call.weight->in_features, call.weight->in_features);
     if (tokens.rank) {
         float* outlier = tokens.outlier + i * tokens.rank;
-        load_row(element(call.rest.outlier, call.rest.outlier_dtype, t * call.rest.rank), call.rest.outlier_dtype,
-                 call.rest.rank, outlier);
-        std::memset(outlier + call.rest.rank, 0, (tokens.rank - call.rest.rank) * sizeof(float));
+        load_row(element(call.rest->outlier, call.rest->outlier_dtype, t * call.rest->rank), call.rest->outlier_dtype,
+                 call.rest->rank, outlier);
+        std::memset(outlier + call.rest->rank, 0, (tokens.rank - call.rest->rank) * sizeof(float));
     }
 }
 
@@ -91,21 +99,21 @@ void end_block(const Call& call, const Block& block, int64_t t, int64_t count, f
         if (block.outlier.pairs) add_all_outliers<true>(block.outlier, x, tokens.rank, count, y);
         else add_all_outliers<false>(block.outlier, x, tokens.rank, count, y);
     }
-    finish(block, call.output, call.weight.out_features, call.first + t, count, y);
+    finish(block, *call.output, call.weight->out_features, call.first + t, count, y);
 }
 
 template <int T, bool Wide>
 void direct_block(const Call& call, int64_t index, CallMemory& memory) {
     const Tokens& tokens = call.tokens;
-    Block block = memory.block[0].prepare(call.weight, call.rest, index, tokens.rank);
+    Block block = memory.block[0].prepare(*call.weight, *call.rest, index, tokens.rank);
     alignas(64) int32_t total[T * kChannels];
     alignas(64) float y[T * kChannels] = {};
-    int64_t end = ceil_div(call.weight.in_features, call.per_line()), step = call.stretch() / call.per_line();
+    int64_t end = ceil_div(call.weight->in_features, call.per_line()), step = call.stretch() / call.per_line();
     for (int64_t s = 0; s < tokens.sums; ++s) {
         int64_t begin = s * step, stop = s + 1 == tokens.sums ? end : begin + step;
         Product::direct<T, Wide>(call.block_lines(index), begin, stop, tokens.integers, tokens.count * kChunk,
                                  call.small, total);
-        add_stretch(block, call.weight.groups, tokens, 0, T, s, total, y);
+        add_stretch(block, call.weight->groups, tokens, 0, T, s, total, y);
     }
     end_block(call, block, 0, T, y);
 }
@@ -118,17 +126,38 @@ void direct_blocks(const Call& call, int64_t begin, int64_t end, CallMemory& mem
     }
 }
 
+// Calls `compute` with each member and those of its units, of `size` channels, that lie in [begin, end) of all members'.
+template <class Compute>
+void for_members(Call& call, int64_t size, int64_t begin, int64_t end, const Compute& compute) {
+    int64_t start = 0;
+    for (int64_t m = 0; m < call.member_count; ++m) {
+        call.select(call.members[m]);
+        int64_t units = ceil_div(call.weight->out_features, size);
+        int64_t from = larger(begin - start, 0), to = smaller(end - start, units);
+        if (from < to) compute(from, to);
+        start += units;
+    }
+}
+
+int64_t count_units(const Call& call, int64_t size) {
+    int64_t count = 0;
+    for (int64_t m = 0; m < call.member_count; ++m) count += ceil_div(call.members[m].weight.out_features, size);
+    return count;
+}
+
 // Few tokens: every thread quantizes them for itself, which is quicker than to wait for another.
-void direct(const Call& whole, int64_t threads_grain, ParallelFor parallel_for) {
+void direct(Call& whole, int64_t grain, ParallelFor parallel_for) {
     auto body = [](int64_t begin, int64_t end, void* context) {
         CallMemory& memory = call_memory();
         Call call = *static_cast<const Call*>(context);
         call.tokens = make_room(memory, call, call.count);
         for (int64_t i = 0; i < call.count; ++i) place(call, i);
-        if (call.weight.wide) direct_blocks<true>(call, begin, end, memory);
-        else direct_blocks<false>(call, begin, end, memory);
+        for_members(call, kChannels, begin, end, [&](int64_t from, int64_t to) {
+            if (call.weight->wide) direct_blocks<true>(call, from, to, memory);
+            else direct_blocks<false>(call, from, to, memory);
+        });
     };
-    parallel_for(0, ceil_div(whole.weight.out_features, kChannels), threads_grain, body, const_cast<Call*>(&whole));
+    parallel_for(0, count_units(whole, kChannels), grain, body, &whole);
 }
 
 template <bool Wide, int T = Product::kTile>
@@ -150,13 +179,13 @@ void tiles(const Call& call, const uint8_t* panel, int64_t rows, int64_t first, 
 template <bool Wide>
 void tiled_block(const Call& call, int64_t index, CallMemory& memory) {
     const Tokens& tokens = call.tokens;
-    Block block = memory.block[0].prepare(call.weight, call.rest, index, tokens.rank);
+    Block block = memory.block[0].prepare(*call.weight, *call.rest, index, tokens.rank);
     uint8_t* panel = memory.panel.at_least(Product::kPanel * kChannels * Product::kPlanes);
     int32_t* total = memory.total.at_least(call.count * kChannels);
     float* y = memory.y.at_least(call.count * kChannels);
     std::memset(y, 0, call.count * kChannels * sizeof(float));
     int64_t lines_at_once = Product::kPanel / call.per_line();
-    int64_t all = ceil_div(call.weight.in_features, call.per_line()), step = call.stretch() / call.per_line();
+    int64_t all = ceil_div(call.weight->in_features, call.per_line()), step = call.stretch() / call.per_line();
     for (int64_t s = 0; s < tokens.sums; ++s) {
         int64_t begin = s * step, stop = s + 1 == tokens.sums ? all : begin + step;
         for (int64_t l = begin; l < stop; l += lines_at_once) {
@@ -164,7 +193,7 @@ void tiled_block(const Call& call, int64_t index, CallMemory& memory) {
             const uint8_t* rows = Product::unpack<Wide>(call.block_lines(index), l, end, panel);
             tiles<Wide>(call, rows, (end - l) * call.per_line() / 4, l * call.per_line(), l > begin, 0, total);
         }
-        add_stretch(block, call.weight.groups, tokens, 0, call.count, s, total, y);
+        add_stretch(block, call.weight->groups, tokens, 0, call.count, s, total, y);
     }
     end_block(call, block, 0, call.count, y);
 }
@@ -187,14 +216,14 @@ void units(const Call& call, int64_t begin, int64_t end) {
         return;
     }
 #endif
-    int64_t blocks = ceil_div(call.weight.out_features, kChannels);
+    int64_t blocks = ceil_div(call.weight->out_features, kChannels);
     for (int64_t b = begin * kUnit; b < smaller(blocks, end * kUnit); ++b) tiled_block<Wide>(call, b, memory);
 }
 
 // Many tokens: they are quantized first, on all threads; then each thread takes channels.
 void blocked(Call& call, ParallelFor parallel_for) {
     parallel_for(
-        0, call.count, larger(1, 16384 / call.weight.in_features),
+        0, call.count, larger(1, 16384 / call.weight->in_features),
         [](int64_t begin, int64_t end, void* context) {
             const Call& call = *static_cast<const Call*>(context);
             for (int64_t i = begin; i < end; ++i) {
@@ -204,11 +233,13 @@ void blocked(Call& call, ParallelFor parallel_for) {
         },
         &call);
     parallel_for(
-        0, ceil_div(call.weight.out_features, kUnit * kChannels), 1,
+        0, count_units(call, kUnit * kChannels), 1,
         [](int64_t begin, int64_t end, void* context) {
-            const Call& call = *static_cast<const Call*>(context);
-            if (call.weight.wide) units<true>(call, begin, end);
-            else units<false>(call, begin, end);
+            Call call = *static_cast<const Call*>(context);
+            for_members(call, kUnit * kChannels, begin, end, [&](int64_t from, int64_t to) {
+                if (call.weight->wide) units<true>(call, from, to);
+                else units<false>(call, from, to);
+            });
         },
         &call);
 }
@@ -222,13 +253,21 @@ bool all_small(const Integers& x, int64_t width) {
     return low >= -8 && high <= 7;
 }
 
-void linear(const Input* input, const Integers* integers, const Weight& weight, const Rest& rest, const Output& output,
+void linear(const Input* input, const Integers* integers, const Member* members, int64_t count,
             ParallelFor parallel_for) {
-    int64_t tokens = input ? input->tokens : integers->tokens;
-    bool small = input ? input->bits <= 4 : all_small(*integers, weight.in_features);
-    int64_t batch = larger(64, smaller(kBatch, kBatchBytes / weight.in_features / 32 * 32));
+    int64_t tokens = input ? input->tokens : integers->tokens, width = members->weight.in_features;
+    bool small = input ? input->bits <= 4 : all_small(*integers, width);
+    int64_t batch = larger(64, smaller(kBatch, kBatchBytes / width / 32 * 32));
     for (int64_t first = 0; first < tokens; first += batch) {
-        Call call{input, integers, weight, rest, output, first, smaller(batch, tokens - first), small, {}, nullptr};
+        Call call{};
+        call.input = input;
+        call.integers = integers;
+        call.members = members;
+        call.member_count = count;
+        call.select(*members);
+        call.first = first;
+        call.count = smaller(batch, tokens - first);
+        call.small = small;
         if (call.count <= Product::kDirect) {
             direct(call, larger(1, kBytesPerThread / (call.lines() * kLine * call.count)), parallel_for);
         } else {

@@ -22,8 +22,8 @@ bool takes_amx(const Call& call) { return call.tokens.sums == 1 || call.stretch(
 
 // Outliers in bfloat16, where the weights have that too: the products are exact then, as with float32.
 uint16_t* room_for_outlier16(CallMemory& memory, const Call& call) {
-    Dtype dtype = call.input ? call.input->dtype : call.rest.outlier_dtype;
-    bool fits = call.tokens.rank && call.rest.outlier_weight_dtype == Dtype::bfloat16 && dtype == Dtype::bfloat16;
+    Dtype dtype = call.input ? call.input->dtype : call.rest->outlier_dtype;
+    bool fits = call.tokens.rank && call.rest->outlier_weight_dtype == Dtype::bfloat16 && dtype == Dtype::bfloat16;
     return fits && takes_amx(call) ? memory.outlier16.at_least(call.tokens.rank * call.tokens.count) : nullptr;
 }
 
@@ -117,18 +117,18 @@ void end_unit(const Call& call, const Block* block, int blocks, int64_t t, int64
         }
         for (int64_t i = 0; i < count * kChannels; i += kChannels)
             (Float16::load(y[h] + i) + Float16::load(sum[h] + i)).store(y[h] + i);
-        finish(block[h], call.output, call.weight.out_features, call.first + t, count, y[h]);
+        finish(block[h], *call.output, call.weight->out_features, call.first + t, count, y[h]);
     }
 }
 
 template <bool Wide>
 void amx_unit(const Call& call, int64_t index, CallMemory& memory) {
     const Tokens& tokens = call.tokens;
-    const int blocks = (2 * index + 1) * kChannels < call.weight.out_features ? 2 : 1;
+    const int blocks = (2 * index + 1) * kChannels < call.weight->out_features ? 2 : 1;
     const int64_t per = kChunk / call.per_line();  // lines in a chunk
     Block block[2];
     for (int h = 0; h < blocks; ++h)
-        block[h] = memory.block[h].prepare(call.weight, call.rest, 2 * index + h, tokens.rank);
+        block[h] = memory.block[h].prepare(*call.weight, *call.rest, 2 * index + h, tokens.rank);
     if (blocks == 1) block[1] = block[0];
     uint8_t* room = memory.panel.at_least(2 * kAtOnce * 1024);
     int32_t* total = memory.total.at_least(2 * tokens.count * kChannels);
@@ -156,7 +156,7 @@ void amx_unit(const Call& call, int64_t index, CallMemory& memory) {
                 float* y[2] = {sums + t * kChannels, sums + distance + t * kChannels};
                 for (int h = 0; h < blocks; ++h) {
                     if (s == 0) std::memset(y[h], 0, count * kChannels * sizeof(float));
-                    add_stretch(block[h], call.weight.groups, tokens, t, count, s, target + h * distance, y[h]);
+                    add_stretch(block[h], call.weight->groups, tokens, t, count, s, target + h * distance, y[h]);
                 }
                 if (s + 1 == tokens.sums) end_unit(call, block, blocks, t, count, y);
             }

@@ -125,7 +125,7 @@ quad::Weight weight_of(const Tensor& lines, const Tensor& scale, const MaybeTens
     int64_t per_line = wide ? 4 : 8, count = (in_features + 63) / 64 * (64 / per_line);
     STD_TORCH_CHECK(lines.is_contiguous() && lines.scalar_type() == ScalarType::Byte &&
                         lines.numel() == (out_features + 15) / 16 * count * 64,
-                    "the weight is not in layout 'lines'");
+                    "the weight is not in lines");
     STD_TORCH_CHECK(scale.dim() == 2 && scale.size(0) == out_features && in_features % scale.size(1) == 0,
                     "the weight scales do not fit");
     quad::Weight weight{};
@@ -172,8 +172,8 @@ Tensor linear(const Tensor& x_, int64_t bits, double clip_ratio, int64_t groups,
     quad::Weight weight = weight_of(lines, scale, zero_point, in_features, out_features, wide);
     quad::Rest rest = rest_of(outlier_weight, bias, input.rank(), out_features);
     Tensor y = empty(sizes_with(x, out_features), torch_dtype(input.dtype));
-    quad::Output output{y.mutable_data_ptr(), input.dtype};
-    kernels().linear(&input, nullptr, weight, rest, output, parallel_for);
+    quad::Member member{weight, rest, {y.mutable_data_ptr(), input.dtype}};
+    kernels().linear(&input, nullptr, &member, 1, parallel_for);
     return y;
 }
 
@@ -198,8 +198,8 @@ Tensor integer_linear(const Tensor& x_, const Tensor& x_scale_, const Tensor& li
     }
     auto dtype = static_cast<quad::Dtype>(out_dtype);
     Tensor y = empty({x.size(0), out_features}, torch_dtype(dtype));
-    quad::Output output{y.mutable_data_ptr(), dtype};
-    kernels().linear(nullptr, &integers, weight, rest, output, parallel_for);
+    quad::Member member{weight, rest, {y.mutable_data_ptr(), dtype}};
+    kernels().linear(nullptr, &integers, &member, 1, parallel_for);
     return y;
 }
 
@@ -231,12 +231,128 @@ Tensor head(const Tensor& x_, const Tensor& words, const Tensor& scale_) {
                         words.size(1) == (columns + 3) / 4,
                     "the table does not fit x");
     STD_TORCH_CHECK(scale.numel() == rows, "the scales do not fit the table");
-    quad::Table table{static_cast<const uint8_t*>(words.const_data_ptr()), words.size(1) * 4, scale.const_data_ptr(),
-                      dtype_of(scale, "the scale"), rows, columns};
+    quad::Table table{static_cast<const uint8_t*>(words.const_data_ptr()), words.size(1) * 4, true,
+                      scale.const_data_ptr(), dtype_of(scale, "the scale"), rows, columns};
     quad::Dtype dtype = dtype_of(x, "x");
     Tensor y = empty(sizes_with(x, rows), torch_dtype(dtype));
     kernels().head(x.const_data_ptr(), y.mutable_data_ptr(), dtype, columns ? x.numel() / columns : 0, table,
                    parallel_for);
+    return y;
+}
+
+Tensor dense_head(const Tensor& x_, const Tensor& weight) {
+    Tensor x = dense(x_);
+    int64_t rows = weight.size(0), columns = weight.size(1);
+    STD_TORCH_CHECK(weight.dim() == 2 && weight.is_contiguous() && weight.scalar_type() == ScalarType::BFloat16 &&
+                        x.size(x.dim() - 1) == columns,
+                    "the weight must be bfloat16 and fit x");
+    quad::Table table{static_cast<const uint8_t*>(weight.const_data_ptr()), columns * 2, false, nullptr,
+                      quad::Dtype::float32, rows, columns};
+    quad::Dtype dtype = dtype_of(x, "x");
+    Tensor y = empty(sizes_with(x, rows), torch_dtype(dtype));
+    kernels().head(x.const_data_ptr(), y.mutable_data_ptr(), dtype, columns ? x.numel() / columns : 0, table,
+                   parallel_for);
+    return y;
+}
+
+// Linears that share an input, as the operators of a block get them: five tensors for each (lines, scale, zero point,
+// outlier weight, bias; what is absent is empty), and numbers: bits, groups, outliers, block, keep_width and hadamard of
+// the input, then inputs, outputs and `wide` of each.
+class Parts {
+  public:
+    Parts(const std::vector<Tensor>& tensors, const std::vector<int64_t>& numbers)
+        : tensors_(tensors), numbers_(numbers) {}
+
+    // Applies the next `count` linears to `x`.
+    std::vector<Tensor> linears(const Tensor& x, double clip_ratio, int64_t count) {
+        int64_t bits = number(), groups = number(), outliers = number(), block = number();
+        bool keep_width = number(), hadamard = number();
+        quad::Input input = input_of(x, bits, clip_ratio, groups, outliers, block, keep_width, hadamard);
+        std::vector<Tensor> results;
+        std::vector<quad::Member> members;
+        for (int64_t i = 0; i < count; ++i) {
+            int64_t in_features = number(), out_features = number();
+            bool wide = number();
+            const Tensor &lines = tensor(), &scale = tensor();
+            MaybeTensor zero_point = maybe(), outlier_weight = maybe(), bias = maybe();
+            STD_TORCH_CHECK(input.residual() == in_features && scale.is_contiguous(), "the weight does not fit");
+            results.push_back(empty(sizes_with(x, out_features), torch_dtype(input.dtype)));
+            members.push_back({weight_of(lines, scale, zero_point, in_features, out_features, wide),
+                               rest_of(outlier_weight, bias, input.rank(), out_features),
+                               {results.back().mutable_data_ptr(), input.dtype}});
+            STD_TORCH_CHECK(members[0].weight.groups == members[i].weight.groups &&
+                                members[0].rest.outlier_weight_dtype == members[i].rest.outlier_weight_dtype &&
+                                members[0].rest.rank == members[i].rest.rank,
+                            "linears that share an input must have the same format");
+        }
+        kernels().linear(&input, nullptr, members.data(), count, parallel_for);
+        return results;
+    }
+
+  private:
+    int64_t number() { return numbers_.at(next_number_++); }
+    const Tensor& tensor() { return tensors_.at(next_tensor_++); }
+    MaybeTensor maybe() {
+        const Tensor& found = tensor();
+        STD_TORCH_CHECK(found.is_contiguous(), "the parts of a linear must be contiguous");
+        return found.numel() ? MaybeTensor(found) : std::nullopt;
+    }
+
+    const std::vector<Tensor>& tensors_;
+    const std::vector<int64_t>& numbers_;
+    size_t next_number_ = 0, next_tensor_ = 0;
+};
+
+Tensor normed(const Tensor& x, const Tensor& weight, double eps) {
+    quad::Dtype dtype = dtype_of(x, "the hidden states");
+    int64_t width = weight.numel(), rows = width ? x.numel() / width : 0;
+    STD_TORCH_CHECK(weight.scalar_type() == x.scalar_type() && weight.is_contiguous(), "the norm does not fit");
+    Tensor y = empty(sizes_with(x, x.size(x.dim() - 1)), torch_dtype(dtype));
+    kernels().norm(x.const_data_ptr(), weight.const_data_ptr(), y.mutable_data_ptr(), dtype, float(eps), rows, width,
+                   parallel_for);
+    return y;
+}
+
+Tensor norm(const Tensor& x, const Tensor& weight, double eps) { return normed(dense(x), weight, eps); }
+
+Tensor silu(const Tensor& x_) {
+    Tensor y = torch::stable::clone(dense(x_));
+    kernels().gated(y.mutable_data_ptr(), nullptr, dtype_of(y, "x"), y.numel(), parallel_for);
+    return y;
+}
+
+std::vector<Tensor> block_in(const Tensor& x_, const Tensor& norm, double eps, const Tensor& cosine_,
+                             const Tensor& sine_, int64_t head_dim, const std::vector<Tensor>& head_norms,
+                             const std::vector<Tensor>& parts, const std::vector<int64_t>& numbers, double clip_ratio) {
+    Tensor x = dense(x_), cosine = dense(cosine_), sine = dense(sine_);
+    quad::Dtype dtype = dtype_of(x, "the hidden states");
+    STD_TORCH_CHECK(cosine.scalar_type() == x.scalar_type() && sine.scalar_type() == x.scalar_type() &&
+                        cosine.size(cosine.dim() - 1) == head_dim && cosine.numel() == sine.numel(),
+                    "the rotary embedding does not fit");
+    std::vector<Tensor> results = Parts(parts, numbers).linears(normed(x, norm, eps), clip_ratio, 3);
+    int64_t tokens = x.numel() / x.size(x.dim() - 1), angles = cosine.numel() / head_dim;
+    for (int i = 0; i < 2; ++i) {
+        if (!head_norms.empty()) results[i] = normed(results[i], head_norms.at(i), eps);
+        int64_t heads = results[i].size(results[i].dim() - 1) / head_dim;
+        kernels().rotate(results[i].mutable_data_ptr(), dtype, tokens, heads, head_dim, cosine.const_data_ptr(),
+                         sine.const_data_ptr(), angles, parallel_for);
+    }
+    return results;
+}
+
+Tensor block_out(const Tensor& attention_, const Tensor& residual_, const Tensor& norm, double eps,
+                 const std::vector<Tensor>& parts, const std::vector<int64_t>& numbers,
+                 const std::vector<double>& clip_ratios) {
+    Tensor attention = dense(attention_), residual = dense(residual_);
+    quad::Dtype dtype = dtype_of(residual, "the hidden states");
+    STD_TORCH_CHECK(attention.scalar_type() == residual.scalar_type(), "the attention has another dtype");
+    Parts reader(parts, numbers);
+    Tensor hidden = reader.linears(attention, clip_ratios.at(0), 1)[0];
+    kernels().add(hidden.mutable_data_ptr(), residual.const_data_ptr(), dtype, hidden.numel(), parallel_for);
+    std::vector<Tensor> pair = reader.linears(normed(hidden, norm, eps), clip_ratios.at(1), 2);
+    kernels().gated(pair[0].mutable_data_ptr(), pair[1].const_data_ptr(), dtype, pair[0].numel(), parallel_for);
+    Tensor y = reader.linears(pair[0], clip_ratios.at(2), 1)[0];
+    kernels().add(y.mutable_data_ptr(), hidden.const_data_ptr(), dtype, y.numel(), parallel_for);
     return y;
 }
 
@@ -253,16 +369,30 @@ STABLE_TORCH_LIBRARY(quad_native, m) {
     m.def(
         "quantize(Tensor x, int bits, float clip_ratio, int groups, int outliers, int block, bool keep_width, "
         "bool hadamard) -> (Tensor, Tensor, Tensor)");
+    m.def(
+        "block_in(Tensor x, Tensor norm, float eps, Tensor cosine, Tensor sine, int head_dim, Tensor[] head_norms, "
+        "Tensor[] parts, int[] numbers, float clip_ratio) -> Tensor[]");
+    m.def(
+        "block_out(Tensor attention, Tensor residual, Tensor norm, float eps, Tensor[] parts, int[] numbers, "
+        "float[] clip_ratios) -> Tensor");
+    m.def("norm(Tensor x, Tensor weight, float eps) -> Tensor");
+    m.def("silu(Tensor x) -> Tensor");
     m.def("hadamard(Tensor x) -> Tensor");
     m.def("head(Tensor x, Tensor words, Tensor scale) -> Tensor");
+    m.def("dense_head(Tensor x, Tensor weight) -> Tensor");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(quad_native, CPU, m) {
     m.impl("linear", TORCH_BOX(&linear));
     m.impl("integer_linear", TORCH_BOX(&integer_linear));
     m.impl("quantize", TORCH_BOX(&quantize));
+    m.impl("block_in", TORCH_BOX(&block_in));
+    m.impl("block_out", TORCH_BOX(&block_out));
+    m.impl("norm", TORCH_BOX(&norm));
+    m.impl("silu", TORCH_BOX(&silu));
     m.impl("hadamard", TORCH_BOX(&hadamard));
     m.impl("head", TORCH_BOX(&head));
+    m.impl("dense_head", TORCH_BOX(&dense_head));
 }
 
 // For library.py, by ctypes.

@@ -1,0 +1,252 @@
+"""A decoder block that runs on the native CPU kernels in two calls.
+
+transformers spends most of a decode step of a small model on Python, and much of a long prompt on passes over memory
+between the linears. A block of a checkpoint therefore gets a class of its own, a child of its stock one: norm, q, k, v
+and rotary embedding are one call, everything behind the attention another. Cache and attention stay transformers', so
+every cache and every attention implementation works.
+
+It runs so where nothing can see the difference: without gradients, compilation, hooks, adapters, terms or offloading
+inside the block. Everywhere else the stock forward runs. Norms and activations get native classes too: with them the
+stock forward computes the same bits, unless it is compiled or needs gradients, which take PyTorch's.
+"""
+
+import logging
+import sys
+import weakref
+from typing import Any
+
+import torch
+from quad_kernels import QuantizedWeight, RMSNorm, choose_backend
+from quad_kernels.native.block import BlockLinear, block_in, block_out, takes
+from quad_kernels.native.lines import DTYPES
+from torch import nn
+from torch.nn.modules import module as torch_module
+
+from quad_modifiers.nn.packed_linear import PackedLinear
+from quad_modifiers.nn.quad_linear import QuadLinear
+
+logger = logging.getLogger(__name__)
+
+_FAMILIES = ("Llama", "Mistral", "Qwen2", "Qwen3")
+STOCK_BLOCKS = tuple(f"{family}DecoderLayer" for family in _FAMILIES)
+STOCK_NORMS = tuple(f"{family}RMSNorm" for family in _FAMILIES)
+STOCK_ACTIVATIONS = ("SiLU", "SiLUActivation")
+_GROUPS = (("self_attn", ("q_proj", "k_proj", "v_proj")), ("self_attn", ("o_proj",)))
+_MLP_GROUPS = (("mlp", ("gate_proj", "up_proj")), ("mlp", ("down_proj",)))
+_FEW_TOKENS = 8
+_checked: "weakref.WeakKeyDictionary[nn.Module, list[Any]]" = weakref.WeakKeyDictionary()  # weights that fit, by block
+
+
+class NativeBlock(nn.Module):
+    """The forward of a stock decoder layer, with a shorter way; the first of two base classes."""
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
+        past_key_values: Any = None,
+        use_cache: bool | None = False,
+        position_embeddings: tuple[torch.Tensor, torch.Tensor] | None = None,
+        **kwargs: Any,
+    ) -> torch.Tensor:
+        """Returns hidden states `[batch, positions, width]`; the arguments are those of transformers' layers."""
+        groups = None if torch.compiler.is_compiling() else _native_groups(self, hidden_states)
+        if groups is None or position_embeddings is None:
+            return super().forward(
+                hidden_states,
+                attention_mask=attention_mask,
+                position_ids=position_ids,
+                past_key_values=past_key_values,
+                use_cache=use_cache,
+                position_embeddings=position_embeddings,
+                **kwargs,
+            )
+        modules = self._modules
+        qkv, (o_proj,), gate_up, (down,) = groups
+        attention: Any = modules["self_attn"]
+        inner = attention._modules
+        head_norms = [inner[name].weight for name in ("q_norm", "k_norm") if name in inner]
+        cosine, sine = position_embeddings
+        states = block_in(hidden_states, _norm(modules["input_layernorm"]), qkv, cosine, sine, head_norms)
+        batch, positions = hidden_states.shape[:2]
+        query, key, value = (s.view(batch, positions, -1, attention.head_dim).transpose(1, 2) for s in states)
+        if past_key_values is not None:
+            key, value = past_key_values.update(key, value, attention.layer_idx)
+        if hasattr(attention, "sliding_window"):
+            kwargs["sliding_window"] = attention.sliding_window
+        output, _ = _attention_function(attention)(
+            attention,
+            query,
+            key,
+            value,
+            attention_mask,
+            dropout=0.0,
+            scaling=attention.scaling,
+            position_ids=position_ids,
+            use_cache=use_cache,
+            **kwargs,
+        )
+        output = output.reshape(batch, positions, -1)
+        return block_out(output, hidden_states, _norm(modules["post_attention_layernorm"]), o_proj, gate_up, down)
+
+
+class NativeNorm(nn.Module):
+    """A root mean square norm that adds up its squares as the native block does; the first of two base classes."""
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """Returns the normalised `[..., width]`."""
+        norm: Any = self
+        weight = norm.weight
+        if not _runs_natively(hidden_states, weight) or weight.dtype != hidden_states.dtype:
+            return super().forward(hidden_states)
+        return torch.ops.quad_native.norm(hidden_states, weight, norm.variance_epsilon)
+
+
+class NativeSiLU(nn.Module):
+    """x / (1 + exp(-x)) with the exponential of the native block; the first of two base classes."""
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        """Returns a tensor like `input`."""
+        return torch.ops.quad_native.silu(input) if _runs_natively(input) else super().forward(input)
+
+
+class NativeHead(nn.Linear):
+    """A head that reads its bfloat16 rows natively for the last position: twice as fast as PyTorch's product."""
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        """Returns `[..., vocabulary]` for `[..., width]`."""
+        few = input.dim() == 3 and input.shape[1] == 1 and input.shape[0] <= _FEW_TOKENS and input.is_cpu
+        weight = self.weight
+        if not few or self.bias is not None or weight.dtype != torch.bfloat16 or not weight.is_contiguous():
+            return super().forward(input)
+        if torch.compiler.is_compiling() or (torch.is_grad_enabled() and (input.requires_grad or weight.requires_grad)):
+            return super().forward(input)
+        return torch.ops.quad_native.dense_head(input, weight)
+
+
+def install_native_blocks(layers: list[nn.Module], head: nn.Module, final_norm: nn.Module) -> None:
+    """Gives blocks of known classes, their norms and activations, and a head of floating-point rows native classes.
+
+    Does nothing where the native kernels do not run; calling it again changes nothing.
+    """
+    known = [layer for layer in layers if type(layer).__name__ in STOCK_BLOCKS or isinstance(layer, NativeBlock)]
+    if not known or choose_backend("cpu").name != "native":
+        return
+    for module in (*(module for layer in known for module in layer.modules()), final_norm, head):
+        name = type(module).__name__
+        if isinstance(module, NativeBlock | NativeNorm | NativeSiLU | NativeHead):
+            _become(module, type(module))
+        elif name in STOCK_BLOCKS:
+            _become(module, _native_class(NativeBlock, type(module)))
+        elif name in STOCK_NORMS:
+            _become(module, _native_class(NativeNorm, type(module)))
+        elif name in STOCK_ACTIVATIONS:
+            _become(module, _native_class(NativeSiLU, type(module)))
+        elif module is head and type(module) is nn.Linear:
+            _become(module, NativeHead)
+    logger.info("%d of %d decoder blocks run on the CPU in two native calls each", len(known), len(layers))
+
+
+def _become(module: nn.Module, native: type[nn.Module]) -> None:
+    """Changes the class of a module.
+
+    The bound forward of the old class may lie in the module itself, where it would hide the new one: llm-compressor
+    leaves it behind, and accelerate calls it from its hooks.
+    """
+    old = [base.__dict__["forward"] for base in type(module).__mro__ if "forward" in base.__dict__]
+    module.__class__ = native
+    if getattr(module.__dict__.get("forward"), "__func__", None) in old:
+        del module.forward
+    if getattr(module.__dict__.get("_old_forward"), "__func__", None) in old:
+        module._old_forward = native.forward.__get__(module)
+
+
+def _native_class(native: type[nn.Module], stock: type[nn.Module]) -> type[nn.Module]:
+    """Returns the native child of a stock class; it can be found by name in this module, for pickles."""
+    name = f"Native{stock.__name__}"
+    found = globals().get(name)
+    if found is None or found.__bases__[1] is not stock:
+        members = {"__doc__": f"{stock.__name__} on native kernels.", "__module__": __name__}
+        found = globals()[name] = type(name, (native, stock), members)
+    return found
+
+
+def _runs_natively(*tensors: torch.Tensor) -> bool:
+    """True for floating-point tensors on the CPU whose gradients nobody wants, outside of compilation."""
+    if torch.compiler.is_compiling() or not tensors[0].is_cpu or tensors[0].dtype not in DTYPES:
+        return False
+    return not (torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors))
+
+
+def _native_groups(layer: nn.Module, x: torch.Tensor) -> list[list[BlockLinear]] | None:
+    """Returns the block's linears in groups that share an input, None where the stock forward must run."""
+    if not x.is_cpu or (torch.is_grad_enabled() and _needs_gradients(x, layer)):
+        return None
+    if torch_module._global_forward_hooks or torch_module._global_forward_pre_hooks:
+        return None
+    groups = []
+    for parent_name, names in _GROUPS + _MLP_GROUPS:
+        parent = layer._modules[parent_name]
+        if parent is None or _has_hooks(parent):
+            return None
+        linears = [_block_linear(parent._modules.get(name)) for name in names]
+        if any(linear is None for linear in linears):
+            return None
+        groups.append([linear for linear in linears if linear is not None])
+    norms = [layer._modules[name] for name in ("input_layernorm", "post_attention_layernorm")]
+    if any(norm is None or _has_hooks(norm) for norm in norms):
+        return None
+    return groups if _fit(layer, groups, x.dtype) else None
+
+
+def _fit(layer: nn.Module, groups: list[list[BlockLinear]], dtype: torch.dtype) -> bool:
+    """Checks formats and activation once for these weights: it would take longer than some of the products."""
+    seen = [dtype, *(linear.weight for group in groups for linear in group)]
+    known = _checked.get(layer)
+    if known is not None and all(a is b for a, b in zip(seen, known, strict=True)):
+        return True
+    mlp: Any = layer._modules["mlp"]
+    fits = isinstance(mlp.act_fn, NativeSiLU) and takes(groups, dtype)
+    if fits:
+        _checked[layer] = seen
+    return fits
+
+
+def _needs_gradients(x: torch.Tensor, layer: nn.Module) -> bool:
+    return x.requires_grad or any(parameter.requires_grad for parameter in layer.parameters())
+
+
+def _block_linear(linear: Any) -> BlockLinear | None:
+    """The linear as the kernels take it, None if it is something else, or somebody listens to it."""
+    if type(linear) is not QuadLinear or _has_hooks(linear) or "_hf_hook" in linear.__dict__:
+        return None
+    residual = linear._modules["residual"]
+    outlier = linear._modules.get("outlier")
+    if type(residual) is not PackedLinear or _has_hooks(residual) or "_hf_hook" in residual.__dict__:
+        return None
+    if outlier is not None and (_has_hooks(outlier) or "_hf_hook" in outlier.__dict__):
+        return None
+    parts = linear.parts()
+    if parts.terms or parts.input_quantization is None or not isinstance(parts.residual, QuantizedWeight):
+        return None
+    return BlockLinear(parts.residual, parts.split, parts.input_quantization, parts.outlier_weight, parts.bias)
+
+
+def _has_hooks(module: nn.Module) -> bool:
+    return bool(module._forward_hooks or module._forward_pre_hooks)
+
+
+def _norm(norm: Any) -> RMSNorm:
+    return RMSNorm(norm.weight, norm.variance_epsilon)
+
+
+def _attention_function(attention: nn.Module) -> Any:
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+    eager = sys.modules[_stock_module(attention)].__dict__["eager_attention_forward"]
+    return ALL_ATTENTION_FUNCTIONS.get_interface(attention.config._attn_implementation, eager)
+
+
+def _stock_module(module: nn.Module) -> str:
+    return type(module).__module__
