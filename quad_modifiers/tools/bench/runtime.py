@@ -1,46 +1,35 @@
 """Speed of a checkpoint beside its original in transformers, on this machine."""
 
-import statistics
-import time
-from collections.abc import Callable
-
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
+from quad_modifiers.records.machine import machine_name
+from quad_modifiers.tools.demo.token_speed import SpeedTask, kernels_in_use, measure_speed
 from quad_modifiers.tools.publishing.markdown import markdown_table
 
-PROMPT_TOKENS, NEW_TOKENS, ROUNDS = 512, 16, 5
+TASK = SpeedTask(runs=5)
 
 
 def compare_runtime(original: str, compressed: str) -> str:
-    """Times prefill and decode of two checkpoints in turn, and returns a Markdown table of medians.
+    """Times prefill and decode of a checkpoint and its original in turn, and returns a Markdown table of medians.
 
-    Prefill is one forward pass over 512 tokens, decode the time of each of 16 tokens generated greedily for one
-    sequence. Both models, the bf16 original and its QUAD checkpoint, stay in memory.
+    The original runs in bf16 and in float32: which is the faster depends on the processor. All models stay in memory.
+    What is timed: `quad_modifiers.tools.demo.token_speed.measure_speed`, five runs.
     """
-    models = {"bf16": _load(original), "QUAD": _load(compressed)}
-    ids = torch.randint(100, 1000, (1, PROMPT_TOKENS), generator=torch.Generator().manual_seed(0))
-    tasks: dict[str, Callable[[PreTrainedModel], object]] = {
-        f"prefill, {PROMPT_TOKENS} tokens": lambda model: model(ids, logits_to_keep=1),
-        "decode, each token": lambda model: model.generate(
-            ids[:, :NEW_TOKENS], max_new_tokens=NEW_TOKENS, min_new_tokens=NEW_TOKENS, do_sample=False, pad_token_id=0
-        ),
+    models = [_load(original, torch.bfloat16), _load(original, torch.float32), _load(compressed, torch.bfloat16)]
+    bf16, wide, quad = measure_speed(models, TASK)
+    tasks = {
+        f"prefill of {TASK.prompt} tokens": [speed.prefill for speed in (bf16, wide, quad)],
+        f"decode, {TASK.new} tokens after {TASK.context}": [speed.decode for speed in (bf16, wide, quad)],
     }
-    rows = []
-    with torch.no_grad():
-        for task, run in tasks.items():
-            times: dict[str, list[float]] = {name: [] for name in models}
-            for round_ in range(ROUNDS + 1):
-                for name, model in models.items():
-                    start = time.perf_counter()
-                    run(model)
-                    if round_:  # the first one warms up
-                        times[name].append(time.perf_counter() - start)
-            divisor = NEW_TOKENS if task.startswith("decode") else 1
-            bf16, quad = (statistics.median(times[name]) / divisor for name in models)
-            rows.append((task, f"{bf16 * 1e3:.1f}", f"{quad * 1e3:.1f}", f"{bf16 / quad:.2f}"))
-    return markdown_table(("", "bf16 ms", "QUAD ms", "bf16 / QUAD"), rows)
+    rows = [
+        (task, f"{a:.1f}", f"{b:.1f}", f"{c:.1f}", f"{c / a:.2f}", f"{c / max(a, b):.2f}")
+        for task, (a, b, c) in tasks.items()
+    ]
+    head = ("tokens per second", "bf16", "float32", "QUAD", "QUAD / bf16", "QUAD / the faster")
+    machine = f"{machine_name()}; {torch.get_num_threads()} threads; torch {torch.__version__}"
+    return f"{markdown_table(head, rows)}\n\n{machine}; kernels: {kernels_in_use(models[2].device)}"
 
 
-def _load(folder: str) -> PreTrainedModel:
-    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16).eval()
+def _load(folder: str, dtype: torch.dtype) -> PreTrainedModel:
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).eval()

@@ -1,4 +1,4 @@
-"""Compresses a real model and prints what that cost and gained: perplexity, size, time, memory, a sentence."""
+"""Compresses a real model and prints what that cost and gained: perplexity, speed, size, time, memory, a sentence."""
 
 import logging
 import shutil
@@ -7,13 +7,14 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 import quad_modifiers
 from quad_modifiers.data import token_windows, wikipedia_articles
 from quad_modifiers.records.inventory import read_inventory
 from quad_modifiers.records.machine import peak_memory
 from quad_modifiers.tools.demo.packaged_models import fetch
+from quad_modifiers.tools.demo.token_speed import STANDARD, SpeedTask, measure_speed, speed_lines
 from quad_modifiers.tools.evaluation import Perplexity, perplexity
 
 logger = logging.getLogger(__name__)
@@ -48,6 +49,7 @@ def run(
     force: bool = False,
     window_length: int = 512,
     window_count: int = 32,
+    speed_task: SpeedTask = STANDARD,
 ) -> None:
     """Compress the named demonstration model by `recipe` into `output`, and print both models' numbers.
 
@@ -59,8 +61,12 @@ def run(
     tokenizer = AutoTokenizer.from_pretrained(original)
     windows = token_windows(tokenizer, wikipedia_articles("held_out"), window_length, window_count, seed=0)
     text = f"{window_count} held-out Wikipedia windows of {window_length} tokens"
-    before, after = (_measure(folder, tokenizer, windows) for folder in (original, output))
-    print(_report(original, output, text, before, after, compression))
+    full, packed = (AutoModelForCausalLM.from_pretrained(folder) for folder in (original, output))  # as users do
+    before = _measure(full, original, tokenizer, windows)
+    after = _measure(packed, output, tokenizer, windows)
+    speed_before, speed_after = measure_speed([full, packed], speed_task)
+    speed = speed_lines(full, packed, speed_before, speed_after, speed_task)
+    print(_report(original, output, text, before, after, speed, compression))
 
 
 def compress(original: Path, recipe: str, output: Path, *, force: bool) -> Compression | None:
@@ -84,9 +90,10 @@ def compress(original: Path, recipe: str, output: Path, *, force: bool) -> Compr
     return compression
 
 
-def _measure(folder: Path, tokenizer: PreTrainedTokenizerBase, windows: torch.Tensor) -> Measured:
-    """Returns the numbers of the checkpoint in `folder`, loaded as any user loads it."""
-    model = AutoModelForCausalLM.from_pretrained(folder)
+def _measure(
+    model: PreTrainedModel, folder: Path, tokenizer: PreTrainedTokenizerBase, windows: torch.Tensor
+) -> Measured:
+    """Returns the numbers of a model and of the checkpoint in `folder` that it was loaded from."""
     measured = perplexity(model, windows)
     inventory = read_inventory(folder)
     return Measured(measured, inventory.total, inventory.embeddings, _generate(model, tokenizer))
@@ -102,9 +109,15 @@ def _generate(model: torch.nn.Module, tokenizer: PreTrainedTokenizerBase) -> str
 
 
 def _report(
-    original: Path, output: Path, text: str, before: Measured, after: Measured, compression: Compression | None
+    original: Path,
+    output: Path,
+    text: str,
+    before: Measured,
+    after: Measured,
+    speed: list[str],
+    compression: Compression | None,
 ) -> str:
-    """Returns the closing table."""
+    """Returns the closing table; `speed` are its lines about speed."""
     ratio = after.perplexity.value / before.perplexity.value
     layers_before = before.tensor_bytes - before.embedding_bytes
     layers_after = after.tensor_bytes - after.embedding_bytes
@@ -116,6 +129,7 @@ def _report(
         f"perplexity, {text}",
         f"  before    {before.perplexity}",
         f"  after     {after.perplexity}   ratio {ratio:.3f}",
+        *speed,
         "size of the tensors",
         f"  before    {_size(before)}",
         f"  after     {_size(after)}   decoder layers {layers_before / max(layers_after, 1):.2f}x smaller",

@@ -4,6 +4,9 @@ import pytest
 
 import quad_modifiers
 from quad_modifiers.tools.demo import demonstrate as demo
+from quad_modifiers.tools.demo.token_speed import SpeedTask
+
+SPEED = SpeedTask(prompt=24, context=8, new=4, runs=1)
 
 
 @pytest.fixture
@@ -28,13 +31,15 @@ def test_run_compares_and_reuses(toy_checkpoint, toy_tokenizer, compressed, monk
     monkeypatch.setattr(demo, "fetch", lambda name, model_folder: model_folder)
     monkeypatch.setattr(demo, "wikipedia_articles", lambda part: [f"{part} text about bridges. " * 20])
 
-    demo.run("smollm2", folder, "some.yaml", tmp_path / "out", window_length=16, window_count=2)
+    demo.run("smollm2", folder, "some.yaml", tmp_path / "out", window_length=16, window_count=2, speed_task=SPEED)
     report = capsys.readouterr().out
     assert "ratio 1.000" in report
     assert "layers 1.00x smaller" in report
     assert "peak memory" in report
+    assert "decode, tokens per second: 4 tokens after 8\n" in report
+    assert "prefill, tokens per second: 24 tokens at once\n" in report
 
-    demo.run("smollm2", folder, "some.yaml", tmp_path / "out", window_length=16, window_count=2)
+    demo.run("smollm2", folder, "some.yaml", tmp_path / "out", window_length=16, window_count=2, speed_task=SPEED)
     assert compressed == ["some.yaml"]
     assert "reused" in capsys.readouterr().out
 
