@@ -10,9 +10,11 @@ inside the block. Everywhere else the stock forward runs. Norms and activations 
 stock forward computes the same bits, unless it is compiled or needs gradients, which take PyTorch's.
 """
 
+import importlib
 import logging
 import sys
 import weakref
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -81,7 +83,7 @@ class NativeBlock(nn.Module):
             key,
             value,
             attention_mask,
-            dropout=0.0,
+            dropout=attention.attention_dropout if attention.training else 0.0,
             scaling=attention.scaling,
             position_ids=position_ids,
             use_cache=use_cache,
@@ -116,11 +118,11 @@ class NativeHead(nn.Linear):
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         """Returns `[..., vocabulary]` for `[..., width]`."""
-        few = input.dim() == 3 and input.shape[1] == 1 and input.shape[0] <= _FEW_TOKENS and input.is_cpu
+        few = input.dim() == 3 and input.shape[1] == 1 and input.shape[0] <= _FEW_TOKENS
         weight = self.weight
         if not few or self.bias is not None or weight.dtype != torch.bfloat16 or not weight.is_contiguous():
             return super().forward(input)
-        if torch.compiler.is_compiling() or (torch.is_grad_enabled() and (input.requires_grad or weight.requires_grad)):
+        if not _runs_natively(input, weight):
             return super().forward(input)
         return torch.ops.quad_native.dense_head(input, weight)
 
@@ -148,6 +150,15 @@ def install_native_blocks(layers: list[nn.Module], head: nn.Module, final_norm: 
     logger.info("%d of %d decoder blocks run on the CPU in two native calls each", len(known), len(layers))
 
 
+def remove_native_blocks(model: nn.Module) -> None:
+    """Gives every module its stock class back."""
+    for module in model.modules():
+        if type(module) is NativeHead:
+            _become(module, nn.Linear)
+        elif isinstance(module, NativeBlock | NativeNorm | NativeSiLU):
+            _become(module, type(module).__bases__[1])
+
+
 def _become(module: nn.Module, native: type[nn.Module]) -> None:
     """Changes the class of a module.
 
@@ -160,6 +171,25 @@ def _become(module: nn.Module, native: type[nn.Module]) -> None:
         del module.forward
     if getattr(module.__dict__.get("_old_forward"), "__func__", None) in old:
         module._old_forward = native.forward.__get__(module)
+
+
+def __getattr__(name: str) -> type[nn.Module]:
+    """Makes a native class when a pickle asks for it in a process that has not loaded such a model yet."""
+    for module, native, names in _stock_classes():
+        for stock in names:
+            if name == f"Native{stock}":
+                return _native_class(native, getattr(importlib.import_module(module), stock))
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def _stock_classes() -> Iterator[tuple[str, type[nn.Module], tuple[str, ...]]]:
+    """Yields modules, the native base class, and names of their stock classes."""
+    for family in _FAMILIES:
+        module = f"transformers.models.{family.lower()}.modeling_{family.lower()}"
+        yield module, NativeBlock, (f"{family}DecoderLayer",)
+        yield module, NativeNorm, (f"{family}RMSNorm",)
+    yield "transformers.activations", NativeSiLU, ("SiLUActivation",)
+    yield "torch.nn", NativeSiLU, ("SiLU",)
 
 
 def _native_class(native: type[nn.Module], stock: type[nn.Module]) -> type[nn.Module]:
@@ -219,13 +249,11 @@ def _needs_gradients(x: torch.Tensor, layer: nn.Module) -> bool:
 
 def _block_linear(linear: Any) -> BlockLinear | None:
     """The linear as the kernels take it, None if it is something else, or somebody listens to it."""
-    if type(linear) is not QuadLinear or _has_hooks(linear) or "_hf_hook" in linear.__dict__:
+    if type(linear) is not QuadLinear or _has_hooks(linear):
         return None
     residual = linear._modules["residual"]
     outlier = linear._modules.get("outlier")
-    if type(residual) is not PackedLinear or _has_hooks(residual) or "_hf_hook" in residual.__dict__:
-        return None
-    if outlier is not None and (_has_hooks(outlier) or "_hf_hook" in outlier.__dict__):
+    if type(residual) is not PackedLinear or _has_hooks(residual) or (outlier is not None and _has_hooks(outlier)):
         return None
     parts = linear.parts()
     if parts.terms or parts.input_quantization is None or not isinstance(parts.residual, QuantizedWeight):
@@ -234,7 +262,8 @@ def _block_linear(linear: Any) -> BlockLinear | None:
 
 
 def _has_hooks(module: nn.Module) -> bool:
-    return bool(module._forward_hooks or module._forward_pre_hooks)
+    """True if somebody listens, or accelerate brings and takes away its tensors."""
+    return bool(module._forward_hooks or module._forward_pre_hooks) or "_hf_hook" in module.__dict__
 
 
 def _norm(norm: Any) -> RMSNorm:

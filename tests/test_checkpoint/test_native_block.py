@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import pickle
+import subprocess
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -185,6 +187,31 @@ def test_norm_and_activation_are_those_of_pytorch_but_for_last_bits(compressed, 
     x.requires_grad_()
     assert activation(x).requires_grad
     assert torch.equal(activation(x)[1:], torch.nn.functional.silu(x)[1:])
+
+
+def test_a_dequantized_model_is_a_stock_one(compressed) -> None:
+    model = AutoModelForCausalLM.from_pretrained(compressed.folder).dequantize()
+    assert not [name for name, module in model.named_modules() if "native" in type(module).__module__]
+    assert type(model.lm_head) is torch.nn.Linear
+
+
+def test_a_pickle_opens_in_a_new_process(compressed, tmp_path) -> None:
+    model = AutoModelForCausalLM.from_pretrained(compressed.folder)
+    file = tmp_path / "block.pickle"
+    file.write_bytes(pickle.dumps(blocks(model)[0]))
+    code = "import pickle, sys; print(type(pickle.load(open(sys.argv[1], 'rb'))).__mro__[1].__name__)"
+    command = [sys.executable, "-W", "ignore", "-c", code, file]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.stdout.split() == ["NativeBlock"], done.stderr
+
+
+def test_dropout_of_the_attention_stays(compressed) -> None:
+    model = AutoModelForCausalLM.from_pretrained(compressed.folder, attention_dropout=0.5)
+    prompt = torch.tensor([PROMPTS[0]])
+    with torch.no_grad():
+        assert torch.equal(model(prompt).logits, model(prompt).logits)
+        model.train()
+        assert not torch.equal(model(prompt).logits, model(prompt).logits)
 
 
 def test_the_head_of_bfloat16_rows(compressed) -> None:
