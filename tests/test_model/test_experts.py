@@ -134,7 +134,12 @@ def test_every_expert_is_quantized_on_the_tokens_that_it_sees(decoder: Decoder) 
 
 
 @torch.no_grad()
-def test_the_table_of_errors_has_a_row_for_each_block(decoder: Decoder, caplog: pytest.LogCaptureFixture) -> None:
+def test_the_table_of_errors_has_a_row_for_each_block(
+    decoder: Decoder, make_toy, caplog: pytest.LogCaptureFixture
+) -> None:
+    pytest.importorskip("llmcompressor")
+    from llmcompressor.core import State
+
     batches = [{"input_ids": ids(seed)} for seed in (1, 2)]
     copy = Decoder(deepcopy(decoder.model), EXPERTS)
     each = quantize_blocks(copy, batches, WeightQuantization(IntegerGrid(8)), lambda *_: None, lambda name: False)
@@ -142,7 +147,7 @@ def test_the_table_of_errors_has_a_row_for_each_block(decoder: Decoder, caplog: 
     modifier = OutlierSplitGPTQ(bits=8)
     modifier.run(decoder, lambda: batches)
     with caplog.at_level(logging.INFO, logger="quad_modifiers"):
-        modifier.on_finalize(None)
+        modifier.on_finalize(State(model=make_toy("llama")))  # of a known architecture: only the log is looked at
     rows = re.findall(r"^model\.layers\.\d +(.*)$", caplog.text, re.MULTILINE)
     worst = [[min(value for name, value in block if name == kind) for kind in KINDS] for block in found]
     assert [[float(cell) for cell in row.split()] for row in rows] == [[round(v, 1) for v in row] for row in worst]
