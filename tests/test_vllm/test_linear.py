@@ -275,8 +275,8 @@ def test_row_parallel_ranks_add_up_to_the_whole_layer(name, ranks, build, toy_qu
             shard = make(layer, rank, ranks)
             bias = shard.bias if rank == 0 else None  # as RowParallelLinear.forward passes it
             outputs.append(shard.quant_method.apply(shard, part, bias))
-            stored = sum(p.numel() for n, p in shard.named_parameters() if n != "bias")
-            assert stored == pytest.approx(sum(p.numel() for n, p in whole.named_parameters() if n != "bias") / ranks)
+            rows = {len(p) for n, p in shard.named_parameters() if n in ("weight", "weight_scale", "outlier_weight")}
+            assert rows == {whole.output_size // ranks}  # layouts of packed weights fill channels up to 16
         torch.testing.assert_close(sum(outputs), whole(x)[0])
 
 
