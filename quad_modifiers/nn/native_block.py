@@ -7,7 +7,7 @@ every cache and every attention implementation works.
 
 It runs so where nothing can see the difference: without gradients, compilation, hooks, adapters, terms or offloading
 inside the block. Everywhere else the stock forward runs. Norms and activations get native classes too: with them the
-stock forward computes the same bits, unless it is compiled or needs gradients, which take PyTorch's.
+stock forward computes the same bits, compiled or not, unless gradients are wanted, which take PyTorch's.
 """
 
 import importlib
@@ -36,7 +36,8 @@ STOCK_ACTIVATIONS = ("SiLU", "SiLUActivation")
 _GROUPS = (("self_attn", ("q_proj", "k_proj", "v_proj")), ("self_attn", ("o_proj",)))
 _MLP_GROUPS = (("mlp", ("gate_proj", "up_proj")), ("mlp", ("down_proj",)))
 _FEW_TOKENS = 8
-_checked: "weakref.WeakKeyDictionary[nn.Module, list[Any]]" = weakref.WeakKeyDictionary()  # weights that fit, by block
+# The weights that fit, by block. Weak on both sides: a weight that was repacked must not stay in memory.
+_checked: "weakref.WeakKeyDictionary[nn.Module, tuple[torch.dtype, list[Any]]]" = weakref.WeakKeyDictionary()
 
 
 class NativeBlock(nn.Module):
@@ -114,7 +115,7 @@ class NativeSiLU(nn.Module):
 
 
 class NativeHead(nn.Linear):
-    """A head that reads its bfloat16 rows natively for the last position: twice as fast as PyTorch's product."""
+    """A head that reads its bfloat16 rows natively for the last position."""
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         """Returns `[..., vocabulary]` for `[..., width]`."""
@@ -203,8 +204,8 @@ def _native_class(native: type[nn.Module], stock: type[nn.Module]) -> type[nn.Mo
 
 
 def _runs_natively(*tensors: torch.Tensor) -> bool:
-    """True for floating-point tensors on the CPU whose gradients nobody wants, outside of compilation."""
-    if torch.compiler.is_compiling() or not tensors[0].is_cpu or tensors[0].dtype not in DTYPES:
+    """True for floating-point tensors on the CPU whose gradients nobody wants."""
+    if not tensors[0].is_cpu or tensors[0].dtype not in DTYPES:
         return False
     return not (torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors))
 
@@ -224,22 +225,28 @@ def _native_groups(layer: nn.Module, x: torch.Tensor) -> list[list[BlockLinear]]
         if any(linear is None for linear in linears):
             return None
         groups.append([linear for linear in linears if linear is not None])
+    attention, mlp = layer._modules["self_attn"], layer._modules["mlp"]
+    assert attention is not None
+    assert mlp is not None
+    heads = [attention._modules[name] for name in ("q_norm", "k_norm") if name in attention._modules]
     norms = [layer._modules[name] for name in ("input_layernorm", "post_attention_layernorm")]
-    if any(norm is None or _has_hooks(norm) for norm in norms):
+    activation = mlp._modules["act_fn"]
+    if not isinstance(activation, NativeSiLU) or not all(isinstance(norm, NativeNorm) for norm in (*norms, *heads)):
+        return None
+    if any(_has_hooks(module) for module in (activation, *norms, *heads) if module is not None):
         return None
     return groups if _fit(layer, groups, x.dtype) else None
 
 
 def _fit(layer: nn.Module, groups: list[list[BlockLinear]], dtype: torch.dtype) -> bool:
-    """Checks formats and activation once for these weights: it would take longer than some of the products."""
-    seen = [dtype, *(linear.weight for group in groups for linear in group)]
+    """Checks formats once for these weights: it would take longer than some of the products."""
+    weights = [linear.weight for group in groups for linear in group]
     known = _checked.get(layer)
-    if known is not None and all(a is b for a, b in zip(seen, known, strict=True)):
+    if known is not None and known[0] == dtype and all(a is b() for a, b in zip(weights, known[1], strict=True)):
         return True
-    mlp: Any = layer._modules["mlp"]
-    fits = isinstance(mlp.act_fn, NativeSiLU) and takes(groups, dtype)
+    fits = takes(groups, dtype)
     if fits:
-        _checked[layer] = seen
+        _checked[layer] = dtype, [weakref.ref(weight) for weight in weights]
     return fits
 
 

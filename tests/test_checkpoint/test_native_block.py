@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import copy
+import gc
 import pickle
 import subprocess
 import sys
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -118,6 +120,8 @@ def changed(model: PreTrainedModel, how: str) -> PreTrainedModel:
     attention = blocks(model)[0].self_attn
     if how == "hook":
         attention.q_proj.register_forward_pre_hook(lambda module, args: None)
+    elif how == "hook of the activation":
+        blocks(model)[0].mlp.act_fn.register_forward_hook(lambda module, args, output: None)
     elif how == "gradients":
         attention.q_proj.outlier.weight.requires_grad_(True)
     elif how == "stock linear":
@@ -127,7 +131,7 @@ def changed(model: PreTrainedModel, how: str) -> PreTrainedModel:
     return model
 
 
-@pytest.mark.parametrize("how", ["hook", "gradients", "stock linear", "activation"])
+@pytest.mark.parametrize("how", ["hook", "hook of the activation", "gradients", "stock linear", "activation"])
 def test_what_it_cannot_do_runs_as_before(compressed, how: str) -> None:
     model = changed(AutoModelForCausalLM.from_pretrained(compressed.folder), how)
     prompt = torch.tensor([PROMPTS[0]])
@@ -154,6 +158,25 @@ def test_a_changed_weight_is_seen_at_once(compressed) -> None:
     assert not torch.equal(after, before)
     wanted, _ = step(stock(model), prompt)
     torch.testing.assert_close(after, wanted, rtol=1e-3, atol=1e-3)
+
+
+def test_a_weight_that_was_repacked_does_not_stay_in_memory(compressed) -> None:
+    model = AutoModelForCausalLM.from_pretrained(compressed.folder)
+    prompt = torch.tensor([PROMPTS[0]])
+    step(model, prompt)
+    residual = blocks(model)[0].mlp.down_proj.residual
+    old = weakref.ref(residual.prepared_weight())
+    model.state_dict()  # brings the checkpoint's words back
+    gc.collect()
+    assert old() is None
+
+
+def test_the_norms_of_the_heads_are_heard(compress_toy) -> None:
+    model = AutoModelForCausalLM.from_pretrained(compress_toy(model_type="qwen3").folder)
+    heard: list[str] = []
+    blocks(model)[0].self_attn.q_norm.register_forward_hook(lambda module, args, output: heard.append("q_norm"))
+    step(model, torch.tensor([PROMPTS[0]]))
+    assert heard == ["q_norm", "q_norm"]
 
 
 def test_copies_pickles_and_saved_models_stay_native(compressed, tmp_path) -> None:

@@ -72,9 +72,17 @@ def _register_shapes() -> None:
     def _(x: torch.Tensor, *arguments: Any) -> torch.Tensor:
         return x.new_empty(*x.shape[:-1], arguments[11])  # out_features
 
-    @torch.library.register_fake(ops.head.default)
-    def _(x: torch.Tensor, words: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
-        return x.new_empty(*x.shape[:-1], words.shape[0])
+    @torch.library.register_fake(ops.dense_head.default)
+    def _(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        return x.new_empty(*x.shape[:-1], weight.shape[0])
+
+    @torch.library.register_fake(ops.norm.default)
+    def _(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+        return x.new_empty(x.shape)
+
+    @torch.library.register_fake(ops.silu.default)
+    def _(x: torch.Tensor) -> torch.Tensor:
+        return x.new_empty(x.shape)
 
 
 def supported() -> tuple[str, ...]:
