@@ -275,8 +275,13 @@ def test_row_parallel_ranks_add_up_to_the_whole_layer(name, ranks, build, toy_qu
             shard = make(layer, rank, ranks)
             bias = shard.bias if rank == 0 else None  # as RowParallelLinear.forward passes it
             outputs.append(shard.quant_method.apply(shard, part, bias))
-            rows = {len(p) for n, p in shard.named_parameters() if n in ("weight", "weight_scale", "outlier_weight")}
-            assert rows == {whole.output_size // ranks}  # layouts of packed weights fill channels up to 16
+            everything = dict(whole.named_parameters())
+            for key, own in shard.named_parameters():
+                if key == "weight_packed" and own.dim() == 3:  # in blocks of 16 channels
+                    assert own.shape[1:] == everything[key].shape[1:]
+                    assert len(own) == -(-(whole.output_size // ranks) // 16)
+                elif key != "bias":
+                    assert own.numel() * ranks == everything[key].numel()
         torch.testing.assert_close(sum(outputs), whole(x)[0])
 
 

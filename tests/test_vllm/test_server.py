@@ -41,16 +41,16 @@ def test_the_plugin_is_in_use(server: Server) -> None:
 def test_completion_knows_a_capital(server: Server) -> None:
     answer = server.client.completions.create(
         model=NAME,
-        prompt="The capital of France is",
+        # Without the first sentence " Paris" and " the" are as good as equally likely, and last bits decide.
+        prompt="The capital of Italy is Rome. The capital of France is",
         max_tokens=4,
         temperature=0,
         logprobs=3,
         extra_body={"ignore_eos": True},
     )
+    assert "Paris" in answer.choices[0].text
     assert answer.usage.completion_tokens == 4
     logprobs = answer.choices[0].logprobs
-    # Calibrated with few windows, the model wavers between " Paris" and " the": last bits decide which comes first.
-    assert any("Paris" in token for token in logprobs.top_logprobs[0])
     assert len(logprobs.token_logprobs) == 4
     for chosen, top in zip(logprobs.token_logprobs, logprobs.top_logprobs, strict=True):
         assert chosen <= 0
