@@ -26,7 +26,7 @@ from quad_kernels.quantize_activations.reference import quantize_activations as 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 TOKENS = (1, 2, 3, 5, 8, 9, 13, 33, 64)
 
-_missing = choose_backend("cpu", "reference") and None
+_missing: str | None = None
 try:
     library.load()
 except library.NativeLibraryError as error:
@@ -283,6 +283,23 @@ def test_the_head_multiplies_rows_of_bytes(instruction_set: str, dtype: torch.dt
         one.append(y[0])
     assert torch.equal(one[0], one[1])
     assert torch.equal(one[0], one[2])
+
+
+def test_operators_are_declared_rightly() -> None:
+    """Shapes, dtypes and strides for torch.compile."""
+    given = layer_tensors(InputSplit(80, 16), InputQuantization(4), torch.bfloat16, tokens=3)
+    weight, x = in_lines(given["weight"]), given["x"]
+    settings = lines.settings(given["quantization"], given["split"])
+    ops = torch.ops.quad_native
+    calls = {
+        ops.linear: (x, *settings, *lines.operands(weight), given["outlier_weight"], given["bias"]),
+        ops.norm: (x, torch.ones(80).bfloat16(), 1e-6),
+        ops.silu: (x.T,),
+        ops.dense_head: (x[:, None], torch.randn(33, 80).bfloat16()),
+    }
+    for op, arguments in calls.items():
+        checked = torch.library.opcheck(op.default, arguments, test_utils=("test_schema", "test_faketensor"))
+        assert set(checked.values()) == {"SUCCESS"}
 
 
 def test_layouts_that_the_kernels_do_not_read_fall_back() -> None:

@@ -10,6 +10,7 @@ with the sum of the inputs, one number per token.
 """
 
 import math
+from functools import partial
 
 import torch
 
@@ -53,25 +54,17 @@ def _unpack8(stored: torch.Tensor, in_features: int) -> torch.Tensor:
     return (rows[:, :in_features] ^ 128).contiguous().view(torch.int8)
 
 
-def _takes4(weight: WeightForm) -> bool:
-    return weight.bits <= 4 and _takes(weight, 8)
-
-
-def _takes8(weight: WeightForm) -> bool:
-    return _takes(weight, 4)
-
-
-def _takes(weight: WeightForm, inputs: int) -> bool:
-    groups = weight.scale.shape[1]
-    return weight.scale.is_cpu and (groups == 1 or weight.in_features // groups % inputs == 0)
-
-
 def fits(layout: str, in_features: int, weight_groups: int, x_groups: int) -> bool:
     """Returns whether inputs that share both scales are a whole number of lines of `layout`, or all inputs."""
     if layout not in LAYOUTS:
         return False
     groups = math.lcm(weight_groups, x_groups)
     return groups == 1 or in_features // groups % (8 if layout == "lines4" else 4) == 0
+
+
+def _accepts(layout: str, weight: WeightForm) -> bool:
+    narrow = layout == "lines8" or weight.bits <= 4
+    return narrow and weight.scale.is_cpu and fits(layout, weight.in_features, weight.scale.shape[1], 1)
 
 
 def takes(weight: QuantizedWeight, x_groups: int, *tensors: torch.Tensor | None) -> bool:
@@ -114,6 +107,6 @@ def linear(
 
 
 LAYOUTS = {
-    "lines4": WeightLayout(pack=_pack4, unpack=_unpack4, accepts=_takes4, linear=linear),
-    "lines8": WeightLayout(pack=_pack8, unpack=_unpack8, accepts=_takes8, linear=linear),
+    "lines4": WeightLayout(pack=_pack4, unpack=_unpack4, accepts=partial(_accepts, "lines4"), linear=linear),
+    "lines8": WeightLayout(pack=_pack8, unpack=_unpack8, accepts=partial(_accepts, "lines8"), linear=linear),
 }

@@ -42,7 +42,7 @@ struct OutlierPanel {
 
     // The weights of columns 2 j and 2 j + 1.
     template <bool Pairs>
-    void columns(int64_t j, Float16& even, Float16& odd) const {
+    void columns(int64_t j, Vector16& even, Vector16& odd) const {
         if constexpr (Pairs) {
             const uint32_t* p = pairs + j * kChannels;
 #ifdef __AVX512F__
@@ -57,8 +57,8 @@ struct OutlierPanel {
             odd = {_mm256_castsi256_ps(_mm256_and_si256(left, mask)), _mm256_castsi256_ps(_mm256_and_si256(right, mask))};
 #endif
         } else {
-            even = Float16::load(values + 2 * j * kChannels);
-            odd = Float16::load(values + (2 * j + 1) * kChannels);
+            even = Vector16::load(values + 2 * j * kChannels);
+            odd = Vector16::load(values + (2 * j + 1) * kChannels);
         }
     }
 };
@@ -169,22 +169,22 @@ constexpr int kOutlierTile = 2;
 // Adds the outlier products of T tokens, [T][16]; `x` is [T][rank].
 template <int T, bool Pairs>
 void add_outliers(const OutlierPanel& panel, const float* x, int64_t rank, float* y) {
-    Float16 sum[T];
-    for (int t = 0; t < T; ++t) sum[t] = Float16::zero();
+    Vector16 sum[T];
+    for (int t = 0; t < T; ++t) sum[t] = Vector16::zero();
     for (int64_t start = 0; start < rank; start += kRank) {
-        Float16 even[T], odd[T];
-        for (int t = 0; t < T; ++t) even[t] = odd[t] = Float16::zero();
+        Vector16 even[T], odd[T];
+        for (int t = 0; t < T; ++t) even[t] = odd[t] = Vector16::zero();
         for (int64_t j = start / 2; j < (start + kRank) / 2; ++j) {
-            Float16 first, second;
+            Vector16 first, second;
             panel.columns<Pairs>(j, first, second);
             for (int t = 0; t < T; ++t) {
-                even[t] = even[t].plus_product(Float16::all(x[t * rank + 2 * j]), first);
-                odd[t] = odd[t].plus_product(Float16::all(x[t * rank + 2 * j + 1]), second);
+                even[t] = even[t].plus_product(Vector16::all(x[t * rank + 2 * j]), first);
+                odd[t] = odd[t].plus_product(Vector16::all(x[t * rank + 2 * j + 1]), second);
             }
         }
         for (int t = 0; t < T; ++t) sum[t] = sum[t] + (even[t] + odd[t]);
     }
-    for (int t = 0; t < T; ++t) (Float16::load(y + 16 * t) + sum[t]).store(y + 16 * t);
+    for (int t = 0; t < T; ++t) (Vector16::load(y + 16 * t) + sum[t]).store(y + 16 * t);
 }
 
 template <bool Pairs, int T = kOutlierTile>
@@ -200,23 +200,23 @@ void add_stretch(const Block& block, int64_t weight_groups, const Tokens& tokens
                  const int32_t* total, float* y) {
     int64_t weight_g = g * weight_groups / tokens.sums, x_g = g * tokens.scales / tokens.sums;
     const int32_t* offset = block.offset + weight_g * kChannels;
-    Float16 scale = Float16::load(block.scale + weight_g * kChannels);
+    Vector16 scale = Vector16::load(block.scale + weight_g * kChannels);
     for (int64_t i = 0; i < count; ++i) {
         uint32_t sum = uint32_t(tokens.sum[(t + i) * tokens.sums + g]);
         int32_t exact[kChannels];
         for (int64_t c = 0; c < kChannels; ++c)
             exact[c] = int32_t(uint32_t(total[i * kChannels + c]) - uint32_t(offset[c]) * sum);
-        Float16 x_scale = Float16::all(tokens.scale[(t + i) * tokens.scales + x_g]);
-        Float16::load(y + i * kChannels).plus_product(Float16::of(exact) * x_scale, scale).store(y + i * kChannels);
+        Vector16 x_scale = Vector16::all(tokens.scale[(t + i) * tokens.scales + x_g]);
+        Vector16::load(y + i * kChannels).plus_product(Vector16::of(exact) * x_scale, scale).store(y + i * kChannels);
     }
 }
 
 // Adds the bias and stores y [count][16] as the block's columns of the output, from token `t` on.
 void finish(const Block& block, const Output& output, int64_t width, int64_t t, int64_t count, float* y) {
-    Float16 bias = Float16::load(block.bias);
+    Vector16 bias = Vector16::load(block.bias);
     bool whole = block.channels == kChannels;
     for (int64_t i = 0; i < count; ++i) {
-        Float16 sum = Float16::load(y + i * kChannels) + bias;
+        Vector16 sum = Vector16::load(y + i * kChannels) + bias;
         void* target = const_cast<void*>(element(output.data, output.dtype, (t + i) * width + block.first));
         if (whole && output.dtype == Dtype::bfloat16) {
             sum.store_bfloat16(static_cast<uint16_t*>(target));

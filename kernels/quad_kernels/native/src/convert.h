@@ -35,13 +35,13 @@ uint16_t to_bfloat16(float value) {
 
 // Sixteen float32 numbers: one AVX-512 register, or two of AVX2. Products and sums are rounded alike in both.
 #ifdef __AVX512F__
-struct Float16 {
+struct Vector16 {
     __m512 v;
-    static Float16 zero() { return {_mm512_setzero_ps()}; }
-    static Float16 all(float value) { return {_mm512_set1_ps(value)}; }
-    static Float16 load(const float* p) { return {_mm512_loadu_ps(p)}; }
-    static Float16 of(const int32_t* p) { return {_mm512_cvtepi32_ps(_mm512_loadu_si512(p))}; }
-    static Float16 of_bfloat16(const uint16_t* p) {
+    static Vector16 zero() { return {_mm512_setzero_ps()}; }
+    static Vector16 all(float value) { return {_mm512_set1_ps(value)}; }
+    static Vector16 load(const float* p) { return {_mm512_loadu_ps(p)}; }
+    static Vector16 of(const int32_t* p) { return {_mm512_cvtepi32_ps(_mm512_loadu_si512(p))}; }
+    static Vector16 of_bfloat16(const uint16_t* p) {
         __m512i wide = _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
         return {_mm512_castsi512_ps(_mm512_slli_epi32(wide, 16))};
     }
@@ -54,18 +54,18 @@ struct Float16 {
         bits = _mm512_mask_mov_epi32(bits, _mm512_cmp_ps_mask(v, v, _CMP_UNORD_Q), _mm512_set1_epi32(0x7FC0));
         _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtepi32_epi16(bits));
     }
-    Float16 operator+(Float16 o) const { return {_mm512_add_ps(v, o.v)}; }
-    Float16 operator-(Float16 o) const { return {_mm512_sub_ps(v, o.v)}; }
-    Float16 operator*(Float16 o) const { return {_mm512_mul_ps(v, o.v)}; }
-    Float16 plus_product(Float16 a, Float16 b) const { return {_mm512_fmadd_ps(a.v, b.v, v)}; }
+    Vector16 operator+(Vector16 o) const { return {_mm512_add_ps(v, o.v)}; }
+    Vector16 operator-(Vector16 o) const { return {_mm512_sub_ps(v, o.v)}; }
+    Vector16 operator*(Vector16 o) const { return {_mm512_mul_ps(v, o.v)}; }
+    Vector16 plus_product(Vector16 a, Vector16 b) const { return {_mm512_fmadd_ps(a.v, b.v, v)}; }
 };
 #else
-struct Float16 {
+struct Vector16 {
     __m256 a, b;
-    static Float16 zero() { return {_mm256_setzero_ps(), _mm256_setzero_ps()}; }
-    static Float16 all(float value) { return {_mm256_set1_ps(value), _mm256_set1_ps(value)}; }
-    static Float16 load(const float* p) { return {_mm256_loadu_ps(p), _mm256_loadu_ps(p + 8)}; }
-    static Float16 of(const int32_t* p) {
+    static Vector16 zero() { return {_mm256_setzero_ps(), _mm256_setzero_ps()}; }
+    static Vector16 all(float value) { return {_mm256_set1_ps(value), _mm256_set1_ps(value)}; }
+    static Vector16 load(const float* p) { return {_mm256_loadu_ps(p), _mm256_loadu_ps(p + 8)}; }
+    static Vector16 of(const int32_t* p) {
         auto q = reinterpret_cast<const __m256i*>(p);
         return {_mm256_cvtepi32_ps(_mm256_loadu_si256(q)), _mm256_cvtepi32_ps(_mm256_loadu_si256(q + 1))};
     }
@@ -73,7 +73,7 @@ struct Float16 {
         __m256i wide = _mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
         return _mm256_castsi256_ps(_mm256_slli_epi32(wide, 16));
     }
-    static Float16 of_bfloat16(const uint16_t* p) { return {half_of_bfloat16(p), half_of_bfloat16(p + 8)}; }
+    static Vector16 of_bfloat16(const uint16_t* p) { return {half_of_bfloat16(p), half_of_bfloat16(p + 8)}; }
     void store(float* p) const {
         _mm256_storeu_ps(p, a);
         _mm256_storeu_ps(p + 8, b);
@@ -90,10 +90,10 @@ struct Float16 {
         __m256i both = _mm256_packus_epi32(rounded(a), rounded(b));
         _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm256_permute4x64_epi64(both, 0xD8));
     }
-    Float16 operator+(Float16 o) const { return {_mm256_add_ps(a, o.a), _mm256_add_ps(b, o.b)}; }
-    Float16 operator-(Float16 o) const { return {_mm256_sub_ps(a, o.a), _mm256_sub_ps(b, o.b)}; }
-    Float16 operator*(Float16 o) const { return {_mm256_mul_ps(a, o.a), _mm256_mul_ps(b, o.b)}; }
-    Float16 plus_product(Float16 x, Float16 y) const {
+    Vector16 operator+(Vector16 o) const { return {_mm256_add_ps(a, o.a), _mm256_add_ps(b, o.b)}; }
+    Vector16 operator-(Vector16 o) const { return {_mm256_sub_ps(a, o.a), _mm256_sub_ps(b, o.b)}; }
+    Vector16 operator*(Vector16 o) const { return {_mm256_mul_ps(a, o.a), _mm256_mul_ps(b, o.b)}; }
+    Vector16 plus_product(Vector16 x, Vector16 y) const {
         return {_mm256_fmadd_ps(x.a, y.a, a), _mm256_fmadd_ps(x.b, y.b, b)};
     }
 };
@@ -117,7 +117,7 @@ void load_row(const void* data, Dtype dtype, int64_t count, float* row) {
     } else if (dtype == Dtype::bfloat16) {
         auto source = static_cast<const uint16_t*>(data);
         int64_t i = 0;
-        for (; i + 16 <= count; i += 16) Float16::of_bfloat16(source + i).store(row + i);
+        for (; i + 16 <= count; i += 16) Vector16::of_bfloat16(source + i).store(row + i);
         for (; i < count; ++i) row[i] = from_bfloat16(source[i]);
     } else {
         auto source = static_cast<const uint16_t*>(data);
@@ -134,7 +134,7 @@ void store_row(void* data, Dtype dtype, int64_t count, const float* row) {
     } else if (dtype == Dtype::bfloat16) {
         auto target = static_cast<uint16_t*>(data);
         int64_t i = 0;
-        for (; i + 16 <= count; i += 16) Float16::load(row + i).store_bfloat16(target + i);
+        for (; i + 16 <= count; i += 16) Vector16::load(row + i).store_bfloat16(target + i);
         for (; i < count; ++i) target[i] = to_bfloat16(row[i]);
     } else {
         auto target = static_cast<uint16_t*>(data);
@@ -152,8 +152,8 @@ void round_row(float* row, Dtype dtype, int64_t count) {
         int64_t i = 0;
         for (; i + 16 <= count; i += 16) {
             uint16_t narrow[16];
-            Float16::load(row + i).store_bfloat16(narrow);
-            Float16::of_bfloat16(narrow).store(row + i);
+            Vector16::load(row + i).store_bfloat16(narrow);
+            Vector16::of_bfloat16(narrow).store(row + i);
         }
         for (; i < count; ++i) row[i] = from_bfloat16(to_bfloat16(row[i]));
     } else if (dtype == Dtype::float16) {

@@ -10,11 +10,11 @@ namespace {
 
 using quad::Hadamard;
 
-constexpr int64_t kLanes = 16;  // numbers in a Float16
+constexpr int64_t kLanes = 16;  // numbers in a Vector16
 
 // Sums and differences of neighbours 1, 2, 4 and 8 apart, in sixteen numbers: Sylvester's transform of them.
 #ifdef __AVX512F__
-Float16 sylvester16(Float16 x) {
+Vector16 sylvester16(Vector16 x) {
     const __m512 plus = _mm512_set1_ps(1), minus = _mm512_set1_ps(-1);
     __m512 v = x.v;
     v = _mm512_fmadd_ps(v, _mm512_mask_blend_ps(0xAAAA, plus, minus), _mm512_shuffle_ps(v, v, 0xB1));
@@ -32,7 +32,7 @@ __m256 sylvester8(__m256 v) {
     v = _mm256_fmadd_ps(v, two, _mm256_permute_ps(v, 0x4E));
     return _mm256_fmadd_ps(v, four, _mm256_permute2f128_ps(v, v, 1));
 }
-Float16 sylvester16(Float16 x) {
+Vector16 sylvester16(Vector16 x) {
     __m256 a = sylvester8(x.a), b = sylvester8(x.b);
     return {_mm256_add_ps(a, b), _mm256_sub_ps(a, b)};
 }
@@ -42,14 +42,14 @@ constexpr int kRadix = 4;
 // Butterflies among R vectors `stride` numbers apart, from the closest to the farthest.
 template <int R>
 void butterflies(float* p, int64_t stride) {
-    Float16 v[R];
-    for (int i = 0; i < R; ++i) v[i] = Float16::load(p + i * stride);
+    Vector16 v[R];
+    for (int i = 0; i < R; ++i) v[i] = Vector16::load(p + i * stride);
 #pragma GCC unroll 4
     for (int pass = 0; (1 << pass) < R; ++pass) {
 #pragma GCC unroll 8
         for (int i = 0; i < R / 2; ++i) {
             int apart = 1 << pass, k = i / apart * 2 * apart + i % apart;
-            Float16 a = v[k], b = v[k + apart];
+            Vector16 a = v[k], b = v[k + apart];
             v[k] = a + b;
             v[k + apart] = a - b;
         }
@@ -72,7 +72,7 @@ void passes(float* row, int64_t count, int64_t stride, int64_t end) {
 void sylvester(float* row, int64_t count, int64_t order, int64_t inner) {
     int64_t stride = inner, end = inner * order;
     if (inner == 1 && order >= kLanes) {
-        for (int64_t i = 0; i < count; i += kLanes) sylvester16(Float16::load(row + i)).store(row + i);
+        for (int64_t i = 0; i < count; i += kLanes) sylvester16(Vector16::load(row + i)).store(row + i);
         stride = kLanes;
     }
     if (stride % kLanes == 0) return passes<kRadix>(row, count, stride, end);
@@ -86,13 +86,13 @@ void sylvester(float* row, int64_t count, int64_t order, int64_t inner) {
 }
 
 // The sixteen signed sums of four vectors: bit k of the index is set where vector k is subtracted.
-void signed_sums(const Float16* r, float* sums, int64_t distance) {
-    Float16 plus = r[0] + r[1], minus = r[0] - r[1], above = r[2] + r[3], below = r[2] - r[3];
-    Float16 half[8] = {plus + above, minus + above, plus - below, minus - below,
+void signed_sums(const Vector16* r, float* sums, int64_t distance) {
+    Vector16 plus = r[0] + r[1], minus = r[0] - r[1], above = r[2] + r[3], below = r[2] - r[3];
+    Vector16 half[8] = {plus + above, minus + above, plus - below, minus - below,
                        plus + below, minus + below, plus - above, minus - above};
     for (int i = 0; i < 8; ++i) {  // the first vector is added: even indices; the others are their negatives
         half[i].store(sums + 2 * i * distance);
-        (Float16::zero() - half[i]).store(sums + (15 - 2 * i) * distance);
+        (Vector16::zero() - half[i]).store(sums + (15 - 2 * i) * distance);
     }
 }
 
@@ -103,17 +103,17 @@ void paley_columns(float* block, int64_t order, int64_t inner, const uint8_t* si
     int64_t quarters = order / 4;
     for (int64_t i = 0; i < quarters; ++i)
         for (int n = 0; n < N; ++n) {
-            Float16 rows[4];
-            for (int k = 0; k < 4; ++k) rows[k] = Float16::load(block + (4 * i + k) * inner + n * kLanes);
+            Vector16 rows[4];
+            for (int k = 0; k < 4; ++k) rows[k] = Vector16::load(block + (4 * i + k) * inner + n * kLanes);
             signed_sums(rows, table + i * 16 * kWidth + n * kLanes, kWidth);
         }
     for (int64_t j = 0; j < order; ++j) {
-        Float16 sum[N];
-        for (int n = 0; n < N; ++n) sum[n] = Float16::zero();
+        Vector16 sum[N];
+        for (int n = 0; n < N; ++n) sum[n] = Vector16::zero();
         const uint8_t* chosen = signs + j * quarters;
         for (int64_t i = 0; i < quarters; ++i) {
             const float* picked = table + (i * 16 + chosen[i]) * kWidth;
-            for (int n = 0; n < N; ++n) sum[n] = sum[n] + Float16::load(picked + n * kLanes);
+            for (int n = 0; n < N; ++n) sum[n] = sum[n] + Vector16::load(picked + n * kLanes);
         }
         for (int n = 0; n < N; ++n) sum[n].store(block + j * inner + n * kLanes);
     }

@@ -10,19 +10,19 @@ using quad::Table;
 
 #ifdef __AVX512F__
 constexpr int kHeadTile = 4;  // tokens that share a widened row
-Float16 widened(const uint8_t* p) {
+Vector16 widened(const uint8_t* p) {
     __m128i bytes = _mm_xor_si128(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)), _mm_set1_epi8(-128));
     return {_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(bytes))};
 }
-float total_of(Float16 a) { return _mm512_reduce_add_ps(a.v); }
+float total_of(Vector16 a) { return _mm512_reduce_add_ps(a.v); }
 #else
 constexpr int kHeadTile = 2;
-Float16 widened(const uint8_t* p) {
+Vector16 widened(const uint8_t* p) {
     __m128i bytes = _mm_xor_si128(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)), _mm_set1_epi8(-128));
     return {_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(bytes)),
             _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_srli_si128(bytes, 8)))};
 }
-float total_of(Float16 x) {
+float total_of(Vector16 x) {
     __m256 sum = _mm256_add_ps(x.a, x.b);
     __m128 half = _mm_add_ps(_mm256_castps256_ps128(sum), _mm256_extractf128_ps(sum, 1));
     half = _mm_add_ps(half, _mm_movehl_ps(half, half));
@@ -42,28 +42,28 @@ constexpr int64_t kStep = 32;  // columns at a time
 
 struct Bytes {
     static constexpr int64_t kSize = 1;
-    static Float16 load(const uint8_t* row, int64_t k) { return widened(row + k); }
+    static Vector16 load(const uint8_t* row, int64_t k) { return widened(row + k); }
 };
 
 struct Bfloat16s {
     static constexpr int64_t kSize = 2;
-    static Float16 load(const uint8_t* row, int64_t k) {
-        return Float16::of_bfloat16(reinterpret_cast<const uint16_t*>(row) + k);
+    static Vector16 load(const uint8_t* row, int64_t k) {
+        return Vector16::of_bfloat16(reinterpret_cast<const uint16_t*>(row) + k);
     }
 };
 
 // The products of one row, whose last columns are in `tail`, with T tokens of `x`, [T][padded].
 template <class Row, int T>
 void row_products(const uint8_t* row, const uint8_t* tail, int64_t columns, const float* x, int64_t padded, float* sum) {
-    Float16 even[T], odd[T];
-    for (int t = 0; t < T; ++t) even[t] = odd[t] = Float16::zero();
+    Vector16 even[T], odd[T];
+    for (int t = 0; t < T; ++t) even[t] = odd[t] = Vector16::zero();
     for (int64_t k = 0; k < columns; k += kStep) {
         bool whole = k + kStep <= columns;
-        Float16 first = whole ? Row::load(row, k) : Row::load(tail, 0);
-        Float16 second = whole ? Row::load(row, k + 16) : Row::load(tail, 16);
+        Vector16 first = whole ? Row::load(row, k) : Row::load(tail, 0);
+        Vector16 second = whole ? Row::load(row, k + 16) : Row::load(tail, 16);
         for (int t = 0; t < T; ++t) {
-            even[t] = even[t].plus_product(first, Float16::load(x + t * padded + k));
-            odd[t] = odd[t].plus_product(second, Float16::load(x + t * padded + k + 16));
+            even[t] = even[t].plus_product(first, Vector16::load(x + t * padded + k));
+            odd[t] = odd[t].plus_product(second, Vector16::load(x + t * padded + k + 16));
         }
     }
     for (int t = 0; t < T; ++t) sum[t] = total_of(even[t] + odd[t]);

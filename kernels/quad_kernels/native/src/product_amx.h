@@ -116,7 +116,7 @@ void end_unit(const Call& call, const Block* block, int blocks, int64_t t, int64
             continue;
         }
         for (int64_t i = 0; i < count * kChannels; i += kChannels)
-            (Float16::load(y[h] + i) + Float16::load(sum[h] + i)).store(y[h] + i);
+            (Vector16::load(y[h] + i) + Vector16::load(sum[h] + i)).store(y[h] + i);
         finish(block[h], *call.output, call.weight->out_features, call.first + t, count, y[h]);
     }
 }

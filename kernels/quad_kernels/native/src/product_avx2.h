@@ -10,11 +10,6 @@
 namespace {
 
 struct Product {
-#ifdef __AVXVNNI__
-    static constexpr const char* name = "avxvnni";
-#else
-    static constexpr const char* name = "avx2";
-#endif
     static constexpr int kDirect = 4;
     static constexpr int kTile = 3;
     static constexpr int64_t kPanel = 512;

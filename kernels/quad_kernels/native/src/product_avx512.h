@@ -10,7 +10,6 @@
 namespace {
 
 struct Product {
-    static constexpr const char* name = "avx512vnni";
     static constexpr int kDirect = 8;   // tokens up to which weights are unpacked in registers
     static constexpr int kTile = 12;    // tokens that share an unpacked weight
     static constexpr int64_t kPanel = 2048;  // inputs unpacked at a time

@@ -18,8 +18,6 @@ struct Tokens {
     int64_t scales;
     int64_t sums;
     int64_t rank;       // with padding: a multiple of 32
-
-    const int8_t* chunk(int64_t k) const { return integers + k / 64 * count * 64; }
 };
 
 constexpr int64_t kChunk = 64;
