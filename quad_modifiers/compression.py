@@ -17,7 +17,6 @@ from quad_modifiers.data.calibration import CalibrationSource, as_dataloader, ca
 from quad_modifiers.data.windows import warn_of_length
 from quad_modifiers.model.architecture import find_architecture
 from quad_modifiers.model.decoder import Decoder
-from quad_modifiers.nn.native_block import install_native_blocks
 from quad_modifiers.nn.quad_linear import QuadLinear
 from quad_modifiers.output_folder import check_space, check_target, complete_or_absent
 from quad_modifiers.plugins import architectures
@@ -198,7 +197,7 @@ def _use_native_blocks(model: PreTrainedModel) -> None:
 
     remove_dispatch(model)  # where no pass of ours did: it wraps every forward
     decoder = Decoder(model, find_architecture(model.config, architectures()))
-    install_native_blocks([block.module for block in decoder.blocks], decoder.head, decoder.final_norm)
+    decoder.use_native_blocks()
 
 
 def _save(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, folder: Path) -> None:

@@ -30,7 +30,6 @@ from quad_modifiers.checkpoint.tensors import (
 )
 from quad_modifiers.model.architecture import Architecture
 from quad_modifiers.model.decoder import Decoder, PlacedLinear
-from quad_modifiers.nn.native_block import install_native_blocks
 from quad_modifiers.nn.packed_linear import PackedLinear
 from quad_modifiers.nn.packed_shapes import TensorSpec
 from quad_modifiers.nn.quad_linear import QuadLinear
@@ -106,7 +105,7 @@ class QuadHfQuantizer(HfQuantizer):
                 module.prepare()  # now, not at the first request: unpacking takes memory
         quad = read_format(self.quantization_config.content.get("quad"))
         decoder = Decoder(model, _architecture(model, quad))
-        install_native_blocks([block.module for block in decoder.blocks], decoder.head, decoder.final_norm)
+        decoder.use_native_blocks()
 
     def _dequantize(self, model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
         quad = read_format(self.quantization_config.content.get("quad"))

@@ -16,7 +16,6 @@ from quad_modifiers.checkpoint.save import attach_saver
 from quad_modifiers.data.calibration import calibration_windows
 from quad_modifiers.model.architecture import find_architecture
 from quad_modifiers.model.decoder import Decoder
-from quad_modifiers.nn.native_block import install_native_blocks
 from quad_modifiers.nn.quad_linear import QuadLinear
 from quad_modifiers.plugins import architectures
 
@@ -114,7 +113,7 @@ class QuadModifier(Modifier):
         """Lets the model compute as its checkpoint will when it is loaded: on the CPU with native blocks."""
         decoder = Decoder(state.model, find_architecture(state.model.config, architectures()))
         if any(isinstance(linear.module, QuadLinear) for linear in decoder.linears()):
-            install_native_blocks([block.module for block in decoder.blocks], decoder.head, decoder.final_norm)
+            decoder.use_native_blocks()
         return True
 
 
