@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from quad_modifiers.checkpoint.native_runtime import use_native_blocks
 from quad_modifiers.checkpoint.opened import Opened, load_tokenizer, open_checkpoint
 from quad_modifiers.data.calibration import CalibrationSource, as_dataloader, calibration_windows
 from quad_modifiers.data.windows import warn_of_length
@@ -197,7 +198,7 @@ def _use_native_blocks(model: PreTrainedModel) -> None:
 
     remove_dispatch(model)  # where no pass of ours did: it wraps every forward
     decoder = Decoder(model, find_architecture(model.config, architectures()))
-    decoder.use_native_blocks()
+    use_native_blocks(decoder)
 
 
 def _save(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, folder: Path) -> None:

@@ -18,6 +18,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from quad_modifiers.checkpoint.dequantize import dequantize_model
 from quad_modifiers.checkpoint.format import QUANT_METHOD, QuadFormat, read_format
 from quad_modifiers.checkpoint.models import publish_by, quad_model_type, register_models
+from quad_modifiers.checkpoint.native_runtime import use_native_blocks
 from quad_modifiers.checkpoint.opened import stored_architecture
 from quad_modifiers.checkpoint.tables import install_tables
 from quad_modifiers.checkpoint.tensors import (
@@ -105,7 +106,7 @@ class QuadHfQuantizer(HfQuantizer):
                 module.prepare()  # now, not at the first request: unpacking takes memory
         quad = read_format(self.quantization_config.content.get("quad"))
         decoder = Decoder(model, _architecture(model, quad))
-        decoder.use_native_blocks()
+        use_native_blocks(decoder)
 
     def _dequantize(self, model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
         quad = read_format(self.quantization_config.content.get("quad"))

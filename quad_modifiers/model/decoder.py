@@ -10,7 +10,6 @@ from torch import nn
 
 from quad_modifiers.model.architecture import Architecture, Group, Member, Space
 from quad_modifiers.model.geometry import ModelGeometry
-from quad_modifiers.nn.native_block import install_native_blocks
 
 
 @dataclass(frozen=True)
@@ -132,10 +131,6 @@ class Decoder:
     def geometry(self) -> ModelGeometry:
         """Sizes of the model when it was first asked for them."""
         return ModelGeometry.of(self.model)
-
-    def use_native_blocks(self) -> None:
-        """Gives the blocks classes that run on the native CPU kernels, where those run; again changes nothing."""
-        install_native_blocks([block.module for block in self.blocks], self.head, self.final_norm)
 
     @property
     def embedding(self) -> Any:

@@ -11,6 +11,7 @@ from llmcompressor.modifiers import Modifier
 from torch import nn
 
 from quad_modifiers.checkpoint.contribute import contributions_of
+from quad_modifiers.checkpoint.native_runtime import use_native_blocks
 from quad_modifiers.checkpoint.opened import find_tokenizer
 from quad_modifiers.checkpoint.save import attach_saver
 from quad_modifiers.data.calibration import calibration_windows
@@ -113,7 +114,7 @@ class QuadModifier(Modifier):
         """Lets the model compute as its checkpoint will when it is loaded: on the CPU with native blocks."""
         decoder = Decoder(state.model, find_architecture(state.model.config, architectures()))
         if any(isinstance(linear.module, QuadLinear) for linear in decoder.linears()):
-            decoder.use_native_blocks()
+            use_native_blocks(decoder)
         return True
 
 
