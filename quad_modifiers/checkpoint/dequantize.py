@@ -18,6 +18,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from quad_modifiers.model.architecture import Architecture
 from quad_modifiers.model.decoder import Decoder
 from quad_modifiers.nn.native_block import remove_native_blocks
+from quad_modifiers.nn.native_decode import remove_native_decode
 from quad_modifiers.nn.packed_table import PackedTable, TiedHead
 from quad_modifiers.nn.quad_linear import QuadLinear
 
@@ -37,6 +38,7 @@ def dequantize_model(model: nn.Module, architecture: Architecture, dtype: torch.
     for name, tensor in (*model.named_parameters(), *model.named_buffers()):
         if tensor.is_meta:
             raise ValueError(f"{name} is offloaded; dequantizing needs all weights in memory: load without offloading")
+    remove_native_decode(model)
     remove_native_blocks(model)
     dtype, decoder = dtype or model.dtype, Decoder(model, architecture)
     config = _stock_config(model.config, architecture)

@@ -54,7 +54,7 @@ class NativeBlock(nn.Module):
         **kwargs: Any,
     ) -> torch.Tensor:
         """Returns hidden states `[batch, positions, width]`; the arguments are those of transformers' layers."""
-        groups = None if torch.compiler.is_compiling() else _native_groups(self, hidden_states)
+        groups = None if torch.compiler.is_compiling() else native_groups(self, hidden_states)
         if groups is None or position_embeddings is None:
             return super().forward(
                 hidden_states,
@@ -78,7 +78,7 @@ class NativeBlock(nn.Module):
             key, value = past_key_values.update(key, value, attention.layer_idx)
         if hasattr(attention, "sliding_window"):
             kwargs["sliding_window"] = attention.sliding_window
-        output, _ = _attention_function(attention)(
+        output, _ = attention_function(attention)(
             attention,
             query,
             key,
@@ -210,7 +210,7 @@ def _runs_natively(*tensors: torch.Tensor) -> bool:
     return not (torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors))
 
 
-def _native_groups(layer: nn.Module, x: torch.Tensor) -> list[list[BlockLinear]] | None:
+def native_groups(layer: nn.Module, x: torch.Tensor) -> list[list[BlockLinear]] | None:
     """Returns the block's linears in groups that share an input, None where the stock forward must run."""
     if not x.is_cpu or (torch.is_grad_enabled() and _needs_gradients(x, layer)):
         return None
@@ -270,14 +270,28 @@ def _block_linear(linear: Any) -> BlockLinear | None:
 
 def _has_hooks(module: nn.Module) -> bool:
     """True if somebody listens, or accelerate brings and takes away its tensors."""
-    return bool(module._forward_hooks or module._forward_pre_hooks) or "_hf_hook" in module.__dict__
+    return bool(module._forward_pre_hooks) or has_listeners(module._forward_hooks) or "_hf_hook" in module.__dict__
+
+
+def has_listeners(hooks: dict[int, Any]) -> bool:
+    """True if one of a module's forward hooks does something now.
+
+    Those with which transformers once captured outputs stay, and sleep until somebody asks for such outputs again.
+    """
+    if not hooks:
+        return False
+    from transformers.utils import output_capturing
+
+    capturing = all(getattr(hook, "__module__", None) == output_capturing.__name__ for hook in hooks.values())
+    return not capturing or bool(output_capturing._active_collector.get())
 
 
 def _norm(norm: Any) -> RMSNorm:
     return RMSNorm(norm.weight, norm.variance_epsilon)
 
 
-def _attention_function(attention: nn.Module) -> Any:
+def attention_function(attention: nn.Module) -> Any:
+    """Returns the attention that transformers would call for a layer."""
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
     eager = sys.modules[_stock_module(attention)].__dict__["eager_attention_forward"]

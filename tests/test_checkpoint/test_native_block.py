@@ -43,11 +43,11 @@ def blocks(model: PreTrainedModel) -> list[NativeBlock]:
 
 
 def step(model: PreTrainedModel, prompt: torch.Tensor) -> tuple[torch.Tensor, list[str]]:
-    """Logits of one token behind a prompt, and the native operators of that step."""
+    """Logits of two tokens behind a prompt, and the native operators of that step."""
     with torch.no_grad():
-        past = model(prompt[:, :-1], use_cache=True).past_key_values
+        past = model(prompt[:, :-2], use_cache=True).past_key_values
         with Recorder() as recorder:
-            logits = model(prompt[:, -1:], past_key_values=past, use_cache=True).logits
+            logits = model(prompt[:, -2:], past_key_values=past, use_cache=True).logits
     return logits, recorder.names
 
 
@@ -136,10 +136,10 @@ def test_what_it_cannot_do_runs_as_before(compressed, how: str) -> None:
     model = changed(AutoModelForCausalLM.from_pretrained(compressed.folder), how)
     prompt = torch.tensor([PROMPTS[0]])
     with torch.no_grad():
-        past = model(prompt[:, :-1], use_cache=True).past_key_values
+        past = model(prompt[:, :-2], use_cache=True).past_key_values
     with torch.set_grad_enabled(how == "gradients"), Recorder() as recorder:
-        own = model(prompt[:, -1:], past_key_values=copy.deepcopy(past), use_cache=True).logits
-        wanted = stock(model)(prompt[:, -1:], past_key_values=past, use_cache=True).logits
+        own = model(prompt[:, -2:], past_key_values=copy.deepcopy(past), use_cache=True).logits
+        wanted = stock(model)(prompt[:, -2:], past_key_values=past, use_cache=True).logits
     assert recorder.names.count("block_in") == (0 if how == "gradients" else len(blocks(model)) - 1)
     assert own.requires_grad == (how == "gradients")
     torch.testing.assert_close(own, wanted, rtol=1e-3, atol=1e-3)

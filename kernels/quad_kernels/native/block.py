@@ -1,4 +1,4 @@
-"""What a decoder block does before and after its attention, in one call each."""
+"""What a decoder block does before and after its attention, in one call each; and all blocks for one token, in one."""
 
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -73,7 +73,7 @@ def block_in(
     numbers: list[int] = []
     clip = _append(linears, parts, numbers)
     return torch.ops.quad_native.block_in(
-        x, norm.weight, norm.eps, cosine, sine, cosine.shape[-1], list(head_norms), parts, numbers, clip
+        x, norm.weight, norm.eps, cosine, sine, list(head_norms), parts, numbers, clip
     )
 
 
@@ -99,6 +99,80 @@ def block_out(
     numbers: list[int] = []
     clips = [_append(group, parts, numbers) for group in ([output], gate_up, [down])]
     return torch.ops.quad_native.block_out(attention, residual, norm.weight, norm.eps, parts, numbers, clips)
+
+
+class Blocks:
+    """The blocks of a decoder as `decode` takes them, put together once.
+
+    Args:
+        eps: of all norms.
+        scale: of the attention's scores.
+    """
+
+    def __init__(self, eps: float, scale: float) -> None:
+        self.eps = eps
+        self.scale = scale
+        self._norms: list[torch.Tensor] = []
+        self._head_norms: list[torch.Tensor] = []
+        self._parts: list[torch.Tensor] = []
+        self._numbers: list[int] = []
+        self._clip_ratios: list[float] = []
+
+    def append(
+        self,
+        groups: Sequence[Sequence[BlockLinear]],
+        norms: tuple[torch.Tensor, torch.Tensor],
+        head_norms: Sequence[torch.Tensor] = (),
+    ) -> None:
+        """Adds the next block.
+
+        Args:
+            groups: q, k and v; o_proj; gate and up; down_proj.
+            norms: weights of the norms before the attention and before the MLP, `[width]`.
+            head_norms: weights of the norms of queries and keys, `[head_dim]` each, or none.
+        """
+        self._norms += norms
+        self._head_norms += head_norms
+        self._clip_ratios += [_append(group, self._parts, self._numbers) for group in groups]
+
+    def decode(
+        self,
+        x: torch.Tensor,
+        cosine: torch.Tensor,
+        sine: torch.Tensor,
+        keys: list[torch.Tensor],
+        values: list[torch.Tensor],
+        position: int,
+        mask: torch.Tensor | None,
+    ) -> torch.Tensor:
+        """Returns the hidden states of one token of each sequence behind all blocks.
+
+        Args:
+            x: hidden states before the first block, `[batch, 1, width]`.
+            cosine: of the angles, `[batch or 1, 1, head_dim]`, dtype of `x`.
+            sine: likewise.
+            keys: cached keys of each block, `[batch, heads, capacity, head_dim]`, contiguous, dtype of `x`; the token's
+                are written at `position`.
+            values: likewise.
+            position: number of tokens in the caches.
+            mask: `[batch, position + 1]`, bool, False where nobody may look; None if all may be seen.
+        """
+        return torch.ops.quad_native.decode(
+            x,
+            self._norms,
+            self.eps,
+            cosine,
+            sine,
+            self._head_norms,
+            self._parts,
+            self._numbers,
+            self._clip_ratios,
+            keys,
+            values,
+            position,
+            mask,
+            self.scale,
+        )
 
 
 def _append(group: Sequence[BlockLinear], parts: list[torch.Tensor], numbers: list[int]) -> float:

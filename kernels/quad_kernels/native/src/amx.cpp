@@ -1,13 +1,13 @@
 #define QUAD_AMX
 #include "product_avx512.h"
 // The product comes first: what follows is written for it.
-#include "elementwise.h"
+#include "attention.h"
 #include "head.h"
 
 namespace quad {
 
 const Kernels* amx_kernels() {
-    static const Kernels kernels{"amx", linear, quantize, hadamard_rows, head, norm, rotate, gated, add};
+    static const Kernels kernels{"amx", linear, quantize, hadamard_rows, head, norm, rotate, gated, add, attend};
     return &kernels;
 }
 

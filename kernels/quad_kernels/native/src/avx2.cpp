@@ -1,12 +1,12 @@
 #include "product_avx2.h"
 // The product comes first: what follows is written for it.
-#include "elementwise.h"
+#include "attention.h"
 #include "head.h"
 
 namespace quad {
 
 const Kernels* avx2_kernels() {
-    static const Kernels kernels{"avx2", linear, quantize, hadamard_rows, head, norm, rotate, gated, add};
+    static const Kernels kernels{"avx2", linear, quantize, hadamard_rows, head, norm, rotate, gated, add, attend};
     return &kernels;
 }
 

@@ -1,12 +1,12 @@
 #include "product_avx2.h"
 // The product comes first: what follows is written for it.
-#include "elementwise.h"
+#include "attention.h"
 #include "head.h"
 
 namespace quad {
 
 const Kernels* avxvnni_kernels() {
-    static const Kernels kernels{"avxvnni", linear, quantize, hadamard_rows, head, norm, rotate, gated, add};
+    static const Kernels kernels{"avxvnni", linear, quantize, hadamard_rows, head, norm, rotate, gated, add, attend};
     return &kernels;
 }
 

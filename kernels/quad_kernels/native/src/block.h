@@ -16,27 +16,44 @@ using quad::Weight;
 
 constexpr int64_t kChannels = 16;
 
-// Transposes 8 x 8 numbers of 32 bits.
-void transpose8(__m256i* r) {
-    __m256i a[8], b[8];
+// Writes 16 rows of 4 numbers of 32 bits, `stride` bytes apart, column by column: [4][16].
+void transpose4(const char* rows, int64_t stride, uint32_t* columns) {
+    auto piece = [&](int row) { return _mm_loadu_si128(reinterpret_cast<const __m128i*>(rows + row * stride)); };
+#ifdef __AVX512F__
+    __m512i part[4];  // part i is rows i, i + 4, i + 8 and i + 12
     for (int i = 0; i < 4; ++i) {
-        a[2 * i] = _mm256_unpacklo_epi32(r[2 * i], r[2 * i + 1]);
-        a[2 * i + 1] = _mm256_unpackhi_epi32(r[2 * i], r[2 * i + 1]);
+        part[i] = _mm512_castsi128_si512(piece(i));
+        part[i] = _mm512_mask_broadcast_i32x4(part[i], 0x00F0, piece(i + 4));
+        part[i] = _mm512_mask_broadcast_i32x4(part[i], 0x0F00, piece(i + 8));
+        part[i] = _mm512_mask_broadcast_i32x4(part[i], 0xF000, piece(i + 12));
     }
-    for (int i = 0; i < 2; ++i) {
-        b[4 * i] = _mm256_unpacklo_epi64(a[4 * i], a[4 * i + 2]);
-        b[4 * i + 1] = _mm256_unpackhi_epi64(a[4 * i], a[4 * i + 2]);
-        b[4 * i + 2] = _mm256_unpacklo_epi64(a[4 * i + 1], a[4 * i + 3]);
-        b[4 * i + 3] = _mm256_unpackhi_epi64(a[4 * i + 1], a[4 * i + 3]);
+    __m512i a = _mm512_unpacklo_epi32(part[0], part[1]), b = _mm512_unpackhi_epi32(part[0], part[1]);
+    __m512i c = _mm512_unpacklo_epi32(part[2], part[3]), d = _mm512_unpackhi_epi32(part[2], part[3]);
+    _mm512_storeu_si512(columns, _mm512_unpacklo_epi64(a, c));
+    _mm512_storeu_si512(columns + 16, _mm512_unpackhi_epi64(a, c));
+    _mm512_storeu_si512(columns + 32, _mm512_unpacklo_epi64(b, d));
+    _mm512_storeu_si512(columns + 48, _mm512_unpackhi_epi64(b, d));
+#else
+    for (int first = 0; first < 16; first += 8) {
+        __m256i part[4];  // part i is rows i and i + 4 of eight
+        for (int i = 0; i < 4; ++i)
+            part[i] = _mm256_inserti128_si256(_mm256_castsi128_si256(piece(first + i)), piece(first + i + 4), 1);
+        __m256i a = _mm256_unpacklo_epi32(part[0], part[1]), b = _mm256_unpackhi_epi32(part[0], part[1]);
+        __m256i c = _mm256_unpacklo_epi32(part[2], part[3]), d = _mm256_unpackhi_epi32(part[2], part[3]);
+        auto store = [&](int i, __m256i column) {
+            _mm256_storeu_si256(reinterpret_cast<__m256i*>(columns + 16 * i + first), column);
+        };
+        store(0, _mm256_unpacklo_epi64(a, c));
+        store(1, _mm256_unpackhi_epi64(a, c));
+        store(2, _mm256_unpacklo_epi64(b, d));
+        store(3, _mm256_unpackhi_epi64(b, d));
     }
-    for (int i = 0; i < 4; ++i) {
-        r[i] = _mm256_permute2x128_si256(b[i], b[4 + i], 0x20);
-        r[4 + i] = _mm256_permute2x128_si256(b[i], b[4 + i], 0x31);
-    }
+#endif
 }
 
-// The outlier weights of 16 channels: pairs of bfloat16 as they are, [rank / 2][16][2], or float32, [rank][16].
-struct OutlierPanel {
+// Sixteen rows, column by column, such as the outlier weights of 16 channels: pairs of bfloat16 as they are,
+// [columns / 2][16][2], or float32, [columns][16].
+struct Panel {
     const uint32_t* pairs;
     const float* values;
 
@@ -63,20 +80,54 @@ struct OutlierPanel {
     }
 };
 
+struct PanelMemory {
+    // Returns the panel of `count` <= 16 rows of `width` columns, filled up with zeros to 16 rows of `padded`.
+    Panel of(const void* rows, Dtype dtype, int64_t count, int64_t width, int64_t padded) {
+        if (dtype == Dtype::bfloat16) return {of_bfloat16(static_cast<const uint16_t*>(rows), count, width, padded), nullptr};
+        return {nullptr, of_others(rows, dtype, count, width, padded)};
+    }
+
+  private:
+    const uint32_t* of_bfloat16(const uint16_t* rows, int64_t count, int64_t width, int64_t padded) {
+        uint32_t* p = pairs_.at_least(padded / 2 * kChannels);
+        int64_t whole = count == kChannels ? width / 8 * 8 : 0;
+        for (int64_t k = 0; k < whole; k += 8)
+            transpose4(reinterpret_cast<const char*>(rows + k), width * 2, p + k / 2 * kChannels);
+        std::memset(p + whole / 2 * kChannels, 0, (padded - whole) / 2 * kChannels * sizeof(uint32_t));
+        for (int64_t k = whole; k < width; ++k)
+            for (int64_t c = 0; c < count; ++c)
+                p[k / 2 * kChannels + c] |= uint32_t(rows[c * width + k]) << (k % 2 * 16);
+        return p;
+    }
+
+    const float* of_others(const void* rows, Dtype dtype, int64_t count, int64_t width, int64_t padded) {
+        float* values = values_.at_least(padded * kChannels);
+        float* row = row_.at_least(padded);
+        for (int64_t c = 0; c < kChannels; ++c) {
+            std::memset(row, 0, padded * sizeof(float));
+            if (c < count) load_row(element(rows, dtype, c * width), dtype, width, row);
+            for (int64_t k = 0; k < padded; ++k) values[k * kChannels + c] = row[k];
+        }
+        return values;
+    }
+
+    Buffer<uint32_t> pairs_;
+    Buffer<float> values_, row_;
+};
+
 struct Block {
     int64_t first;      // channel
     int64_t channels;   // 16, fewer in the last block
     const float* scale;     // [groups][16]
     const int32_t* offset;  // [groups][16]: what was added to the integers, to be taken off as often as the inputs' sum
-    OutlierPanel outlier;
+    Panel outlier;
     const float* bias;  // [16]
 };
 
 struct BlockMemory {
-    Buffer<float> scale, values, bias;
+    Buffer<float> scale, bias;
     Buffer<int32_t> offset;
-    Buffer<uint32_t> pairs;
-    Buffer<float> row;
+    PanelMemory outlier;
 
     Block prepare(const Weight& weight, const Rest& rest, int64_t index, int64_t rank) {
         Block block{};
@@ -85,8 +136,9 @@ struct BlockMemory {
         block.scale = scales(weight, block);
         block.offset = offsets(weight, block);
         if (rest.outlier_weight) {
-            if (rest.outlier_weight_dtype == Dtype::bfloat16) block.outlier.pairs = bfloat16_pairs(rest, block, rank);
-            else block.outlier.values = columns(rest, block, rank);
+            Dtype dtype = rest.outlier_weight_dtype;
+            const void* rows = element(rest.outlier_weight, dtype, block.first * rest.rank);
+            block.outlier = outlier.of(rows, dtype, block.channels, rest.rank, rank);
         }
         float* b = bias.at_least(kChannels);
         for (int64_t c = 0; c < kChannels; ++c)
@@ -121,54 +173,17 @@ struct BlockMemory {
             }
         return o;
     }
-
-    const uint32_t* bfloat16_pairs(const Rest& rest, const Block& block, int64_t padded) {
-        uint32_t* p = pairs.at_least(padded / 2 * kChannels);
-        auto source = static_cast<const uint16_t*>(rest.outlier_weight) + block.first * rest.rank;
-        int64_t whole = block.channels == kChannels ? rest.rank / 16 * 16 : 0;
-        for (int64_t half = 0; half < 2; ++half)
-            for (int64_t k = 0; k < whole; k += 16) {
-                __m256i rows[8];
-                for (int c = 0; c < 8; ++c)
-                    rows[c] = _mm256_loadu_si256(
-                        reinterpret_cast<const __m256i*>(source + (8 * half + c) * rest.rank + k));
-                transpose8(rows);
-                for (int j = 0; j < 8; ++j)
-                    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p + (k / 2 + j) * kChannels + 8 * half), rows[j]);
-            }
-        for (int64_t k = whole; k < padded; k += 2)
-            for (int64_t c = 0; c < kChannels; ++c) {
-                bool here = c < block.channels;
-                uint32_t even = here && k < rest.rank ? source[c * rest.rank + k] : 0;
-                uint32_t odd = here && k + 1 < rest.rank ? source[c * rest.rank + k + 1] : 0;
-                p[k / 2 * kChannels + c] = even | odd << 16;
-            }
-        return p;
-    }
-
-    const float* columns(const Rest& rest, const Block& block, int64_t padded) {
-        float* values_ = values.at_least(padded * kChannels);
-        float* one = row.at_least(padded);
-        for (int64_t c = 0; c < kChannels; ++c) {
-            std::memset(one, 0, padded * sizeof(float));
-            if (c < block.channels)
-                load_row(element(rest.outlier_weight, rest.outlier_weight_dtype, (block.first + c) * rest.rank),
-                         rest.outlier_weight_dtype, rest.rank, one);
-            for (int64_t k = 0; k < padded; ++k) values_[k * kChannels + c] = one[k];
-        }
-        return values_;
-    }
 };
 
 #ifdef __AVX512F__
-constexpr int kOutlierTile = 6;
+constexpr int kPanelTile = 6;
 #else
-constexpr int kOutlierTile = 2;
+constexpr int kPanelTile = 2;
 #endif
 
-// Adds the outlier products of T tokens, [T][16]; `x` is [T][rank].
+// Adds the products of T tokens `x`, [T][rank], and a panel's rows to `y`, [T][16].
 template <int T, bool Pairs>
-void add_outliers(const OutlierPanel& panel, const float* x, int64_t rank, float* y) {
+void add_tile(const Panel& panel, const float* x, int64_t rank, float* y) {
     Vector16 sum[T];
     for (int t = 0; t < T; ++t) sum[t] = Vector16::zero();
     for (int64_t start = 0; start < rank; start += kRank) {
@@ -187,12 +202,18 @@ void add_outliers(const OutlierPanel& panel, const float* x, int64_t rank, float
     for (int t = 0; t < T; ++t) (Vector16::load(y + 16 * t) + sum[t]).store(y + 16 * t);
 }
 
-template <bool Pairs, int T = kOutlierTile>
-void add_all_outliers(const OutlierPanel& panel, const float* x, int64_t rank, int64_t count, float* y) {
+template <bool Pairs, int T = kPanelTile>
+void add_tiles(const Panel& panel, const float* x, int64_t rank, int64_t count, float* y) {
     if constexpr (T > 0) {
-        for (; count >= T; count -= T, x += T * rank, y += 16 * T) add_outliers<T, Pairs>(panel, x, rank, y);
-        if (count) add_all_outliers<Pairs, T - 1>(panel, x, rank, count, y);
+        for (; count >= T; count -= T, x += T * rank, y += 16 * T) add_tile<T, Pairs>(panel, x, rank, y);
+        if (count) add_tiles<Pairs, T - 1>(panel, x, rank, count, y);
     }
+}
+
+// Adds the products of `count` tokens `x`, [count][rank], and a panel's rows to `y`, [count][16].
+void add_products(const Panel& panel, const float* x, int64_t rank, int64_t count, float* y) {
+    if (panel.pairs) add_tiles<true>(panel, x, rank, count, y);
+    else add_tiles<false>(panel, x, rank, count, y);
 }
 
 // Adds the exact sums [count][16] of stretch g, scaled, to y [count][16]; the tokens begin at `t`.

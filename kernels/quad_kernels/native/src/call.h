@@ -95,6 +95,23 @@ struct Table {
     int64_t columns;
 };
 
+// One new token of each sequence, which looks at the positions of a cache.
+struct Attention {
+    const void* query;  // [batch, heads, head_dim]
+    void* output;       // likewise
+    Dtype dtype;        // of everything here
+    int64_t batch;
+    int64_t heads;
+    int64_t head_dim;
+    const void* keys;    // [batch, cached_heads, capacity, head_dim]
+    const void* values;  // likewise
+    int64_t cached_heads;
+    int64_t capacity;
+    int64_t positions;    // those that are filled
+    const uint8_t* mask;  // [batch, positions], 0 where nobody may look; or null
+    float scale;
+};
+
 struct Kernels {
     const char* name;
     // y = residual of x, quantized, times the weight, plus the rest, for each member. Either `input` or `integers` is
@@ -119,6 +136,8 @@ struct Kernels {
     void (*gated)(void* gate, const void* up, Dtype dtype, int64_t count, ParallelFor parallel_for);
     // y = y + x, in place.
     void (*add)(void* y, const void* x, Dtype dtype, int64_t count, ParallelFor parallel_for);
+    // output = softmax(scale query keys^T) values, in float32, rounded once.
+    void (*attend)(const Attention& attention, ParallelFor parallel_for);
 };
 
 const Kernels* avx2_kernels();

@@ -58,6 +58,7 @@ struct Vector16 {
     Vector16 operator-(Vector16 o) const { return {_mm512_sub_ps(v, o.v)}; }
     Vector16 operator*(Vector16 o) const { return {_mm512_mul_ps(v, o.v)}; }
     Vector16 plus_product(Vector16 a, Vector16 b) const { return {_mm512_fmadd_ps(a.v, b.v, v)}; }
+    float total() const { return _mm512_reduce_add_ps(v); }
 };
 #else
 struct Vector16 {
@@ -95,6 +96,12 @@ struct Vector16 {
     Vector16 operator*(Vector16 o) const { return {_mm256_mul_ps(a, o.a), _mm256_mul_ps(b, o.b)}; }
     Vector16 plus_product(Vector16 x, Vector16 y) const {
         return {_mm256_fmadd_ps(x.a, y.a, a), _mm256_fmadd_ps(x.b, y.b, b)};
+    }
+    float total() const {
+        __m256 sum = _mm256_add_ps(a, b);
+        __m128 half = _mm_add_ps(_mm256_castps256_ps128(sum), _mm256_extractf128_ps(sum, 1));
+        half = _mm_add_ps(half, _mm_movehl_ps(half, half));
+        return _mm_cvtss_f32(_mm_add_ss(half, _mm_shuffle_ps(half, half, 1)));
     }
 };
 #endif

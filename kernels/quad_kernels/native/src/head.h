@@ -14,19 +14,12 @@ Vector16 widened(const uint8_t* p) {
     __m128i bytes = _mm_xor_si128(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)), _mm_set1_epi8(-128));
     return {_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(bytes))};
 }
-float total_of(Vector16 a) { return _mm512_reduce_add_ps(a.v); }
 #else
 constexpr int kHeadTile = 2;
 Vector16 widened(const uint8_t* p) {
     __m128i bytes = _mm_xor_si128(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)), _mm_set1_epi8(-128));
     return {_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(bytes)),
             _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_srli_si128(bytes, 8)))};
-}
-float total_of(Vector16 x) {
-    __m256 sum = _mm256_add_ps(x.a, x.b);
-    __m128 half = _mm_add_ps(_mm256_castps256_ps128(sum), _mm256_extractf128_ps(sum, 1));
-    half = _mm_add_ps(half, _mm_movehl_ps(half, half));
-    return _mm_cvtss_f32(_mm_add_ss(half, _mm_shuffle_ps(half, half, 1)));
 }
 #endif
 
@@ -66,7 +59,7 @@ void row_products(const uint8_t* row, const uint8_t* tail, int64_t columns, cons
             odd[t] = odd[t].plus_product(second, Vector16::load(x + t * padded + k + 16));
         }
     }
-    for (int t = 0; t < T; ++t) sum[t] = total_of(even[t] + odd[t]);
+    for (int t = 0; t < T; ++t) sum[t] = (even[t] + odd[t]).total();
 }
 
 template <class Row, int T>

@@ -94,11 +94,7 @@ void place(const Call& call, int64_t i) {
 
 void end_block(const Call& call, const Block& block, int64_t t, int64_t count, float* y) {
     const Tokens& tokens = call.tokens;
-    if (tokens.rank) {
-        const float* x = tokens.outlier + t * tokens.rank;
-        if (block.outlier.pairs) add_all_outliers<true>(block.outlier, x, tokens.rank, count, y);
-        else add_all_outliers<false>(block.outlier, x, tokens.rank, count, y);
-    }
+    if (tokens.rank) add_products(block.outlier, tokens.outlier + t * tokens.rank, tokens.rank, count, y);
     finish(block, *call.output, call.weight->out_features, call.first + t, count, y);
 }
 

@@ -4,6 +4,7 @@
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/core/ScalarType.h>
 
+#include <cstring>
 #include <deque>
 #include <mutex>
 #include <optional>
@@ -321,39 +322,141 @@ Tensor silu(const Tensor& x_) {
     return y;
 }
 
-std::vector<Tensor> block_in(const Tensor& x_, const Tensor& norm, double eps, const Tensor& cosine_,
-                             const Tensor& sine_, int64_t head_dim, const std::vector<Tensor>& head_norms,
-                             const std::vector<Tensor>& parts, const std::vector<int64_t>& numbers, double clip_ratio) {
-    Tensor x = dense(x_), cosine = dense(cosine_), sine = dense(sine_);
-    quad::Dtype dtype = dtype_of(x, "the hidden states");
-    STD_TORCH_CHECK(cosine.scalar_type() == x.scalar_type() && sine.scalar_type() == x.scalar_type() &&
-                        cosine.size(cosine.dim() - 1) == head_dim && cosine.numel() == sine.numel(),
-                    "the rotary embedding does not fit");
-    std::vector<Tensor> results = Parts(parts, numbers).linears(normed(x, norm, eps), clip_ratio, 3);
-    int64_t tokens = x.numel() / x.size(x.dim() - 1), angles = cosine.numel() / head_dim;
+// Cosines and sines of the angles of rotary embedding, [angles, head_dim]; token t has row t % angles.
+struct Rotary {
+    Tensor cosine, sine;
+    int64_t head_dim, angles;
+
+    Rotary(const Tensor& cosine_, const Tensor& sine_, const Tensor& x)
+        : cosine(dense(cosine_)), sine(dense(sine_)), head_dim(cosine.size(cosine.dim() - 1)) {
+        STD_TORCH_CHECK(cosine.scalar_type() == x.scalar_type() && sine.scalar_type() == x.scalar_type() &&
+                            cosine.numel() == sine.numel() && head_dim,
+                        "the rotary embedding does not fit");
+        angles = cosine.numel() / head_dim;
+    }
+};
+
+// Queries, keys and values of a block. `head_norms` are two weights, or none.
+std::vector<Tensor> queries_keys_values(const Tensor& x, const Tensor& norm, double eps, const Rotary& rotary,
+                                        const Tensor* head_norms, Parts& reader, double clip_ratio) {
+    std::vector<Tensor> results = reader.linears(normed(x, norm, eps), clip_ratio, 3);
+    int64_t tokens = x.numel() / x.size(x.dim() - 1);
     for (int i = 0; i < 2; ++i) {
-        if (!head_norms.empty()) results[i] = normed(results[i], head_norms.at(i), eps);
-        int64_t heads = results[i].size(results[i].dim() - 1) / head_dim;
-        kernels().rotate(results[i].mutable_data_ptr(), dtype, tokens, heads, head_dim, cosine.const_data_ptr(),
-                         sine.const_data_ptr(), angles, parallel_for);
+        if (head_norms) results[i] = normed(results[i], head_norms[i], eps);
+        int64_t heads = results[i].size(results[i].dim() - 1) / rotary.head_dim;
+        kernels().rotate(results[i].mutable_data_ptr(), dtype_of(x, "the hidden states"), tokens, heads,
+                         rotary.head_dim, rotary.cosine.const_data_ptr(), rotary.sine.const_data_ptr(), rotary.angles,
+                         parallel_for);
     }
     return results;
+}
+
+// What a block does behind its attention. `clip_ratios` are those of o_proj, of gate and up, and of down_proj.
+Tensor behind_attention(const Tensor& attention, const Tensor& residual, const Tensor& norm, double eps, Parts& reader,
+                        const double* clip_ratios) {
+    quad::Dtype dtype = dtype_of(residual, "the hidden states");
+    Tensor hidden = reader.linears(attention, clip_ratios[0], 1)[0];
+    kernels().add(hidden.mutable_data_ptr(), residual.const_data_ptr(), dtype, hidden.numel(), parallel_for);
+    std::vector<Tensor> pair = reader.linears(normed(hidden, norm, eps), clip_ratios[1], 2);
+    kernels().gated(pair[0].mutable_data_ptr(), pair[1].const_data_ptr(), dtype, pair[0].numel(), parallel_for);
+    Tensor y = reader.linears(pair[0], clip_ratios[2], 1)[0];
+    kernels().add(y.mutable_data_ptr(), hidden.const_data_ptr(), dtype, y.numel(), parallel_for);
+    return y;
+}
+
+std::vector<Tensor> block_in(const Tensor& x_, const Tensor& norm, double eps, const Tensor& cosine,
+                             const Tensor& sine, const std::vector<Tensor>& head_norms,
+                             const std::vector<Tensor>& parts, const std::vector<int64_t>& numbers, double clip_ratio) {
+    Tensor x = dense(x_);
+    Parts reader(parts, numbers);
+    STD_TORCH_CHECK(head_norms.empty() || head_norms.size() == 2, "queries and keys have a norm each, or none");
+    return queries_keys_values(x, norm, eps, Rotary(cosine, sine, x), head_norms.empty() ? nullptr : head_norms.data(),
+                               reader, clip_ratio);
 }
 
 Tensor block_out(const Tensor& attention_, const Tensor& residual_, const Tensor& norm, double eps,
                  const std::vector<Tensor>& parts, const std::vector<int64_t>& numbers,
                  const std::vector<double>& clip_ratios) {
     Tensor attention = dense(attention_), residual = dense(residual_);
-    quad::Dtype dtype = dtype_of(residual, "the hidden states");
     STD_TORCH_CHECK(attention.scalar_type() == residual.scalar_type(), "the attention has another dtype");
+    STD_TORCH_CHECK(clip_ratios.size() == 3, "three inputs have a clip ratio");
     Parts reader(parts, numbers);
-    Tensor hidden = reader.linears(attention, clip_ratios.at(0), 1)[0];
-    kernels().add(hidden.mutable_data_ptr(), residual.const_data_ptr(), dtype, hidden.numel(), parallel_for);
-    std::vector<Tensor> pair = reader.linears(normed(hidden, norm, eps), clip_ratios.at(1), 2);
-    kernels().gated(pair[0].mutable_data_ptr(), pair[1].const_data_ptr(), dtype, pair[0].numel(), parallel_for);
-    Tensor y = reader.linears(pair[0], clip_ratios.at(2), 1)[0];
-    kernels().add(y.mutable_data_ptr(), hidden.const_data_ptr(), dtype, y.numel(), parallel_for);
+    return behind_attention(attention, residual, norm, eps, reader, clip_ratios.data());
+}
+
+// The attention of one token per sequence, [batch, heads * head_dim], over the first `positions` of a cache.
+Tensor attend(const Tensor& query_, const Tensor& keys, const Tensor& values, int64_t positions, const MaybeTensor& mask_,
+              double scale) {
+    Tensor query = dense(query_);
+    MaybeTensor mask = dense(mask_);
+    STD_TORCH_CHECK(keys.dim() == 4 && values.dim() == 4 && keys.is_contiguous() && values.is_contiguous() &&
+                        keys.numel() == values.numel() && keys.scalar_type() == query.scalar_type() &&
+                        values.scalar_type() == query.scalar_type(),
+                    "the cache does not fit");
+    quad::Attention call{};
+    call.dtype = dtype_of(query, "the queries");
+    call.batch = keys.size(0);
+    call.cached_heads = keys.size(1);
+    call.capacity = keys.size(2);
+    call.head_dim = keys.size(3);
+    int64_t row = call.batch * call.head_dim;
+    STD_TORCH_CHECK(row && query.numel() % row == 0 && positions > 0 && positions <= call.capacity &&
+                        values.size(1) == call.cached_heads && values.size(3) == call.head_dim,
+                    "the cache does not fit the queries");
+    call.heads = query.numel() / row;
+    STD_TORCH_CHECK(call.cached_heads && call.heads % call.cached_heads == 0, "the cache does not fit the heads");
+    if (mask) {
+        STD_TORCH_CHECK(mask->scalar_type() == ScalarType::Bool && mask->numel() == call.batch * positions,
+                        "the mask must be bool, [batch, positions]");
+        call.mask = static_cast<const uint8_t*>(mask->const_data_ptr());
+    }
+    Tensor y = empty({query.sizes().begin(), query.sizes().end()}, torch_dtype(call.dtype));
+    call.query = query.const_data_ptr();
+    call.output = y.mutable_data_ptr();
+    call.keys = keys.const_data_ptr();
+    call.values = values.const_data_ptr();
+    call.positions = positions;
+    call.scale = float(scale);
+    kernels().attend(call, parallel_for);
     return y;
+}
+
+// Writes one token of each sequence, [batch, ..., heads * head_dim], into a cache [batch, heads, capacity, head_dim].
+void write_position(Tensor& cache, const Tensor& states, int64_t position) {
+    int64_t batch = cache.size(0), heads = cache.size(1), capacity = cache.size(2);
+    int64_t bytes = cache.size(3) * (cache.scalar_type() == ScalarType::Float ? 4 : 2);
+    STD_TORCH_CHECK(cache.dim() == 4 && cache.is_contiguous() && cache.scalar_type() == states.scalar_type() &&
+                        states.numel() == batch * heads * cache.size(3) && position >= 0 && position < capacity,
+                    "the cache does not fit");
+    auto source = static_cast<const char*>(states.const_data_ptr());
+    auto target = static_cast<char*>(cache.mutable_data_ptr());
+    for (int64_t row = 0; row < batch * heads; ++row)
+        std::memcpy(target + (row * capacity + position) * bytes, source + row * bytes, bytes);
+}
+
+// All blocks of a decoder for one token of each sequence, x [batch, 1, width], behind `position` tokens in the caches.
+// `norms` are two of each block, `head_norms` two or none, `clip_ratios` four; `keys` and `values` one of each.
+Tensor decode(const Tensor& x_, const std::vector<Tensor>& norms, double eps, const Tensor& cosine, const Tensor& sine,
+              const std::vector<Tensor>& head_norms, const std::vector<Tensor>& parts,
+              const std::vector<int64_t>& numbers, const std::vector<double>& clip_ratios, std::vector<Tensor> keys,
+              std::vector<Tensor> values, int64_t position, const MaybeTensor& mask, double scale) {
+    Tensor x = dense(x_);
+    size_t blocks = norms.size() / 2;
+    STD_TORCH_CHECK(keys.size() == blocks && values.size() == blocks && clip_ratios.size() == 4 * blocks &&
+                        (head_norms.empty() || head_norms.size() == 2 * blocks),
+                    "the blocks have parts of different numbers");
+    Rotary rotary(cosine, sine, x);
+    Parts reader(parts, numbers);
+    for (size_t i = 0; i < blocks; ++i) {
+        const Tensor* of_heads = head_norms.empty() ? nullptr : &head_norms[2 * i];
+        std::vector<Tensor> states =
+            queries_keys_values(x, norms[2 * i], eps, rotary, of_heads, reader, clip_ratios[4 * i]);
+        write_position(keys[i], states[1], position);
+        write_position(values[i], states[2], position);
+        Tensor attention = attend(states[0], keys[i], values[i], position + 1, mask, scale);
+        x = behind_attention(attention, x, norms[2 * i + 1], eps, reader, &clip_ratios[4 * i + 1]);
+    }
+    return x;
 }
 
 }  // namespace
@@ -370,11 +473,17 @@ STABLE_TORCH_LIBRARY(quad_native, m) {
         "quantize(Tensor x, int bits, float clip_ratio, int groups, int outliers, int block, bool keep_width, "
         "bool hadamard) -> (Tensor, Tensor, Tensor)");
     m.def(
-        "block_in(Tensor x, Tensor norm, float eps, Tensor cosine, Tensor sine, int head_dim, Tensor[] head_norms, "
-        "Tensor[] parts, int[] numbers, float clip_ratio) -> Tensor[]");
+        "block_in(Tensor x, Tensor norm, float eps, Tensor cosine, Tensor sine, Tensor[] head_norms, Tensor[] parts, "
+        "int[] numbers, float clip_ratio) -> Tensor[]");
     m.def(
         "block_out(Tensor attention, Tensor residual, Tensor norm, float eps, Tensor[] parts, int[] numbers, "
         "float[] clip_ratios) -> Tensor");
+    m.def(
+        "attend(Tensor query, Tensor keys, Tensor values, int positions, Tensor? mask, float scale) -> Tensor");
+    m.def(
+        "decode(Tensor x, Tensor[] norms, float eps, Tensor cosine, Tensor sine, Tensor[] head_norms, Tensor[] parts, "
+        "int[] numbers, float[] clip_ratios, Tensor(a!)[] keys, Tensor(b!)[] values, int position, Tensor? mask, "
+        "float scale) -> Tensor");
     m.def("norm(Tensor x, Tensor weight, float eps) -> Tensor");
     m.def("silu(Tensor x) -> Tensor");
     m.def("hadamard(Tensor x) -> Tensor");
@@ -388,6 +497,8 @@ STABLE_TORCH_LIBRARY_IMPL(quad_native, CPU, m) {
     m.impl("quantize", TORCH_BOX(&quantize));
     m.impl("block_in", TORCH_BOX(&block_in));
     m.impl("block_out", TORCH_BOX(&block_out));
+    m.impl("attend", TORCH_BOX(&attend));
+    m.impl("decode", TORCH_BOX(&decode));
     m.impl("norm", TORCH_BOX(&norm));
     m.impl("silu", TORCH_BOX(&silu));
     m.impl("hadamard", TORCH_BOX(&hadamard));

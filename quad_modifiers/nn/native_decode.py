@@ -1,0 +1,335 @@
+"""One token through all blocks of a decoder, in one native call.
+
+With its blocks in two calls each, most of a small model's decode step is still Python: the cache, the attention and the
+way from block to block. The decoder (`LlamaModel` and its like) therefore gets a forward of its own. Where a token of
+each sequence follows what a cache of transformers holds, and nothing can see into the blocks, one call computes them
+all, attention included. Everything else, prompts too, takes the forward of the decoder's class.
+
+The cache stays transformers': its layers get the grown keys and values as ever. They are views of a buffer with room
+for more positions (`_Room`), so that a token is written, and what was there is not copied for it.
+"""
+
+import weakref
+from collections.abc import Callable, Iterator
+from itertools import chain
+from operator import getitem, is_
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from quad_kernels import QuantizedWeight
+from quad_kernels.native.block import Blocks
+from torch import nn
+from torch.nn.modules import module as torch_module
+
+from quad_modifiers.nn.native_block import NativeBlock, has_listeners, native_groups
+from quad_modifiers.nn.packed_linear import PackedLinear
+from quad_modifiers.nn.quad_linear import QuadLinear
+
+if TYPE_CHECKING:  # whoever imports transformers first gets the loader, which imports this module
+    from transformers import DynamicCache
+    from transformers.cache_utils import StaticLayer
+
+STOCK_DECODERS = ("LlamaModel", "MistralModel", "Qwen2Model", "Qwen3Model")
+_LEAST_ROOM = 256  # positions
+_INERT = {"return_dict": (None, True), "output_attentions": (None, False), "output_hidden_states": (None, False)}
+
+
+class NativeDecode:
+    """The forward of a decoder whose blocks run natively.
+
+    Args:
+        model: the decoder, such as a `LlamaModel`.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+        self._plan: _Plan | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For copies and pickles: their plan is made when they run."""
+        return {"model": self.model, "_plan": None}
+
+    def __call__(
+        self,
+        input_ids: torch.Tensor | None = None,
+        attention_mask: Any = None,
+        position_ids: torch.Tensor | None = None,
+        past_key_values: Any = None,
+        inputs_embeds: torch.Tensor | None = None,
+        use_cache: bool | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """Returns what the forward of the decoder's class returns; the arguments are that one's."""
+        model: Any = self.model
+        given = input_ids if inputs_embeds is None else inputs_embeds
+        may = past_key_values is not None and given is not None and given.shape[1] == 1 and use_cache is not False
+        if may and not torch.compiler.is_compiling() and _is_plain(model, kwargs):
+            x = model.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
+            output = self._decode(x, attention_mask, position_ids, past_key_values)
+            if output is not None:
+                from transformers.modeling_outputs import BaseModelOutputWithPast
+
+                return BaseModelOutputWithPast(last_hidden_state=model.norm(output), past_key_values=past_key_values)
+        return type(model).forward(
+            model,
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            **kwargs,
+        )
+
+    def _decode(self, x: torch.Tensor, mask: Any, position_ids: torch.Tensor | None, past: Any) -> torch.Tensor | None:
+        """Returns hidden states behind the last block and lengthens the cache; None, and nothing done, if it cannot."""
+        plan = self._current_plan(x)
+        room = None if plan is None else _room(past, plan, x)
+        if plan is None or room is None:
+            return None
+        position = room.position
+        fits, mask = _seen(mask, x.shape[0], position + 1)
+        if not fits:
+            return None
+        if position_ids is None:
+            position_ids = torch.tensor([[position]])
+        model: Any = self.model
+        cosine, sine = model.rotary_emb(x, position_ids)
+        output = plan.blocks.decode(x, cosine, sine, room.keys, room.values, position, mask)
+        room.lengthen()
+        return output
+
+    def _current_plan(self, x: torch.Tensor) -> "_Plan | None":
+        """Returns the plan, made anew where anything has changed; None if the decoder cannot run so now."""
+        plan = self._plan
+        if plan is None or not plan.holds(x.dtype):
+            me = weakref.ref(self)
+
+            def drop(_: Any) -> None:
+                decode = me()
+                if decode is not None:
+                    decode._plan = None
+
+            plan = self._plan = _make_plan(self.model, x, drop)
+        return plan
+
+
+def install_native_decode(model: nn.Module) -> None:
+    """Gives a decoder of a known class, all of whose blocks are native, the forward of this module."""
+    layers = getattr(model, "layers", ())
+    known = type(model).__name__ in STOCK_DECODERS and layers and all(isinstance(x, NativeBlock) for x in layers)
+    own = model.__dict__.get("forward")  # llm-compressor leaves the one of the class behind, bound
+    if known and (own is None or getattr(own, "__func__", None) is type(model).forward):
+        model.forward = NativeDecode(model)
+
+
+def remove_native_decode(model: nn.Module) -> None:
+    """Gives every decoder below `model` the forward of its class back."""
+    for module in model.modules():
+        if isinstance(module.__dict__.get("forward"), NativeDecode):
+            del module.forward
+
+
+def _is_plain(model: Any, kwargs: dict[str, Any]) -> bool:
+    """True if nobody asks for more than the hidden states and the cache, in inference."""
+    config = model.config
+    if torch.is_grad_enabled() or model.training or config.output_attentions or config.output_hidden_states:
+        return False
+    if not all(name in _INERT and value in _INERT[name] for name, value in kwargs.items()):
+        return False
+    if torch_module._global_forward_hooks or torch_module._global_forward_pre_hooks:
+        return False
+    from transformers.integrations.sdpa_attention import sdpa_attention_forward
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+    name = config._attn_implementation
+    return name == "eager" or (name == "sdpa" and ALL_ATTENTION_FUNCTIONS[name] is sdpa_attention_forward)
+
+
+# --- the blocks ---
+
+
+class _Plan(NamedTuple):
+    """The blocks as the kernels take them, and what must not change while that is so."""
+
+    blocks: Blocks
+    dtype: torch.dtype
+    heads: int  # of the cache
+    head_dim: int
+    hooks: list[dict[Any, Any]]
+    dicts: list[dict[str, Any]]
+    sizes: list[int]
+    contents: list[dict[str, Any]]
+    seen: list[Any]  # what is in `contents`
+    attributes: list[dict[str, Any]]
+    names: list[str]
+    ids: list[int]  # of `attributes`; no references, for a weight that was repacked must not stay in memory
+    weights: list[weakref.ref[QuantizedWeight]]
+
+    def holds(self, dtype: torch.dtype) -> bool:
+        """True if no part was replaced, and nobody listens, since the plan was made."""
+        return (
+            self.dtype == dtype
+            and not any(map(has_listeners, filter(None, self.hooks)))
+            and list(map(len, self.dicts)) == self.sizes
+            and all(map(is_, self.seen, _values(self.contents)))
+            and list(map(id, map(getitem, self.attributes, self.names))) == self.ids
+        )
+
+
+def _make_plan(model: Any, x: torch.Tensor, when_repacked: Callable[[Any], None]) -> _Plan | None:
+    """Returns the plan of a decoder, None if it cannot run so; calls `when_repacked` when a weight is dropped."""
+    layers = list(model.layers)[: model.config.num_hidden_layers]
+    first = layers[0].self_attn
+    blocks = Blocks(layers[0].input_layernorm.variance_epsilon, first.scaling)
+    for layer in layers:
+        attention = layer.self_attn
+        if not isinstance(layer, NativeBlock) or "forward" in layer.__dict__ or "_hf_hook" in layer.__dict__:
+            return None
+        groups = native_groups(layer, x)
+        head_norms = [module for name in ("q_norm", "k_norm") if (module := attention._modules.get(name)) is not None]
+        norms = [layer.input_layernorm, layer.post_attention_layernorm]
+        if groups is None or getattr(attention, "sliding_window", None) is not None:
+            return None
+        if any(norm.variance_epsilon != blocks.eps for norm in (*norms, *head_norms)):
+            return None
+        if (attention.head_dim, attention.scaling) != (first.head_dim, first.scaling):
+            return None
+        blocks.append(groups, (norms[0].weight, norms[1].weight), [norm.weight for norm in head_norms])
+    modules = [module for layer in layers for module in layer.modules()]
+    hooks = [d for module in modules for d in (module._forward_hooks, module._forward_pre_hooks)]
+    if any(map(has_listeners, hooks)):  # the blocks are not called either
+        return None
+    contents = [d for m in modules for d in (m._modules, m._parameters, m._buffers) if d]
+    dicts = contents + [module.__dict__ for module in modules]
+    watched = list(_watched(modules))
+    packed = [module for module in modules if isinstance(module, PackedLinear)]
+    return _Plan(
+        blocks=blocks,
+        dtype=x.dtype,
+        heads=first.k_proj.out_features // first.head_dim,
+        head_dim=first.head_dim,
+        hooks=hooks,
+        dicts=dicts,
+        sizes=[len(d) for d in dicts],
+        contents=contents,
+        seen=list(_values(contents)),
+        attributes=[d for d, _ in watched],
+        names=[name for _, name in watched],
+        ids=[id(d[name]) for d, name in watched],
+        weights=[weakref.ref(module.prepared_weight(), when_repacked) for module in packed],
+    )
+
+
+def _watched(modules: list[nn.Module]) -> Iterator[tuple[dict[str, Any], str]]:
+    """Yields where the linears keep what is neither a module nor a tensor."""
+    for module in modules:
+        if isinstance(module, QuadLinear):
+            yield from ((module.__dict__, name) for name in ("split", "input_quantization", "quantize_input"))
+        elif isinstance(module, PackedLinear):
+            yield module.__dict__, "_prepared"
+
+
+def _values(dicts: list[dict[str, Any]]) -> Iterator[Any]:
+    return chain.from_iterable(map(dict.values, dicts))
+
+
+# --- the cache ---
+
+
+class _Room:
+    """Room for more positions behind the keys and values of a `DynamicCache`.
+
+    A position is only ever written behind the views that the cache's layers hold, and only while they hold these very
+    views: whoever crops, reorders or copies a cache gets another buffer, and keeps what he has.
+    """
+
+    def __init__(self, past: "DynamicCache", position: int, like: torch.Tensor) -> None:
+        batch, heads, _, head_dim = like.shape
+        capacity = max(_LEAST_ROOM, (position + 1) * 3 // 2)
+        layers = past.layers
+        self._layers = layers
+        self._buffer = like.new_empty(2 * len(layers), batch, heads, capacity, head_dim)
+        for i, tensor in enumerate(_tensors(layers)):
+            self._buffer[i, :, :, :position] = tensor
+        self.position = position
+        self.capacity = capacity
+        whole = self._buffer.unbind()
+        self.keys, self.values = list(whole[: len(layers)]), list(whole[len(layers) :])
+        self._views: list[torch.Tensor] = []
+
+    def is_current(self, past: "DynamicCache") -> bool:
+        """True if the cache holds what was put there last, and there is room for another position."""
+        same = self._layers is past.layers and self.position < self.capacity
+        return same and len(self._views) > 0 and all(map(is_, self._views, _tensors(self._layers)))
+
+    def lengthen(self) -> None:
+        """Hands the cache its keys and values with the position that was written."""
+        self.position += 1
+        self._views = list(self._buffer.narrow(3, 0, self.position).unbind())
+        for layer, keys, values in zip(self._layers, self._views, self._views[len(self._layers) :], strict=False):
+            layer.keys, layer.values = keys, values
+
+
+class _StaticRoom:
+    """The tensors of a `StaticCache`, which have room as they are."""
+
+    def __init__(self, layers: "list[StaticLayer]", position: int) -> None:
+        self._layers = layers
+        self.position = position
+        self.keys, self.values = [layer.keys for layer in layers], [layer.values for layer in layers]
+
+    def lengthen(self) -> None:
+        for layer in self._layers:
+            layer.cumulative_length.add_(1)
+
+
+_rooms: "weakref.WeakKeyDictionary[DynamicCache, _Room]" = weakref.WeakKeyDictionary()
+
+
+def _room(past: Any, plan: _Plan, x: torch.Tensor) -> _Room | _StaticRoom | None:
+    """Returns where the token's keys and values go; None for a cache of another kind, dtype or shape."""
+    from transformers import DynamicCache, StaticCache
+    from transformers.cache_utils import DynamicLayer, StaticLayer
+
+    if type(past) is DynamicCache:
+        room = _rooms.get(past)
+        if room is not None and room.is_current(past):
+            return room
+    elif type(past) is not StaticCache:
+        return None
+    layers = past.layers
+    kind = StaticLayer if type(past) is StaticCache else DynamicLayer
+    if past.offloading or not all(type(layer) is kind and layer.is_initialized for layer in layers):
+        return None
+    position = int(layers[0].get_seq_length())
+    shape = (x.shape[0], plan.heads, layers[0].keys.shape[2], plan.head_dim)
+    if not position or not all(t.shape == shape and t.dtype == x.dtype and t.is_cpu for t in _tensors(layers)):
+        return None
+    if kind is DynamicLayer:
+        room = _rooms[past] = _Room(past, position, layers[0].keys)
+        return room
+    same = all(int(layer.cumulative_length) == position for layer in layers)
+    return _StaticRoom(layers, position) if same and position < shape[2] else None
+
+
+def _tensors(layers: list[Any]) -> list[torch.Tensor]:
+    """The keys of all layers, then their values."""
+    return [layer.keys for layer in layers] + [layer.values for layer in layers]
+
+
+def _seen(mask: Any, batch: int, positions: int) -> tuple[bool, torch.Tensor | None]:
+    """Returns whether a mask is understood, and which positions each sequence may see, None for all.
+
+    The mask is one of the tokenizer's, `[batch, positions]`, or one that transformers made of it for its attention:
+    bool, `[batch or 1, 1, 1, positions or more]`.
+    """
+    if isinstance(mask, dict):
+        mask = mask.get("full_attention")
+    if mask is None:
+        return True, None
+    if mask.dim() == 4 and mask.dtype == torch.bool and mask.shape[1:3] == (1, 1):
+        mask = mask[:, 0, 0, :positions].expand(batch, -1)
+    if mask.shape != (batch, positions) or mask.is_floating_point():
+        return False, None
+    return True, None if bool(mask.all()) else mask.bool()
