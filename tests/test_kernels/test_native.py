@@ -5,7 +5,9 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import weakref
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -20,7 +22,8 @@ from quad_kernels import (
     quantize_activations,
 )
 from quad_kernels.hadamard import hadamard_matrix, plan_hadamard
-from quad_kernels.native import library, lines
+from quad_kernels.native import library, lines, pages
+from quad_kernels.native.pages import in_large_pages
 from quad_kernels.quantize_activations.reference import quantize_activations as quantize_reference
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -407,3 +410,30 @@ def test_attention_far_apart_scores_stay_finite(instruction_set: str) -> None:
     query[..., 0] = 1
     output = torch.ops.quad_native.attend(query, keys, values, 600, None, 1.0)
     torch.testing.assert_close(output, torch.full_like(output, 599.0), rtol=0, atol=0.01)
+
+
+# --- memory ---
+
+
+def test_weights_lie_in_pages_that_are_freed_with_the_last_of_them() -> None:
+    first = in_large_pages(torch.arange(1000, dtype=torch.uint8).view(10, 100))
+    second = in_large_pages(torch.arange(300, dtype=torch.int8))
+    large = in_large_pages(torch.arange(pages.CHUNK_BYTES // 8))
+    assert torch.equal(first, torch.arange(1000, dtype=torch.uint8).view(10, 100))
+    assert torch.equal(second, torch.arange(300, dtype=torch.int8))
+    assert torch.equal(large, torch.arange(pages.CHUNK_BYTES // 8))
+    assert [tensor.data_ptr() % 64 for tensor in (first, second, large)] == [0, 0, 0]
+    assert large.untyped_storage().nbytes() == pages.CHUNK_BYTES
+    held = weakref.ref(large.untyped_storage())
+    assert held() is not None
+    del large
+    assert held() is None
+
+
+def test_threads_that_pack_at_once_get_memory_of_their_own() -> None:
+    def pack(i: int) -> torch.Tensor:
+        return in_large_pages(torch.full((4096 + i,), i, dtype=torch.uint8))
+
+    with ThreadPoolExecutor(8) as pool:
+        packed = list(pool.map(pack, range(200)))
+    assert all(bool((tensor == i).all()) for i, tensor in enumerate(packed))

@@ -16,6 +16,7 @@ import torch
 
 from quad_kernels.formats import InputQuantization, InputSplit
 from quad_kernels.layouts import WeightForm, WeightLayout
+from quad_kernels.native.pages import in_large_pages
 from quad_kernels.weight import QuantizedWeight
 
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # and their numbers in the operators
@@ -32,7 +33,7 @@ def _padded(integers: torch.Tensor, offset: int) -> torch.Tensor:
 def _pack4(integers: torch.Tensor) -> torch.Tensor:
     """Returns `[blocks, lines, 64]`, uint8, from `[out, in]`, int8, from -8 to 7."""
     parts = _padded(integers, 8).unflatten(1, (-1, 2, 4)).unflatten(0, (-1, CHANNELS))
-    return (parts[..., 0, :] | parts[..., 1, :] << 4).transpose(1, 2).flatten(2).contiguous()
+    return in_large_pages((parts[..., 0, :] | parts[..., 1, :] << 4).transpose(1, 2).flatten(2).contiguous())
 
 
 def _unpack4(stored: torch.Tensor, in_features: int) -> torch.Tensor:
@@ -45,7 +46,7 @@ def _unpack4(stored: torch.Tensor, in_features: int) -> torch.Tensor:
 def _pack8(integers: torch.Tensor) -> torch.Tensor:
     """Returns `[blocks, lines, 64]`, uint8, from `[out, in]`, int8."""
     parts = _padded(integers, 128).unflatten(1, (-1, 4)).unflatten(0, (-1, CHANNELS))
-    return parts.transpose(1, 2).flatten(2).contiguous()
+    return in_large_pages(parts.transpose(1, 2).flatten(2).contiguous())
 
 
 def _unpack8(stored: torch.Tensor, in_features: int) -> torch.Tensor:

@@ -14,6 +14,8 @@ constexpr int64_t kBatch = 512;  // tokens at a time, at most: memory does not g
 constexpr int64_t kBatchBytes = 1 << 20;  // of their integers, which each thread reads again for each block of channels
 constexpr int64_t kBytesPerThread = 64 * 1024;  // of weights read for one token; a thread less would start in vain
 
+constexpr int64_t kFirst = 4096;  // bytes of weights that are asked for while a token is quantized
+
 struct CallMemory {
     Buffer<int8_t> integers;
     Buffer<float> scale, outlier;
@@ -98,10 +100,24 @@ void end_block(const Call& call, const Block& block, int64_t t, int64_t count, f
     finish(block, *call.output, call.weight->out_features, call.first + t, count, y);
 }
 
+// Asks for memory that will be read soon.
+void fetch(const void* data, int64_t bytes) {
+    for (int64_t b = 0; b < bytes; b += kLine) _mm_prefetch(static_cast<const char*>(data) + b, _MM_HINT_T0);
+}
+
+// Asks for the outlier weights of block `index`, which is read from its beginning to its end at once.
+void fetch_outliers(const Call& call, int64_t index) {
+    if (!call.tokens.rank) return;
+    int64_t count = kChannels * call.rest->rank;
+    Dtype dtype = call.rest->outlier_weight_dtype;
+    fetch(element(call.rest->outlier_weight, dtype, index * count), count * size_of(dtype));
+}
+
 template <int T, bool Wide>
 void direct_block(const Call& call, int64_t index, CallMemory& memory) {
     const Tokens& tokens = call.tokens;
     Block block = memory.block[0].prepare(*call.weight, *call.rest, index, tokens.rank);
+    fetch_outliers(call, index + 1);
     alignas(64) int32_t total[T * kChannels];
     alignas(64) float y[T * kChannels] = {};
     int64_t end = ceil_div(call.weight->in_features, call.per_line()), step = call.stretch() / call.per_line();
@@ -147,6 +163,10 @@ void direct(Call& whole, int64_t grain, ParallelFor parallel_for) {
         CallMemory& memory = call_memory();
         Call call = *static_cast<const Call*>(context);
         call.tokens = make_room(memory, call, call.count);
+        for_members(call, kChannels, begin, begin + 1, [&](int64_t first, int64_t) {
+            fetch(call.block_lines(first), kFirst);
+            fetch_outliers(call, first);
+        });
         for (int64_t i = 0; i < call.count; ++i) place(call, i);
         for_members(call, kChannels, begin, end, [&](int64_t from, int64_t to) {
             if (call.weight->wide) direct_blocks<true>(call, from, to, memory);

@@ -47,8 +47,8 @@ struct Product {
         };
         int64_t l = begin;
         for (; l + 4 <= end; l += 4) {
-            _mm_prefetch(reinterpret_cast<const char*>(lines + l * kLine + 4096), _MM_HINT_T0);
-            _mm_prefetch(reinterpret_cast<const char*>(lines + l * kLine + 4096 + 128), _MM_HINT_T0);
+            for (int i = 0; i < 4; ++i)
+                _mm_prefetch(reinterpret_cast<const char*>(lines + (l + i) * kLine + 4096), _MM_HINT_T0);
             step(l, 0);
             step(l + 1, 1 % kChains);
             step(l + 2, 2 % kChains);
