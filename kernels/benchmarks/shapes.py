@@ -1,4 +1,4 @@
-"""The layers that are measured: those of four models, split as recipes/quad_w4a4.yaml splits them."""
+"""The layers that are measured: those of five models, split as recipes/quad_w4a4.yaml splits them."""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -96,6 +96,7 @@ MODELS = {
     "llama-3.2-1b": Model(hidden=2048, heads=32, kv_heads=8, head_dim=64, intermediate=8192),
     "qwen2.5-7b": Model(hidden=3584, heads=28, kv_heads=4, head_dim=128, intermediate=18944, qkv_bias=True),
     "qwen2.5-0.5b": Model(hidden=896, heads=14, kv_heads=2, head_dim=64, intermediate=4864, qkv_bias=True),
+    "smollm2-135m": Model(hidden=576, heads=9, kv_heads=3, head_dim=64, intermediate=1536),
     "toy": Model(hidden=128, heads=2, kv_heads=1, head_dim=64, intermediate=256, qkv_bias=True),
 }
 SQUARE = "4096x4096"  # not of a model: the residual of one U-type linear, for comparison with other measurements
