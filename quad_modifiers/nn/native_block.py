@@ -5,8 +5,8 @@ between the linears. A block of a checkpoint therefore gets a class of its own, 
 and rotary embedding are one call, everything behind the attention another. Cache and attention stay transformers', so
 every cache and every attention implementation works.
 
-It runs so where nothing can see the difference: without gradients, compilation, hooks, adapters, terms or offloading
-inside the block. Everywhere else the stock forward runs. Norms and activations get native classes too: with them the
+It runs so where nothing can see the difference: without gradients, hooks, adapters, terms or offloading inside the
+block, and in graphs of torch.compile too. Everywhere else the stock forward runs. Norms and activations get native classes too: with them the
 stock forward computes the same bits, compiled or not, unless gradients are wanted, which take PyTorch's.
 """
 
@@ -54,7 +54,7 @@ class NativeBlock(nn.Module):
         **kwargs: Any,
     ) -> torch.Tensor:
         """Returns hidden states `[batch, positions, width]`; the arguments are those of transformers' layers."""
-        groups = None if torch.compiler.is_compiling() else native_groups(self, hidden_states)
+        groups = native_groups(self, hidden_states)
         if groups is None or position_embeddings is None:
             return super().forward(
                 hidden_states,
@@ -240,6 +240,8 @@ def native_groups(layer: nn.Module, x: torch.Tensor) -> list[list[BlockLinear]] 
 
 def _fit(layer: nn.Module, groups: list[list[BlockLinear]], dtype: torch.dtype) -> bool:
     """Checks formats once for these weights: it would take longer than some of the products."""
+    if torch.compiler.is_compiling():
+        return takes(groups, dtype)  # once, while the graph is made
     weights = [linear.weight for group in groups for linear in group]
     known = _checked.get(layer)
     if known is not None and known[0] == dtype and all(a is b() for a, b in zip(weights, known[1], strict=True)):

@@ -248,3 +248,20 @@ def test_the_head_of_bfloat16_rows(compressed) -> None:
         assert torch.equal(head(x), torch.cat([head(x[:1]), head(x[1:])]))
         assert torch.equal(head(x.expand(2, 3, -1)), torch.nn.functional.linear(x.expand(2, 3, -1), head.weight))
     assert head(x.clone().requires_grad_()).requires_grad
+
+
+def test_a_compiled_graph_holds_the_blocks_as_operators_and_gives_the_same_bits(compressed) -> None:
+    model = AutoModelForCausalLM.from_pretrained(compressed.folder)
+    graphs: list[torch.fx.GraphModule] = []
+
+    def backend(graph: torch.fx.GraphModule, inputs: list[torch.Tensor]) -> torch.fx.GraphModule:
+        graphs.append(graph)
+        return graph
+
+    prompt = torch.tensor([PROMPTS[0]])
+    with torch.no_grad():
+        compiled = torch.compile(model.forward, backend=backend, fullgraph=True)
+        assert torch.equal(compiled(prompt, use_cache=False).logits, model(prompt, use_cache=False).logits)
+    (graph,) = graphs
+    names = [str(node.target) for node in graph.graph.nodes]
+    assert names.count("quad_native.block_in") == names.count("quad_native.block_out") == len(blocks(model))

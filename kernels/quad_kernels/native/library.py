@@ -72,6 +72,15 @@ def _register_shapes() -> None:
     def _(x: torch.Tensor, *arguments: Any) -> torch.Tensor:
         return x.new_empty(*x.shape[:-1], arguments[11])  # out_features
 
+    @torch.library.register_fake(ops.block_in.default)
+    def _(x: torch.Tensor, *arguments: Any) -> list[torch.Tensor]:
+        numbers = arguments[6]
+        return [x.new_empty(*x.shape[:-1], out_features) for out_features in numbers[7:14:3]]
+
+    @torch.library.register_fake(ops.block_out.default)
+    def _(attention: torch.Tensor, residual: torch.Tensor, *arguments: Any) -> torch.Tensor:
+        return residual.new_empty(residual.shape)
+
     @torch.library.register_fake(ops.dense_head.default)
     def _(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         return x.new_empty(*x.shape[:-1], weight.shape[0])
