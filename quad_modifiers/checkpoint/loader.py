@@ -1,6 +1,8 @@
 """Loads QUAD checkpoints through transformers' quantizer interface; llm-compressor is not needed."""
 
+import ctypes
 import logging
+import sys
 from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
@@ -104,6 +106,7 @@ class QuadHfQuantizer(HfQuantizer):
         for module in model.modules():
             if isinstance(module, PackedLinear):
                 module.prepare()  # now, not at the first request: unpacking takes memory
+        _return_freed_memory()
         quad = read_format(self.quantization_config.content.get("quad"))
         decoder = Decoder(model, _architecture(model, quad))
         use_native_blocks(decoder)
@@ -201,3 +204,10 @@ def register_loader(push_to_hub: Callable[..., Any] | None = None) -> None:
         register_quantizer(QUANT_METHOD)(QuadHfQuantizer)
         # Without this, `from_pretrained` would warn and go on with the config of the checkpoint alone.
         auto.LOADING_ATTRIBUTES_CONFIG_TYPES += (QuadQuantizationConfig,)
+
+
+def _return_freed_memory() -> None:
+    """Gives what repacking has freed back to the system: glibc keeps it, as much as the weights take."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
+    if trim is not None:
+        trim(0)
