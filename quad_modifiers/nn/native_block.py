@@ -6,8 +6,9 @@ and rotary embedding are one call, everything behind the attention another. Cach
 every cache and every attention implementation works.
 
 It runs so where nothing can see the difference: without gradients, hooks, adapters, terms or offloading inside the
-block, and in graphs of torch.compile too. Everywhere else the stock forward runs. Norms and activations get native classes too: with them the
-stock forward computes the same bits, compiled or not, unless gradients are wanted, which take PyTorch's.
+block, and in graphs of torch.compile too. Everywhere else the stock forward runs. Norms and activations get native
+classes too: with them the stock forward computes the same bits, compiled or not, unless gradients are wanted, which
+take PyTorch's.
 """
 
 import importlib
