@@ -61,11 +61,11 @@ class NativeDecode:
     ) -> Any:
         """Returns what the forward of the decoder's class returns; the arguments are that one's."""
         model: Any = self.model
-        given = input_ids if inputs_embeds is None else inputs_embeds
-        may = past_key_values is not None and given is not None and given.shape[1] == 1 and use_cache is not False
-        if may and not torch.compiler.is_compiling() and _is_plain(model, kwargs):
-            x = model.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
-            output = self._decode(x, attention_mask, position_ids, past_key_values)
+        cached = past_key_values is not None and use_cache is not False
+        if cached and _is_one_token(input_ids, inputs_embeds) and _is_plain(model, kwargs):
+            if inputs_embeds is None:  # once, for whoever computes the rest
+                inputs_embeds, input_ids = model.embed_tokens(input_ids), None
+            output = self._decode(inputs_embeds, attention_mask, position_ids, past_key_values)
             if output is not None:
                 from transformers.modeling_outputs import BaseModelOutputWithPast
 
@@ -130,10 +130,20 @@ def remove_native_decode(model: nn.Module) -> None:
             del module.forward
 
 
+def _is_one_token(input_ids: torch.Tensor | None, inputs_embeds: torch.Tensor | None) -> bool:
+    """True for one token of each sequence, given in one of the two ways."""
+    if (input_ids is None) == (inputs_embeds is None):
+        return False  # an error, which the decoder's class knows
+    given = inputs_embeds if input_ids is None else input_ids
+    return given is not None and given.dim() > 1 and given.shape[1] == 1
+
+
 def _is_plain(model: Any, kwargs: dict[str, Any]) -> bool:
     """True if nobody asks for more than the hidden states and the cache, in inference."""
     config = model.config
-    if torch.is_grad_enabled() or model.training or config.output_attentions or config.output_hidden_states:
+    if torch.compiler.is_compiling() or torch.is_grad_enabled():
+        return False
+    if model.training or config.output_attentions or config.output_hidden_states:
         return False
     if not all(name in _INERT and value in _INERT[name] for name, value in kwargs.items()):
         return False
@@ -153,6 +163,7 @@ class _Plan(NamedTuple):
     """The blocks as the kernels take them, and what must not change while that is so."""
 
     blocks: Blocks
+    depth: int  # number of blocks
     dtype: torch.dtype
     heads: int  # of the cache
     head_dim: int
@@ -206,6 +217,7 @@ def _make_plan(model: Any, x: torch.Tensor, when_repacked: Callable[[Any], None]
     packed = [module for module in modules if isinstance(module, PackedLinear)]
     return _Plan(
         blocks=blocks,
+        depth=len(layers),
         dtype=x.dtype,
         heads=first.k_proj.out_features // first.head_dim,
         head_dim=first.head_dim,
@@ -258,10 +270,11 @@ class _Room:
         self.keys, self.values = list(whole[: len(layers)]), list(whole[len(layers) :])
         self._views: list[torch.Tensor] = []
 
-    def is_current(self, past: "DynamicCache") -> bool:
-        """True if the cache holds what was put there last, and there is room for another position."""
-        same = self._layers is past.layers and self.position < self.capacity
-        return same and len(self._views) > 0 and all(map(is_, self._views, _tensors(self._layers)))
+    def is_current(self, past: "DynamicCache", x: torch.Tensor) -> bool:
+        """True if the cache holds what was put there last, and there is room for another position of `x`."""
+        same = self._layers is past.layers and self.position < self.capacity and len(self._views) > 0
+        alike = self._buffer.dtype == x.dtype and self._buffer.shape[1] == x.shape[0]
+        return same and alike and all(map(is_, self._views, _tensors(self._layers)))
 
     def lengthen(self) -> None:
         """Hands the cache its keys and values with the position that was written."""
@@ -294,13 +307,17 @@ def _room(past: Any, plan: _Plan, x: torch.Tensor) -> _Room | _StaticRoom | None
 
     if type(past) is DynamicCache:
         room = _rooms.get(past)
-        if room is not None and room.is_current(past):
+        if room is not None and room.is_current(past, x):
             return room
     elif type(past) is not StaticCache:
         return None
     layers = past.layers
     kind = StaticLayer if type(past) is StaticCache else DynamicLayer
-    if past.offloading or not all(type(layer) is kind and layer.is_initialized for layer in layers):
+    if (
+        len(layers) != plan.depth
+        or past.offloading
+        or not all(type(layer) is kind and layer.is_initialized for layer in layers)
+    ):
         return None
     position = int(layers[0].get_seq_length())
     shape = (x.shape[0], plan.heads, layers[0].keys.shape[2], plan.head_dim)

@@ -210,6 +210,49 @@ def test_masks_that_it_does_not_know_stay_with_the_blocks(model) -> None:
     assert step(model, filled(model), PROMPT[:, :1], attention_mask=boolean)[1][0] == "decode"
 
 
+def test_the_embedding_is_called_once_and_two_inputs_are_an_error(model) -> None:
+    past, calls = filled(model), []
+    model.model.embed_tokens.register_forward_hook(lambda module, args, output: calls.append(output))
+    step(model, past, PROMPT[:, :1])
+    assert len(calls) == 1
+    additive = torch.zeros(3, 1, 1, 9)
+    assert "decode" not in step(model, past, PROMPT[:, :1], attention_mask=additive)[1]
+    assert len(calls) == 2
+    with pytest.raises(ValueError, match="exactly one"):
+        step(model, past, PROMPT[:, :1], inputs_embeds=calls[0])
+    embedded = filled(model)
+    with torch.no_grad(), Recorder() as recorder:
+        own = model(inputs_embeds=calls[0], past_key_values=embedded, use_cache=True).logits
+    assert recorder.names[0] == "decode"
+    assert torch.equal(own, step(model, filled(model), PROMPT[:, :1])[0])
+
+
+def test_a_cache_goes_from_inference_mode_to_no_grad_and_back(model) -> None:
+    with torch.inference_mode():
+        past = filled(model)
+        step(model, past, PROMPT[:, :1])
+    own, names = step(model, past, PROMPT[:, 1:2])
+    assert names[0] == "decode"
+    wanted = filled(model)
+    step(model, wanted, PROMPT[:, :1])
+    with torch.inference_mode():
+        assert torch.equal(step(model, wanted, PROMPT[:, 1:2])[0], own)
+
+
+def test_a_cache_of_another_dtype_or_batch_is_not_written_into(model) -> None:
+    past = filled(model)
+    step(model, past, PROMPT[:, :1])
+    model.to(torch.bfloat16)
+    with pytest.raises(RuntimeError):  # as stock attention says: queries and keys of two dtypes
+        step(model, past, PROMPT[:, 1:2])
+    model.to(torch.float32)
+    past = filled(model)
+    step(model, past, PROMPT[:, :1])
+    with pytest.raises(RuntimeError):
+        step(model, past, PROMPT[:2, 1:2])
+    assert past.layers[0].keys.shape[:3] == (3, past.layers[0].keys.shape[1], 8)
+
+
 def test_copies_and_pickles_decode(model) -> None:
     past = filled(model)
     wanted, _ = step(model, copy.deepcopy(past), PROMPT[:, :1])
