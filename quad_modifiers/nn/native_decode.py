@@ -11,7 +11,7 @@ for more positions (`_Room`), so that a token is written, and what was there is 
 
 import weakref
 from collections.abc import Callable, Iterator
-from itertools import chain
+from itertools import chain, count
 from operator import getitem, is_
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -44,10 +44,12 @@ class NativeDecode:
     def __init__(self, model: nn.Module) -> None:
         self.model = model
         self._plan: _Plan | None = None
+        self._number = next(_numbers)
+        _by_number[self._number] = self
 
-    def __getstate__(self) -> dict[str, Any]:
+    def __reduce__(self) -> tuple[Any, ...]:
         """For copies and pickles: their plan is made when they run."""
-        return {"model": self.model, "_plan": None}
+        return NativeDecode, (self.model,)
 
     def __call__(
         self,
@@ -65,7 +67,8 @@ class NativeDecode:
         if cached and _is_one_token(input_ids, inputs_embeds) and _is_plain(model, kwargs):
             if inputs_embeds is None:  # once, for whoever computes the rest
                 inputs_embeds, input_ids = model.embed_tokens(input_ids), None
-            output = self._decode(inputs_embeds, attention_mask, position_ids, past_key_values)
+            decode = self._decode_in_graph if torch.compiler.is_compiling() else self._decode
+            output = decode(inputs_embeds, attention_mask, position_ids, past_key_values)
             if output is not None:
                 from transformers.modeling_outputs import BaseModelOutputWithPast
 
@@ -99,6 +102,45 @@ class NativeDecode:
         room.lengthen()
         return output
 
+    def _decode_in_graph(self, x: torch.Tensor, mask: Any, position_ids: Any, past: Any) -> torch.Tensor | None:
+        """As `_decode`, for a static cache, as one operator of a graph of torch.compile."""
+        from transformers import StaticCache
+        from transformers.cache_utils import StaticLayer
+
+        shape = self._cache_shape(x.dtype)
+        if shape is None or type(past) is not StaticCache or past.offloading or len(past.layers) != shape[0]:
+            return None
+        layers = past.layers
+        if not all(type(layer) is StaticLayer and layer.is_initialized for layer in layers):
+            return None
+        wanted = (x.shape[0], shape[1], layers[0].max_cache_len, shape[2])
+        if not all(t.shape == wanted and t.dtype == x.dtype and t.device.type == "cpu" for t in _tensors(layers)):
+            return None
+        if isinstance(mask, dict):
+            mask = mask.get("full_attention")
+        if mask is not None:
+            if mask.dtype != torch.bool or mask.dim() != 4 or mask.shape[1:] != (1, 1, wanted[2]):
+                return None
+            mask = mask[:, 0, 0].expand(x.shape[0], -1)
+        position = layers[0].cumulative_length
+        if position_ids is None:
+            position_ids = position.view(1, 1)
+        model: Any = self.model
+        cosine, sine = model.rotary_emb(x, position_ids)
+        keys, values = [layer.keys for layer in layers], [layer.values for layer in layers]
+        output: torch.Tensor = _decode_operator(x, cosine, sine, keys, values, position, mask, self._number)
+        for layer in layers:
+            layer.cumulative_length.add_(1)
+        return output
+
+    @torch.compiler.assume_constant_result
+    def _cache_shape(self, dtype: torch.dtype) -> tuple[int, int, int] | None:
+        """Number of blocks, heads and head_dim of the cache, None if the decoder cannot run so; found when a graph is
+        made, and looked at again whenever it runs.
+        """
+        plan = self._current_plan(torch.empty(0, dtype=dtype))
+        return None if plan is None else (plan.depth, plan.heads, plan.head_dim)
+
     def _current_plan(self, x: torch.Tensor) -> "_Plan | None":
         """Returns the plan, made anew where anything has changed; None if the decoder cannot run so now."""
         plan = self._plan
@@ -112,6 +154,51 @@ class NativeDecode:
 
             plan = self._plan = _make_plan(self.model, x, drop)
         return plan
+
+
+_numbers = count()
+_by_number: "weakref.WeakValueDictionary[int, NativeDecode]" = weakref.WeakValueDictionary()
+
+
+@torch.library.custom_op("quad_modifiers::decode", mutates_args=("keys", "values"), device_types="cpu")
+def _decode_operator(
+    x: torch.Tensor,
+    cosine: torch.Tensor,
+    sine: torch.Tensor,
+    keys: list[torch.Tensor],
+    values: list[torch.Tensor],
+    position: torch.Tensor,
+    mask: torch.Tensor | None,
+    number: int,
+) -> torch.Tensor:
+    """All blocks of a decoder, for a graph of torch.compile.
+
+    The decoder is named by its number: a graph that held the weights would check every one of them at each token.
+
+    Args:
+        x: as `Blocks.decode` takes it, like the next four.
+        cosine: of the angles.
+        sine: likewise.
+        keys: of each block, written at `position`.
+        values: likewise.
+        position: number of tokens in the caches, int64, no dimension.
+        mask: `[batch, capacity]`, bool.
+        number: of the `NativeDecode`.
+    """
+    decode = _by_number.get(number)
+    plan = None if decode is None else decode._current_plan(x)
+    if plan is None:
+        raise RuntimeError(
+            "the model was changed after it was compiled (a hook, an adapter, a layer); compile it again"
+        )
+    filled = int(position)
+    seen = None if mask is None else mask[:, : filled + 1]
+    return plan.blocks.decode(x, cosine, sine, keys, values, filled, seen)
+
+
+@_decode_operator.register_fake
+def _(x: torch.Tensor, *arguments: Any) -> torch.Tensor:
+    return torch.empty_like(x)
 
 
 def install_native_decode(model: nn.Module) -> None:
@@ -141,9 +228,7 @@ def _is_one_token(input_ids: torch.Tensor | None, inputs_embeds: torch.Tensor | 
 def _is_plain(model: Any, kwargs: dict[str, Any]) -> bool:
     """True if nobody asks for more than the hidden states and the cache, in inference."""
     config = model.config
-    if torch.compiler.is_compiling() or torch.is_grad_enabled():
-        return False
-    if model.training or config.output_attentions or config.output_hidden_states:
+    if torch.is_grad_enabled() or model.training or config.output_attentions or config.output_hidden_states:
         return False
     if not all(name in _INERT and value in _INERT[name] for name, value in kwargs.items()):
         return False

@@ -275,3 +275,34 @@ def test_a_compressed_model_in_memory_decodes_as_its_checkpoint(compress_toy: Ca
     wanted, _ = step(loaded, filled(loaded), PROMPT[:, :1])
     assert names[0] == "decode"
     assert torch.equal(own, wanted)
+
+
+def test_a_compiled_graph_decodes_with_one_operator_and_the_same_bits(model) -> None:
+    graphs: list[torch.fx.GraphModule] = []
+
+    def backend(graph: torch.fx.GraphModule, inputs: list[torch.Tensor]) -> torch.fx.GraphModule:
+        graphs.append(graph)
+        return graph
+
+    compiled = torch.compile(model.forward, backend=backend, fullgraph=True)
+    caches = [StaticCache(config=model.config, max_cache_len=12) for _ in range(2)]
+    padding = torch.ones(3, 1, 1, 12, dtype=torch.bool)
+    padding[1, ..., :2] = False
+    with torch.no_grad():
+        for past in caches:
+            model(PROMPT, past_key_values=past, use_cache=True)
+        for i, mask in enumerate([None, None, padding]):
+            token, place = PROMPT[:, i : i + 1], {"attention_mask": mask, "use_cache": True}
+            own = compiled(token, past_key_values=caches[0], **place).logits
+            with Recorder() as recorder:
+                wanted = model(token, past_key_values=caches[1], **place).logits
+            assert recorder.names[0] == "decode"
+            assert torch.equal(own, wanted)
+    assert int(caches[0].layers[1].cumulative_length) == 10
+    names = [str(node.target) for node in graphs[0].graph.nodes]
+    assert names.count("quad_modifiers.decode") + names.count("quad_modifiers.decode.default") == 1
+    assert not [name for name in names if "block_in" in name]
+    with torch.no_grad():
+        model.model.layers[0].mlp.register_forward_hook(lambda module, args, output: None)
+        with pytest.raises(RuntimeError, match="compile it again"):
+            compiled(PROMPT[:, :1], past_key_values=caches[0], attention_mask=None, use_cache=True)
