@@ -3,8 +3,8 @@
 With its blocks in two calls each, most of a small model's decode step is still Python: the cache, the attention and the
 way from block to block. The decoder (`LlamaModel` and its like) therefore gets a forward of its own. Where a token of
 each sequence follows what a cache of transformers holds, and nothing can see into the blocks, one call computes them
-all, attention included. Everything else, prompts too, takes the forward of the decoder's class. A graph of torch.compile
-holds that call as one operator, for a static cache.
+all, attention included. Everything else, prompts too, takes the forward of the decoder's class. With a static cache, a
+graph of torch.compile holds that call as one operator.
 
 The cache stays transformers': its layers get the grown keys and values as ever. They are views of a buffer with room
 for more positions (`_Room`), so that a token is written, and what was there is not copied for it.
