@@ -186,20 +186,44 @@ def _decode_operator(
         mask: `[batch, capacity]`, bool.
         number: of the `NativeDecode`.
     """
-    decode = _by_number.get(number)
-    plan = None if decode is None else decode._current_plan(x)
-    if plan is None:
-        raise RuntimeError(
-            "the model was changed after it was compiled (a hook, an adapter, a layer); compile it again"
-        )
+    decode = _by_number[number]
+    plan = decode._current_plan(x)
     filled = int(position)
     seen = None if mask is None else mask[:, : filled + 1]
-    return plan.blocks.decode(x, cosine, sine, keys, values, filled, seen)
+    if plan is not None:
+        return plan.blocks.decode(x, cosine, sine, keys, values, filled, seen)
+    return _decode_by_layers(decode.model, x, (cosine, sine), _Columns(keys, values, filled), seen)
 
 
 @_decode_operator.register_fake
 def _(x: torch.Tensor, *arguments: Any) -> torch.Tensor:
     return torch.empty_like(x)
+
+
+class _Columns:
+    """A cache for one token of each sequence, in the keys and values that the operator was given."""
+
+    def __init__(self, keys: list[torch.Tensor], values: list[torch.Tensor], position: int) -> None:
+        self._caches = list(zip(keys, values, strict=True))
+        self._position = position
+
+    def update(self, key: torch.Tensor, value: torch.Tensor, layer: int, *_: Any) -> tuple[torch.Tensor, ...]:
+        """Writes the token's `[batch, heads, 1, head_dim]` and returns what the token may see."""
+        for cache, state in zip(self._caches[layer], (key, value), strict=True):
+            cache[:, :, self._position : self._position + 1] = state
+        return tuple(cache[:, :, : self._position + 1] for cache in self._caches[layer])
+
+
+def _decode_by_layers(
+    model: Any, x: torch.Tensor, angles: tuple[torch.Tensor, torch.Tensor], past: _Columns, seen: torch.Tensor | None
+) -> torch.Tensor:
+    """What the operator does when the model has changed since its graph was made: hooks and adapters are heard."""
+    mask = None
+    if seen is not None:  # added to the scores, which every attention understands
+        mask = torch.zeros(seen.shape, dtype=x.dtype).masked_fill(~seen, torch.finfo(x.dtype).min)[:, None, None]
+    for layer in model.layers[: model.config.num_hidden_layers]:
+        x = layer(x, attention_mask=mask, position_embeddings=angles, past_key_values=past, use_cache=True)
+    return x
 
 
 def install_native_decode(model: nn.Module) -> None:

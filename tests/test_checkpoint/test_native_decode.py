@@ -302,7 +302,30 @@ def test_a_compiled_graph_decodes_with_one_operator_and_the_same_bits(model) -> 
     names = [str(node.target) for node in graphs[0].graph.nodes]
     assert names.count("quad_modifiers.decode") + names.count("quad_modifiers.decode.default") == 1
     assert not [name for name in names if "block_in" in name]
+
+
+@pytest.mark.parametrize("implementation", ["sdpa", "eager"])
+def test_a_compiled_token_hears_what_came_after_its_graph(compressed, implementation: str) -> None:
+    model = AutoModelForCausalLM.from_pretrained(compressed.folder, attn_implementation=implementation)
+    compiled = torch.compile(model.forward, backend="eager", fullgraph=True)
+    past = StaticCache(config=model.config, max_cache_len=12)
+    padding = torch.ones(3, 1, 1, 12, dtype=torch.bool)
+    padding[1, ..., :2] = False
     with torch.no_grad():
-        model.model.layers[0].mlp.register_forward_hook(lambda module, args, output: None)
-        with pytest.raises(RuntimeError, match="compile it again"):
-            compiled(PROMPT[:, :1], past_key_values=caches[0], attention_mask=None, use_cache=True)
+        model(PROMPT, past_key_values=past, use_cache=True)
+        compiled(PROMPT[:, :1], past_key_values=past, attention_mask=padding, use_cache=True)
+        eager, heard = copy.deepcopy(past), []
+        hook = model.model.layers[1].mlp.register_forward_hook(
+            lambda module, args, output: heard.append(output) or output * 2
+        )
+        own = compiled(PROMPT[:, 1:2], past_key_values=past, attention_mask=padding, use_cache=True).logits
+        assert len(heard) == 1
+        mask = torch.tensor([[1] * 9, [0, 0] + [1] * 7, [1] * 9])
+        wanted = model(PROMPT[:, 1:2], past_key_values=eager, attention_mask=mask, use_cache=True).logits
+        torch.testing.assert_close(own, wanted, rtol=1e-4, atol=1e-4)
+        for own_layer, layer in zip(past.layers, eager.layers, strict=True):
+            torch.testing.assert_close(own_layer.keys, layer.keys, rtol=1e-4, atol=1e-5)
+            assert int(own_layer.cumulative_length) == 9
+        hook.remove()
+        compiled(PROMPT[:, 2:3], past_key_values=past, attention_mask=padding, use_cache=True)
+        assert len(heard) == 2  # the second was the eager model's
