@@ -6,6 +6,9 @@ from quad_modifiers.nn.native_decode import install_native_decode
 
 
 def use_native_blocks(decoder: Decoder) -> None:
-    """Gives the blocks classes that run on the native CPU kernels, where those run; a second call changes nothing."""
+    """Lets blocks, head and last norm, and a token through all blocks, run on the native kernels, where those run.
+
+    A second call changes nothing.
+    """
     install_native_blocks([block.module for block in decoder.blocks], decoder.head, decoder.final_norm)
     install_native_decode(decoder.model.base_model)

@@ -88,7 +88,7 @@ class NativeDecode:
     def _decode(self, x: torch.Tensor, mask: Any, position_ids: torch.Tensor | None, past: Any) -> torch.Tensor | None:
         """Returns hidden states behind the last block and lengthens the cache; None, and nothing done, if it cannot."""
         plan = self._current_plan(x)
-        room = None if plan is None else _room(past, plan, x)
+        room = None if plan is None else _room(past, plan.shape, x)
         if plan is None or room is None:
             return None
         position = room.position
@@ -106,21 +106,15 @@ class NativeDecode:
     def _decode_in_graph(self, x: torch.Tensor, mask: Any, position_ids: Any, past: Any) -> torch.Tensor | None:
         """As `_decode`, for a static cache, as one operator of a graph of torch.compile."""
         from transformers import StaticCache
-        from transformers.cache_utils import StaticLayer
 
         shape = self._cache_shape(x.dtype)
-        if shape is None or type(past) is not StaticCache or past.offloading or len(past.layers) != shape[0]:
-            return None
-        layers = past.layers
-        if not all(type(layer) is StaticLayer and layer.is_initialized for layer in layers):
-            return None
-        wanted = (x.shape[0], shape[1], layers[0].max_cache_len, shape[2])
-        if not all(t.shape == wanted and t.dtype == x.dtype and t.device.type == "cpu" for t in _tensors(layers)):
+        layers = None if shape is None or type(past) is not StaticCache else _fitting_layers(past, shape, x)
+        if layers is None:
             return None
         if isinstance(mask, dict):
             mask = mask.get("full_attention")
         if mask is not None:
-            if mask.dtype != torch.bool or mask.dim() != 4 or mask.shape[1:] != (1, 1, wanted[2]):
+            if mask.dtype != torch.bool or mask.dim() != 4 or mask.shape[1:] != (1, 1, layers[0].max_cache_len):
                 return None
             mask = mask[:, 0, 0].expand(x.shape[0], -1)
         position = layers[0].cumulative_length
@@ -135,12 +129,10 @@ class NativeDecode:
         return output
 
     @torch.compiler.assume_constant_result
-    def _cache_shape(self, dtype: torch.dtype) -> tuple[int, int, int] | None:
-        """Number of blocks, heads and head_dim of the cache, None if the decoder cannot run so; found when a graph is
-        made, and looked at again whenever it runs.
-        """
+    def _cache_shape(self, dtype: torch.dtype) -> "_Shape | None":
+        """The cache that the blocks write, None if the decoder cannot run so; looked at when a graph is made."""
         plan = self._current_plan(torch.empty(0, dtype=dtype))
-        return None if plan is None else (plan.depth, plan.heads, plan.head_dim)
+        return None if plan is None else plan.shape
 
     def _current_plan(self, x: torch.Tensor) -> "_Plan | None":
         """Returns the plan, made anew where anything has changed; None if the decoder cannot run so now."""
@@ -269,14 +261,20 @@ def _is_plain(model: Any, kwargs: dict[str, Any]) -> bool:
 # --- the blocks ---
 
 
+class _Shape(NamedTuple):
+    """What a cache is made of."""
+
+    depth: int  # number of blocks
+    heads: int
+    head_dim: int
+
+
 class _Plan(NamedTuple):
     """The blocks as the kernels take them, and what must not change while that is so."""
 
     blocks: Blocks
-    depth: int  # number of blocks
+    shape: _Shape
     dtype: torch.dtype
-    heads: int  # of the cache
-    head_dim: int
     hooks: list[dict[Any, Any]]
     dicts: list[dict[str, Any]]
     sizes: list[int]
@@ -327,10 +325,8 @@ def _make_plan(model: Any, x: torch.Tensor, when_repacked: Callable[[Any], None]
     packed = [module for module in modules if isinstance(module, PackedLinear)]
     return _Plan(
         blocks=blocks,
-        depth=len(layers),
+        shape=_Shape(len(layers), first.k_proj.out_features // first.head_dim, first.head_dim),
         dtype=x.dtype,
-        heads=first.k_proj.out_features // first.head_dim,
-        head_dim=first.head_dim,
         hooks=hooks,
         dicts=dicts,
         sizes=[len(d) for d in dicts],
@@ -410,34 +406,40 @@ class _StaticRoom:
 _rooms: "weakref.WeakKeyDictionary[DynamicCache, _Room]" = weakref.WeakKeyDictionary()
 
 
-def _room(past: Any, plan: _Plan, x: torch.Tensor) -> _Room | _StaticRoom | None:
+def _room(past: Any, shape: _Shape, x: torch.Tensor) -> _Room | _StaticRoom | None:
     """Returns where the token's keys and values go; None for a cache of another kind, dtype or shape."""
-    from transformers import DynamicCache, StaticCache
-    from transformers.cache_utils import DynamicLayer, StaticLayer
+    from transformers import DynamicCache
 
-    if type(past) is DynamicCache:
+    dynamic = type(past) is DynamicCache
+    if dynamic:
         room = _rooms.get(past)
         if room is not None and room.is_current(past, x):
             return room
-    elif type(past) is not StaticCache:
-        return None
-    layers = past.layers
-    kind = StaticLayer if type(past) is StaticCache else DynamicLayer
-    if (
-        len(layers) != plan.depth
-        or past.offloading
-        or not all(type(layer) is kind and layer.is_initialized for layer in layers)
-    ):
+    layers = _fitting_layers(past, shape, x)
+    if layers is None:
         return None
     position = int(layers[0].get_seq_length())
-    shape = (x.shape[0], plan.heads, layers[0].keys.shape[2], plan.head_dim)
-    if not position or not all(t.shape == shape and t.dtype == x.dtype and t.is_cpu for t in _tensors(layers)):
-        return None
-    if kind is DynamicLayer:
+    if dynamic and position:
         room = _rooms[past] = _Room(past, position, layers[0].keys)
         return room
-    same = all(int(layer.cumulative_length) == position for layer in layers)
-    return _StaticRoom(layers, position) if same and position < shape[2] else None
+    same = all(int(layer.get_seq_length()) == position for layer in layers)
+    return _StaticRoom(layers, position) if same and 0 < position < layers[0].keys.shape[2] else None
+
+
+def _fitting_layers(past: Any, shape: _Shape, x: torch.Tensor) -> list[Any] | None:
+    """Returns the layers of a dynamic or static cache that holds keys and values as the blocks write them for `x`."""
+    from transformers import DynamicCache, StaticCache
+    from transformers.cache_utils import DynamicLayer, StaticLayer
+
+    kind = {DynamicCache: DynamicLayer, StaticCache: StaticLayer}.get(type(past))
+    if kind is None or past.offloading or len(past.layers) != shape.depth:
+        return None
+    layers = past.layers
+    if not all(type(layer) is kind and layer.is_initialized for layer in layers):
+        return None
+    wanted = (x.shape[0], shape.heads, layers[0].keys.shape[-2], shape.head_dim)
+    fits = all(t.shape == wanted and t.dtype == x.dtype and t.device.type == "cpu" for t in _tensors(layers))
+    return layers if fits else None
 
 
 def _tensors(layers: list[Any]) -> list[torch.Tensor]:

@@ -1,8 +1,8 @@
 """Memory for packed weights in pages of 2 MiB instead of 4 KiB, where Linux gives them.
 
-A decode step reads every weight once, so it meets every page once, and in small pages finding them takes an eighth of
-the time (in a virtual machine, where a look-up is two of them). A weight by itself is often smaller than a large page;
-they are therefore laid one after the other into chunks.
+A decode step reads every weight once, so it meets every page once, and in small pages finding them takes about a tenth
+of the time (in a virtual machine, where a look-up is two of them). A weight by itself is often smaller than a large
+page; they are therefore laid one after the other into chunks.
 """
 
 import contextlib
