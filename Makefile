@@ -50,7 +50,7 @@ test-sanitized: $(STAMP) ## the tests of the native kernels under AddressSanitiz
 	    $(BIN) setup.py -q build_ext --build-lib $(SANITIZED) --build-temp $(SANITIZED)/objects
 	LD_PRELOAD="$$(g++ -print-file-name=libasan.so)" ASAN_OPTIONS=detect_leaks=0 \
 	    QUAD_KERNELS_LIBRARY=$(SANITIZED)/quad_kernels/native/_kernels.so \
-	    $(BIN) -m pytest tests/test_kernels/test_native.py $(PYTEST_ARGS)
+	    $(BIN) -m pytest tests/test_kernels/test_native.py tests/test_kernels/test_round_columns.py $(PYTEST_ARGS)
 
 vllm-env: $(VLLM_STAMP) ## a second environment, with vLLM for the CPU
 

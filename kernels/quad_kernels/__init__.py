@@ -13,12 +13,14 @@ from quad_kernels.formats import InputQuantization, InputSplit, KVEntries, Quant
 from quad_kernels.functional import (
     apply_hadamard,
     dequantize_kv,
+    descend_columns,
     fake_quantize,
     integer_linear,
     prepare_weight,
     quantize_activations,
     quantize_input,
     quantize_kv,
+    round_columns,
     split_input,
     table_product,
 )
@@ -42,6 +44,7 @@ __all__ = [
     "backends",
     "choose_backend",
     "dequantize_kv",
+    "descend_columns",
     "fake_quantize",
     "integer_linear",
     "prepare_weight",
@@ -50,6 +53,7 @@ __all__ = [
     "quantize_input",
     "quantize_kv",
     "register_backend",
+    "round_columns",
     "split_input",
     "table_product",
 ]

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
+from quad_kernels import descend_columns, round_columns
 
 from quad_modifiers.quantization.grid import IntegerGrid, WeightScales, dequantize
 
@@ -96,23 +97,6 @@ def damp(hessian: torch.Tensor, quantized: int, damping: float) -> tuple[torch.T
     raise ValueError(f"the Hessian cannot be factorized even with damping {MAX_DAMPING}; use more calibration text")
 
 
-def _round_block(
-    block: torch.Tensor, factor: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor, grid: IntegerGrid
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Rounds the columns of one block in order; `block` `[B, out]` (transposed: columns are contiguous) is consumed."""
-    integers = torch.empty_like(block)
-    errors = torch.empty_like(block)
-    diagonal = factor.diagonal()
-    for i in range(block.shape[0]):
-        w = block[i]
-        q = torch.addcdiv(zero[i], w, scale[i]).round_().clamp_(grid.low, grid.high)
-        error = torch.addcmul(w, q - zero[i], scale[i], value=-1).div_(diagonal[i])
-        integers[i], errors[i] = q, error
-        if i + 1 < block.shape[0]:
-            block[i + 1 :].addr_(factor[i, i + 1 :], error, alpha=-1)
-    return integers, errors
-
-
 def quantize_columns(
     weight: torch.Tensor,
     hessian: torch.Tensor,
@@ -154,18 +138,18 @@ def quantize_columns(
     target = work.clone()
     integers = torch.empty_like(scales.scale)
     for start, stop, grid in _steps(ranges, block_size):
-        integers[start:stop], errors = _round_block(
-            work[start:stop].clone(),
+        integers[start:stop], errors = round_columns(
+            work[start:stop],
             factor[start:stop, start:stop],
             scales.scale[start:stop],
             scales.zero_point[start:stop],
-            grid,
+            low=grid.low,
+            high=grid.high,
         )
         work[stop:].addmm_(factor[start:stop, stop:].T, errors, alpha=-1)
     if sweeps:
         reduced = _without_outliers(damped, quantized)
-        for _ in range(sweeps):
-            _descend(integers, scales, target[:quantized], reduced, _steps(ranges, block_size))
+        _descend(integers, scales, target[:quantized], reduced, _steps(ranges, block_size) * sweeps)
     delta = dequantize(integers, scales) - target[:quantized]
     absorbed = _absorb(delta, damped, quantized)
     full_delta = torch.cat([delta, absorbed])
@@ -252,20 +236,20 @@ def _descend(
     hessian: torch.Tensor,
     steps: list[tuple[int, int, IntegerGrid]],
 ) -> None:
-    """One sweep of coordinate descent over the integers, in place; tensors are `[n, out]` (transposed)."""
+    """Coordinate descent over the integers, in place, step by step; tensors are `[n, out]` (transposed)."""
     gradient = hessian @ (dequantize(integers, scales) - target)
     step = hessian.diagonal().unsqueeze(1) * scales.scale
     # A group of zeros has the smallest scale there is; it stays as it is.
     inverse_step = torch.where(step > torch.finfo(step.dtype).tiny, 1.0 / step, 0.0)
     for start, stop, grid in steps:
-        local = gradient[start:stop].clone()
-        change = torch.empty_like(local)
-        for i in range(stop - start):
-            j = start + i
-            q = integers[j]
-            best = torch.addcmul(q, local[i], inverse_step[j], value=-1).round_().clamp_(grid.low, grid.high)
-            change[i] = (best - q) * scales.scale[j]
-            integers[j] = best
-            if i + 1 < stop - start:
-                local[i + 1 :].addr_(hessian[start + i + 1 : stop, j], change[i])
-        gradient.addmm_(hessian[:, start:stop], change)
+        part = slice(start, stop)
+        integers[part], change = descend_columns(
+            integers[part],
+            gradient[part],
+            hessian[part, part],
+            scales.scale[part],
+            inverse_step[part],
+            low=grid.low,
+            high=grid.high,
+        )
+        gradient.addmm_(hessian[:, part], change)

@@ -13,6 +13,7 @@ from quad_kernels.integer_linear import reference as linear_reference
 from quad_kernels.integer_linear.operands import LinearOperands
 from quad_kernels.layouts import WeightLayout
 from quad_kernels.quantize_activations import reference as quantize_reference
+from quad_kernels.round_columns import reference as round_reference
 from quad_kernels.table_product import reference as table_reference
 from quad_kernels.weight import QuantizedWeight
 
@@ -73,5 +74,7 @@ class Backend:
     quantize_activations = staticmethod(quantize_reference.quantize_activations)
     integer_linear = staticmethod(linear_reference.integer_linear)
     table_product = staticmethod(table_reference.table_product)
+    round_columns = staticmethod(round_reference.round_columns)
+    descend_columns = staticmethod(round_reference.descend_columns)
     quantize_kv = staticmethod(kv_reference.quantize_kv)
     dequantize_kv = staticmethod(kv_reference.dequantize_kv)

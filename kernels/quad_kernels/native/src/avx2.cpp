@@ -2,11 +2,13 @@
 // The product comes first: what follows is written for it.
 #include "attention.h"
 #include "head.h"
+#include "rounding.h"
 
 namespace quad {
 
 const Kernels* avx2_kernels() {
-    static const Kernels kernels{"avx2", linear, quantize, hadamard_rows, head, norm, rotate, gated, add, attend};
+    static const Kernels kernels{"avx2", linear, quantize, hadamard_rows, head,          norm,
+                                 rotate, gated,  add,      attend,        round_columns, descend_columns};
     return &kernels;
 }
 

@@ -112,6 +112,22 @@ struct Attention {
     float scale;
 };
 
+// Columns of a weight, [count, channels], that become integers in their order; see `quad_kernels.round_columns` and
+// `quad_kernels.descend_columns`.
+struct Columns {
+    const float* values;        // the weights, or the gradient
+    const float* coefficients;  // [count, count], what a column does to those behind it
+    const float* scale;
+    const float* second;  // zero points, or inverse steps
+    const float* start;   // integers to start from, or null
+    float* integers;      // results
+    float* change;        // errors, or changes of the values
+    int64_t count;
+    int64_t channels;
+    float low;
+    float high;
+};
+
 struct Kernels {
     const char* name;
     // y = residual of x, quantized, times the weight, plus the rest, for each member. Either `input` or `integers` is
@@ -138,6 +154,9 @@ struct Kernels {
     void (*add)(void* y, const void* x, Dtype dtype, int64_t count, ParallelFor parallel_for);
     // output = softmax(scale query keys^T) values, in float32, rounded once.
     void (*attend)(const Attention& attention, ParallelFor parallel_for);
+    // Rounds columns and carries their errors; moves integers to where the loss is least.
+    void (*round_columns)(const Columns& columns, ParallelFor parallel_for);
+    void (*descend_columns)(const Columns& columns, ParallelFor parallel_for);
 };
 
 const Kernels* avx2_kernels();

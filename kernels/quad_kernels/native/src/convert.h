@@ -57,6 +57,9 @@ struct Vector16 {
     Vector16 operator+(Vector16 o) const { return {_mm512_add_ps(v, o.v)}; }
     Vector16 operator-(Vector16 o) const { return {_mm512_sub_ps(v, o.v)}; }
     Vector16 operator*(Vector16 o) const { return {_mm512_mul_ps(v, o.v)}; }
+    Vector16 operator/(Vector16 o) const { return {_mm512_div_ps(v, o.v)}; }
+    Vector16 nearest() const { return {_mm512_roundscale_ps(v, _MM_FROUND_TO_NEAREST_INT)}; }
+    Vector16 between(Vector16 low, Vector16 high) const { return {_mm512_min_ps(_mm512_max_ps(v, low.v), high.v)}; }
     Vector16 plus_product(Vector16 a, Vector16 b) const { return {_mm512_fmadd_ps(a.v, b.v, v)}; }
     float total() const { return _mm512_reduce_add_ps(v); }
 };
@@ -94,6 +97,14 @@ struct Vector16 {
     Vector16 operator+(Vector16 o) const { return {_mm256_add_ps(a, o.a), _mm256_add_ps(b, o.b)}; }
     Vector16 operator-(Vector16 o) const { return {_mm256_sub_ps(a, o.a), _mm256_sub_ps(b, o.b)}; }
     Vector16 operator*(Vector16 o) const { return {_mm256_mul_ps(a, o.a), _mm256_mul_ps(b, o.b)}; }
+    Vector16 operator/(Vector16 o) const { return {_mm256_div_ps(a, o.a), _mm256_div_ps(b, o.b)}; }
+    Vector16 nearest() const {
+        constexpr int kEven = _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC;
+        return {_mm256_round_ps(a, kEven), _mm256_round_ps(b, kEven)};
+    }
+    Vector16 between(Vector16 low, Vector16 high) const {
+        return {_mm256_min_ps(_mm256_max_ps(a, low.a), high.a), _mm256_min_ps(_mm256_max_ps(b, low.b), high.b)};
+    }
     Vector16 plus_product(Vector16 x, Vector16 y) const {
         return {_mm256_fmadd_ps(x.a, y.a, a), _mm256_fmadd_ps(x.b, y.b, b)};
     }

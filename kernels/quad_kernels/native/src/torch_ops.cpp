@@ -459,6 +459,56 @@ Tensor decode(const Tensor& x_, const std::vector<Tensor>& norms, double eps, co
     return x;
 }
 
+// What both operators on columns check and return.
+struct ColumnTensors {
+    Tensor values, coefficients, scale, second, integers, change;
+    quad::Columns columns{};
+
+    ColumnTensors(const Tensor& values_, const Tensor& coefficients_, const Tensor& scale_, const Tensor& second_,
+                  int64_t low, int64_t high)
+        : values(dense(values_)), coefficients(dense(coefficients_)), scale(dense(scale_)), second(dense(second_)),
+          integers(empty({values.size(0), values.size(1)}, aoti_torch_dtype_float32())),
+          change(empty({values.size(0), values.size(1)}, aoti_torch_dtype_float32())) {
+        columns.count = values.size(0);
+        columns.channels = values.size(1);
+        STD_TORCH_CHECK(coefficients.numel() == columns.count * columns.count && same_size(scale) && same_size(second),
+                        "the columns do not fit each other");
+        columns.values = floats(values);
+        columns.coefficients = floats(coefficients);
+        columns.scale = floats(scale);
+        columns.second = floats(second);
+        columns.integers = static_cast<float*>(integers.mutable_data_ptr());
+        columns.change = static_cast<float*>(change.mutable_data_ptr());
+        columns.low = float(low);
+        columns.high = float(high);
+    }
+
+    bool same_size(const Tensor& tensor) const { return tensor.numel() == values.numel(); }
+
+    static const float* floats(const Tensor& tensor) {
+        STD_TORCH_CHECK(tensor.scalar_type() == ScalarType::Float, "columns must be float32");
+        return static_cast<const float*>(tensor.const_data_ptr());
+    }
+};
+
+std::tuple<Tensor, Tensor> round_columns(const Tensor& values, const Tensor& factor, const Tensor& scale,
+                                         const Tensor& zero_point, int64_t low, int64_t high) {
+    ColumnTensors tensors(values, factor, scale, zero_point, low, high);
+    kernels().round_columns(tensors.columns, parallel_for);
+    return {tensors.integers, tensors.change};
+}
+
+std::tuple<Tensor, Tensor> descend_columns(const Tensor& integers, const Tensor& gradient, const Tensor& hessian,
+                                           const Tensor& scale, const Tensor& inverse_step, int64_t low,
+                                           int64_t high) {
+    ColumnTensors tensors(gradient, hessian, scale, inverse_step, low, high);
+    Tensor start = dense(integers);
+    STD_TORCH_CHECK(tensors.same_size(start), "the integers do not fit the gradient");
+    tensors.columns.start = ColumnTensors::floats(start);
+    kernels().descend_columns(tensors.columns, parallel_for);
+    return {tensors.integers, tensors.change};
+}
+
 }  // namespace
 
 STABLE_TORCH_LIBRARY(quad_native, m) {
@@ -489,6 +539,12 @@ STABLE_TORCH_LIBRARY(quad_native, m) {
     m.def("hadamard(Tensor x) -> Tensor");
     m.def("head(Tensor x, Tensor words, Tensor scale) -> Tensor");
     m.def("dense_head(Tensor x, Tensor weight) -> Tensor");
+    m.def(
+        "round_columns(Tensor values, Tensor factor, Tensor scale, Tensor zero_point, int low, int high) "
+        "-> (Tensor, Tensor)");
+    m.def(
+        "descend_columns(Tensor integers, Tensor gradient, Tensor hessian, Tensor scale, Tensor inverse_step, int low, "
+        "int high) -> (Tensor, Tensor)");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(quad_native, CPU, m) {
@@ -504,6 +560,8 @@ STABLE_TORCH_LIBRARY_IMPL(quad_native, CPU, m) {
     m.impl("hadamard", TORCH_BOX(&hadamard));
     m.impl("head", TORCH_BOX(&head));
     m.impl("dense_head", TORCH_BOX(&dense_head));
+    m.impl("round_columns", TORCH_BOX(&round_columns));
+    m.impl("descend_columns", TORCH_BOX(&descend_columns));
 }
 
 // For library.py, by ctypes.

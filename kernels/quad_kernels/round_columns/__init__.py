@@ -1,0 +1,1 @@
+"""The steps of weight quantization that go column by column: rounding with carried errors, and coordinate descent."""

@@ -1,0 +1,42 @@
+"""Plain PyTorch: a handful of operations for each column, all output channels at once."""
+
+import torch
+
+Columns = tuple[torch.Tensor, torch.Tensor]
+
+
+def round_columns(
+    columns: torch.Tensor, factor: torch.Tensor, scale: torch.Tensor, zero_point: torch.Tensor, low: int, high: int
+) -> Columns:
+    """See `quad_kernels.round_columns`."""
+    work = columns.clone()
+    integers, errors = torch.empty_like(work), torch.empty_like(work)
+    diagonal = factor.diagonal()
+    for i in range(len(work)):
+        w = work[i]
+        q = torch.addcdiv(zero_point[i], w, scale[i]).round_().clamp_(low, high)
+        error = torch.addcmul(w, q - zero_point[i], scale[i], value=-1).div_(diagonal[i])
+        integers[i], errors[i] = q, error
+        if i + 1 < len(work):
+            work[i + 1 :].addr_(factor[i, i + 1 :], error, alpha=-1)
+    return integers, errors
+
+
+def descend_columns(
+    integers: torch.Tensor,
+    gradient: torch.Tensor,
+    hessian: torch.Tensor,
+    scale: torch.Tensor,
+    inverse_step: torch.Tensor,
+    low: int,
+    high: int,
+) -> Columns:
+    """See `quad_kernels.descend_columns`."""
+    work = gradient.clone()
+    moved, change = torch.empty_like(work), torch.empty_like(work)
+    for i in range(len(work)):
+        best = torch.addcmul(integers[i], work[i], inverse_step[i], value=-1).round_().clamp_(low, high)
+        moved[i], change[i] = best, (best - integers[i]) * scale[i]
+        if i + 1 < len(work):
+            work[i + 1 :].addr_(hessian[i, i + 1 :], change[i])
+    return moved, change
