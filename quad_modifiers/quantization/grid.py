@@ -4,9 +4,11 @@ The grid is the one of compressed-tensors, so that a stock runtime reads the sam
 -2^(bits-1) to 2^(bits-1) - 1 and a symmetric scale of absmax / ((2^bits - 1) / 2).
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
+
+_VALUES_AT_ONCE = 1 << 16  # of the clip search on a CPU: they and what is made of them stay in its caches
 
 
 @dataclass(frozen=True)
@@ -112,16 +114,27 @@ def search_clip(
         candidates: number of clip ratios tried between `smallest` and 1.
         smallest: smallest clip ratio.
     """
-    out, columns = weight.shape
-    groups = grid.groups(columns)
-    grouped = weight.reshape(out, groups, -1)
-    cost = torch.ones(1, groups, grouped.shape[-1], device=weight.device, dtype=weight.dtype)
+    groups = grid.groups(weight.shape[1])
+    cost = torch.ones(1, groups, weight.shape[1] // groups, device=weight.device, dtype=weight.dtype)
     if importance is not None:
         cost = importance.to(weight).reshape(1, groups, -1)
+    ratios = torch.linspace(1.0, smallest, candidates).tolist()
+    rows = weight.split(max(1, _VALUES_AT_ONCE // weight.shape[1]) if weight.device.type == "cpu" else len(weight))
+    found = [_best_scales(part, grid, scale_dtype, cost, ratios) for part in rows]
+    return WeightScales(torch.cat([each.scale for each in found]), torch.cat([each.zero_point for each in found]))
+
+
+def _best_scales(
+    weight: torch.Tensor, grid: IntegerGrid, scale_dtype: torch.dtype, cost: torch.Tensor, ratios: list[float]
+) -> WeightScales:
+    """The scales of `full_range_scales` times one of `ratios`, for each group that of the least cost."""
+    grouped = weight.reshape(len(weight), *cost.shape[1:])
     best = full_range_scales(weight, grid, scale_dtype)
+    ends = torch.stack([grouped.amin(-1), grouped.amax(-1)], dim=-1).flatten(1)  # all that the scales depend on
+    pairs = replace(grid, group_size=2)
     best_error = torch.full_like(best.scale, float("inf"))
-    for ratio in torch.linspace(1.0, smallest, candidates).tolist():
-        trial = full_range_scales(weight * ratio, grid, scale_dtype)
+    for ratio in ratios:
+        trial = full_range_scales(ends * ratio, pairs, scale_dtype)
         wide = WeightScales(trial.scale.unsqueeze(-1), trial.zero_point.unsqueeze(-1))
         error = dequantize(round_to_grid(grouped, wide, grid), wide).sub_(grouped).square_().mul_(cost).sum(-1)
         better = error < best_error
