@@ -13,9 +13,11 @@ def fast_dtype(device: torch.device) -> torch.dtype:
 
     A processor without instructions for bfloat16 emulates them: with AVX2 its products took 7 times float32's time.
     """
-    if device.type == "cpu" and not _cpu_multiplies_bfloat16(os.environ.get(_LIMIT, "").upper()):
-        return torch.float32
-    return torch.bfloat16
+    if device.type == "cpu":
+        fast = _cpu_multiplies_bfloat16(os.environ.get(_LIMIT, "").upper())
+    else:
+        fast = device.type != "cuda" or torch.cuda.is_bf16_supported(including_emulation=False)
+    return torch.bfloat16 if fast else torch.float32
 
 
 @lru_cache

@@ -7,14 +7,17 @@ products are bfloat16 where that is fast, the residual stream is float32.
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
-from functools import cache, partial
+from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
 from torch.utils._pytree import tree_map
 
+from quad_modifiers.linalg.fast_dtype import fast_dtype
 from quad_modifiers.model.decoder import Decoder
+
+_TOKENS_AT_ONCE = 2048  # weights are converted and moments summed once for so many; more no longer pays
 
 
 @dataclass
@@ -46,18 +49,10 @@ def working_device() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
-@cache
-def fast_bfloat16(device: torch.device) -> bool:
-    """Returns whether `device` multiplies bfloat16 faster than float32."""
-    if device.type == "cpu":
-        return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
-    return torch.cuda.is_bf16_supported()
-
-
 def fast_products() -> AbstractContextManager[Any]:
     """Linears and attention in bfloat16 where that is fast; the residual stream stays float32."""
     device = working_device()
-    return torch.autocast(device.type, torch.bfloat16, enabled=fast_bfloat16(device))
+    return torch.autocast(device.type, torch.bfloat16, enabled=fast_dtype(device) == torch.bfloat16)
 
 
 @torch.no_grad()
@@ -65,12 +60,12 @@ def first_block_inputs(decoder: Decoder, batches: list[dict[str, torch.Tensor]])
     """Returns the inputs of the first decoder block for each batch (`input_ids`, optional `attention_mask`).
 
     The blocks themselves are passed over: each only records the arguments it is called with, which differ between
-    blocks where some attend to a sliding window.
+    blocks where some attend to a sliding window. Short batches of one length and without padding become one.
     """
     layers, backbone = [block.module for block in decoder.blocks], decoder.backbone
     device = decoder.embedding.weight.device
     collected = []
-    for batch in batches:
+    for batch in _merged(batches):
         mask = batch.get("attention_mask")
         keep = None if mask is None or bool(mask.all()) else mask.bool()
         call: dict[str, Any] = {"input_ids": batch["input_ids"].to(device), "use_cache": False}
@@ -82,6 +77,24 @@ def first_block_inputs(decoder: Decoder, batches: list[dict[str, torch.Tensor]])
         arguments = [tree_map(partial(_shared_copy, converted), kwargs) for _, kwargs in seen]
         collected.append(CalibrationBatch(_to_working(seen[0][0]), arguments, keep))
     return collected
+
+
+def _merged(batches: list[dict[str, torch.Tensor]]) -> Iterator[dict[str, torch.Tensor]]:
+    """Neighbours of the same length without padding as one batch of up to `_TOKENS_AT_ONCE` tokens."""
+    pending: list[torch.Tensor] = []
+    for batch in batches:
+        ids, mask = batch["input_ids"], batch.get("attention_mask")
+        padded = mask is not None and not bool(mask.all())
+        tokens = sum(each.numel() for each in pending) + ids.numel()
+        if pending and (padded or pending[0].shape[1] != ids.shape[1] or tokens > _TOKENS_AT_ONCE):
+            yield {"input_ids": torch.cat(pending)}
+            pending = []
+        if padded:
+            yield batch
+        else:
+            pending.append(ids)
+    if pending:
+        yield {"input_ids": torch.cat(pending)}
 
 
 @contextmanager

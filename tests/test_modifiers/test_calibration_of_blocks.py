@@ -16,7 +16,7 @@ from quad_modifiers.passes.statistics import collect_statistics
 @pytest.fixture(autouse=True)
 def float32_segments(monkeypatch: pytest.MonkeyPatch) -> None:
     """Segments in bfloat16, where that is fast, could only be compared loosely."""
-    monkeypatch.setattr(stream_module, "fast_bfloat16", lambda device: False)
+    monkeypatch.setattr(stream_module, "fast_dtype", lambda device: torch.float32)
 
 
 def decoder_of(model) -> Decoder:
@@ -115,7 +115,8 @@ def test_inputs_are_those_of_the_linears(runner, make_toy, token_ids) -> None:
 def test_a_visit_moves_the_stream_past_the_changed_block(runner, make_toy, token_ids) -> None:
     model = make_toy("llama")
     decoder = decoder_of(model)
-    stream = first_block_inputs(decoder, batches_of(token_ids(2, 20)))
+    texts = [token_ids(1, 20), token_ids(1, 13)]
+    stream = first_block_inputs(decoder, [{"input_ids": text} for text in texts])
     visited = []
 
     def visit(group, inputs) -> None:
@@ -125,9 +126,25 @@ def test_a_visit_moves_the_stream_past_the_changed_block(runner, make_toy, token
 
     with torch.no_grad():
         runner(decoder.blocks[0]).visit(stream, visit)
-        wanted = states_of(model, token_ids(2, 20))[1]  # of the changed model
+        wanted = [states_of(model, text)[1] for text in texts]  # of the changed model
     assert visited == ["qkv", "o", "gate_up", "down"]
-    torch.testing.assert_close(torch.cat([batch.hidden for batch in stream]), wanted, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close([batch.hidden for batch in stream], wanted, rtol=1e-4, atol=1e-4)
+
+
+def test_neighbours_of_one_length_become_one_batch(make_toy, token_ids) -> None:
+    ids, short = token_ids(5, 600), token_ids(1, 13)
+    masked = torch.ones_like(short)
+    masked[0, 9:] = 0
+    batches = [
+        *batches_of(ids),
+        {"input_ids": short, "attention_mask": torch.ones_like(short)},
+        {"input_ids": short, "attention_mask": masked},
+        {"input_ids": short},
+    ]
+    stream = first_block_inputs(decoder_of(make_toy("llama")), batches)
+    # 2048 tokens at most, nothing padded to another length, and padding stays where it was
+    assert [tuple(batch.hidden.shape[:2]) for batch in stream] == [(3, 600), (2, 600), (1, 13), (1, 13), (1, 13)]
+    assert [batch.keep is not None for batch in stream] == [False, False, False, True, False]
 
 
 def test_a_block_without_pairs_needs_the_hooked_runner(make_toy) -> None:

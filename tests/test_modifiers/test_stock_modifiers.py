@@ -113,7 +113,7 @@ def test_quantized_head_is_refused_with_advice(make_toy, compress, tmp_path) -> 
 @pytest.fixture
 def float32_segments(monkeypatch: pytest.MonkeyPatch) -> None:
     """The statistics are collected in bfloat16 where that is fast, which would hide small differences."""
-    monkeypatch.setattr("quad_modifiers.passes.calibration_stream.fast_bfloat16", lambda device: False)
+    monkeypatch.setattr("quad_modifiers.passes.calibration_stream.fast_dtype", lambda device: torch.float32)
 
 
 def largest_change(left, right) -> dict[str, float]:
