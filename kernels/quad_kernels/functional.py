@@ -313,6 +313,13 @@ def round_columns(
 
     Raises:
         ValueError: if a shape or dtype does not fit.
+
+    Example:
+        >>> factor = torch.tensor([[1.0, 0.5], [0.0, 1.0]])
+        >>> ones, zeros = torch.ones(2, 1), torch.zeros(2, 1)
+        >>> integers, errors = round_columns(torch.tensor([[1.4], [2.6]]), factor, ones, zeros, low=-8, high=7)
+        >>> integers.tolist()  # the error of 0.4 takes 0.2 from the second column
+        [[1.0], [2.0]]
     """
     _check_columns(columns, factor, scale, zero_point)
     run = choose_backend(columns.device, backend).round_columns
@@ -347,6 +354,14 @@ def descend_columns(
 
     Raises:
         ValueError: if a shape or dtype does not fit.
+
+    Example:
+        >>> hessian, target = torch.tensor([[2.0, 1.0], [1.0, 2.0]]), torch.tensor([[1.2], [2.0]])
+        >>> integers, scale = torch.tensor([[2.0], [1.0]]), torch.ones(2, 1)
+        >>> gradient = hessian @ (integers * scale - target)
+        >>> moved, change = descend_columns(integers, gradient, hessian, scale, scale / 2, low=-8, high=7)
+        >>> moved.tolist()  # the second one moves
+        [[2.0], [2.0]]
     """
     _check_columns(integers, hessian, gradient, scale, inverse_step)
     run = choose_backend(integers.device, backend).descend_columns

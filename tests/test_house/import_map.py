@@ -33,6 +33,7 @@ FLOORS = (
     "quad_kernels.integer_linear",
     "quad_kernels.int4_kv",
     "quad_kernels.table_product",
+    "quad_kernels.round_columns",
     "quad_kernels.native",
     "quad_kernels.backends",
     "quad_kernels.ops",

@@ -21,6 +21,7 @@ logger = logging.getLogger(__name__)
 ENVIRONMENT_VARIABLE = "QUAD_KERNELS_ISA"
 INSTRUCTION_SETS = ("amx", "avx512vnni", "avxvnni", "avx2")
 LIBRARY_VARIABLE = "QUAD_KERNELS_LIBRARY"
+_NEWEST_OPERATORS = ("round_columns", "descend_columns")  # an editable installation may hold an older library
 _BUILT = Path(__file__).with_name("_kernels.so")
 
 
@@ -51,6 +52,9 @@ def load() -> ctypes.CDLL:
         library = ctypes.CDLL(str(path))
     except OSError as error:
         raise NativeLibraryError(f"their library does not load ({error}); build it again with this torch") from error
+    missing = [name for name in _NEWEST_OPERATORS if not hasattr(torch.ops.quad_native, name)]
+    if missing:
+        raise NativeLibraryError(f"they were built from an older version, without {missing[0]}; install it again")
     _register_shapes()
     library.quad_supported.restype = library.quad_chosen.restype = ctypes.c_char_p
     library.quad_set_planner(_planner)
