@@ -14,14 +14,16 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from quad_modifiers.checkpoint.native_runtime import use_native_blocks
 from quad_modifiers.checkpoint.opened import Opened, load_tokenizer, open_checkpoint
+from quad_modifiers.checkpoint.rehearsal import rehearse_saving
 from quad_modifiers.data.calibration import CalibrationSource, as_dataloader, calibration_windows
 from quad_modifiers.data.windows import warn_of_length
 from quad_modifiers.model.architecture import find_architecture
 from quad_modifiers.model.decoder import Decoder
 from quad_modifiers.nn.quad_linear import QuadLinear
-from quad_modifiers.output_folder import check_space, check_target, complete_or_absent
+from quad_modifiers.output_folder import check_space, check_target, complete_or_absent, user_path
 from quad_modifiers.plugins import architectures
 from quad_modifiers.recipe import check_recipe, is_recipe_text, resolve_recipe
+from quad_modifiers.recipe.stored_size import stored_size
 from quad_modifiers.reporting import SUMMARY, file_size, table
 
 logger = logging.getLogger(__name__)
@@ -54,7 +56,8 @@ def oneshot(
         dataset: calibration text; None takes `quad_modifiers.data.calibration_texts()`: Wikipedia articles that gensim
             ships and sources of Python's standard library. Otherwise a `datasets` name, Dataset, DataLoader, local
             text / jsonl file, list of strings, or token ids.
-        output_dir: where the checkpoint goes; must not exist or be empty. None writes nothing.
+        output_dir: where the checkpoint goes; must not exist or be empty. None writes nothing. A folder that exists is
+            filled, its own place and mode stay.
         tokenizer: folder, hub id or tokenizer; the model's own by default.
         num_calibration_samples: windows of calibration text.
         max_seq_length: tokens per window.
@@ -79,10 +82,12 @@ def oneshot(
             logger.warning("%s", warning.describe(str(recipe) if named else "recipe"))
         if named:
             recipe = str(resolve_recipe(recipe))
-        if output_dir is not None:
-            check_target(Path(output_dir))
+        output = None if output_dir is None else user_path(output_dir)
+        if output is not None:
+            check_target(output)
+        modifiers = _modifiers(recipe)
         source = open_checkpoint(model) if isinstance(model, (str, Path)) else model
-        _check_model(source, _needs_known_architecture(recipe), max_seq_length)
+        _check_model(source, _needs_known_architecture(modifiers), max_seq_length)
         start = time.perf_counter()
         processor = _tokenizer(source, tokenizer)
         windows = calibration_windows(
@@ -97,8 +102,9 @@ def oneshot(
         )
         loaded: PreTrainedModel = source.load() if isinstance(source, Opened) else source.eval()
         before = loaded.get_memory_footprint(return_buffers=False)
-        if output_dir is not None:
-            check_space(Path(output_dir), before)  # 4-bit recipes need less than the original
+        if output is not None:
+            beside_weights = rehearse_saving(loaded, processor, output)
+            check_space(output, beside_weights + stored_size(loaded, modifiers))
         with _config_on_disk(loaded):
             llmcompressor_oneshot(
                 model=loaded,
@@ -109,9 +115,9 @@ def oneshot(
                 **arguments,
             )
         _use_native_blocks(loaded)
-        if output_dir is not None:
-            _save(loaded, processor, Path(output_dir))
-        _log_summary(loaded, before, None if output_dir is None else Path(output_dir), time.perf_counter() - start)
+        if output is not None:
+            _save(loaded, processor, output)
+        _log_summary(loaded, before, output, time.perf_counter() - start)
     return loaded
 
 
@@ -150,13 +156,17 @@ def _visible_log() -> Iterator[None]:
         package.setLevel(level)
 
 
-def _needs_known_architecture(recipe: Any) -> bool:
-    """Returns whether the recipe uses a modifier that works on known architectures only."""
+def _modifiers(recipe: Any) -> list[Any]:
     from llmcompressor.recipe import Recipe
 
+    return list(Recipe.create_instance(recipe).modifiers)
+
+
+def _needs_known_architecture(modifiers: list[Any]) -> bool:
+    """Returns whether a modifier works on known architectures only."""
     from quad_modifiers.modifiers.base import QuadModifier  # imports llm-compressor
 
-    return any(isinstance(modifier, QuadModifier) for modifier in Recipe.create_instance(recipe).modifiers)
+    return any(isinstance(modifier, QuadModifier) for modifier in modifiers)
 
 
 def _check_model(model: Opened | PreTrainedModel, known_only: bool, length: int) -> None:

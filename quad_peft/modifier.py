@@ -1,6 +1,7 @@
 """OutlierLoRA: fine-tuning of the outlier weights at the end of a compression."""
 
 import logging
+from collections.abc import Sequence
 from dataclasses import fields
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -8,6 +9,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
 from llmcompressor.core import State
+from llmcompressor.modifiers import Modifier
 from pydantic import Field, PrivateAttr
 
 from quad_modifiers.data.token_rows import loader_rows
@@ -15,6 +17,8 @@ from quad_modifiers.model.decoder import Decoder
 from quad_modifiers.modifiers.base import Batches, QuadModifier
 from quad_modifiers.nn.from_compressed_tensors import scheme_of
 from quad_modifiers.passes.calibration_stream import working_device
+from quad_modifiers.recipe.coverage import outlier_names, stock_schemes
+from quad_modifiers.recipe.order import PROJECT, QUANTIZE_WEIGHTS, PlacedModifier
 from quad_modifiers.records.tuning_record import TUNING_NAME
 
 if TYPE_CHECKING:
@@ -23,6 +27,9 @@ if TYPE_CHECKING:
     from quad_peft.training.tuning_loop import Outcome
 
 logger = logging.getLogger(__name__)
+
+
+_NOTHING_QUANTIZED = "it makes up for quantization, but no weight is quantized; put OutlierSplitGPTQ before it"
 
 
 class OutlierLoRA(QuadModifier):
@@ -70,6 +77,28 @@ class OutlierLoRA(QuadModifier):
     _teacher: "Teacher | None" = PrivateAttr(default=None)
     _data: "TrainingData | None" = PrivateAttr(default=None)
     _outcome: "Outcome | None" = PrivateAttr(default=None)
+
+    def check_company(self, others: Sequence[Modifier]) -> None:
+        """Checks that there will be something to train, and something to make up for.
+
+        Raises:
+            ValueError: if nothing is quantized, no projection makes outlier weights, or inputs are quantized by a stock
+                modifier.
+        """
+        placed = [PlacedModifier(each) for each in others]
+        if not any(QUANTIZE_WEIGHTS in each.roles for each in placed):
+            raise ValueError(_NOTHING_QUANTIZED)
+        if any(scheme.input_activations for each in others for scheme in stock_schemes(each)):
+            raise ValueError(
+                "the inputs are quantized by a stock modifier, through which nothing can be trained; use "
+                "DynamicActQuant and OutlierSplitGPTQ"
+            )
+        projections = [each.modifier for each in placed if PROJECT in each.roles]
+        if not any(outlier_names(each) for each in projections):
+            raise ValueError(
+                "there are no outlier weights to train (rank 0, or no projection); put SVDOutlierProjection with "
+                "a rank of 16 or more before it"
+            )
 
     def prepare(self, decoder: Decoder, batches: Batches) -> None:
         """Records what the original model says about the samples while it is still there."""
@@ -166,9 +195,7 @@ def _pack_stock_weights(decoder: Decoder) -> None:
     """Packs what a stock quantizer has left, so that the model trains as its checkpoint will run."""
     containers = {linear.name: linear.module for linear in decoder.linears()}
     if not any(container.is_quantized for container in containers.values()):
-        raise ValueError(
-            "OutlierLoRA makes up for quantization, but no weight is quantized; put OutlierSplitGPTQ before it"
-        )
+        raise ValueError(f"OutlierLoRA: {_NOTHING_QUANTIZED}")
     for name, container in containers.items():
         scheme = scheme_of(container.residual)
         if scheme is not None and scheme.input_activations is not None:

@@ -5,7 +5,6 @@ import json
 import os
 import platform
 import subprocess
-import tempfile
 from collections.abc import Iterable
 from importlib import metadata
 from pathlib import Path
@@ -81,10 +80,10 @@ def add_row(path: Path, row: Row) -> None:
 def write_rows(path: Path, rows: Iterable[Row]) -> None:
     """Writes the file at once."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.NamedTemporaryFile("w", dir=path.parent, suffix=".tmp", delete=False, encoding="utf-8") as file:
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    with temporary.open("w", encoding="utf-8") as file:
         file.writelines(json.dumps(row) + "\n" for row in rows)
-    os.chmod(file.name, 0o644)
-    os.replace(file.name, path)
+    temporary.replace(path)
 
 
 def _key(row: Row) -> tuple[Any, ...]:

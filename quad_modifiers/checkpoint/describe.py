@@ -14,7 +14,7 @@ from quad_modifiers.checkpoint.format import (
 )
 from quad_modifiers.checkpoint.tables import is_packed
 from quad_modifiers.model.decoder import Decoder
-from quad_modifiers.nn.from_compressed_tensors import check_storable, scheme_of
+from quad_modifiers.nn.from_compressed_tensors import check_storable, scheme_of, unstorable_inputs
 from quad_modifiers.nn.quad_linear import QuadLinear
 
 RoleFormats = dict[str, LinearFormat]
@@ -80,12 +80,9 @@ def _input_format(module: QuadLinear, where: str) -> InputFormat | None:
     scheme = scheme_of(module.residual)
     stock = None if scheme is None else scheme.input_activations
     if stock is not None:  # a stock modifier quantizes the residual's input
-        if stock.type != "int" or not stock.dynamic or not stock.symmetric or stock.strategy not in ("token", "group"):
-            raise ValueError(
-                f"{where}: inputs of type {stock.type}, strategy {stock.strategy}, dynamic={stock.dynamic}, "
-                f"symmetric={stock.symmetric} cannot be stored; use DynamicActQuant, or symmetric dynamic integers per "
-                "token or group"
-            )
+        problem = unstorable_inputs(stock)
+        if problem is not None:
+            raise ValueError(f"{where}: {problem}")
         return InputFormat(bits=stock.num_bits, clip_ratio=1.0, group_size=stock.group_size)
     ours = module.input_quantization if module.quantize_input else None
     if ours is None:

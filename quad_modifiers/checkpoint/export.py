@@ -28,7 +28,7 @@ from quad_modifiers.model.architecture import Architecture
 from quad_modifiers.nn.packed_linear import PackedLinear
 from quad_modifiers.nn.packed_table import PackedHead, PackedTable
 from quad_modifiers.nn.quad_linear import QuadLinear
-from quad_modifiers.output_folder import check_space, check_target, complete_or_absent
+from quad_modifiers.output_folder import check_space, check_target, complete_or_absent, user_path
 from quad_modifiers.quantization.grid import IntegerGrid, round_to_grid, search_clip
 from quad_modifiers.records.inventory import read_json
 
@@ -70,7 +70,7 @@ def export_compressed_tensors(
         FileNotFoundError: if there is no checkpoint in the source folder.
         FileExistsError, OSError: if the target is not empty or the disk is full; nothing is left behind.
     """
-    source, target = Path(source_folder), Path(target_folder)
+    source, target = user_path(source_folder), user_path(target_folder)
     check_target(target)
     opened, quad = _open(source)
     architecture = opened.architecture

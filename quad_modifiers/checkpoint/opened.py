@@ -1,6 +1,7 @@
 """Opens a model that somebody named: a folder or Hub id, whose config is read and checked before anything is loaded."""
 
 import json
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -181,7 +182,7 @@ def load_tokenizer(name: str | Path) -> Any:
     Raises:
         OSError, ValueError: if it has none, with transformers' reason.
     """
-    return AutoTokenizer.from_pretrained(str(name))
+    return AutoTokenizer.from_pretrained(os.path.expanduser(name))
 
 
 def find_tokenizer(name: str | Path) -> Any:

@@ -17,11 +17,12 @@ from torch import nn
 
 from quad_modifiers.checkpoint.contribute import Contributions, contributions_of
 from quad_modifiers.checkpoint.describe import describe_linears, quantization_config
+from quad_modifiers.checkpoint.generation_settings import settle_generation
 from quad_modifiers.checkpoint.models import push_to_hub, quad_model_type, register_models, set_tripwire
 from quad_modifiers.model.architecture import Architecture
 from quad_modifiers.model.decoder import Decoder
 from quad_modifiers.nn.quad_linear import QuadLinear
-from quad_modifiers.output_folder import check_space, check_target, complete_or_absent
+from quad_modifiers.output_folder import check_space, check_target, complete_or_absent, user_path
 from quad_modifiers.records.inventory import INDEX_NAME
 
 logger = logging.getLogger(__name__)
@@ -72,7 +73,7 @@ class CheckpointSaver:
         unknown = {key for key, value in unsupported.items() if value not in (None, False, True)}
         if unknown:
             raise ValueError(f"save_pretrained of a QUAD model does not take {', '.join(sorted(unknown))}")
-        save_checkpoint(self.model, self.architecture, Path(save_directory), max_shard_size=max_shard_size)
+        save_checkpoint(self.model, self.architecture, user_path(save_directory), max_shard_size=max_shard_size)
 
 
 def save_checkpoint(
@@ -95,6 +96,7 @@ def save_checkpoint(
         ValueError: if the model cannot be expressed in the format.
     """
     check_target(folder)
+    settle_generation(model)
     decoder, contributions = Decoder(model, architecture), contributions_of(model)
     plain, linears = describe_linears(decoder, contributions)
     tensors = dict(_tensors(model, plain))

@@ -1,5 +1,6 @@
 """Reads documents from local files: plain text, JSON lines, CSV and Parquet."""
 
+import glob
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -22,7 +23,7 @@ def local_texts(path: str | Path, text_column: str = "text") -> list[str]:
         ValueError: for an unknown suffix, a bad line (named by its number), no such column (the columns are named), or
             no text at all.
     """
-    path = Path(path)
+    path = Path(path).expanduser()
     if not path.is_file():
         what = "a folder, not a file" if path.is_dir() else "not there"
         raise FileNotFoundError(f"the text file {path} is {what}; give one of {', '.join(LOCAL_SUFFIXES)}")
@@ -89,7 +90,7 @@ def _table_texts(path: Path, loader: str, text_column: str) -> list[str]:
             "convert the file to .jsonl"
         ) from error
     try:
-        table = load_dataset(loader, data_files=str(path), split="train")
+        table = load_dataset(loader, data_files=glob.escape(str(path)), split="train")
     except Exception as error:  # pandas and pyarrow have many ways to fail; `datasets` wraps them in its own
         reason = str(error.__cause__ or error).partition("\n")[0]
         raise ValueError(f"{path} cannot be read as {loader} ({reason}); correct the file") from error

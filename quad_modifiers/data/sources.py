@@ -84,7 +84,7 @@ def resolve(
 
 def is_local_file(name: str | Path) -> bool:
     """Returns whether `name` means a text file here, rather than a data set of the hub or a folder of one."""
-    path = Path(name)
+    path = Path(name).expanduser()
     return path.is_file() or (path.suffix.lower() in LOCAL_SUFFIXES and not path.is_dir())
 
 

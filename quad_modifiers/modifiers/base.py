@@ -1,7 +1,7 @@
 """What all QUAD modifiers share: the checks before anything is touched, the containers, the calibration batches."""
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -11,14 +11,18 @@ from llmcompressor.modifiers import Modifier
 from torch import nn
 
 from quad_modifiers.checkpoint.contribute import contributions_of
+from quad_modifiers.checkpoint.generation_settings import settle_generation
 from quad_modifiers.checkpoint.native_runtime import use_native_blocks
 from quad_modifiers.checkpoint.opened import find_tokenizer
 from quad_modifiers.checkpoint.save import attach_saver
 from quad_modifiers.data.calibration import calibration_windows
 from quad_modifiers.model.architecture import find_architecture
 from quad_modifiers.model.decoder import Decoder
+from quad_modifiers.modifiers.coming_widths import check_group_sizes
 from quad_modifiers.nn.quad_linear import QuadLinear
 from quad_modifiers.plugins import architectures
+from quad_modifiers.recipe import RecipeError, validate_modifiers
+from quad_modifiers.recipe.storable import decoder_places
 
 logger = logging.getLogger(__name__)
 
@@ -38,6 +42,8 @@ class QuadModifier(Modifier):
     Lifecycle:
 
     - on_initialize
+        - the first modifier of a recipe: check of the recipe as a whole, for this model, and of what is saved beside
+          the weights
         - `check`
         - check architecture and weights, wrap the linears in pass-through containers
         - `prepare`
@@ -49,11 +55,22 @@ class QuadModifier(Modifier):
         recipe_role: what it does, one of `quad_modifiers.recipe.order.ROLES`.
         ignored_by_default: names of linears that it leaves alone, where it has no field `ignore`.
         has_own_pass: whether it runs the model itself, so that no other modifier may calibrate in the same pass.
+        makes_quad_checkpoint: True: what is made of the model has to fit into our format.
     """
 
     recipe_role: ClassVar[str | None] = None
     ignored_by_default: ClassVar[tuple[str, ...]] = ("lm_head",)
     has_own_pass: ClassVar[bool] = True
+    makes_quad_checkpoint: ClassVar[bool] = True
+
+    def check_company(self, others: Sequence[Modifier]) -> None:
+        """Refuses a recipe whose other modifiers, before it and after it, do not go with this one.
+
+        It is called without a model too, by `quad recipes validate`.
+
+        Raises:
+            ValueError: with a message "what is wrong; what to do".
+        """
 
     def check(self, decoder: Decoder) -> None:
         """Refuses settings that do not fit the model, before anything of it is touched."""
@@ -91,7 +108,10 @@ class QuadModifier(Modifier):
 
         Raises:
             ValueError: if the model cannot be worked on, or the settings do not fit it.
+            RecipeError: if the recipe cannot be used on this model.
         """
+        if self is next((each for each in recipe_modifiers() if isinstance(each, QuadModifier)), None):
+            _check_beforehand(Decoder(state.model, find_architecture(state.model.config, architectures())))
         self.check(Decoder(state.model, find_architecture(state.model.config, architectures())))
         self.prepare(prepared_decoder(state.model), lambda: calibration_batches(state))
         return True
@@ -116,6 +136,21 @@ class QuadModifier(Modifier):
         if any(isinstance(linear.module, QuadLinear) for linear in decoder.linears()):
             use_native_blocks(decoder)
         return True
+
+
+def recipe_modifiers() -> list[Modifier]:
+    """Returns the modifiers of the recipe that is being initialized or, in a pass of its own, the one that runs."""
+    return list(active_session().lifecycle.recipe.modifiers)
+
+
+def _check_beforehand(decoder: Decoder) -> None:
+    """Refuses what could not be saved in the end, and settles what can be."""
+    modifiers = recipe_modifiers()
+    problems = validate_modifiers(modifiers, decoder_places(decoder))
+    if any(problem.severity == "error" for problem in problems):
+        raise RecipeError("recipe", problems)
+    check_group_sizes(decoder, modifiers)
+    settle_generation(decoder.model)
 
 
 def prepared_decoder(model: nn.Module) -> Decoder:

@@ -8,10 +8,12 @@ from pydantic import Field
 from torch import nn
 
 from quad_modifiers.checkpoint.tables import tie_head
+from quad_modifiers.model.architecture import Architecture
 from quad_modifiers.model.decoder import Decoder
-from quad_modifiers.modifiers.base import Batches, QuadModifier
+from quad_modifiers.modifiers.base import Batches, QuadModifier, recipe_modifiers
 from quad_modifiers.nn.packed_table import BITS, PackedEmbedding, PackedHead, PackedTable
 from quad_modifiers.quantization.grid import IntegerGrid, full_range_scales, round_to_grid
+from quad_modifiers.recipe.order import PROJECT, PlacedModifier
 
 logger = logging.getLogger(__name__)
 
@@ -57,6 +59,9 @@ class EmbeddingHeadQuant(QuadModifier):
                 f"EmbeddingHeadQuant needs a plain Embedding and a plain Linear as head; {names.embedding} is a "
                 f"{type(embedding).__name__}, {names.head} a {type(head).__name__}: start from the original"
             )
+        projects = any(PROJECT in PlacedModifier(each).roles for each in recipe_modifiers())
+        if embedding.weight is head.weight and not projects:
+            self._check_shared(names)
         if head.bias is not None and "lm_head" in self.targets:
             raise ValueError(f"{names.head} has a bias, which a packed head cannot hold; write targets: [embed_tokens]")
 
@@ -68,11 +73,8 @@ class EmbeddingHeadQuant(QuadModifier):
         """
         embedding, head, names = decoder.embedding, decoder.head, decoder.architecture
         shared = embedding.weight is head.weight
-        if shared and len(set(self.targets)) == 1:
-            raise ValueError(
-                f"{names.embedding} and {names.head} share one tensor, so both are quantized or none; "
-                "write targets: [embed_tokens, lm_head], or put a projection before, which unties them"
-            )
+        if shared:
+            self._check_shared(names)
         if "embed_tokens" in self.targets:
             decoder.replace_embedding(_quantized(PackedEmbedding, embedding.weight))
         if "lm_head" in self.targets and not shared:
@@ -80,6 +82,13 @@ class EmbeddingHeadQuant(QuadModifier):
         if shared:
             tie_head(decoder)
         logger.info("EmbeddingHeadQuant: %s in %d bits, one scale per row", " and ".join(self.targets), self.bits)
+
+    def _check_shared(self, names: Architecture) -> None:
+        if len(set(self.targets)) == 1:
+            raise ValueError(
+                f"{names.embedding} and {names.head} share one tensor, so both are quantized or none; "
+                "write targets: [embed_tokens, lm_head], or put a projection before, which unties them"
+            )
 
 
 def _quantized(kind: type[PackedTable], weight: torch.Tensor) -> PackedTable:

@@ -68,6 +68,10 @@ class SVDOutlierProjection(QuadModifier):
             channels_rank=self.down_proj_rank,
         )
 
+    def residual_width(self, reads: Space, width: int) -> int:
+        """Returns the width of the residual part of an input of `width` that reads a space."""
+        return width - self.rank if reads == "stream" and self.basis == "square" else width
+
     def check(self, decoder: Decoder) -> None:
         """Checks the ranks.
 

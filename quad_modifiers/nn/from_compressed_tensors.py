@@ -54,9 +54,28 @@ def check_storable(linear: nn.Module, where: str) -> None:
     """Checks that a checkpoint can hold the weights of a linear, should llm-compressor have frozen them."""
     if not is_frozen(linear):
         return
-    arguments = scheme_of(linear).weights
-    if arguments.type != "int" or arguments.num_bits not in (2, 4, 8) or arguments.strategy not in ("channel", "group"):
-        raise ValueError(
-            f"{where}: weights of {arguments.num_bits} bits, type {arguments.type}, strategy {arguments.strategy} "
-            "cannot be stored; use int, 2, 4 or 8 bits, per channel or group"
-        )
+    problem = unstorable_weights(scheme_of(linear).weights)
+    if problem is not None:
+        raise ValueError(f"{where}: {problem}")
+
+
+def unstorable_weights(arguments: Any) -> str | None:
+    """Returns why a checkpoint cannot hold weights with compressed-tensors' arguments, None if it can."""
+    if arguments.type == "int" and arguments.num_bits in (2, 4, 8) and arguments.strategy in ("channel", "group"):
+        return None
+    return (
+        f"weights of {arguments.num_bits} bits, type {arguments.type}, strategy {arguments.strategy} cannot be stored; "
+        "use int, 2, 4 or 8 bits, per channel or group"
+    )
+
+
+def unstorable_inputs(arguments: Any) -> str | None:
+    """Returns why a checkpoint cannot hold inputs with compressed-tensors' arguments, None if it can."""
+    stated = arguments.type == "int" and arguments.dynamic is True and arguments.symmetric
+    if stated and arguments.strategy in ("token", "group") and 2 <= arguments.num_bits <= 8:
+        return None
+    return (
+        f"inputs of {arguments.num_bits} bits, type {arguments.type}, strategy {arguments.strategy}, "
+        f"dynamic={arguments.dynamic}, symmetric={arguments.symmetric} cannot be stored; use DynamicActQuant, or "
+        "symmetric dynamic integers of 2 to 8 bits, per token or group"
+    )

@@ -48,6 +48,11 @@ def weight_names() -> tuple[str, ...]:
     return (*linear_names(), *linear_names(child="residual"), *heads)
 
 
+def table_names() -> tuple[str, ...]:
+    """Returns the names of the embeddings and heads of the known architectures."""
+    return tuple(dict.fromkeys(path for known in architectures().values() for path in (known.embedding, known.head)))
+
+
 def outlier_names(projection: "Modifier") -> tuple[str, ...]:
     """Returns the names of the full-precision outlier linears that a projection adds.
 
@@ -69,6 +74,13 @@ def matching(names: Iterable[str], targets: Iterable[str], ignore: Iterable[str]
     import torch
 
     return _matching(torch.nn.Linear(1, 1, device="meta"), names, targets, ignore)
+
+
+def matching_tables(names: Iterable[str], targets: Iterable[str], ignore: Iterable[str]) -> set[str]:
+    """Returns the names that compressed-tensors would match, each taken to be a `torch.nn.Embedding`."""
+    import torch
+
+    return _matching(torch.nn.Embedding(1, 1, device="meta"), names, targets, ignore)
 
 
 def matching_containers(targets: Iterable[str], ignore: Iterable[str]) -> set[str]:

@@ -92,6 +92,21 @@ def order_problems(placed: Sequence[PlacedModifier]) -> list[Problem]:
     return problems
 
 
+def company_problems(placed: Sequence[PlacedModifier]) -> list[Problem]:
+    """Returns what modifiers themselves have against the others of the recipe (`QuadModifier.check_company`)."""
+    problems = []
+    for index, each in enumerate(placed):
+        check = getattr(type(each.modifier), "check_company", None)
+        if check is None:
+            continue
+        try:
+            check(each.modifier, [other.modifier for other in (*placed[:index], *placed[index + 1 :])])
+        except ValueError as error:
+            message, _, remedy = str(error).partition("; ")
+            problems.append(Problem(each.line, f"{each.name}: {message}", remedy[:1].upper() + remedy[1:]))
+    return problems
+
+
 def nothing_quantized(placed: Sequence[PlacedModifier]) -> list[Problem]:
     """Returns a warning if the recipe prepares a model for quantization but quantizes nothing."""
     roles = frozenset[str]().union(*(each.roles for each in placed))

@@ -14,9 +14,10 @@ from quad_modifiers.plugins.modifier_classes import (
     unknown_modifier_message,
 )
 from quad_modifiers.recipe.document import ModifierEntry, parse_recipe
-from quad_modifiers.recipe.order import PlacedModifier, nothing_quantized, order_problems
+from quad_modifiers.recipe.order import PlacedModifier, company_problems, nothing_quantized, order_problems
 from quad_modifiers.recipe.problems import Problem, RecipeError
 from quad_modifiers.recipe.resolve import read_recipe, resolve_recipe
+from quad_modifiers.recipe.storable import Place, storage_problems
 
 if TYPE_CHECKING:
     from llmcompressor.modifiers import Modifier
@@ -49,14 +50,18 @@ def validate_recipe(text_or_path: str | Path, manager: QuadPluginManager | None 
             problems += found
         else:
             placed.append(PlacedModifier(found, entry.line))
-    problems += order_problems(placed)
+    problems += order_problems(placed) or company_problems(placed) or storage_problems(placed)
     if not problems:
         problems += _refused_by_llmcompressor(placed) or nothing_quantized(placed)
     return sorted(problems, key=lambda problem: problem.line or 0)
 
 
-def validate_modifiers(modifiers: "Sequence[Modifier]") -> list[Problem]:
+def validate_modifiers(modifiers: "Sequence[Modifier]", places: Sequence[Place] | None = None) -> list[Problem]:
     """Returns what is wrong with the order and the company of modifiers built in Python; without line numbers.
+
+    Args:
+        modifiers: in order.
+        places: linears of the model they are for; by default those of the known architectures.
 
     Raises:
         TypeError: if an element is not a modifier.
@@ -72,7 +77,13 @@ def validate_modifiers(modifiers: "Sequence[Modifier]") -> list[Problem]:
     if not modifiers:
         return [Problem(None, "the recipe contains no modifier", "Give at least one modifier")]
     placed = [PlacedModifier(each) for each in modifiers]
-    return order_problems(placed) or _refused_by_llmcompressor(placed) or nothing_quantized(placed)
+    return (
+        order_problems(placed)
+        or company_problems(placed)
+        or storage_problems(placed, places)
+        or _refused_by_llmcompressor(placed)
+        or nothing_quantized(placed)
+    )
 
 
 def check_recipe(

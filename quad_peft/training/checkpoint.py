@@ -5,7 +5,8 @@ import shutil
 from pathlib import Path
 
 from quad_modifiers.checkpoint.opened import find_tokenizer, open_checkpoint
-from quad_modifiers.output_folder import check_target, complete_or_absent
+from quad_modifiers.checkpoint.rehearsal import rehearse_saving
+from quad_modifiers.output_folder import check_space, check_target, complete_or_absent, user_path
 from quad_modifiers.records.tuning_record import TUNING_NAME, read_tuning
 
 logger = logging.getLogger(__name__)
@@ -32,7 +33,7 @@ def merge(checkpoint: str | Path, adapter: str | Path, output: str | Path) -> No
     from peft import PeftModel
     from transformers.utils import cached_file
 
-    adapter, output = Path(adapter), Path(output)
+    adapter, output = user_path(adapter), user_path(output)
     check_target(output)
     opened = open_checkpoint(checkpoint)
     opened.need_quad()
@@ -40,10 +41,12 @@ def merge(checkpoint: str | Path, adapter: str | Path, output: str | Path) -> No
     if not (adapter / _ADAPTER_CONFIG).is_file():
         raise FileNotFoundError(f"{adapter} has no {_ADAPTER_CONFIG}; it is no adapter")
     read_tuning(adapter)  # a damaged record is noticed now, not when the result is published
-    model = PeftModel.from_pretrained(opened.load(), str(adapter)).merge_and_unload()
+    tokenizer, loaded = find_tokenizer(opened.name), opened.load()
+    beside_weights = rehearse_saving(loaded, tokenizer, output)
+    check_space(output, beside_weights + loaded.get_memory_footprint())
+    model = PeftModel.from_pretrained(loaded, str(adapter)).merge_and_unload()
     with complete_or_absent(output) as temporary:
         model.save_pretrained(temporary)
-        tokenizer = find_tokenizer(opened.name)
         if tokenizer is None:
             logger.warning("%s has no tokenizer, so %s has none", opened.name, output)
         else:

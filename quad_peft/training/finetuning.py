@@ -10,7 +10,14 @@ from typing import Any
 
 from quad_modifiers.checkpoint.opened import Opened, find_tokenizer, open_checkpoint
 from quad_modifiers.nn.quad_linear import QuadLinear
-from quad_modifiers.output_folder import check_target, complete_or_absent
+from quad_modifiers.output_folder import (
+    check_parent,
+    check_target,
+    complete_or_absent,
+    may_write,
+    replace_file,
+    user_path,
+)
 from quad_modifiers.records.tuning_record import TUNING_NAME, Tuning
 from quad_peft.training.curve import write_curve
 from quad_peft.training.data import TrainingData, training_data
@@ -61,8 +68,9 @@ def finetune(
     With `original`, by distillation: the loss is the divergence from the original model, which brings back what the
     quantization lost. Without it, on the next token, which also teaches the text.
 
-    States of the run are kept in a folder beside `output`, with the ending `.training`, until it is done. Under
-    `accelerate launch` the batches are divided among the processes.
+    States of the run are kept in a folder beside `output`, with the ending `.training`, until it is done; in `output`
+    itself, if that exists in a folder that cannot be written to. Under `accelerate launch` the batches are divided
+    among the processes.
 
     Args:
         checkpoint: folder or Hub id of a QUAD checkpoint.
@@ -91,8 +99,11 @@ def finetune(
     """
     from quad_peft import OutlierLoraConfig, get_outlier_model
 
-    output, settings = Path(output), settings or TuningSettings()
-    check_target(output)
+    output, settings = user_path(output), settings or TuningSettings()
+    folder = _run_folder(output)
+    check_target(output, besides=(folder.name,))
+    if teacher_cache is not None:
+        check_parent(user_path(teacher_cache) / _RUN)
     opened = open_checkpoint(checkpoint)
     opened.check_weights()
     opened.need_quad()
@@ -111,7 +122,6 @@ def finetune(
         seed=settings.seed,
     )
     model = get_outlier_model(model, OutlierLoraConfig(train_weight_scales=train_weight_scales))
-    folder = output.with_name(f"{output.name}.training")
     original_name = None if original is None else model_name(original)
     arguments = settings.arguments(folder)
     _check_launch(arguments)
@@ -143,6 +153,13 @@ def finetune(
     return FinetuneResult(output, record, writes)
 
 
+def _run_folder(output: Path) -> Path:
+    """Returns where the states of a run go; a target that is a link, or the current folder, has its real name."""
+    real = Path(os.path.realpath(output))
+    name = f"{real.name}.training"
+    return real / name if real.is_dir() and not may_write(real.parent) else real.with_name(name)
+
+
 def _check_launch(arguments: Any) -> None:
     """Refuses processes that do not know of each other: all would write to one folder."""
     started = int(os.environ.get("WORLD_SIZE", "1"))
@@ -161,7 +178,7 @@ def _open_folder(folder: Path, identity: dict[str, Any], resume: bool) -> None:
         if not fresh and folder.exists() and any(folder.iterdir()):
             raise FileExistsError(f"{folder} exists and is no training run; move it away, or choose another output")
         folder.mkdir(parents=True, exist_ok=True)
-        file.write_text(json.dumps(identity, indent=1) + "\n")
+        replace_file(file, json.dumps(identity, indent=1) + "\n")
         return
     if not resume:
         raise FileExistsError(f"{folder} holds an unfinished run; go on with --resume (resume=True), or remove it")
@@ -206,12 +223,12 @@ def _teacher(original: Any, data: TrainingData, cache: str | Path | None) -> Tea
     if isinstance(original, Opened):
         original = original.load()
     original.eval()
-    return LiveTeacher(original) if cache is None else cache_teacher(original, data.samples, Path(cache))
+    return LiveTeacher(original) if cache is None else cache_teacher(original, data.samples, user_path(cache))
 
 
 def _write(model: Any, record: Tuning, outcome: Outcome, output: Path, run: Path) -> None:
     """Writes the adapter folder, complete or not at all, and removes the folder of the run."""
-    with complete_or_absent(output) as temporary:
+    with complete_or_absent(output, besides=(run.name,)) as temporary:
         model.save_pretrained(temporary)
         (temporary / TUNING_NAME).write_text(record.model_dump_json(indent=1) + "\n")
         axis = "cross-entropy [nats]" if record.loss == "next_token" else "KL(original || tuned) [nats]"

@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 from torch import nn
 from tqdm import tqdm
 
-from quad_modifiers.output_folder import check_space
+from quad_modifiers.output_folder import check_space, file_complete_or_absent
 from quad_peft.training.losses import head_input
 
 logger = logging.getLogger(__name__)
@@ -97,7 +97,8 @@ def cache_teacher(model: Any, samples: Sequence[torch.Tensor], folder: Path) -> 
         for place, sample in enumerate(_shard(samples, index), start=index * SAMPLES_PER_FILE):
             hidden = head_input(model, head, {"input_ids": sample.unsqueeze(0).to(model.device)})
             states[str(place)] = hidden.squeeze(0).cpu().contiguous()
-        _write(states, _shard_file(own, index))
+        with file_complete_or_absent(_shard_file(own, index)) as temporary:
+            save_file(states, temporary)
     return CachedTeacher(own, copy.deepcopy(head).requires_grad_(False))
 
 
@@ -107,16 +108,6 @@ def _shard(samples: Sequence[torch.Tensor], index: int) -> Sequence[torch.Tensor
 
 def _shard_file(folder: Path, index: int) -> Path:
     return folder / f"states-{index:05d}.safetensors"
-
-
-def _write(states: dict[str, torch.Tensor], file: Path) -> None:
-    temporary = file.with_name(f".{file.name}.partial")
-    try:
-        save_file(states, temporary)
-        temporary.replace(file)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
 
 
 def _key(model: nn.Module, samples: Sequence[torch.Tensor]) -> str:

@@ -11,7 +11,7 @@ from typing import Any
 
 from transformers import TrainingArguments
 
-from quad_modifiers.output_folder import replace_file
+from quad_modifiers.output_folder import give_usual_modes, replace_file
 from quad_modifiers.records.machine import package_versions
 from quad_modifiers.records.tuning_record import TunedQuality, Tuning
 from quad_peft.equalize import equalize_outliers
@@ -208,6 +208,7 @@ def tune(
     except NonFiniteError as error:
         if trainer.is_world_process_zero():
             model.save_pretrained(folder / LAST_GOOD)
+            give_usual_modes(folder / LAST_GOOD)
         raise NonFiniteError(f"{error}. The weights from before that step are in {folder / LAST_GOOD}") from error
     state = trainer.state
     best = int(state.best_global_step or state.global_step)

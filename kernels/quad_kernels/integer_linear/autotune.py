@@ -9,7 +9,6 @@ import hashlib
 import json
 import logging
 import os
-import tempfile
 import time
 from collections.abc import Callable
 from functools import lru_cache
@@ -137,8 +136,10 @@ def _whole(value: object) -> int:
 def _write(path: Path, table: dict[Problem, Config]) -> None:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile("w", dir=path.parent, suffix=".tmp", delete=False) as file:
+        # Not by `tempfile`, whose files only their owner can read: a cache may be shared.
+        temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+        with temporary.open("w", encoding="utf-8") as file:
             json.dump([[list(problem), list(config)] for problem, config in table.items()], file)
-        os.replace(file.name, path)
+        temporary.replace(path)
     except OSError as error:
         logger.warning("the measurements cannot be kept in %s: %s", path, error)

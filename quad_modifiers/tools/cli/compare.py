@@ -5,16 +5,23 @@ from typing import Annotated
 
 import typer
 
-from quad_modifiers.tools.cli.options import Seed, SeqLength, TextColumn
+from quad_modifiers.tools.cli.options import Seed, SeqLength, TextColumn, all_expanded, expanded
 from quad_modifiers.tools.console import log_on_stderr, print_table
 
 
 def compare(
-    checkpoints: Annotated[list[Path], typer.Argument(metavar="OUT...", help="Folders with checkpoints, two or more.")],
+    checkpoints: Annotated[
+        list[Path],
+        typer.Argument(metavar="OUT...", help="Folders with checkpoints, two or more.", callback=all_expanded),
+    ],
     output: Annotated[
         Path | None,
         typer.Option(
-            "--output", "-o", metavar="DIR", help="Folder for the report; new or empty. Without it, the table alone."
+            "--output",
+            "-o",
+            metavar="DIR",
+            help="Folder for the report; new or empty. Without it, the table alone.",
+            callback=expanded,
         ),
     ] = None,
     baseline: Annotated[

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from quad_modifiers.tools.cli.options import TextColumn
+from quad_modifiers.tools.cli.options import TextColumn, expanded
 from quad_modifiers.tools.console import log_on_stderr, print_table
 
 if TYPE_CHECKING:
@@ -39,6 +39,7 @@ def evaluate(
             "-o",
             metavar="FILE",
             help="JSON file for the results; by default evaluation.json in the checkpoint's folder.",
+            callback=expanded,
         ),
     ] = None,
     perplexity: Annotated[
@@ -46,6 +47,7 @@ def evaluate(
         typer.Option(
             metavar="FILE",
             help="Text or jsonl file to measure perplexity on; by default 40 windows of held-out Wikipedia articles.",
+            callback=expanded,
         ),
     ] = None,
     text_column: TextColumn = "text",

@@ -7,6 +7,7 @@ from typing import Annotated
 import typer
 
 from quad_modifiers.reporting import file_size
+from quad_modifiers.tools.cli.options import expanded
 from quad_modifiers.tools.console import log_on_stderr, print_table
 
 
@@ -17,8 +18,11 @@ class Format(str, Enum):
 
 
 def export(
-    checkpoint: Annotated[Path, typer.Argument(help="A QUAD checkpoint.")],
-    output: Annotated[Path, typer.Option("--output", "-o", metavar="DIR", help="Folder for the export; new or empty.")],
+    checkpoint: Annotated[Path, typer.Argument(help="A QUAD checkpoint.", callback=expanded)],
+    output: Annotated[
+        Path,
+        typer.Option("--output", "-o", metavar="DIR", help="Folder for the export; new or empty.", callback=expanded),
+    ],
     format: Annotated[Format, typer.Option(help="What to write.")] = Format.compressed_tensors,
     group_size: Annotated[
         int | None,

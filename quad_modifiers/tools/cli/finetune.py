@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from quad_modifiers.reporting import file_size
-from quad_modifiers.tools.cli.options import TEXT_FORMS, CheckpointOutput, DatasetConfig, Split, TextColumn
+from quad_modifiers.tools.cli.options import TEXT_FORMS, CheckpointOutput, DatasetConfig, Split, TextColumn, expanded
 from quad_modifiers.tools.console import log_on_stderr, print_table
 
 if TYPE_CHECKING:
@@ -16,7 +16,8 @@ if TYPE_CHECKING:
 def finetune(
     checkpoint: Annotated[str, typer.Argument(help="Folder or Hub id of a QUAD checkpoint.")],
     output: Annotated[
-        Path, typer.Option("--output", "-o", metavar="DIR", help="Folder for the adapter; new or empty.")
+        Path,
+        typer.Option("--output", "-o", metavar="DIR", help="Folder for the adapter; new or empty.", callback=expanded),
     ],
     data: Annotated[str | None, typer.Option(help=f"Text to train on: {TEXT_FORMS}")] = None,
     distill_from: Annotated[
@@ -29,7 +30,11 @@ def finetune(
     ] = None,
     merge: Annotated[
         Path | None,
-        typer.Option(metavar="OUT", help="Also write a checkpoint with the adapter merged, as `quad merge` does."),
+        typer.Option(
+            metavar="OUT",
+            help="Also write a checkpoint with the adapter merged, as `quad merge` does.",
+            callback=expanded,
+        ),
     ] = None,
     text_column: TextColumn = "text",
     split: Split = None,
@@ -62,6 +67,7 @@ def finetune(
             metavar="DIR",
             help="Compute the original model's hidden states once and keep them here; it is then not in memory while "
             "training.",
+            callback=expanded,
         ),
     ] = None,
     report_to: Annotated[
@@ -143,7 +149,7 @@ def _print(record: "Tuning", adapter: Path, merged: Path | None) -> None:
 
 def merge(
     checkpoint: Annotated[str, typer.Argument(help="Folder or Hub id of the QUAD checkpoint it was trained on.")],
-    adapter: Annotated[Path, typer.Argument(help="Folder of the adapter.")],
+    adapter: Annotated[Path, typer.Argument(help="Folder of the adapter.", callback=expanded)],
     output: CheckpointOutput,
 ) -> None:
     """Write a checkpoint with an adapter merged into its outlier weights.

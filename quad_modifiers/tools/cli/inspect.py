@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from quad_modifiers.tools.cli.options import Seed, SeqLength, TextColumn
+from quad_modifiers.tools.cli.options import Seed, SeqLength, TextColumn, expanded
 from quad_modifiers.tools.console import log_on_stderr, print_table
 
 
@@ -13,7 +13,10 @@ def inspect(
     model: Annotated[
         str, typer.Argument(metavar="MODEL|OUT", help="Folder or Hub id of an unquantized model or a QUAD checkpoint.")
     ],
-    output: Annotated[Path, typer.Option("--output", "-o", metavar="DIR", help="Folder for the report; new or empty.")],
+    output: Annotated[
+        Path,
+        typer.Option("--output", "-o", metavar="DIR", help="Folder for the report; new or empty.", callback=expanded),
+    ],
     baseline: Annotated[
         str | None, typer.Option(metavar="MODEL", help="Original of a checkpoint, to measure it against.")
     ] = None,

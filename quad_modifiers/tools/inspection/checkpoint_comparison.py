@@ -12,7 +12,7 @@ from quad_modifiers.checkpoint.opened import Opened, open_checkpoint
 from quad_modifiers.data import CalibrationSource
 from quad_modifiers.data.windows import warn_of_length
 from quad_modifiers.model.decoder import Decoder
-from quad_modifiers.output_folder import check_target
+from quad_modifiers.output_folder import check_target, user_path
 from quad_modifiers.recipe.document import parse_recipe
 from quad_modifiers.records.evaluation_record import Evaluation, read_evaluation, task_scores
 from quad_modifiers.records.inventory import read_inventory
@@ -60,20 +60,21 @@ def compare_checkpoints(
         FileNotFoundError: if there is no such folder, or it is not a checkpoint.
         ValueError: for fewer than two checkpoints, one of them twice, or one that was not made of the baseline.
     """
-    if output_dir is not None:
+    output = None if output_dir is None else user_path(output_dir)
+    if output is not None:
         from quad_modifiers.tools.inspection import compare_report  # now: it needs matplotlib
 
-        check_target(Path(output_dir))
+        check_target(output)
     folders = _folders(checkpoints)
     entries = [_entry(folder, name) for folder, name in zip(folders, _names(folders), strict=True)]
     found = Comparison(entries)
     if baseline is not None:
         text = TextOptions(dataset, text_column, 0, eval_windows, seq_length, seed)
         found = _against(open_checkpoint(baseline, known_only=True), folders, entries, text)
-    if output_dir is not None:
+    if output is not None:
         drawn = compare_report.charts(found)
         build = partial(compare_report.comparison_page, found)
-        write_report(Path(output_dir), drawn, build, found, NUMBERS_NAME)
+        write_report(output, drawn, build, found, NUMBERS_NAME)
     return found
 
 

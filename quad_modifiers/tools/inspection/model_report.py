@@ -5,7 +5,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from quad_modifiers.data import CalibrationSource
-from quad_modifiers.output_folder import check_target, complete_or_absent
+from quad_modifiers.output_folder import check_target, complete_or_absent, user_path
 from quad_modifiers.tools.inspection.evaluation_text import TextOptions
 from quad_modifiers.tools.inspection.measure.results import Inspection, Recommendation, write_json
 from quad_modifiers.tools.inspection.measuring import measure
@@ -64,7 +64,7 @@ def inspect_model(
     """
     from quad_modifiers.tools.inspection.plots import charts
 
-    target = Path(output_dir)
+    target = user_path(output_dir)
     check_target(target)
     text = TextOptions(dataset, text_column, samples, eval_windows, seq_length, seed)
     found = measure(model, baseline, recipe, rank, layers, text)

@@ -8,7 +8,7 @@ into several commits.
 """
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -99,10 +99,12 @@ def commit(
     revision: str | None,
     message: str,
     parent: str | None,
+    texts: Mapping[str, str],
 ) -> str:
     """Uploads the files and commits them together; returns the address of the commit.
 
-    The commit deletes the `superseded` paths, and needs the branch to be at the commit `parent` still.
+    The commit deletes the `superseded` paths, and needs the branch to be at the commit `parent` still. Names among
+    `texts` have that content, whatever the folder holds.
 
     Raises:
         HubError: if it does not succeed; the repository is then as it was.
@@ -110,7 +112,9 @@ def commit(
     """
     with hub_errors("uploading", repo_id):
         operations = [CommitOperationDelete(name) for name in superseded]
-        operations += [CommitOperationAdd(name, folder / name) for name in names]  # type: ignore[misc]
+        for name in names:
+            content = texts[name].encode() if name in texts else folder / name
+            operations.append(CommitOperationAdd(name, content))  # type: ignore[arg-type]
         done = api.create_commit(repo_id, operations, commit_message=message, revision=revision, parent_commit=parent)
     return str(done.commit_url)
 

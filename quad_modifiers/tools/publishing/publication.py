@@ -135,9 +135,12 @@ def publish(
     info = prepare_repository(api, repo_id, private, revision)
     names = [name for name, _ in planned.files]
     removed = superseded_files(info, set(names), overwrite)
-    write_card(folder, planned.card)
+    try:
+        write_card(folder, planned.card)
+    except OSError as error:
+        logger.warning("the model card cannot be kept in %s (%s); it is uploaded all the same", folder, error.strerror)
     message = message or f"Publish {repo_id.rpartition('/')[2]} with quad-modifiers"
-    url = commit(api, repo_id, folder, names, removed, revision, message, info.sha)
+    url = commit(api, repo_id, folder, names, removed, revision, message, info.sha, {CARD_NAME: planned.card})
     return Published(repo_id, f"{api.endpoint}/{repo_id}", url, planned, tuple(removed))
 
 

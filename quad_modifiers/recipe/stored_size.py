@@ -1,0 +1,62 @@
+"""How large the checkpoint will be that a recipe makes of a model, told before the work."""
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from quad_modifiers.recipe import coverage
+from quad_modifiers.recipe.order import PROJECT, QUANTIZE_WEIGHTS, PlacedModifier
+
+if TYPE_CHECKING:
+    from llmcompressor.modifiers import Modifier
+
+
+def stored_size(model: Any, modifiers: "Sequence[Modifier]") -> int:
+    """Returns about how many bytes the tensors of the checkpoint will take, hardly ever more than they do.
+
+    Weights to be quantized count with their bits and nothing for scales; the outlier columns of a projection count in
+    the dtype of the model, and so does the head that it unties from the embedding.
+
+    Args:
+        model: transformers model, not compressed yet.
+        modifiers: those of the recipe, in order.
+    """
+    from torch import nn
+
+    linears = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+    placed = [PlacedModifier(each) for each in modifiers]
+    bits = _bits(placed, linears)
+    projections = [each for each in placed if PROJECT in each.roles and not each.is_stock]
+    tied = set() if projections else set(model.all_tied_weights_keys)
+    size = 0
+    for name, tensor in model.state_dict().items():
+        if name not in tied:
+            stored = min(bits.get(name.removesuffix(".weight"), 64), 8 * tensor.element_size())
+            size += tensor.numel() * stored // 8
+    for each in projections:
+        roles = {name.split(".")[-2] for name in coverage.outlier_names(each.modifier)}
+        widened = [linear for name, linear in linears.items() if name.rpartition(".")[2] in roles]
+        rank = getattr(each.modifier, "rank", 0)
+        size += sum(rank * linear.out_features * linear.weight.element_size() for linear in widened)
+    return size
+
+
+def _bits(placed: Sequence[PlacedModifier], linears: dict[str, Any]) -> dict[str, int]:
+    """Returns the bits of the weights that the modifiers quantize, by the name of the module."""
+    found: dict[str, int] = {}
+    for each in placed:
+        if QUANTIZE_WEIGHTS not in each.roles:
+            continue
+        schemes = [scheme.weights for scheme in coverage.stock_schemes(each.modifier) if scheme.weights]
+        bits = min((weights.num_bits for weights in schemes), default=getattr(each.modifier, "bits", 4))
+        found |= dict.fromkeys(_reached(each, tuple(linears)), bits)
+    return found
+
+
+def _reached(placed: PlacedModifier, names: tuple[str, ...]) -> set[str]:
+    targets = getattr(placed.modifier, "targets", None) or []
+    tables = {path for path in coverage.table_names() if path.rpartition(".")[2] in targets}
+    if tables:  # embedding and head are named by their last parts
+        return tables
+    # In a container the linear is called residual; targets may name the one or the other.
+    inside = coverage.covered(placed.modifier, "weights", tuple(f"{name}.residual" for name in names))
+    return coverage.covered(placed.modifier, "weights", names) | {name.removesuffix(".residual") for name in inside}
