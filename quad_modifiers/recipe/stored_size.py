@@ -58,5 +58,6 @@ def _reached(placed: PlacedModifier, names: tuple[str, ...]) -> set[str]:
     if tables:  # embedding and head are named by their last parts
         return tables
     # In a container the linear is called residual; targets may name the one or the other.
-    inside = coverage.covered(placed.modifier, "weights", tuple(f"{name}.residual" for name in names))
+    in_blocks = [name for name in names if name not in coverage.table_names()]
+    inside = coverage.covered(placed.modifier, "weights", tuple(f"{name}.residual" for name in in_blocks))
     return coverage.covered(placed.modifier, "weights", names) | {name.removesuffix(".residual") for name in inside}
