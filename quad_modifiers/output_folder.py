@@ -158,8 +158,8 @@ def move_entries(source: Path, target: Path) -> None:
     source.rmdir()
 
 
-def give_usual_modes(folder: Path) -> None:
-    """Gives everything in a folder the modes that new files and folders get there.
+def give_usual_modes(folder: Path, pattern: str = "*") -> None:
+    """Gives what is in a folder, of names that match `pattern`, the modes that new files and folders get there.
 
     safetensors and `tempfile` make files that only their owner can read, and a copy keeps the mode of its source.
     """
@@ -170,7 +170,7 @@ def give_usual_modes(folder: Path) -> None:
     probe.mkdir()
     of_folders = stat.S_IMODE(probe.stat().st_mode)
     probe.rmdir()
-    for path in folder.rglob("*"):
+    for path in folder.rglob(pattern):
         mode = of_folders if path.is_dir() else of_files
         if not path.is_symlink() and stat.S_IMODE(path.stat().st_mode) != mode:
             with suppress(OSError):  # a file system without modes

@@ -9,12 +9,16 @@ holds the same text where a number belongs, which stock config classes refuse wi
 import json
 import warnings
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from huggingface_hub.dataclasses import strict
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
+
+from quad_modifiers.checkpoint.generation_settings import settle_generation
+from quad_modifiers.output_folder import give_usual_modes, user_path
 
 INSTALL_HINT = "pip install quad-modifiers, then import quad_modifiers"
 TRIPWIRE_FIELD = "initializer_range"  # only a new, untrained model needs it
@@ -92,7 +96,15 @@ def _register(base: str) -> None:
             },
         )
     )
-    quad_model = type(
+
+    def save_pretrained(self: Any, save_directory: str | Path, **arguments: Any) -> None:
+        """Saves as transformers does, with the generation config made fit for it, and in files that others may read."""
+        folder = user_path(save_directory)
+        settle_generation(self)
+        super(quad_model, self).save_pretrained(folder, **arguments)
+        give_usual_modes(folder, "*.safetensors")
+
+    quad_model: Any = type(
         f"Quad{model_class.__name__}",
         (model_class,),
         {
@@ -100,6 +112,7 @@ def _register(base: str) -> None:
             "__module__": __name__,
             "config_class": quad_config,
             "push_to_hub": push_to_hub,
+            "save_pretrained": save_pretrained,
         },
     )
     globals()[quad_config.__name__] = quad_config

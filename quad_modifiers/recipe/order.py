@@ -136,12 +136,19 @@ def _wrong_order(first: PlacedModifier, second: PlacedModifier) -> Iterator[Prob
 
 
 def _rotations(first: PlacedModifier, second: PlacedModifier) -> Iterator[Problem]:
-    """Reports a second projection, and a stock one before a modifier that puts containers where it needs linears."""
+    """Reports a second projection, and modifiers that need linears where another one puts containers."""
     if PROJECT in first.roles & second.roles:
         yield Problem(
             second.line,
             f"{second.name} is a second projection after {first.name}{_in_line(first)}; both rotate the same weights",
             "Keep one of the two (SVDOutlierProjection with rank: 0 is a plain rotation)",
+        )
+    if not first.is_stock and PROJECT in first.roles and second.name == "AutoRoundModifier":
+        yield Problem(
+            second.line,
+            f"AutoRoundModifier after {first.name}{_in_line(first)} is not supported: it stops in the middle of "
+            "the run, on the containers that the projection makes",
+            "Use OutlierSplitGPTQ or GPTQModifier",
         )
     if first.is_stock and PROJECT in first.roles and second.roles & {QUANTIZE_WEIGHTS, QUANTIZE_ACTIVATIONS, TUNE}:
         yield Problem(

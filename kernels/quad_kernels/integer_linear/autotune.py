@@ -9,6 +9,7 @@ import hashlib
 import json
 import logging
 import os
+import tempfile
 import time
 from collections.abc import Callable
 from functools import lru_cache
@@ -103,7 +104,10 @@ def cache_file(device: torch.device) -> Path:
     """Where the measurements of this GPU, version of Triton and state of the source are kept."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
     name = "".join(letter if letter.isalnum() else "-" for letter in name)
-    folder = Path(os.environ.get(CACHE_VARIABLE) or Path.home() / ".cache" / "quad_kernels")
+    try:
+        folder = Path(os.environ.get(CACHE_VARIABLE) or Path("~", ".cache", "quad_kernels")).expanduser()
+    except RuntimeError:  # a container's user without a name and a home
+        folder = Path(tempfile.gettempdir(), "quad_kernels")
     return folder / f"integer_linear_{name}_triton-{triton.__version__}_{_source_hash()}.json"
 
 

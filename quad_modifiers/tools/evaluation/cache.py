@@ -7,11 +7,12 @@ the packages that computed. Results are in `$QUAD_EVALUATION_CACHE`, by default 
 import json
 import logging
 import os
+import tempfile
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
-from quad_modifiers.output_folder import replace_file
+from quad_modifiers.output_folder import replace_file, user_path
 
 logger = logging.getLogger(__name__)
 
@@ -22,7 +23,13 @@ _NOT_THE_MODEL = (".md", ".pdf", ".png", ".html", "evaluation.json", "recipe.yam
 
 def cache_folder() -> Path:
     """Returns the folder of the results."""
-    return Path(os.environ.get(CACHE_VARIABLE) or Path.home() / ".cache" / "quad_modifiers" / "evaluation")
+    named = os.environ.get(CACHE_VARIABLE)
+    if named:
+        return user_path(named)
+    try:
+        return Path.home() / ".cache" / "quad_modifiers" / "evaluation"
+    except RuntimeError:  # a container's user without a name and a home
+        return Path(tempfile.gettempdir()) / "quad_modifiers" / "evaluation"
 
 
 def read(key: dict[str, Any]) -> Any | None:

@@ -62,6 +62,21 @@ def test_force_replaces_only_when_complete(toy_checkpoint, compressed, monkeypat
     assert (output / "config.json").is_file()
 
 
+def test_force_leaves_the_folder_itself(toy_checkpoint, compressed, tmp_path):
+    """It may be a link to another disk, or a mount point."""
+    (tmp_path / "disk" / "deep").mkdir(parents=True)
+    (tmp_path / "out").symlink_to(tmp_path / "disk")
+    original = toy_checkpoint("llama")
+    for recipe in ("a", "b"):
+        demo.compress(original, recipe, tmp_path / "out" / "deep", force=True)
+        (tmp_path / "out" / "deep" / "old").mkdir(exist_ok=True)
+    before = (tmp_path / "disk" / "deep").stat().st_ino
+    demo.compress(original, "c", tmp_path / "out" / "deep", force=True)
+    assert (tmp_path / "disk" / "deep").stat().st_ino == before
+    assert not (tmp_path / "disk" / "deep" / "old").exists()
+    assert (tmp_path / "out" / "deep" / "config.json").is_file()
+
+
 def test_a_folder_that_is_no_checkpoint_is_never_replaced(toy_checkpoint, compressed, tmp_path):
     (tmp_path / "mine.txt").touch()
     with pytest.raises(FileExistsError, match="holds no checkpoint"):

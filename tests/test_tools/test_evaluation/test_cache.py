@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import shutil
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -41,6 +42,19 @@ def test_a_folder_that_cannot_be_written_costs_only_the_keeping(kept: Path, capl
 def test_default_folder(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv(cache.CACHE_VARIABLE)
     assert cache.cache_folder() == Path.home() / ".cache" / "quad_modifiers" / "evaluation"
+
+
+def test_a_home_folder_in_the_variable_and_none_at_all(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv(cache.CACHE_VARIABLE, "~/results")
+    assert cache.cache_folder() == tmp_path / "results"
+    monkeypatch.delenv(cache.CACHE_VARIABLE)
+
+    def homeless(*_: object) -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.setattr(Path, "home", homeless)
+    assert cache.cache_folder().is_relative_to(tempfile.gettempdir())
 
 
 def test_fingerprint_is_of_what_computes(toy_checkpoint, tmp_path: Path) -> None:

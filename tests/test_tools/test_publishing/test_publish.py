@@ -53,6 +53,18 @@ def test_the_second_time_nothing_is_sent(hub, checkpoint: Path) -> None:
     assert len(hub.repositories[REPO].commits) == 1
 
 
+def test_a_folder_that_cannot_be_written_to(hub, checkpoint: Path, monkeypatch, caplog) -> None:
+    def fail(*_: object) -> None:
+        raise PermissionError(30, "Read-only file system")
+
+    monkeypatch.setattr("quad_modifiers.tools.publishing.publication.write_card", fail)
+    done = send(checkpoint)
+    assert hub.content(REPO, "README.md").decode() == done.plan.card
+    assert not (checkpoint / "README.md").exists()
+    assert "cannot be kept in" in caplog.text
+    assert "Read-only file system" in caplog.text
+
+
 def test_private(hub, checkpoint: Path) -> None:
     send(checkpoint, private=True)
     assert hub.repositories[REPO].private
