@@ -106,7 +106,7 @@ def _tables(placed: PlacedModifier, scheme: Any) -> Iterator[Problem]:
 
 
 def _uneven(placed: Sequence[PlacedModifier], places: Sequence[Place]) -> Iterator[Problem]:
-    """Yields, for each role whose linears are not all treated alike, the first that is treated differently."""
+    """Yields the first linear that is treated differently from others of its role, once for each kind of difference."""
     names = [place.name for place in places]
     treated: dict[str, list[tuple[str, PlacedModifier]]] = {name: [] for name in names}
     for each in placed:
@@ -114,27 +114,23 @@ def _uneven(placed: Sequence[PlacedModifier], places: Sequence[Place]) -> Iterat
             for name in reached:
                 treated[name].append((words, each))
     first: dict[tuple[str, str], Place] = {}
-    told: set[tuple[str, str]] = set()
+    told: set[tuple[str, ...]] = set()
     for place in places:
         known = first.setdefault(place.family, place)
         mine, theirs = treated[place.name], treated[known.name]
-        if place.family not in told and [words for words, _ in mine] != [words for words, _ in theirs]:
-            told.add(place.family)
-            yield _different(place, known, mine, theirs)
+        here, there = (" and ".join(words for words, _ in each) or "not quantized" for each in (mine, theirs))
+        if here != there and told.isdisjoint(((here, there), place.family)):
+            told |= {(here, there), place.family}
+            line = next((each.line for _, each in (*mine, *theirs)), None)
+            yield _different(place, known, f"{here} against {there}", line)
 
 
-def _different(
-    place: Place,
-    known: Place,
-    mine: list[tuple[str, PlacedModifier]],
-    theirs: list[tuple[str, PlacedModifier]],
-) -> Problem:
-    described = [" and ".join(words for words, _ in each) or "not quantized" for each in (mine, theirs)]
+def _different(place: Place, known: Place, difference: str, line: int | None) -> Problem:
     other = f"layer {known.layer}" if known.within == place.within else f"layer {known.layer} {known.within}"
     return Problem(
-        next((each.line for _, each in (*mine, *theirs)), None),
-        f"layer {place.layer} {place.within} is quantized differently from {other}: {described[0]} against "
-        f"{described[1]}; the checkpoint format needs the same settings in every layer",
+        line,
+        f"layer {place.layer} {place.within} is quantized differently from {other}: {difference}; the checkpoint "
+        "format needs the same settings in every layer",
         f"Name {place.within.rpartition('.')[2]} as a whole in targets and ignore, not single layers",
     )
 

@@ -1,0 +1,98 @@
+"""What a checkpoint could not hold is refused with the recipe, before a model is named."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("llmcompressor")
+from quad_modifiers.recipe import validate_recipe
+from quad_modifiers.tools.cli import main
+
+PROJECTION = "SVDOutlierProjection: {rank: 8}"
+STOCK = 'GPTQModifier: {targets: [Linear], scheme: %s, ignore: [lm_head, "re:.*outlier$"]}'
+TUNING = "OutlierLoRA: {}"
+
+
+def text(*modifiers: str) -> str:
+    return "quad_stage:\n  quad_modifiers:\n" + "".join(f"    {modifier}\n" for modifier in modifiers)
+
+
+@pytest.mark.parametrize(
+    ("modifiers", "line", "message", "remedy"),
+    [
+        ((PROJECTION, STOCK % "FP8"), 4, "type float, strategy tensor cannot be stored", "Use int"),
+        ((PROJECTION, STOCK % "NVFP4A16"), 4, "weights of 4 bits, type float", "per channel or group"),
+        ((PROJECTION, STOCK % "W5A16"), 4, "weights of 5 bits", "2, 4 or 8 bits"),
+        ((PROJECTION, STOCK % "W4AFP8"), 4, "inputs of 8 bits, type float", "DynamicActQuant"),
+        (
+            (PROJECTION, 'GPTQModifier: {scheme: W4A16, ignore: ["re:.*outlier$"]}'),
+            4,
+            "lm_head is quantized by GPTQModifier",
+            "Add 'lm_head' to its ignore list",
+        ),
+        (
+            ("DynamicActQuant: {}", 'OutlierSplitGPTQ: {ignore: ["re:.*layers.1[0-9].*"]}'),
+            4,
+            "layer 10 self_attn.q_proj is quantized differently from layer 0: not quantized against 4 bits",
+            "Name q_proj as a whole",
+        ),
+        (
+            (
+                'OutlierSplitGPTQ: {ignore: ["re:.*layers.1[.].*"], group_size: 32}',
+                'GPTQModifier: {scheme: W8A16, targets: ["re:.*layers.1[.].*residual$"]}',
+            ),
+            4,
+            "differently from layer 0: 8 bits in groups of 128 against 4 bits in groups of 32",
+            "not single layers",
+        ),
+        ((PROJECTION, TUNING), 4, "no weight is quantized", "OutlierSplitGPTQ before it"),
+        (("SVDOutlierProjection: {rank: 0}", "OutlierSplitGPTQ: {}", TUNING), 5, "no outlier weights", "rank of 16"),
+        ((PROJECTION, STOCK % "W4A8", TUNING), 5, "quantized by a stock modifier", "Use DynamicActQuant"),
+        (
+            (PROJECTION, STOCK.replace("GPTQ", "AutoRound") % "W4A16"),
+            4,
+            "AutoRoundModifier after SVDOutlierProjection (line 3) is not supported",
+            "GPTQModifier",
+        ),
+    ],
+)
+def test_refused_with_line_and_remedy(
+    modifiers: tuple[str, ...],
+    line: int,
+    message: str,
+    remedy: str,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    recipe = tmp_path / "mine.yaml"
+    recipe.write_text(text(*modifiers))
+    problem = validate_recipe(recipe)[0]
+    assert (problem.line, problem.severity) == (line, "error")
+    assert message in problem.message
+    assert remedy in problem.remedy
+    assert main(["recipes", "validate", str(recipe)]) == 2
+    assert message in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("scheme", ["W4A16", "W8A16", "W4A16_ASYM", "W2A16", "W4A8", "W4A4", "W8A8"])
+def test_what_can_be_stored_is_sound(scheme: str) -> None:
+    assert validate_recipe(text(PROJECTION, STOCK % scheme)) == []
+
+
+@pytest.mark.parametrize(
+    "modifiers",
+    [
+        ("OutlierSplitGPTQ: {ignore: [down_proj, self_attn.o_proj]}",),
+        (
+            'OutlierSplitGPTQ: {ignore: ["re:.*layers.([0-9]|1[0-9])[.].*"]}',
+            'QuantizationModifier: {targets: ["re:.*layers.([0-9]|1[0-9])[.].*residual$"], config_groups: {group_0: '
+            '{targets: ["re:.*layers.([0-9]|1[0-9])[.].*residual$"], weights: {num_bits: 4, strategy: channel}}}}',
+        ),
+        (STOCK % "FP8",),  # llm-compressor's checkpoint, not ours
+    ],
+    ids=["roles", "shared layers", "stock alone"],
+)
+def test_no_more_than_must_be_is_refused(modifiers: tuple[str, ...]) -> None:
+    assert validate_recipe(text(*modifiers)) == []
