@@ -7,6 +7,7 @@ from llmcompressor.modifiers import Modifier
 
 from quad_modifiers.model.decoder import Decoder
 from quad_modifiers.recipe import coverage
+from quad_modifiers.recipe.order import QUANTIZE_ACTIVATIONS, PlacedModifier
 
 
 def check_group_sizes(decoder: Decoder, modifiers: Sequence[Modifier]) -> None:
@@ -25,10 +26,16 @@ def check_group_sizes(decoder: Decoder, modifiers: Sequence[Modifier]) -> None:
                 width = projection.residual_width(linear.group.reads, width)
             for size in _group_sizes(modifier, linear.name):
                 if width % size:
-                    raise ValueError(
-                        f"{type(modifier).__name__}: group_size ({size}) must divide the residual width ({width}) of "
-                        f"{linear.name}; choose a divisor"
-                    )
+                    raise ValueError(_refusal(modifier, linear.name, size, width))
+
+
+def _refusal(modifier: Any, name: str, size: int, width: int) -> str:
+    if QUANTIZE_ACTIVATIONS in PlacedModifier(modifier).roles and not coverage.stock_schemes(modifier):
+        return f"group_size ({size}) must divide the residual width ({width}) of {name}; choose a divisor"
+    return (
+        f"{name}: group_size ({size}) must divide the input width ({width}) that {type(modifier).__name__} will find; "
+        "choose a divisor"
+    )
 
 
 def _group_sizes(modifier: Any, name: str) -> Iterator[int]:

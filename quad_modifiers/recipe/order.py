@@ -102,8 +102,7 @@ def company_problems(placed: Sequence[PlacedModifier]) -> list[Problem]:
         try:
             check(each.modifier, [other.modifier for other in (*placed[:index], *placed[index + 1 :])])
         except ValueError as error:
-            message, _, remedy = str(error).partition("; ")
-            problems.append(Problem(each.line, f"{each.name}: {message}", remedy[:1].upper() + remedy[1:]))
+            problems.append(Problem(each.line, f"{each.name}: {error}", ""))
     return problems
 
 
