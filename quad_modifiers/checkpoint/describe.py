@@ -12,9 +12,9 @@ from quad_modifiers.checkpoint.format import (
     TableFormat,
     WeightFormat,
 )
-from quad_modifiers.checkpoint.tables import is_packed
 from quad_modifiers.model.decoder import Decoder
 from quad_modifiers.nn.from_compressed_tensors import check_storable, scheme_of, unstorable_inputs
+from quad_modifiers.nn.packed_table import is_packed
 from quad_modifiers.nn.quad_linear import QuadLinear
 
 RoleFormats = dict[str, LinearFormat]

@@ -9,7 +9,6 @@ holds the same text where a number belongs, which stock config classes refuse wi
 import json
 import warnings
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 from huggingface_hub.dataclasses import strict
@@ -17,8 +16,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
-from quad_modifiers.checkpoint.generation_settings import settle_generation
-from quad_modifiers.output_folder import give_usual_modes, user_path
+from quad_modifiers.checkpoint.quad_model import QuadModel
 
 INSTALL_HINT = "pip install quad-modifiers, then import quad_modifiers"
 TRIPWIRE_FIELD = "initializer_range"  # only a new, untrained model needs it
@@ -97,22 +95,14 @@ def _register(base: str) -> None:
         )
     )
 
-    def save_pretrained(self: Any, save_directory: str | Path, **arguments: Any) -> None:
-        """Saves as transformers does, with the generation config made fit for it, and in files that others may read."""
-        folder = user_path(save_directory)
-        settle_generation(self)
-        super(quad_model, self).save_pretrained(folder, **arguments)
-        give_usual_modes(folder, "*.safetensors")
-
-    quad_model: Any = type(
+    quad_model = type(
         f"Quad{model_class.__name__}",
-        (model_class,),
+        (QuadModel, model_class),
         {
             "__doc__": f"{model_class.__name__} of a QUAD checkpoint.",
             "__module__": __name__,
             "config_class": quad_config,
             "push_to_hub": push_to_hub,
-            "save_pretrained": save_pretrained,
         },
     )
     globals()[quad_config.__name__] = quad_config

@@ -1,17 +1,11 @@
 """Packed embedding and head in a transformers model."""
 
 import torch
-from torch import nn
 
 from quad_modifiers.checkpoint.format import QuadFormat
 from quad_modifiers.checkpoint.tensors import packed_tables
 from quad_modifiers.model.decoder import Decoder
 from quad_modifiers.nn.packed_table import PackedEmbedding, PackedHead, PackedTable, TiedHead
-
-
-def is_packed(module: nn.Module) -> bool:
-    """Returns whether an embedding or head is quantized."""
-    return isinstance(module, (PackedTable, TiedHead))
 
 
 def install_tables(decoder: Decoder, quad: QuadFormat) -> None:

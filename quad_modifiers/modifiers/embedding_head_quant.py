@@ -11,13 +11,11 @@ from quad_modifiers.checkpoint.tables import tie_head
 from quad_modifiers.model.architecture import Architecture
 from quad_modifiers.model.decoder import Decoder
 from quad_modifiers.modifiers.base import Batches, QuadModifier, recipe_modifiers
-from quad_modifiers.nn.packed_table import BITS, PackedEmbedding, PackedHead, PackedTable
-from quad_modifiers.quantization.grid import IntegerGrid, full_range_scales, round_to_grid
+from quad_modifiers.nn.packed_table import PackedEmbedding, PackedHead, PackedTable
+from quad_modifiers.quantization.table_rows import quantize_rows
 from quad_modifiers.recipe.order import PROJECT, PlacedModifier
 
 logger = logging.getLogger(__name__)
-
-_ROWS = 4096  # quantized at a time: float32 copies stay small beside the model
 
 
 class EmbeddingHeadQuant(QuadModifier):
@@ -94,9 +92,5 @@ class EmbeddingHeadQuant(QuadModifier):
 def _quantized(kind: type[PackedTable], weight: torch.Tensor) -> PackedTable:
     rows, columns = weight.shape
     table = kind(rows, columns, weight.dtype).to(weight.device)
-    grid = IntegerGrid(BITS)
-    for start in range(0, len(weight), _ROWS):
-        values = weight[start : start + _ROWS].float()
-        scales = full_range_scales(values, grid, weight.dtype)
-        table.fill(start, round_to_grid(values, scales, grid).to(torch.int8), scales.scale)
+    quantize_rows(table, weight)
     return table

@@ -8,15 +8,15 @@ import torch
 from quad_kernels import InputQuantization, QuantizedWeight, choose_backend, prepare_weight
 from torch import nn
 
-from quad_modifiers.nn.packed_shapes import packed_shapes
+from quad_modifiers.nn.packed_shapes import packed_shapes, refuse_other_shape
 
 
 class PackedLinear(nn.Module):
     """A quantized linear without bias that holds its weight in integers.
 
     It is loaded, moved and saved in the checkpoint's layout (buffers `weight_packed`, ...). The first forward pass, or
-    `prepare`, repacks it for the kernels of its device and frees the checkpoint's words; `state_dict` and `to` bring
-    them back. The integers are the same in both.
+    `prepare`, repacks it for the kernels of its device and frees the checkpoint's words; `state_dict`,
+    `load_state_dict` and `to` bring them back. The integers are the same in both.
 
     Args:
         in_features: input width.
@@ -53,6 +53,8 @@ class PackedLinear(nn.Module):
         if symmetric:
             self.register_buffer("weight_zero_point", None)
         self.register_state_dict_pre_hook(_restore_words)
+        self.register_load_state_dict_pre_hook(_restore_words)
+        self.register_load_state_dict_pre_hook(refuse_other_shape)
 
     @classmethod
     def of(
@@ -116,6 +118,15 @@ class PackedLinear(nn.Module):
             zero_point=self.weight_zero_point,
         )
 
+    @property
+    def hidden_bytes(self) -> int:
+        """Memory of the repacked weight in bytes, which is in no buffer; 0 before it is repacked."""
+        prepared = self._prepared
+        if prepared is None:
+            return 0
+        held = [prepared.integers] if prepared.zero_point is None else [prepared.integers, prepared.zero_point]
+        return sum(tensor.numel() * tensor.element_size() for tensor in held)
+
     def restore_words(self) -> None:
         """Brings `weight_packed` back, in the checkpoint's layout."""
         if self._prepared is not None:
@@ -161,5 +172,5 @@ def _is_offloaded(module: nn.Module) -> bool:
     return any(getattr(part, "offload_buffers", False) for part in getattr(hook, "hooks", (hook,)))
 
 
-def _restore_words(module: Any, prefix: str, keep_vars: bool) -> None:
+def _restore_words(module: Any, *_: Any) -> None:
     module.restore_words()

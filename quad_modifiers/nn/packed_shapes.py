@@ -1,6 +1,6 @@
 """The tensors of a packed weight: their names, shapes and dtypes, as compressed-tensors lays them out."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -42,3 +42,16 @@ def packed_shapes(
     if not symmetric:
         specs["weight_zero_point"] = TensorSpec((-(-out_features // per_word), groups), torch.int32)
     return specs
+
+
+def refuse_other_shape(
+    module: Any, state_dict: dict[str, Any], prefix: str, metadata: Any, strict: bool, *lists: list[str]
+) -> None:
+    """Hook before a state dict is loaded: refuses the weight of another shape, which words may hide.
+
+    Its message goes to the last of `lists`, where torch collects errors; torch raises them all as one RuntimeError.
+    """
+    found, wanted = state_dict.get(f"{prefix}weight_shape"), module.weight_shape
+    if found is None or found.is_meta or wanted.is_meta or torch.equal(found.cpu(), wanted.cpu()):
+        return
+    lists[-1].append(f"{prefix}weight_shape says {found.tolist()}, but the module is of {wanted.tolist()}.")

@@ -34,7 +34,7 @@ class QuadLinearFunction(torch.autograd.Function):
         ctx.save_for_backward(x, scale, weight_scale, outlier_weight)
         ctx.weight, ctx.split, ctx.quantization, ctx.backend = weight, split, quantization, backend
         ctx.bias_dtype = None if bias is None else bias.dtype
-        return integer_linear(
+        y = integer_linear(
             integers,
             scale,
             weight,
@@ -44,6 +44,8 @@ class QuadLinearFunction(torch.autograd.Function):
             out_dtype=x.dtype,
             backend=backend,
         )
+        # No view: autograd lets nobody write into a view that a function of its own returns, as PEFT does.
+        return torch.ops.aten._unsafe_view(y, y.shape)
 
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
