@@ -14,6 +14,14 @@ _UNSUPPORTED: dict[str, tuple[Any, ...]] = {
     "init_lora_weights": (True, False),
     "layer_replication": (None,),
     "target_parameters": (None, []),
+    "use_qalora": (False,),
+    "use_bdlora": (None, False),
+    "alora_invocation_tokens": (None, []),
+    "arrow_config": (None,),
+    "kasa_config": (None,),
+    "velora_config": (None,),
+    "monteclora_config": (None,),
+    "ensure_weight_tying": (False,),
 }
 
 
@@ -44,12 +52,26 @@ class OutlierLoraConfig(LoraConfig):
     def __post_init__(self) -> None:
         """Checks the fields inherited from `LoraConfig`."""
         super().__post_init__()
-        for name, allowed in _UNSUPPORTED.items():
-            value = getattr(self, name, allowed[0])
-            if value not in allowed:
-                raise ValueError(
-                    f"an outlier adapter has no {name} (it is {value!r}); leave it at {allowed[0]!r}, or train a "
-                    "LoraConfig, which works on QUAD checkpoints too"
-                )
+        refuse_fields(
+            self, _UNSUPPORTED, "an outlier adapter", "train a LoraConfig, which works on QUAD checkpoints too"
+        )
         if self.r < 0:
             raise ValueError(f"r must be 0 (taken from the model) or the model's rank, not {self.r}")
+
+
+def refuse_fields(config: Any, allowed: dict[str, tuple[Any, ...]], what: str, remedy: str) -> None:
+    """Refuses a config by the first of its fields that has not one of the allowed values.
+
+    Args:
+        config: any config; a field that its PEFT version does not have is allowed.
+        allowed: allowed values by field, the usual one first.
+        what: what has no such field, for the error.
+        remedy: what to do instead of leaving the field alone, for the error.
+
+    Raises:
+        ValueError: naming field, value and remedy.
+    """
+    for name, values in allowed.items():
+        value = getattr(config, name, values[0])
+        if value not in values:
+            raise ValueError(f"{what} has no {name} (it is {value!r}); leave it at {values[0]!r}, or {remedy}")

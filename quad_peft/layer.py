@@ -1,5 +1,6 @@
 """PEFT's layer around a `QuadLinear`: outlier adapters without a product of their own, and any plain LoRA."""
 
+from collections.abc import Callable
 from functools import reduce
 from typing import Any
 
@@ -132,6 +133,12 @@ class QuadLoraLayer(nn.Module, LoraLayer):
             self._before_merging = None
         self.merged_adapters.clear()
 
+    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> "QuadLoraLayer":
+        if self._before_merging is not None:  # moves and casts with what it will replace
+            outlier, scale = self._before_merging
+            self._before_merging = None if outlier is None else fn(outlier), None if scale is None else fn(scale)
+        return super()._apply(fn, recurse)
+
     def get_delta_weight(self, adapter: str) -> torch.Tensor:
         """Returns the change as a dense matrix over the layer's input, `[out, in]`."""
         return self.scaling[adapter] * (self.lora_B[adapter].weight @ self.lora_A[adapter].weight)
@@ -143,6 +150,30 @@ class QuadLoraLayer(nn.Module, LoraLayer):
             return base.outlier_weight, scale
         outlier, before = self._before_merging
         return outlier, scale if before is None else before
+
+    def outlier_change(self, name: str) -> torch.Tensor:
+        """Returns what an adapter adds to the outlier weight, `[out, rank]`, float32.
+
+        Raises:
+            ValueError: if it changes more than that.
+        """
+        change = self.lora_B[name].weight.float() * self.scaling[name]
+        if self._is_outlier(name):
+            return change * self.lora_A[name].scale.to(change.device)
+        first, columns = self.lora_A[name].weight.float(), self.get_base_layer().split.outlier_index()
+        rest = torch.ones(self.in_features, dtype=torch.bool)
+        rest[columns] = False
+        if bool(first[:, rest.to(first.device)].any()) or self.lora_bias[name]:
+            raise ValueError(
+                f"adapter {name!r} changes more than the outlier weights of {self.get_base_layer().role}, and 4-bit "
+                "weights cannot take that up; serve it unmerged, or train an OutlierLoraConfig"
+            )
+        return change @ first[:, columns.to(first.device)]
+
+    def scale_change(self, name: str) -> torch.Tensor:
+        """Returns what an adapter that has weight scales adds to those of the residual, `[out, groups]`, float32."""
+        change: torch.Tensor = self.lora_weight_scale[name].float() * self.scaling[name]
+        return change
 
     def _set(self, outlier: torch.Tensor | None, scale: torch.Tensor | None) -> None:
         base = self.get_base_layer()
@@ -162,23 +193,9 @@ class QuadLoraLayer(nn.Module, LoraLayer):
 
     def _changes(self, names: list[str]) -> tuple[torch.Tensor | None, torch.Tensor | None]:
         """Sums of the adapters' changes in float32: outlier weight `[out, rank]`, weight scale `[out, groups]`."""
-        outliers = [self._outlier_change(name) for name in names]
-        scales = [self.lora_weight_scale[name].float() for name in names if name in self.lora_weight_scale]
+        outliers = [self.outlier_change(name) for name in names]
+        scales = [self.scale_change(name) for name in names if name in self.lora_weight_scale]
         return reduce(torch.add, outliers) if outliers else None, reduce(torch.add, scales) if scales else None
-
-    def _outlier_change(self, name: str) -> torch.Tensor:
-        change = self.lora_B[name].weight.float() * self.scaling[name]
-        if self._is_outlier(name):
-            return change * self.lora_A[name].scale.to(change.device)
-        first, columns = self.lora_A[name].weight.float(), self.get_base_layer().split.outlier_index()
-        rest = torch.ones(self.in_features, dtype=torch.bool)
-        rest[columns] = False
-        if bool(first[:, rest.to(first.device)].any()) or self.lora_bias[name]:
-            raise ValueError(
-                f"adapter {name!r} changes more than the outlier weights of {self.get_base_layer().role}, and 4-bit "
-                "weights cannot take that up; serve it unmerged, or train an OutlierLoraConfig"
-            )
-        return change @ first[:, columns.to(first.device)]
 
     def _get_in_out_features(self, module: QuadLinear) -> tuple[int, int]:
         return module.in_features, module.out_features

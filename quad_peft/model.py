@@ -8,10 +8,11 @@ from typing import Any
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 
-from quad_modifiers.nn.quad_linear import OutlierLinear, QuadLinear
+from quad_modifiers.nn.quad_linear import QuadLinear
 from quad_peft.config import OutlierLoraConfig
 from quad_peft.fingerprint import base_fingerprint
 from quad_peft.layer import QuadLoraLayer
+from quad_peft.targets import check_targets, set_usual_targets
 
 logger = logging.getLogger(__name__)
 
@@ -43,14 +44,24 @@ def get_outlier_model(
     return peft_model
 
 
-def prepare_config(config: Any, model: nn.Module) -> None:
-    """Gives an adapter's config what PEFT needs to put it into a QUAD model; PEFT calls this through registration."""
-    if not isinstance(config, LoraConfig):
-        return
-    config._register_custom_module({QuadLinear: QuadLoraLayer, OutlierLinear: _InsideOfQuadLinear})
+def prepare_config(config: Any, model: nn.Module, usual: dict[str, Any]) -> None:
+    """Gives an adapter's config what PEFT needs to put it into a QUAD model; PEFT calls this through registration.
+
+    Args:
+        config: config of any PEFT method.
+        model: model with QUAD layers.
+        usual: PEFT's targets by model type, of that method.
+
+    Raises:
+        ValueError: if the model cannot take the adapter; it is unchanged then.
+    """
     if isinstance(config, OutlierLoraConfig):
         _check_base(config, model)
         _fit(config, model)
+    set_usual_targets(config, model, usual)
+    check_targets(config, model)
+    if isinstance(config, LoraConfig):
+        config._register_custom_module({QuadLinear: QuadLoraLayer})
 
 
 def _check_base(config: OutlierLoraConfig, model: nn.Module) -> None:
@@ -93,16 +104,17 @@ def _fit(config: OutlierLoraConfig, model: nn.Module) -> None:
             f"r ({config.r}) must be the model's rank ({', '.join(f'{k} {v}' for k, v in sorted(wanted.items()))}); "
             "leave it out"
         )
-    config.r = config.lora_alpha = common
     others = {role: rank for role, rank in wanted.items() if rank != common}
+    taken: tuple[tuple[str, Any, Any], ...] = (
+        ("lora_alpha", config.lora_alpha, common),
+        ("rank_pattern", config.rank_pattern, others),
+        ("alpha_pattern", config.alpha_pattern, others),
+    )
+    for name, given, found in taken:
+        if given and given != found:
+            raise ValueError(
+                f"{name} ({given}) of an outlier adapter comes from the model, where it is {found}: the adapter has "
+                "the model's ranks and is not scaled; leave it out"
+            )
+    config.r = config.lora_alpha = common
     config.rank_pattern, config.alpha_pattern = dict(others), dict(others)
-
-
-class _InsideOfQuadLinear:
-    """Stands where PEFT would put an adapter on the outlier weight, which its layer reads without calling it."""
-
-    def __init__(self, *_: Any, **__: Any) -> None:
-        raise ValueError(
-            "target_modules reaches inside of a QUAD layer (as 'all-linear' does); name the layers themselves, such as "
-            "['q_proj', 'v_proj']"
-        )

@@ -6,6 +6,8 @@ import torch
 from quad_kernels import InputSplit
 from torch import nn
 
+from quad_modifiers.nn.computed_weight import ComputedWeight
+
 
 class OutlierSelector(nn.Module):
     """Stands in for `lora_A`, an `nn.Linear` of weight `[rank, in]` with a single number in each row.
@@ -27,8 +29,11 @@ class OutlierSelector(nn.Module):
     @property
     def weight(self) -> torch.Tensor:
         """The dense matrix, `[rank, in]`."""
-        like = self._lora_b[0].weight
-        return self._picks(like.dtype, like.device) * self.scale.to(like).unsqueeze(1)
+        return ComputedWeight.of(
+            self._dense(self._lora_b[0].weight.dtype, self._lora_b[0].weight.device),
+            "the A of an outlier adapter picks the outlier coordinates and cannot be written to; change its B, combine "
+            "adapters with add_weighted_adapter, or train a LoraConfig",
+        )
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Returns the outlier coordinates of `x` `[..., in]`, scaled, `[..., rank]`."""
@@ -42,23 +47,44 @@ class OutlierSelector(nn.Module):
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         # Powers of two are exact in half the bytes of float32, and a LoRA's A and B may differ in dtype.
-        destination[f"{prefix}weight"] = self.weight.to(torch.bfloat16)
+        destination[f"{prefix}weight"] = self._dense(torch.bfloat16, self._lora_b[0].weight.device)
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
         _metadata, _strict, missing_keys, _unexpected_keys, error_msgs = rest
         loaded = state_dict.get(f"{prefix}weight")
         if loaded is None:
             missing_keys.append(f"{prefix}weight")
-        elif not torch.equal(loaded != 0, self._picks(torch.bool, loaded.device)):
-            error_msgs.append(
-                f"{prefix}weight, {list(loaded.shape)}, does not select the {self.split.rank} outlier coordinates of "
-                f"an input of {self.split.width}: the adapter belongs to another checkpoint, or was edited"
-            )
+            return
+        try:
+            self._take(loaded)
+        except ValueError as error:
+            error_msgs.append(f"{prefix}weight: {error}")
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Takes a dense matrix as `weight`, which is how transformers loads an adapter."""
+        if name == "weight":
+            self._take(value)
         else:
-            self.scale = loaded.sum(1).float().cpu()
+            super().__setattr__(name, value)
+
+    def _take(self, dense: torch.Tensor) -> None:
+        """Takes the scales from a dense matrix `[rank, in]` that selects the outlier coordinates."""
+        if dense.is_meta:
+            return
+        if not torch.equal(dense != 0, self._picks(torch.bool, dense.device)):
+            raise ValueError(
+                f"{list(dense.shape)} does not select the {self.split.rank} outlier coordinates of an input of "
+                f"{self.split.width}: the adapter belongs to another checkpoint, or was edited"
+            )
+        self.scale = dense.detach().sum(1).float().cpu()
+
+    def _dense(self, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+        return self._picks(dtype, device) * self.scale.to(device, dtype).unsqueeze(1)
 
     def _picks(self, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
         """The matrix that picks the outlier coordinates, `[rank, in]`."""
         dense = torch.zeros(self.split.rank, self.split.width, dtype=dtype, device=device)
+        if dense.is_meta:  # while an adapter is loaded: shape and dtype are all that is asked for
+            return dense
         dense[torch.arange(self.split.rank, device=device), self.split.outlier_index(device)] = 1
         return dense
