@@ -20,13 +20,15 @@ class ComputedWeight(torch.Tensor):
     _why: str
 
     @staticmethod
-    def of(tensor: torch.Tensor, why: str) -> "ComputedWeight":
-        """Returns `tensor` as a computed weight.
+    def of(tensor: torch.Tensor, why: str) -> torch.Tensor:
+        """Returns `tensor` as a computed weight; as it is while a graph is compiled, which takes no such subclass.
 
         Args:
             tensor: computed anew for this call.
             why: what it is and what to do instead of writing to it, for the error.
         """
+        if torch.compiler.is_compiling():
+            return tensor
         weight = tensor.as_subclass(ComputedWeight)
         weight._why = why
         return weight

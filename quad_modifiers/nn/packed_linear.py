@@ -91,8 +91,9 @@ class PackedLinear(nn.Module):
     def prepare(self) -> None:
         """Repacks the weight for the kernels of its device; does nothing while its tensors are not loaded."""
         if self._prepared is None and not self.weight_packed.is_meta:
-            self._prepared = self._repacked()
+            repacked = self._repacked()
             self.weight_packed = self.weight_packed.new_empty(0)
+            self._prepared = repacked
 
     def prepared_weight(self) -> QuantizedWeight:
         """The weight as the kernels read it."""
@@ -132,6 +133,15 @@ class PackedLinear(nn.Module):
         if self._prepared is not None:
             self.weight_packed = self._prepared.to_words()
             self._prepared = None
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Takes other words or zero points even after a forward pass, which has repacked those from before."""
+        if self.__dict__.get("_prepared") is not None:
+            if name == "weight_packed":
+                self._prepared = None
+            elif name == "weight_zero_point":
+                self.restore_words()
+        super().__setattr__(name, value)
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> "PackedLinear":
         self.restore_words()  # another device may want another layout

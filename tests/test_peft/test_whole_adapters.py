@@ -135,6 +135,13 @@ class TestMixedBatches:
             model.set_adapter(name)
             torch.testing.assert_close(mixed[row], logits(model)[0], rtol=1e-3, atol=1e-3)
 
+    def test_compiled(self, load: Load) -> None:
+        torch._dynamo.reset()
+        model = adapted(load)
+        names = {"adapter_names": ["default", "__base__"]}
+        expected = logits(model, **names)
+        assert torch.equal(logits(torch.compile(model, backend="aot_eager"), **names), expected)
+
     def test_generation(self, load: Load) -> None:
         model = adapted(load)
         names = {"adapter_names": ["default", "__base__"]}
