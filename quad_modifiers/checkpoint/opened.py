@@ -2,18 +2,26 @@
 
 import json
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from quad_modifiers.checkpoint.format import QUANT_METHOD, QuadFormat, read_format
+from quad_modifiers.checkpoint.whole_model import DEFAULTS, LoadingOptions, load_whole_model
 from quad_modifiers.model.architecture import Architecture, find_architecture
 from quad_modifiers.plugins import architectures
 from quad_modifiers.records.inventory import Inventory, read_inventory
 
 _WEIGHTS = (".safetensors", ".bin")
+
+
+class OwnCodeError(ValueError):
+    """A model or tokenizer brings code along, which may not run."""
 
 
 @dataclass(frozen=True)
@@ -26,6 +34,7 @@ class Opened:
         config: transformers config.
         quantized: quant_method of the config, None for an unquantized model.
         quad: `quad` section of a QUAD checkpoint, None for any other model.
+        options: how it is loaded.
     """
 
     name: str
@@ -33,6 +42,7 @@ class Opened:
     config: Any
     quantized: str | None
     quad: QuadFormat | None
+    options: LoadingOptions = DEFAULTS
 
     @property
     def architecture(self) -> Architecture:
@@ -84,14 +94,20 @@ class Opened:
             raise FileNotFoundError(f"{self.folder} has a config.json but no weights; fetch or write the model again")
 
     def load(self) -> Any:
-        """Returns the model in the dtype of its weights, in evaluation mode; packed weights stay packed.
+        """Returns the model, by default in the dtype of its weights, in evaluation mode; packed weights stay packed.
 
         Raises:
             FileNotFoundError: if there are no weights.
-            ValueError: if the weights of a QUAD checkpoint do not fit its config.
+            ValueError: naming weights that are missing, surplus or of another shape.
         """
         self.check_weights()
-        return AutoModelForCausalLM.from_pretrained(self.name, dtype="auto").eval()
+        with _named_errors(self.name):
+            return load_whole_model(self.name, self.options)
+
+    def skeleton(self) -> Any:
+        """Returns the model on the meta device: its parts and their names, without weights."""
+        with torch.device("meta"), _named_errors(self.name):
+            return AutoModelForCausalLM.from_config(self.config, trust_remote_code=self.options.trust_remote_code)
 
     def tokenizer(self) -> Any:
         """Returns the tokenizer.
@@ -99,7 +115,7 @@ class Opened:
         Raises:
             ValueError: if there is none.
         """
-        return tokenizer_of(self.name)
+        return tokenizer_of(self.name, self.options)
 
     def inventory(self) -> Inventory:
         """Returns what the files of the folder say of the tensors.
@@ -113,7 +129,7 @@ class Opened:
         return read_inventory(self.folder)
 
 
-def open_checkpoint(name: str | Path, known_only: bool = False) -> Opened:
+def open_checkpoint(name: str | Path, known_only: bool = False, options: LoadingOptions = DEFAULTS) -> Opened:
     """Opens a folder or Hub id.
 
     A string is a Hub id if no folder has that name and it has the form OWNER/NAME, OWNER not being a folder either.
@@ -121,22 +137,46 @@ def open_checkpoint(name: str | Path, known_only: bool = False) -> Opened:
     Args:
         name: any causal language model of transformers, quantized or not.
         known_only: True refuses architectures that this package does not know.
+        options: how config, weights and tokenizer are loaded.
 
     Raises:
         FileNotFoundError: if there is no such folder, or it has no config.json.
-        ValueError: if the config is damaged, or the architecture is refused.
+        ValueError: if the config is damaged, the architecture is refused, or a folder is given with a revision.
     """
     folder = _folder(name)
     text = str(folder or name)
-    config = AutoConfig.from_pretrained(text)
+    if folder is not None and options.revision is not None:
+        raise ValueError(
+            f"{folder} is a folder, which has no revision {options.revision!r}; give the Hub id, or omit the revision"
+        )
+    with _named_errors(text):
+        config = AutoConfig.from_pretrained(text, **options.of_hub())
     section = getattr(config, "quantization_config", None)
     section = section if section is None or isinstance(section, dict) else section.to_dict()
     method = None if section is None else str(section.get("quant_method"))
     quad = read_format(section.get("quad")) if section is not None and method == QUANT_METHOD else None
-    opened = Opened(text, folder, config, method, quad)
+    opened = Opened(text, folder, config, method, quad, options)
     if known_only:
         _ = opened.architecture
     return opened
+
+
+@contextmanager
+def _named_errors(name: str | Path) -> Iterator[None]:
+    """Names what transformers cannot load, and words its refusal to run the code that comes along."""
+    try:
+        yield
+    except OSError as error:
+        if str(name) in str(error):
+            raise
+        raise OSError(f"{name} cannot be loaded: {error}") from error
+    except ValueError as error:
+        if "trust_remote_code" not in str(error):
+            raise
+        raise OwnCodeError(
+            f"{name} brings code of its own along, which would run on this machine; read it, then allow it with "
+            "trust_remote_code (--trust-remote-code; trust_remote_code_model in oneshot)"
+        ) from error
 
 
 def _folder(name: str | Path) -> Path | None:
@@ -176,31 +216,41 @@ def stored_architecture(quad: QuadFormat) -> Architecture:
     return known[quad.base_model_type]
 
 
-def load_tokenizer(name: str | Path) -> Any:
+def load_tokenizer(name: str | Path, options: LoadingOptions = DEFAULTS) -> Any:
     """Returns the tokenizer of a folder or Hub id.
 
     Raises:
+        OwnCodeError: if it brings code along that may not run.
         OSError, ValueError: if it has none, with transformers' reason.
     """
-    return AutoTokenizer.from_pretrained(os.path.expanduser(name))
+    with _named_errors(name):
+        return AutoTokenizer.from_pretrained(os.path.expanduser(name), **options.of_hub())
 
 
-def find_tokenizer(name: str | Path) -> Any:
-    """Returns the tokenizer of a folder or Hub id, None if it has none."""
+def find_tokenizer(name: str | Path, options: LoadingOptions = DEFAULTS) -> Any:
+    """Returns the tokenizer of a folder or Hub id, None if it has none.
+
+    Raises:
+        OwnCodeError: if it brings code along that may not run.
+    """
     try:
-        return load_tokenizer(name)
+        return load_tokenizer(name, options)
+    except OwnCodeError:
+        raise
     except (OSError, ValueError):
         return None
 
 
-def tokenizer_of(name: str | Path) -> Any:
+def tokenizer_of(name: str | Path, options: LoadingOptions = DEFAULTS) -> Any:
     """Returns the tokenizer of a folder or Hub id.
 
     Raises:
         ValueError: if it has none, with the remedy.
     """
     try:
-        return load_tokenizer(name)
+        return load_tokenizer(name, options)
+    except OwnCodeError:
+        raise
     except (OSError, ValueError) as error:
         raise ValueError(
             f"{name} has no tokenizer, so no text can be read; save the original's into it: "

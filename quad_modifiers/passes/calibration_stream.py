@@ -6,6 +6,7 @@ products are bfloat16 where that is fast, the residual stream is float32.
 
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -44,9 +45,22 @@ class CalibrationBatch:
         return activations[self.keep.to(activations.device)]
 
 
+_chosen: ContextVar[str | None] = ContextVar("_chosen", default=None)
+
+
 def working_device() -> torch.device:
-    """The GPU if there is one, else the CPU."""
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    """The device of `work_on`; without one the GPU if there is one, else the CPU."""
+    return torch.device(_chosen.get() or ("cuda" if torch.cuda.is_available() else "cpu"))
+
+
+@contextmanager
+def work_on(device: str | None) -> Iterator[None]:
+    """Runs the passes inside on `device`, on the usual one if it is None."""
+    token = _chosen.set(device)
+    try:
+        yield
+    finally:
+        _chosen.reset(token)
 
 
 def fast_products() -> AbstractContextManager[Any]:

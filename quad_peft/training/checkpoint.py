@@ -6,6 +6,7 @@ from pathlib import Path
 
 from quad_modifiers.checkpoint.opened import find_tokenizer, open_checkpoint
 from quad_modifiers.checkpoint.rehearsal import rehearse_saving
+from quad_modifiers.checkpoint.whole_model import DEFAULTS, LoadingOptions
 from quad_modifiers.output_folder import check_space, check_target, complete_or_absent, user_path
 from quad_modifiers.records.tuning_record import TUNING_NAME, read_tuning
 
@@ -14,7 +15,7 @@ logger = logging.getLogger(__name__)
 _ADAPTER_CONFIG = "adapter_config.json"
 
 
-def merge(checkpoint: str | Path, adapter: str | Path, output: str | Path) -> None:
+def merge(checkpoint: str | Path, adapter: str | Path, output: str | Path, options: LoadingOptions = DEFAULTS) -> None:
     """Writes a QUAD checkpoint with an adapter merged into its outlier weights; every runtime loads it as any other.
 
     Tokenizer and recipe are those of the checkpoint. The record of the training, `tuning.json`, comes from the
@@ -24,6 +25,7 @@ def merge(checkpoint: str | Path, adapter: str | Path, output: str | Path) -> No
         checkpoint: folder or Hub id of the QUAD checkpoint that the adapter was trained on.
         adapter: folder of the adapter.
         output: folder that must not exist or be empty.
+        options: how the checkpoint is loaded.
 
     Raises:
         FileExistsError: if `output` is not empty.
@@ -35,13 +37,13 @@ def merge(checkpoint: str | Path, adapter: str | Path, output: str | Path) -> No
 
     adapter, output = user_path(adapter), user_path(output)
     check_target(output)
-    opened = open_checkpoint(checkpoint)
+    opened = open_checkpoint(checkpoint, options=options)
     opened.need_quad()
     opened.check_weights()
     if not (adapter / _ADAPTER_CONFIG).is_file():
         raise FileNotFoundError(f"{adapter} has no {_ADAPTER_CONFIG}; it is no adapter")
     read_tuning(adapter)  # a damaged record is noticed now, not when the result is published
-    tokenizer, loaded = find_tokenizer(opened.name), opened.load()
+    tokenizer, loaded = find_tokenizer(opened.name, options), opened.load()
     beside_weights = rehearse_saving(loaded, tokenizer, output)
     check_space(output, beside_weights + loaded.get_memory_footprint())
     model = PeftModel.from_pretrained(loaded, str(adapter)).merge_and_unload()
@@ -51,7 +53,8 @@ def merge(checkpoint: str | Path, adapter: str | Path, output: str | Path) -> No
             logger.warning("%s has no tokenizer, so %s has none", opened.name, output)
         else:
             tokenizer.save_pretrained(temporary)
-        recipe = cached_file(opened.name, "recipe.yaml", _raise_exceptions_for_missing_entries=False)
+        where = {"revision": options.revision, "cache_dir": options.cache_dir}
+        recipe = cached_file(opened.name, "recipe.yaml", _raise_exceptions_for_missing_entries=False, **where)
         for file in (recipe, adapter / TUNING_NAME):
             if file is not None and Path(file).is_file():
                 shutil.copyfile(file, temporary / Path(file).name)

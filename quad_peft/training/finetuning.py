@@ -4,11 +4,12 @@ import json
 import logging
 import os
 import shutil
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from quad_modifiers.checkpoint.opened import Opened, find_tokenizer, open_checkpoint
+from quad_modifiers.checkpoint.whole_model import DEFAULTS, LoadingOptions
 from quad_modifiers.nn.quad_linear import QuadLinear
 from quad_modifiers.output_folder import (
     check_parent,
@@ -62,6 +63,8 @@ def finetune(
     train_weight_scales: bool = False,
     teacher_cache: str | Path | None = None,
     resume: bool = False,
+    options: LoadingOptions = DEFAULTS,
+    original_revision: str | None = None,
 ) -> FinetuneResult:
     """Trains the outlier weights of a QUAD checkpoint and writes them as a PEFT adapter.
 
@@ -89,6 +92,9 @@ def finetune(
         teacher_cache: folder for the original model's hidden states; computed once, then the model is not needed in
             memory. By default they are computed as they are needed.
         resume: True to continue an interrupted run of the same settings, if there is one.
+        options: how checkpoint and original are loaded; its revision is that of the checkpoint. The device is that of
+            the training, "cpu" or "cuda".
+        original_revision: branch, tag or commit of the original's Hub id.
 
     Raises:
         FileExistsError: if `output` is not empty, or an unfinished run is beside it and `resume` is not set.
@@ -104,11 +110,13 @@ def finetune(
     check_target(output, besides=(folder.name,))
     if teacher_cache is not None:
         check_parent(user_path(teacher_cache) / _RUN)
-    opened = open_checkpoint(checkpoint)
+    device, options = options.device, replace(options, device=None)  # the trainer moves the models
+    opened = open_checkpoint(checkpoint, options=options)
     opened.check_weights()
     opened.need_quad()
-    source = None if original is None else _opened_original(original, opened.config)
-    model, tokenizer = opened.load(), find_tokenizer(opened.name)
+    how = replace(options, revision=original_revision)
+    source = None if original is None else _opened_original(original, opened.config, how)
+    model, tokenizer = opened.load(), find_tokenizer(opened.name, options)
     found = training_data(
         data,
         tokenizer,
@@ -121,9 +129,11 @@ def finetune(
         dataset_config=dataset_config,
         seed=settings.seed,
     )
+    if isinstance(source, Opened):
+        source = source.load()  # before a folder is made: it may lack weights
     model = get_outlier_model(model, OutlierLoraConfig(train_weight_scales=train_weight_scales))
     original_name = None if original is None else model_name(original)
-    arguments = settings.arguments(folder)
+    arguments = settings.arguments(folder, device)
     _check_launch(arguments)
     writes = arguments.process_index == 0
     identity = {  # what an interrupted run and the one that resumes it must have in common
@@ -192,11 +202,13 @@ def _open_folder(folder: Path, identity: dict[str, Any], resume: bool) -> None:
         )
 
 
-def _opened_original(original: Any, checkpoint: Any) -> Any:
+def _opened_original(original: Any, checkpoint: Any, options: LoadingOptions) -> Any:
     """Returns an original, opened but not loaded; checks that it can be that of a checkpoint with this config."""
     if isinstance(original, (str, Path)):
-        original = open_checkpoint(original)
+        original = open_checkpoint(original, options=options)
         original.check_weights()
+    elif options.revision is not None:
+        raise ValueError(f"the revision {options.revision!r} has no effect on an original that is loaded; omit it")
     config = original.config
     is_quad = (
         original.quad is not None
@@ -220,8 +232,6 @@ def _opened_original(original: Any, checkpoint: Any) -> Any:
 def _teacher(original: Any, data: TrainingData, cache: str | Path | None) -> Teacher | None:
     if original is None:
         return None
-    if isinstance(original, Opened):
-        original = original.load()
     original.eval()
     return LiveTeacher(original) if cache is None else cache_teacher(original, data.samples, user_path(cache))
 

@@ -70,11 +70,20 @@ class TuningSettings:
         if not 0 <= self.warmup < 1:
             raise ValueError(f"warmup ({self.warmup}) is a share of the steps, from 0 to below 1")
 
-    def arguments(self, folder: Path) -> TrainingArguments:
-        """As transformers' Trainer takes them; states go to `folder`."""
+    def arguments(self, folder: Path, device: str | None = None) -> TrainingArguments:
+        """As transformers' Trainer takes them; states go to `folder`.
+
+        Raises:
+            ValueError: for a device other than "cpu" and "cuda".
+        """
+        if device not in (None, "cpu", "cuda"):
+            raise ValueError(
+                f"training runs on cpu or cuda, not on {device!r}; choose among several GPUs with CUDA_VISIBLE_DEVICES"
+            )
         every = 1 / self.evaluations  # below 1: a share of all steps
         arguments = TrainingArguments(
             output_dir=str(folder),
+            use_cpu=device == "cpu",
             num_train_epochs=self.epochs,
             max_steps=-1 if self.max_steps is None else self.max_steps,
             per_device_train_batch_size=self.batch_size,

@@ -8,9 +8,7 @@ from .import_map import ROOT
 PACKAGES = ("quad_modifiers", "quad_peft")
 OTHER_DIALECT = re.compile(r"\A(Return|Yield|Raise) |^\s+\w+(Error|Exception): If ", re.M)
 # Files in which the other dialect is still spoken. A line that is not needed any more must go.
-DOCSTRINGS = {
-    "quad_modifiers/tools/evaluation/subject.py",
-}
+DOCSTRINGS: set[str] = set()
 LAZY_ANNOTATIONS = DOCSTRINGS
 
 

@@ -358,3 +358,10 @@ def test_a_corrected_original_needs_no_cleaning_up(checkpoint, original, make_to
             finetune(checkpoint, tmp_path / "a", **arguments)
     finetune(checkpoint, tmp_path / "a", original=original, **arguments)
     assert [each.name for each in tmp_path.iterdir()] == ["a"]
+
+
+def test_a_teacher_without_its_head_is_refused(quad_checkpoint: Path, make_toy, text: Path, tmp_path: Path) -> None:
+    make_toy().model.save_pretrained(tmp_path / "base")
+    with pytest.raises(ValueError, match=r"lm_head\.weight is missing"):
+        finetune(quad_checkpoint, tmp_path / "out", data=text, original=tmp_path / "base", length=16)
+    assert not list(tmp_path.glob("out*"))

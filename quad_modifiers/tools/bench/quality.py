@@ -10,8 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoTokenizer
 
+from quad_modifiers.checkpoint.whole_model import load_whole_model
 from quad_modifiers.data import calibration_windows, token_windows
 from quad_modifiers.records.evaluation_record import Comparison
 from quad_modifiers.records.machine import machine_name, package_versions, peak_memory
@@ -74,7 +75,7 @@ def measure_here(
         if isinstance(made, Path) and made != original:
             size = sum(file.stat().st_size for file in made.glob("*.safetensors"))
         tasks = [] if items == 0 else _tasks(made, original, tokenizer, items)
-        loaded = AutoModelForCausalLM.from_pretrained(made) if isinstance(made, Path) else made
+        loaded = load_whole_model(made) if isinstance(made, Path) else made
         result = _perplexity(loaded, tokenizer, WIKIPEDIA, windows)
         others = {text: _perplexity(loaded, tokenizer, text, windows // 2).value for text in (NEWS, CODE)}
     return Measurement(

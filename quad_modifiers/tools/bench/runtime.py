@@ -1,8 +1,9 @@
 """Speed of a checkpoint beside its original in transformers, on this machine."""
 
 import torch
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
 
+from quad_modifiers.checkpoint.whole_model import load_whole_model
 from quad_modifiers.records.machine import machine_name
 from quad_modifiers.tools.demo.token_speed import SpeedTask, kernels_in_use, measure_speed
 from quad_modifiers.tools.publishing.markdown import markdown_table
@@ -32,4 +33,5 @@ def compare_runtime(original: str, compressed: str) -> str:
 
 
 def _load(folder: str, dtype: torch.dtype) -> PreTrainedModel:
-    return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).eval()
+    model: PreTrainedModel = load_whole_model(folder, dtype=dtype)
+    return model

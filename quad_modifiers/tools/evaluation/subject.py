@@ -1,14 +1,15 @@
 """A model to be evaluated: where it comes from, what identifies it, and the lm-eval model, loaded when first needed."""
 
-from __future__ import annotations
-
 import gc
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from quad_modifiers.checkpoint.opened import open_checkpoint, tokenizer_of
+from quad_modifiers.checkpoint.opened import Opened, open_checkpoint, tokenizer_of
+from quad_modifiers.checkpoint.whole_model import DEFAULTS, LoadingOptions, check_device
+from quad_modifiers.reporting import only_errors
 from quad_modifiers.tools.evaluation.cache import fingerprint
 
 if TYPE_CHECKING:
@@ -23,29 +24,36 @@ class Subject:
         tokenizer: tokenizer of a loaded model, if it is not where its weights come from; unused for a folder or Hub id.
         batch_size: requests in a forward pass.
         device: "cpu", "cuda", ...; the GPU if there is one by default. Loaded models stay where they are.
+        options: how a folder or Hub id is loaded; its `device` is not read.
 
     Raises:
-        FileNotFoundError: there is no such folder, or it holds no model.
-        ValueError: there is no such device, or the model's config.json is damaged.
+        FileNotFoundError: if there is no such folder, or it holds no model.
+        ValueError: if there is no such device, the config.json is damaged, or a loaded model is given with options of
+            loading.
     """
 
     def __init__(
         self,
-        model: str | Path | PreTrainedModel,
-        tokenizer: PreTrainedTokenizerBase | None = None,
+        model: "str | Path | PreTrainedModel",
+        tokenizer: "PreTrainedTokenizerBase | None" = None,
         batch_size: int = 16,
         device: str | None = None,
+        options: LoadingOptions = DEFAULTS,
     ) -> None:
         self.folder: Path | None = None
         self.model: str | PreTrainedModel
+        self.device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+        check_device(self.device)
+        self.options = replace(options, device=self.device)
+        self._opened: Opened | None = None
         if isinstance(model, (str, Path)):
-            opened = open_checkpoint(model)
+            self._opened = opened = open_checkpoint(model, options=self.options)
             opened.check_weights()
             self.model, self.folder, self.config = opened.name, opened.folder, opened.config
         else:
+            _check_unread(options)
             self.model, self.config = model, model.config
         self._tokenizer = None if isinstance(self.model, str) else tokenizer
-        self.device = _usable(device) if device else "cuda" if torch.cuda.is_available() else "cpu"
         self._batch_size = batch_size
         self._lm: Any = None
 
@@ -68,14 +76,15 @@ class Subject:
             return fingerprint(self.folder)
         from transformers.utils import cached_file
 
-        config = cached_file(self.model, "config.json")  # in a folder that is named for the commit
+        where = {"revision": self.options.revision, "cache_dir": self.options.cache_dir}
+        config = cached_file(self.model, "config.json", **where)  # in a folder that is named for the commit
         return f"{self.model}@{Path(config).parent.name}"
 
     @property
     def tokenizer(self) -> Any:
         """The tokenizer; loading it does not load the model."""
         if self._tokenizer is None:
-            self._tokenizer = tokenizer_of(self.source)
+            self._tokenizer = tokenizer_of(self.source, self.options)
         return self._tokenizer
 
     @property
@@ -84,20 +93,19 @@ class Subject:
         if self._lm is None:
             from quad_modifiers.tools.evaluation.lm import QuadLM
 
-            self._lm = QuadLM(self.model, device=self.device, tokenizer=self.tokenizer, batch_size=self._batch_size)
+            tokenizer = self.tokenizer  # first: it is the cheaper one to miss
+            model = self.model if self._opened is None else self._opened.load()
+            with only_errors("lm_eval.models.huggingface"):  # it warns of models that others have loaded
+                self._lm = QuadLM(model, device=self.device, tokenizer=tokenizer, batch_size=self._batch_size)
         return self._lm
 
     def release(self) -> None:
-        """Free the memory of the model, unless it is the caller's."""
+        """Frees the memory of the model, unless it is the caller's."""
         self._lm = None
         gc.collect()
 
 
-def _usable(device: str) -> str:
-    """Return the device, or raise a ValueError if it is none of this machine's; lm-eval would take the CPU."""
-    try:
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        reason = str(error).partition("\n")[0]
-        raise ValueError(f"the device {device!r} cannot be used ({reason}); give cpu, or omit it") from error
-    return device
+def _check_unread(options: LoadingOptions) -> None:
+    for name, value in (("revision", options.revision), ("dtype", options.dtype)):
+        if value not in (None, "auto"):
+            raise ValueError(f"{name}={value} has no effect on a model that is loaded already; omit it")

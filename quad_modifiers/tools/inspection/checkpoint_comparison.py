@@ -9,10 +9,12 @@ from pathlib import Path
 import torch
 
 from quad_modifiers.checkpoint.opened import Opened, open_checkpoint
+from quad_modifiers.checkpoint.whole_model import DEFAULTS, LoadingOptions
 from quad_modifiers.data import CalibrationSource
 from quad_modifiers.data.windows import warn_of_length
 from quad_modifiers.model.decoder import Decoder
 from quad_modifiers.output_folder import check_target, user_path
+from quad_modifiers.passes.calibration_stream import work_on
 from quad_modifiers.recipe.document import parse_recipe
 from quad_modifiers.records.evaluation_record import Evaluation, read_evaluation, task_scores
 from quad_modifiers.records.inventory import read_inventory
@@ -38,6 +40,7 @@ def compare_checkpoints(
     eval_windows: int = 4,
     seq_length: int = 512,
     seed: int = 0,
+    options: LoadingOptions = DEFAULTS,
 ) -> Comparison:
     """Compares checkpoint folders and, if asked, writes report.html, its charts as PNGs, and comparison.json.
 
@@ -54,12 +57,16 @@ def compare_checkpoints(
         eval_windows: windows of text.
         seq_length: tokens in a window.
         seed: seed that chooses the windows.
+        options: how baseline and checkpoints are loaded; its revision is that of the baseline.
 
     Raises:
         FileExistsError: if `output_dir` exists and is not empty.
         FileNotFoundError: if there is no such folder, or it is not a checkpoint.
-        ValueError: for fewer than two checkpoints, one of them twice, or one that was not made of the baseline.
+        ValueError: for fewer than two checkpoints, one of them twice, or one that was not made of the baseline; for
+            options of loading without a baseline, as nothing is loaded then.
     """
+    if baseline is None and options != DEFAULTS:
+        raise ValueError("without a baseline no model is loaded; give one, or omit how to load it")
     output = None if output_dir is None else user_path(output_dir)
     if output is not None:
         from quad_modifiers.tools.inspection import compare_report  # now: it needs matplotlib
@@ -70,7 +77,9 @@ def compare_checkpoints(
     found = Comparison(entries)
     if baseline is not None:
         text = TextOptions(dataset, text_column, 0, eval_windows, seq_length, seed)
-        found = _against(open_checkpoint(baseline, known_only=True), folders, entries, text)
+        original = open_checkpoint(baseline, known_only=True, options=options)
+        with work_on(options.device):
+            found = _against(original, folders, entries, text)
     if output is not None:
         drawn = compare_report.charts(found)
         build = partial(compare_report.comparison_page, found)
@@ -83,7 +92,7 @@ def _against(original: Opened, folders: list[Path], entries: list[Entry], text: 
     original.need_unquantized("the baseline")
     warn_of_length(original.config, text.seq_length)
     for folder in folders:
-        open_checkpoint(folder, known_only=True).need_same_type(original)
+        _open_beside(original, folder).need_same_type(original)
     windows = text.windows(original.tokenizer(), held_out=True)
     decoder = Decoder(original.load(), original.architecture)
     reference = Reference.of(decoder, windows.measured)
@@ -92,6 +101,10 @@ def _against(original: Opened, folders: list[Path], entries: list[Entry], text: 
         loss, blocks = _measure(original, decoder, reference, folder, windows.measured)
         measured.append(replace(entry, loss=loss, blocks=blocks))
     return Comparison(measured, original.name, reference.perplexity, windows.settings)
+
+
+def _open_beside(original: Opened, folder: Path) -> Opened:
+    return open_checkpoint(folder, known_only=True, options=replace(original.options, revision=None))
 
 
 def _folders(checkpoints: Sequence[str | Path]) -> list[Path]:
@@ -122,7 +135,7 @@ def _measure(
     original: Opened, first: Decoder, reference: Reference, folder: Path, windows: list[torch.Tensor]
 ) -> tuple[LossRow, list[BlockRow]]:
     logger.info("%s against %s", folder, original.name)
-    opened = open_checkpoint(folder, known_only=True)
+    opened = _open_beside(original, folder)
     decoder = Decoder(opened.load(), opened.architecture)
     try:
         blocks = measure_blocks(first, decoder, windows)

@@ -11,8 +11,10 @@ import torch
 from tqdm import tqdm
 
 from quad_modifiers.checkpoint.opened import Opened, open_checkpoint
+from quad_modifiers.checkpoint.whole_model import DEFAULTS, LoadingOptions
 from quad_modifiers.data.windows import warn_of_length
 from quad_modifiers.model.decoder import Decoder
+from quad_modifiers.passes.calibration_stream import work_on
 from quad_modifiers.projection.apply import apply_projection
 from quad_modifiers.tools.inspection.evaluation_text import TextOptions
 from quad_modifiers.tools.inspection.measure.inputs import measure_inputs, measure_surfaces
@@ -41,23 +43,30 @@ def measure(
     rank: int | None,
     layers: Sequence[int] | None,
     text: TextOptions,
+    options: LoadingOptions = DEFAULTS,
+    baseline_revision: str | None = None,
 ) -> Inspection:
     """Returns the numbers of `inspect_model`, which documents arguments and errors."""
-    opened = open_checkpoint(model, known_only=True)
+    if baseline_revision is not None and baseline is None:
+        raise ValueError(f"the baseline's revision {baseline_revision!r} is given, but no baseline; omit it")
+    opened = open_checkpoint(model, known_only=True, options=options)
     warn_of_length(opened.config, text.seq_length)
     if opened.quad is not None:
         if recipe is not None or rank is not None:
             raise ValueError(f"{opened.name} is a QUAD checkpoint, which has its projection; omit --recipe and --rank")
-        original = None if baseline is None else open_checkpoint(baseline, known_only=True)
+        how = replace(options, revision=baseline_revision)
+        original = None if baseline is None else open_checkpoint(baseline, known_only=True, options=how)
         if original is not None:
             original.need_unquantized("the baseline")
             opened.need_same_type(original)
-        found = _measure_checkpoint(opened, original, layers, text)
+        with work_on(options.device):
+            found = _measure_checkpoint(opened, original, layers, text)
     else:
         opened.need_unquantized("what is inspected must be a QUAD checkpoint, or else it")
         if baseline is not None:
             raise ValueError(f"{opened.name} is an unquantized model, its own baseline; omit --baseline")
-        found = _measure_model(opened, recipe or DEFAULT_RECIPE, rank, layers, text)
+        with work_on(options.device):
+            found = _measure_model(opened, recipe or DEFAULT_RECIPE, rank, layers, text)
     return replace(found, recommendation=recommend(found))
 
 

@@ -4,6 +4,7 @@ import logging
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
+from quad_modifiers.checkpoint.whole_model import DEFAULTS, LoadingOptions
 from quad_modifiers.data import CalibrationSource
 from quad_modifiers.output_folder import check_target, complete_or_absent, user_path
 from quad_modifiers.tools.inspection.evaluation_text import TextOptions
@@ -31,6 +32,8 @@ def inspect_model(
     eval_windows: int = 4,
     seq_length: int = 512,
     seed: int = 0,
+    options: LoadingOptions = DEFAULTS,
+    baseline_revision: str | None = None,
 ) -> Inspection:
     """Measures a model or a QUAD checkpoint and writes report.html, its charts as PNGs, and inspection.json.
 
@@ -51,6 +54,8 @@ def inspect_model(
         eval_windows: other windows, which everything else is measured on.
         seq_length: tokens in a window.
         seed: seed that chooses the windows.
+        options: how model and baseline are loaded; its revision is that of the model.
+        baseline_revision: branch, tag or commit of the baseline's Hub id.
 
     Returns:
         The numbers.
@@ -67,7 +72,7 @@ def inspect_model(
     target = user_path(output_dir)
     check_target(target)
     text = TextOptions(dataset, text_column, samples, eval_windows, seq_length, seed)
-    found = measure(model, baseline, recipe, rank, layers, text)
+    found = measure(model, baseline, recipe, rank, layers, text, options, baseline_revision)
     write_report(target, charts(found), lambda drawn: inspection_page(found, drawn), found, NUMBERS_NAME)
     return found
 

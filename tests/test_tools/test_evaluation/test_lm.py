@@ -12,8 +12,10 @@ pytest.importorskip("lm_eval")
 
 from lm_eval.api.instance import Instance
 
+from quad_modifiers.checkpoint.whole_model import LoadingOptions
 from quad_modifiers.nn.quad_linear import QuadLinear
 from quad_modifiers.tools.evaluation.lm import QuadLM
+from quad_modifiers.tools.evaluation.subject import Subject
 
 REQUESTS = [
     ("Seven wizards mixed", " a jug"),
@@ -60,3 +62,22 @@ def test_log_likelihoods_of_a_bf16_model_are_float32(make_toy: Any, toy_tokenize
     assert found == pytest.approx(by_hand(model, toy_tokenizer), rel=1e-3)
     rounded = likelihoods(QuadLM(model, tokenizer=toy_tokenizer, softmax_dtype=None))
     assert max(abs(a - b) for a, b in zip(found, rounded, strict=True)) > 0.01
+
+
+def test_a_model_without_its_head_is_refused(make_toy: Any, toy_tokenizer: Any, tmp_path: Path) -> None:
+    make_toy("llama").model.save_pretrained(tmp_path)
+    toy_tokenizer.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"no whole LlamaForCausalLM: lm_head\.weight is missing"):
+        QuadLM(str(tmp_path))
+    with pytest.raises(ValueError, match=r"no whole LlamaForCausalLM: lm_head\.weight is missing"):
+        _ = Subject(tmp_path).lm
+
+
+def test_options_of_a_loaded_model_have_no_effect(make_toy: Any) -> None:
+    with pytest.raises(ValueError, match="dtype=float16 has no effect on a model that is loaded already"):
+        Subject(make_toy("llama"), options=LoadingOptions(dtype="float16"))
+
+
+def test_a_subject_in_another_dtype(toy_checkpoint: Any) -> None:
+    subject = Subject(toy_checkpoint("llama"), device="cpu", options=LoadingOptions(dtype="bfloat16"))
+    assert subject.lm.model.dtype == torch.bfloat16
