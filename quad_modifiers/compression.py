@@ -1,30 +1,42 @@
 """`oneshot`: from a model and a recipe to a checkpoint."""
 
+import inspect
 import logging
 import os
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from quad_modifiers.checkpoint.native_runtime import use_native_blocks
-from quad_modifiers.checkpoint.opened import Opened, load_tokenizer, open_checkpoint
+from quad_modifiers.checkpoint.opened import Opened, OwnCodeError, load_tokenizer, open_checkpoint
 from quad_modifiers.checkpoint.rehearsal import rehearse_saving
+from quad_modifiers.checkpoint.whole_model import LoadingOptions
 from quad_modifiers.data.calibration import CalibrationSource, as_dataloader, calibration_windows
 from quad_modifiers.data.windows import warn_of_length
 from quad_modifiers.model.architecture import find_architecture
 from quad_modifiers.model.decoder import Decoder
 from quad_modifiers.nn.quad_linear import QuadLinear
+from quad_modifiers.oneshot_arguments import PASSED, SEQUENTIAL, check_arguments, check_for_recipe, dtype_name
 from quad_modifiers.output_folder import check_space, check_target, complete_or_absent, user_path
+from quad_modifiers.passes.calibration_stream import work_on
 from quad_modifiers.plugins import architectures
 from quad_modifiers.recipe import check_recipe, is_recipe_text, resolve_recipe
+from quad_modifiers.recipe.order import PROJECT
+from quad_modifiers.recipe.overrides import overridden
+from quad_modifiers.recipe.patterns import check_patterns, has_patterns
+from quad_modifiers.recipe.resolve import read_recipe
 from quad_modifiers.recipe.stored_size import stored_size
 from quad_modifiers.reporting import SUMMARY, file_size, table
+
+if TYPE_CHECKING:
+    from llmcompressor.modifiers import Modifier
 
 logger = logging.getLogger(__name__)
 
@@ -38,17 +50,26 @@ def oneshot(
     dataset: CalibrationSource = None,
     output_dir: str | Path | None = None,
     tokenizer: str | Path | PreTrainedTokenizerBase | None = None,
+    processor: str | Path | PreTrainedTokenizerBase | None = None,
     num_calibration_samples: int = 64,
     max_seq_length: int = 512,
     text_column: str = "text",
     splits: Any = None,
     dataset_config_name: str | None = None,
     seed: int = 0,
+    overrides: Sequence[str] = (),
+    precision: str | torch.dtype = "auto",
+    model_revision: str | None = None,
+    trust_remote_code_model: bool = False,
+    cache_dir: str | Path | None = None,
+    device: str | None = None,
+    tie_word_embeddings: bool | None = None,
     **arguments: Any,
 ) -> PreTrainedModel:
     """Compresses a causal language model by a recipe and, if asked, writes the checkpoint.
 
-    Everything that can be wrong without looking at the weights is checked first: recipe, output folder, model type.
+    Everything that can be wrong without looking at the weights is checked first: recipe, output folder, model type. An
+    argument of `llmcompressor.oneshot` that would have no effect here is refused, with what to do instead.
 
     Args:
         model: folder, hub id, or loaded transformers model (which is changed in place).
@@ -59,13 +80,21 @@ def oneshot(
         output_dir: where the checkpoint goes; must not exist or be empty. None writes nothing. A folder that exists is
             filled, its own place and mode stay.
         tokenizer: folder, hub id or tokenizer; the model's own by default.
+        processor: llm-compressor's other name for `tokenizer`.
         num_calibration_samples: windows of calibration text.
         max_seq_length: tokens per window.
         text_column: column of the text in `dataset`.
         splits: split of a `datasets` name.
         dataset_config_name: configuration of a `datasets` name.
         seed: of the choice of windows.
-        arguments: passed on to `llmcompressor.oneshot`.
+        overrides: fields of the recipe to change, "Modifier.field=value" each, the value in YAML.
+        precision: dtype in which the weights are loaded, such as "bfloat16"; that of the weights by default.
+        model_revision: branch, tag or commit of a hub id.
+        trust_remote_code_model: True to run the code that model and tokenizer bring along.
+        cache_dir: folder in place of the Hub's cache.
+        device: where the blocks are worked on, such as "cpu"; the GPU if there is one by default.
+        tie_word_embeddings: False gives the head a tensor of its own; True insists that it keeps the embedding's.
+        arguments: `pipeline`, `moe_calibrate_all_experts`, `log_dir`, and what llm-compressor's own modifiers read.
 
     Returns:
         The compressed model, ready to run.
@@ -77,22 +106,30 @@ def oneshot(
     from llmcompressor import oneshot as llmcompressor_oneshot
 
     with _visible_log():
-        named = isinstance(recipe, (str, Path)) and not is_recipe_text(recipe)
-        for warning in check_recipe(recipe):
-            logger.warning("%s", warning.describe(str(recipe) if named else "recipe"))
-        if named:
-            recipe = str(resolve_recipe(recipe))
+        check_arguments(arguments, list(inspect.signature(oneshot).parameters))
+        options = LoadingOptions(
+            revision=None if model_revision == "main" else model_revision,  # llm-compressor's default
+            trust_remote_code=trust_remote_code_model,
+            dtype=dtype_name(precision),
+            device=device,
+            cache_dir=cache_dir,
+        )
+        recipe, modifiers = _checked_recipe(recipe, overrides)
+        check_for_recipe(arguments, device, modifiers.all)
         output = None if output_dir is None else user_path(output_dir)
         if output is not None:
             check_target(output)
-        modifiers = _modifiers(recipe)
-        source = open_checkpoint(model) if isinstance(model, (str, Path)) else model
-        _check_model(source, _needs_known_architecture(modifiers), max_seq_length)
+        # The weights stay where they are; blocks are brought to the device one at a time.
+        opening = replace(options, device=None)
+        source = open_checkpoint(model, options=opening) if isinstance(model, (str, Path)) else model
+        _check_model(source, any(_is_ours(each) for each in modifiers.all), max_seq_length)
+        _check_options(source, options, tie_word_embeddings, modifiers.all)
+        modifiers.check_patterns(source)
         start = time.perf_counter()
-        processor = _tokenizer(source, tokenizer)
+        tokens = _tokenizer(source, tokenizer, processor, options)
         windows = calibration_windows(
             dataset,
-            processor,
+            tokens,
             num_samples=num_calibration_samples,
             sequence_length=max_seq_length,
             text_column=text_column,
@@ -103,29 +140,33 @@ def oneshot(
         loaded: PreTrainedModel = source.load() if isinstance(source, Opened) else source.eval()
         before = loaded.get_memory_footprint(return_buffers=False)
         if output is not None:
-            beside_weights = rehearse_saving(loaded, processor, output)
-            check_space(output, beside_weights + stored_size(loaded, modifiers))
-        with _config_on_disk(loaded):
+            beside_weights = rehearse_saving(loaded, tokens, output)
+            check_space(output, beside_weights + stored_size(loaded, modifiers.all))
+        with _config_on_disk(loaded, options), work_on(device):
             llmcompressor_oneshot(
                 model=loaded,
-                tokenizer=processor if processor is not None else _NO_TOKENIZER,
+                tokenizer=tokens if tokens is not None else _NO_TOKENIZER,
                 recipe=recipe,
                 dataset=as_dataloader(windows),
-                pipeline=arguments.pop("pipeline", "independent"),
-                **arguments,
+                trust_remote_code_model=trust_remote_code_model,
+                tie_word_embeddings=tie_word_embeddings is not False,
+                **{"pipeline": "independent", **_passed_on(arguments)},
             )
         _use_native_blocks(loaded)
         if output is not None:
-            _save(loaded, processor, output)
+            _save(loaded, tokens, output)
         _log_summary(loaded, before, output, time.perf_counter() - start)
     return loaded
 
 
 @contextmanager
-def _config_on_disk(model: PreTrainedModel) -> Iterator[None]:
-    """Gives a model that was built in memory a config file, which llm-compressor reads to see if it is quantized."""
+def _config_on_disk(model: PreTrainedModel, options: LoadingOptions) -> Iterator[None]:
+    """Gives a model a config file, which llm-compressor reads to see if it is quantized.
+
+    Where the model has one, llm-compressor finds it, but knows neither a revision nor a cache folder.
+    """
     name = model.config._name_or_path
-    if name:
+    if name and options.revision is None and options.cache_dir is None:
         yield
         return
     with tempfile.TemporaryDirectory() as folder:
@@ -156,17 +197,64 @@ def _visible_log() -> Iterator[None]:
         package.setLevel(level)
 
 
-def _modifiers(recipe: Any) -> list[Any]:
+@dataclass(frozen=True)
+class _Modifiers:
+    """The modifiers of a recipe, as llm-compressor will build them, with its text and name for messages."""
+
+    all: "list[Modifier]"
+    text: str | None
+    name: str
+
+    def check_patterns(self, model: Opened | PreTrainedModel) -> None:
+        """Refuses patterns that match nothing, before the weights are loaded."""
+        if has_patterns(self.all):
+            parts = model.skeleton() if isinstance(model, Opened) else model
+            check_patterns(self.all, parts, self.text, self.name)
+
+
+def _checked_recipe(recipe: Any, overrides: Sequence[str]) -> tuple[Any, _Modifiers]:
+    """Returns the recipe as llm-compressor takes it, and its modifiers; its warnings are logged."""
     from llmcompressor.recipe import Recipe
 
-    return list(Recipe.create_instance(recipe).modifiers)
+    named = isinstance(recipe, (str, Path)) and not is_recipe_text(recipe)
+    name = str(recipe) if named else "recipe"
+    if overrides:
+        recipe, named = overridden(recipe, overrides), False
+    for warning in check_recipe(recipe):
+        logger.warning("%s", (replace(warning, line=None) if overrides else warning).describe(name))
+    if named:
+        recipe = str(resolve_recipe(recipe))
+    text = None
+    if isinstance(recipe, str) and not overrides:  # with overrides, its lines are not those of a file
+        text = read_recipe(Path(recipe)) if named else recipe
+    return recipe, _Modifiers(list(Recipe.create_instance(recipe).modifiers), text, name)
 
 
-def _needs_known_architecture(modifiers: list[Any]) -> bool:
+def _is_ours(modifier: "Modifier") -> bool:
     """Returns whether a modifier works on known architectures only."""
     from quad_modifiers.modifiers.base import QuadModifier  # imports llm-compressor
 
-    return any(isinstance(modifier, QuadModifier) for modifier in modifiers)
+    return isinstance(modifier, QuadModifier)
+
+
+def _passed_on(arguments: dict[str, Any]) -> dict[str, Any]:
+    """The arguments that llm-compressor acts on; the others say what is done anyway."""
+    return {name: value for name, value in arguments.items() if name in (*PASSED, *SEQUENTIAL)}
+
+
+def _check_options(
+    model: Opened | PreTrainedModel, options: LoadingOptions, tied: bool | None, modifiers: "Sequence[Modifier]"
+) -> None:
+    """Refuses what cannot have the effect that it asks for."""
+    if isinstance(model, PreTrainedModel):
+        for name, value in (("model_revision", options.revision), ("precision", options.dtype)):
+            if value not in (None, "auto"):
+                raise ValueError(f"{name}={value} has no effect on a model that is loaded already; omit it")
+    if tied and not model.config.tie_word_embeddings:
+        raise ValueError("tie_word_embeddings=True, but head and embedding of the model are two tensors; omit it")
+    projections = [type(each).__name__ for each in modifiers if getattr(each, "recipe_role", None) == PROJECT]
+    if tied and projections:
+        raise ValueError(f"tie_word_embeddings=True, but {projections[0]} gives the head a tensor of its own; omit it")
 
 
 def _check_model(model: Opened | PreTrainedModel, known_only: bool, length: int) -> None:
@@ -186,15 +274,23 @@ def _check_model(model: Opened | PreTrainedModel, known_only: bool, length: int)
 
 
 def _tokenizer(
-    model: Opened | PreTrainedModel, tokenizer: str | Path | PreTrainedTokenizerBase | None
+    model: Opened | PreTrainedModel, tokenizer: Any, processor: Any, options: LoadingOptions
 ) -> PreTrainedTokenizerBase | None:
-    if isinstance(tokenizer, PreTrainedTokenizerBase):
-        return tokenizer
+    if tokenizer is not None and processor is not None:
+        raise ValueError("tokenizer and processor mean the same here; give one of the two")
+    given = processor if tokenizer is None else tokenizer
+    if isinstance(given, PreTrainedTokenizerBase):
+        return given
+    if given is not None and not isinstance(given, (str, Path)):
+        raise TypeError(f"the tokenizer must be a folder, a hub id or a tokenizer, not {type(given).__name__}")
+    own = given is None and isinstance(model, Opened)
     source = model.name if isinstance(model, Opened) else model.config._name_or_path
     try:
-        return load_tokenizer(tokenizer or source)
+        return load_tokenizer(given or source, options if own else replace(options, revision=None))
+    except OwnCodeError:
+        raise
     except (OSError, ValueError) as error:
-        if tokenizer is not None:
+        if given is not None:
             raise
         logger.warning("no tokenizer found beside the model (%s); the data set must be token ids", type(error).__name__)
         return None

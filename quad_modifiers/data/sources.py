@@ -11,6 +11,7 @@ from torch.utils.data import DataLoader
 from quad_modifiers.data.calibration_texts import calibration_texts
 from quad_modifiers.data.local_files import LOCAL_SUFFIXES, check_column, local_texts
 from quad_modifiers.data.token_rows import dataset_rows, loader_rows, unpadded
+from quad_modifiers.data.unused_options import check_choices_used, check_column_used
 
 if TYPE_CHECKING:
     from datasets import Dataset, DatasetDict
@@ -62,6 +63,9 @@ def resolve(
     one, or a mapping whose key is the first of the purpose's usual splits. The errors are those of
     `calibration_windows`.
     """
+    check_column_used(source, text_column)
+    choices = {purpose.split_option: splits, purpose.config_option: config_name}
+    check_choices_used(source, choices, isinstance(source, (str, Path)) and is_local_file(source))
     if source is None:
         return calibration_texts()
     if isinstance(source, str | Path):

@@ -22,6 +22,7 @@ from quad_modifiers.modifiers.coming_widths import check_group_sizes
 from quad_modifiers.nn.quad_linear import QuadLinear
 from quad_modifiers.plugins import architectures
 from quad_modifiers.recipe import RecipeError, validate_modifiers
+from quad_modifiers.recipe.patterns import check_patterns
 from quad_modifiers.recipe.storable import decoder_places
 
 logger = logging.getLogger(__name__)
@@ -44,7 +45,7 @@ class QuadModifier(Modifier):
     - on_initialize
         - the first modifier of a recipe: check of the recipe as a whole, for this model, and of what is saved beside
           the weights
-        - `check`
+        - check the patterns of the fields, then `check`
         - check architecture and weights, wrap the linears in pass-through containers
         - `prepare`
     - on_calibration_start
@@ -110,9 +111,11 @@ class QuadModifier(Modifier):
             ValueError: if the model cannot be worked on, or the settings do not fit it.
             RecipeError: if the recipe cannot be used on this model.
         """
+        decoder = Decoder(state.model, find_architecture(state.model.config, architectures()))
         if self is next((each for each in recipe_modifiers() if isinstance(each, QuadModifier)), None):
-            _check_beforehand(Decoder(state.model, find_architecture(state.model.config, architectures())))
-        self.check(Decoder(state.model, find_architecture(state.model.config, architectures())))
+            _check_beforehand(decoder)
+        check_patterns([self], state.model)
+        self.check(decoder)
         self.prepare(prepared_decoder(state.model), lambda: calibration_batches(state))
         return True
 

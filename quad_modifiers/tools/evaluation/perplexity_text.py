@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from quad_modifiers.data import local_texts, token_windows, wikipedia_articles
+from quad_modifiers.data.unused_options import check_column_used
 
 WIKIPEDIA = "wikipedia"
 WINDOW_LENGTH = 512  # tokens
@@ -58,6 +59,7 @@ def perplexity_text(
     """
     if length < 2:
         raise ValueError(f"the length of a window must be at least 2 tokens, not {length}")
+    check_column_used(None if source == WIKIPEDIA else source, text_column)
     if source == WIKIPEDIA:
         texts = wikipedia_articles("held_out")
         count = count or WIKIPEDIA_WINDOWS
