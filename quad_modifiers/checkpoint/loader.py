@@ -50,9 +50,14 @@ class QuadQuantizationConfig(QuantizationConfigMixin):
         dequantize: load as a plain model of the same function, its inputs unquantized; for `from_pretrained(...,
             quantization_config=QuadQuantizationConfig(dequantize=True))`.
         content: the section of config.json.
+
+    Raises:
+        TypeError: for an argument that is neither `dequantize` nor part of such a section.
     """
 
     def __init__(self, dequantize: bool = False, **content: Any) -> None:
+        if content and "quad" not in content:
+            raise TypeError(f"QuadQuantizationConfig takes `dequantize`, not {', '.join(content)}")
         self.quant_method = QUANT_METHOD  # a plain string: transformers' enum is closed
         self.dequantize = dequantize
         self.content = {key: value for key, value in content.items() if key != "quant_method"}
@@ -60,7 +65,9 @@ class QuadQuantizationConfig(QuantizationConfigMixin):
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], return_unused_kwargs: bool = False, **kwargs: Any) -> Any:
         """Keeps every key."""
-        config = cls(**config_dict)
+        config = cls(bool(config_dict.get("dequantize", False)))
+        ours = ("quant_method", "dequantize")
+        config.content = {key: value for key, value in config_dict.items() if key not in ours}
         return (config, kwargs) if return_unused_kwargs else config
 
     def get_loading_attributes(self) -> dict[str, Any]:

@@ -7,6 +7,7 @@ holds the same text where a number belongs, which stock config classes refuse wi
 """
 
 import json
+import logging
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -20,6 +21,8 @@ from quad_modifiers.checkpoint.quad_model import QuadModel
 
 INSTALL_HINT = "pip install quad-modifiers, then import quad_modifiers"
 TRIPWIRE_FIELD = "initializer_range"  # only a new, untrained model needs it
+
+logger = logging.getLogger(__name__)
 
 _publish: Callable[..., Any] | None = None
 

@@ -1,13 +1,16 @@
 """What transformers' own methods of a model do not know of packed weights."""
 
+import inspect
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
+from transformers import PreTrainedModel
 
 from quad_modifiers.checkpoint.generation_settings import settle_generation
+from quad_modifiers.checkpoint.saving_arguments import check_saving_arguments
 from quad_modifiers.nn.packed_linear import PackedLinear
 from quad_modifiers.nn.packed_table import PackedEmbedding, PackedTable, TiedHead, is_packed
 from quad_modifiers.output_folder import give_usual_modes, user_path
@@ -17,12 +20,18 @@ from quad_modifiers.quantization.table_rows import quantize_rows
 class QuadModel:
     """The first of two base classes of a checkpoint's model; the other is the stock one."""
 
-    def save_pretrained(self, save_directory: str | Path, **arguments: Any) -> None:
-        """Saves as transformers does, with the generation config made fit for it, and in files that others may read."""
+    def save_pretrained(self, save_directory: str | Path, *positional: Any, **arguments: Any) -> None:
+        """Saves as transformers does, with the generation config made fit for it, and in files that others may read.
+
+        Raises:
+            TypeError, ValueError: for an argument that would have no effect.
+        """
+        stock: Any = super()
+        taken = set(inspect.signature(PreTrainedModel.save_pretrained).parameters) - {"kwargs", "push_to_hub", "token"}
+        check_saving_arguments(arguments, taken)
         folder = user_path(save_directory)
         settle_generation(self)
-        stock: Any = super()
-        stock.save_pretrained(folder, **arguments)
+        stock.save_pretrained(folder, *positional, **{name: arguments[name] for name in arguments if name in taken})
         give_usual_modes(folder, "*.safetensors")
 
     def get_memory_footprint(self, return_buffers: bool = True) -> int:

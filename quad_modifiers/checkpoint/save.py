@@ -18,7 +18,13 @@ from torch import nn
 from quad_modifiers.checkpoint.contribute import Contributions, contributions_of
 from quad_modifiers.checkpoint.describe import describe_linears, quantization_config
 from quad_modifiers.checkpoint.generation_settings import settle_generation
-from quad_modifiers.checkpoint.models import push_to_hub, quad_model_type, register_models, set_tripwire
+from quad_modifiers.checkpoint.models import (
+    push_to_hub,
+    quad_model_type,
+    register_models,
+    set_tripwire,
+)
+from quad_modifiers.checkpoint.saving_arguments import check_saving_arguments
 from quad_modifiers.model.architecture import Architecture
 from quad_modifiers.model.decoder import Decoder
 from quad_modifiers.nn.quad_linear import QuadLinear
@@ -59,21 +65,18 @@ class CheckpointSaver:
     def __call__(
         self,
         save_directory: str | Path,
-        save_compressed: bool = True,
+        is_main_process: bool = True,
         max_shard_size: str | int = "5GB",
-        **unsupported: Any,
+        **arguments: Any,
     ) -> None:
-        """Writes the checkpoint.
+        """Writes the checkpoint; nothing where this is not the main process.
 
         Raises:
-            ValueError: for `save_compressed=False` or an argument that has no meaning here.
+            ValueError: for an argument that would have no effect, such as `save_compressed=False`.
         """
-        if not save_compressed:
-            raise ValueError("a QUAD model can only be saved compressed; leave save_compressed at True")
-        unknown = {key for key, value in unsupported.items() if value not in (None, False, True)}
-        if unknown:
-            raise ValueError(f"save_pretrained of a QUAD model does not take {', '.join(sorted(unknown))}")
-        save_checkpoint(self.model, self.architecture, user_path(save_directory), max_shard_size=max_shard_size)
+        check_saving_arguments(arguments)
+        if is_main_process:
+            save_checkpoint(self.model, self.architecture, user_path(save_directory), max_shard_size=max_shard_size)
 
 
 def save_checkpoint(
@@ -140,6 +143,7 @@ def _config(decoder: Decoder, plain: bool, linears: dict[str, Any], contributed:
     config = model.config.to_dict()
     config.pop("_name_or_path", None)
     config.pop("quantization_config", None)
+    config.pop("auto_map", None)  # code that the original brought along, and the checkpoint does not
     config["dtype"] = str(model.dtype).removeprefix("torch.")
     if not plain:
         register_models([architecture.model_type])

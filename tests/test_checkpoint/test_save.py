@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM
 pytest.importorskip("llmcompressor")
 from quad_modifiers import oneshot
 from quad_modifiers.checkpoint import save as saving
+from quad_modifiers.checkpoint.loader import QuadQuantizationConfig
 from quad_modifiers.nn.quad_linear import QuadLinear
 
 RECIPE = "quad_stage:\n  quad_modifiers:\n    OutlierSplitGPTQ: {method: rtn}\n"
@@ -168,6 +169,39 @@ def test_arguments_without_meaning_are_refused(compressed, tmp_path) -> None:
     with pytest.raises(ValueError, match="does not take variant"):
         compressed.model.save_pretrained(tmp_path / "out", variant="fp16")
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("loaded", [False, True], ids=["in memory", "loaded"])
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ({"save_compressed": False}, ValueError, "does not take save_compressed=False: a QUAD model can only be saved"),
+        ({"safe_serialization": False}, ValueError, "does not take safe_serialization=False: weights are always"),
+        ({"push_to_hub": True}, ValueError, r"does not take push_to_hub=True: call model\.push_to_hub\(repo_id\)"),
+        ({"token": True}, ValueError, "does not take token=True: it is an argument of push_to_hub"),
+        ({"max_shard_sise": "1GB"}, TypeError, "no argument 'max_shard_sise'; did you mean max_shard_size"),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
+def test_no_argument_of_saving_is_silently_dropped(loaded, arguments, error, message, compressed, tmp_path) -> None:
+    model = AutoModelForCausalLM.from_pretrained(compressed.folder) if loaded else compressed.model
+    with pytest.raises(error, match=message):
+        model.save_pretrained(tmp_path / "out", **arguments)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_arguments_of_saving_that_have_their_effect(compressed, tmp_path, caplog) -> None:
+    compressed.model.save_pretrained(tmp_path / "out", is_main_process=False)
+    assert list(tmp_path.iterdir()) == []
+    loaded = AutoModelForCausalLM.from_pretrained(compressed.folder)
+    loaded.save_pretrained(tmp_path / "out", safe_serialization=True, variant="mine", save_function=print)
+    assert (tmp_path / "out" / "model.mine.safetensors").is_file()
+    assert "save_function has no effect" in caplog.text
+
+
+def test_a_misspelt_argument_of_loading(compressed) -> None:
+    with pytest.raises(TypeError, match="takes `dequantize`, not dequantise"):
+        QuadQuantizationConfig(dequantise=True)
 
 
 def test_layers_that_differ_are_refused_with_their_name(make_toy, tmp_path) -> None:
