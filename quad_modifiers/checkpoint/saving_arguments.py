@@ -1,4 +1,4 @@
-"""Arguments of `save_pretrained` that a QUAD model takes, and those that it refuses because they would have no effect."""
+"""Arguments of `save_pretrained`: those that a QUAD model refuses because they would have no effect."""
 
 import logging
 from collections.abc import Collection, Mapping

@@ -1,5 +1,6 @@
 """How the commands print: results on stdout through rich, progress and warnings on stderr."""
 
+import json
 import logging
 import os
 import sys
@@ -40,6 +41,11 @@ def print_table(header: Sequence[str], rows: Iterable[Sequence[str]], title: str
     for row in rows:
         table.add_row(*(Text(cell) for cell in row))  # Text: brackets are not markup
     console().print(table)
+
+
+def print_json(content: object) -> None:
+    """Prints a result for programs: JSON, indented, alone on stdout."""
+    print(json.dumps(content, indent=1, allow_nan=False))
 
 
 def show_warning(

@@ -1,12 +1,27 @@
 """`quad compare`: checkpoints side by side."""
 
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from quad_modifiers.tools.cli.options import Seed, SeqLength, TextColumn, all_expanded, expanded
-from quad_modifiers.tools.console import log_on_stderr, print_table
+from quad_modifiers.tools.cli.options import (
+    AsJson,
+    BaselineRevision,
+    CacheDir,
+    Device,
+    Dtype,
+    LoadingDtype,
+    Seed,
+    SeqLength,
+    TextColumn,
+    TrustRemoteCode,
+    all_expanded,
+    expanded,
+    loading,
+)
+from quad_modifiers.tools.console import log_on_stderr, print_json, print_table
 
 
 def compare(
@@ -38,6 +53,12 @@ def compare(
     seq_length: SeqLength = 512,
     seed: Seed = 0,
     text_column: TextColumn = "text",
+    baseline_revision: BaselineRevision = None,
+    trust_remote_code: TrustRemoteCode = False,
+    dtype: LoadingDtype = Dtype.auto,
+    device: Device = None,
+    cache_dir: CacheDir = None,
+    as_json: AsJson = False,
 ) -> None:
     """Compare checkpoints: recipe, format, size, measured results, and the error of each block against the original.
 
@@ -56,7 +77,11 @@ def compare(
             eval_windows=eval_windows,
             seq_length=seq_length,
             seed=seed,
+            options=loading(baseline_revision, trust_remote_code, dtype, device, cache_dir),
         )
+    if as_json:
+        print_json(asdict(found))
+        return
     print_table(*comparison_rows(found))
     if output is not None:
         from quad_modifiers.tools.inspection.model_report import REPORT_NAME

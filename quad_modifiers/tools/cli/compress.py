@@ -2,26 +2,42 @@
 
 import time
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from quad_modifiers.reporting import file_size
 from quad_modifiers.tools.cli.options import (
     TEXT_FORMS,
+    AsJson,
+    CacheDir,
     CheckpointOutput,
     DatasetConfig,
+    Device,
+    Dtype,
+    LoadingDtype,
+    Revision,
     Seed,
     SeqLength,
     Split,
     TextColumn,
+    TrustRemoteCode,
+    recipe_names,
 )
-from quad_modifiers.tools.console import log_on_stderr, print_table
+from quad_modifiers.tools.console import log_on_stderr, print_json, print_table
+
+if TYPE_CHECKING:
+    from quad_modifiers.records.inventory import Inventory
 
 
 def compress(
     model: Annotated[str, typer.Argument(help="Folder or Hub id of an unquantized causal language model.")],
-    recipe: Annotated[str, typer.Argument(help="Name of a recipe (see `quad recipes`) or path of a YAML file.")],
+    recipe: Annotated[
+        str,
+        typer.Argument(
+            help="Name of a recipe (see `quad recipes`) or path of a YAML file.", autocompletion=recipe_names
+        ),
+    ],
     output: CheckpointOutput,
     dataset: Annotated[str | None, typer.Option(help=f"Calibration text: {TEXT_FORMS}")] = None,
     samples: Annotated[int, typer.Option(min=1, help="Windows of calibration text.")] = 64,
@@ -31,6 +47,20 @@ def compress(
     split: Split = None,
     dataset_config: DatasetConfig = None,
     tokenizer: Annotated[str | None, typer.Option(help="Folder or Hub id; the model's own by default.")] = None,
+    overrides: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--set",
+            metavar="MODIFIER.FIELD=VALUE",
+            help="Change a field of the recipe; may be given several times. The checkpoint's recipe.yaml has it.",
+        ),
+    ] = None,
+    revision: Revision = None,
+    trust_remote_code: TrustRemoteCode = False,
+    dtype: LoadingDtype = Dtype.auto,
+    device: Device = None,
+    cache_dir: CacheDir = None,
+    as_json: AsJson = False,
 ) -> None:
     """Compress a model by a recipe and write the checkpoint.
 
@@ -53,25 +83,59 @@ def compress(
             splits=split,
             dataset_config_name=dataset_config,
             seed=seed,
+            overrides=overrides or (),
+            precision=dtype.value,
+            model_revision=revision,
+            trust_remote_code_model=trust_remote_code,
+            cache_dir=cache_dir,
+            device=device,
         )
     seconds = time.perf_counter() - start
+    before, after = _inventories(original_folder(model, revision, cache_dir), output)
+    if as_json:
+        print_json(_summary(recipe, output, before, after, seconds))
+        return
     took = (("time", f"{seconds:.0f} s"), ("peak memory", _memory()))
-    print_table((), [("recipe", recipe), *_sizes(model, output), *took, ("checkpoint", str(output))])
+    print_table((), [("recipe", recipe), *_sizes(before, after), *took, ("checkpoint", str(output))])
 
 
-def _sizes(model: str, output: Path) -> list[tuple[str, str]]:
-    """Returns the rows on format and size; those on the original only where its safetensors files are at hand."""
-    from quad_modifiers.records.inventory import Inventory, read_inventory
+def _inventories(original: Path | None, output: Path) -> "tuple[Inventory | None, Inventory]":
+    """Returns what the files of original and checkpoint hold; None where those of the original are not at hand."""
+    from quad_modifiers.records.inventory import read_inventory
 
-    def size(held: Inventory) -> str:
-        return f"{file_size(held.total)}, of which embedding and head {file_size(held.embeddings)}"
-
-    after = read_inventory(output)
-    folder = original_folder(model)
     try:
-        before = None if folder is None else read_inventory(folder)
+        before = None if original is None else read_inventory(original)
     except (OSError, ValueError):
         before = None  # weights that are stored twice, or unlike ours; the checkpoint is complete without
+    return before, read_inventory(output)
+
+
+def _summary(
+    recipe: str, output: Path, before: "Inventory | None", after: "Inventory", seconds: float
+) -> dict[str, Any]:
+    """Returns the closing table for programs: sizes in bytes, time in seconds, memory in bytes."""
+    from quad_modifiers.records.machine import peak_memory
+
+    def size(held: "Inventory | None") -> dict[str, int] | None:
+        return None if held is None else {"total": held.total, "embedding_and_head": held.embeddings}
+
+    return {
+        "recipe": recipe,
+        "format": after.format,
+        "size_before": size(before),
+        "size_after": size(after),
+        "seconds": round(seconds, 1),
+        "peak_memory": peak_memory() or None,
+        "checkpoint": str(output),
+    }
+
+
+def _sizes(before: "Inventory | None", after: "Inventory") -> list[tuple[str, str]]:
+    """Returns the rows on format and size; those on the original only where its safetensors files are at hand."""
+
+    def size(held: "Inventory") -> str:
+        return f"{file_size(held.total)}, of which embedding and head {file_size(held.embeddings)}"
+
     if before is None:
         return [("format", after.format), ("size after", size(after))]
     shrunk = f"{(before.total - before.embeddings) / max(after.total - after.embeddings, 1):.2f} times smaller"
@@ -92,7 +156,7 @@ def _memory() -> str:
     return ", ".join(parts) or "not measured on this platform"
 
 
-def original_folder(model: str) -> Path | None:
+def original_folder(model: str, revision: str | None = None, cache_dir: Path | None = None) -> Path | None:
     """Returns the folder of a model that was just loaded, in the Hub's cache for a Hub id.
 
     None if it holds no safetensors files.
@@ -101,7 +165,7 @@ def original_folder(model: str) -> Path | None:
     if not folder.is_dir():
         from huggingface_hub import try_to_load_from_cache
 
-        cached = try_to_load_from_cache(model, "config.json")
+        cached = try_to_load_from_cache(model, "config.json", cache_dir=cache_dir, revision=revision)
         if not isinstance(cached, str):
             return None
         folder = Path(cached).parent

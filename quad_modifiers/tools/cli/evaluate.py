@@ -1,15 +1,29 @@
 """`quad eval`: lm-eval's tasks and perplexity, beside the original model."""
 
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from quad_modifiers.tools.cli.options import TextColumn, expanded
-from quad_modifiers.tools.console import log_on_stderr, print_table
+from quad_modifiers.tools.cli.options import (
+    AsJson,
+    BaselineRevision,
+    CacheDir,
+    Device,
+    Dtype,
+    LoadingDtype,
+    Revision,
+    TextColumn,
+    TrustRemoteCode,
+    expanded,
+    loading,
+)
+from quad_modifiers.tools.console import log_on_stderr, print_json, print_table
 
 if TYPE_CHECKING:
+    from quad_modifiers.checkpoint.whole_model import LoadingOptions
     from quad_modifiers.records.evaluation_record import Evaluation
 
 
@@ -57,12 +71,18 @@ def evaluate(
         int | None, typer.Option(min=1, help="Windows drawn from the text; by default all of a file.")
     ] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Requests in one forward pass.")] = 16,
-    device: Annotated[str | None, typer.Option(help="cpu, cuda, ...; the GPU if there is one by default.")] = None,
+    revision: Revision = None,
+    baseline_revision: BaselineRevision = None,
+    trust_remote_code: TrustRemoteCode = False,
+    dtype: LoadingDtype = Dtype.auto,
+    device: Device = None,
+    cache_dir: CacheDir = None,
     seed: Annotated[int, typer.Option(min=0, help="Of few-shot examples, windows and intervals.")] = 0,
     fresh: Annotated[bool, typer.Option("--fresh", help="Measure again what an earlier run measured.")] = False,
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace a file that holds results which this run does not measure.")
     ] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Measure a model and, with --baseline, what is left of the original's scores.
 
@@ -77,9 +97,11 @@ def evaluate(
         raise ValueError("--perplexity names a text and --no-perplexity leaves it out; give one of the two")
     named = _tasks(tasks, offline)
     text: str | Path | None = None if no_perplexity else perplexity or WIKIPEDIA
+    options = loading(revision, trust_remote_code, dtype, None, cache_dir)
     target = _target(model, output)
     if target is not None and not overwrite:
-        _check_covered(target, named, limit, None if text is None else (text, window_length), baseline)
+        original = None if baseline is None else _name(baseline, replace(options, revision=baseline_revision))
+        _check_covered(target, named, limit, None if text is None else (text, window_length), original)
     with log_on_stderr():
         found = measure(
             model,
@@ -94,11 +116,17 @@ def evaluate(
             windows=windows,
             text_column=text_column,
             fresh=fresh,
+            options=options,
+            baseline_revision=baseline_revision,
         )
-    _print(found)  # first: if writing fails, the numbers are not lost
+    # First: if writing fails, the numbers are not lost.
+    if as_json:
+        print_json(found.model_dump(mode="json", exclude_defaults=True))
+    else:
+        _print(found)
     if target is not None:
         write_evaluation(found, target)
-        typer.echo(f"written to {target}")
+        typer.echo(f"written to {target}", err=as_json)
 
 
 def _tasks(tasks: str | None, offline: bool) -> list[str]:
@@ -133,13 +161,19 @@ def _check_covered(
     from quad_modifiers.records.evaluation_record import check_replaceable
     from quad_modifiers.tools.evaluation.harness import OFFLINE_GROUP, OFFLINE_TASKS
     from quad_modifiers.tools.evaluation.perplexity_text import text_name
-    from quad_modifiers.tools.evaluation.subject import Subject
 
     covered = set(tasks)
     if OFFLINE_GROUP in covered or covered.issuperset(OFFLINE_TASKS):
         covered |= {OFFLINE_GROUP, *OFFLINE_TASKS}
     measured_text = None if text is None else (text_name(text[0]), text[1])
-    check_replaceable(target, covered, limit, measured_text, None if baseline is None else Subject(baseline).name)
+    check_replaceable(target, covered, limit, measured_text, baseline)
+
+
+def _name(model: str, options: "LoadingOptions") -> str:
+    """Returns the name under which a model's scores are kept."""
+    from quad_modifiers.tools.evaluation.subject import Subject
+
+    return Subject(model, options=options).name
 
 
 def _print(found: "Evaluation") -> None:

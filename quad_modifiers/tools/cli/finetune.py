@@ -1,12 +1,27 @@
 """`quad finetune` and `quad merge`: train the outlier weights of a checkpoint, and write them into one."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from quad_modifiers.reporting import file_size
-from quad_modifiers.tools.cli.options import TEXT_FORMS, CheckpointOutput, DatasetConfig, Split, TextColumn, expanded
+from quad_modifiers.tools.cli.options import (
+    TEXT_FORMS,
+    CacheDir,
+    CheckpointOutput,
+    DatasetConfig,
+    Device,
+    Dtype,
+    LoadingDtype,
+    Revision,
+    Split,
+    TextColumn,
+    TrustRemoteCode,
+    expanded,
+    loading,
+)
 from quad_modifiers.tools.console import log_on_stderr, print_table
 
 if TYPE_CHECKING:
@@ -77,6 +92,14 @@ def finetune(
         bool, typer.Option("--resume", help="Go on with an interrupted run of the same settings.")
     ] = False,
     seed: Annotated[int, typer.Option(min=0, help="Of the choice and the order of the samples.")] = 0,
+    revision: Revision = None,
+    original_revision: Annotated[
+        str | None, typer.Option(metavar="REF", help="Branch, tag or commit of the Hub id given as --distill-from.")
+    ] = None,
+    trust_remote_code: TrustRemoteCode = False,
+    dtype: LoadingDtype = Dtype.auto,
+    device: Device = None,
+    cache_dir: CacheDir = None,
 ) -> None:
     """Fine-tune a QUAD checkpoint through its full-precision outlier weights.
 
@@ -89,6 +112,7 @@ def finetune(
     if merge is not None:
         check_target(merge)
     with log_on_stderr():
+        options = loading(revision, trust_remote_code, dtype, device, cache_dir)
         settings = training.TuningSettings(
             epochs=epochs,
             max_steps=max_steps,
@@ -118,11 +142,13 @@ def finetune(
             train_weight_scales=weight_scales,
             teacher_cache=teacher_cache,
             resume=resume,
+            options=options,
+            original_revision=original_revision,
         )
         if not result.is_main_process:
             return
         if merge is not None:
-            training.merge(checkpoint, output, merge)
+            training.merge(checkpoint, output, merge, replace(options, device=None))
     _print(result.record, output, merge)
 
 
@@ -151,6 +177,9 @@ def merge(
     checkpoint: Annotated[str, typer.Argument(help="Folder or Hub id of the QUAD checkpoint it was trained on.")],
     adapter: Annotated[Path, typer.Argument(help="Folder of the adapter.", callback=expanded)],
     output: CheckpointOutput,
+    revision: Revision = None,
+    trust_remote_code: TrustRemoteCode = False,
+    cache_dir: CacheDir = None,
 ) -> None:
     """Write a checkpoint with an adapter merged into its outlier weights.
 
@@ -160,5 +189,5 @@ def merge(
     from quad_peft import training
 
     with log_on_stderr():
-        training.merge(checkpoint, adapter, output)
+        training.merge(checkpoint, adapter, output, loading(revision, trust_remote_code, Dtype.auto, None, cache_dir))
     print_table((), [("checkpoint", f"{output} ({file_size(read_inventory(output).total)})")])

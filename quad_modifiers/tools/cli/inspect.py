@@ -1,12 +1,27 @@
 """`quad inspect`: a report by which people choose rank and bits."""
 
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from quad_modifiers.tools.cli.options import Seed, SeqLength, TextColumn, expanded
-from quad_modifiers.tools.console import log_on_stderr, print_table
+from quad_modifiers.tools.cli.options import (
+    AsJson,
+    BaselineRevision,
+    CacheDir,
+    Device,
+    Dtype,
+    LoadingDtype,
+    Revision,
+    Seed,
+    SeqLength,
+    TextColumn,
+    TrustRemoteCode,
+    expanded,
+    loading,
+)
+from quad_modifiers.tools.console import log_on_stderr, print_json, print_table
 
 
 def inspect(
@@ -48,15 +63,22 @@ def inspect(
     seq_length: SeqLength = 512,
     seed: Seed = 0,
     text_column: TextColumn = "text",
+    revision: Revision = None,
+    baseline_revision: BaselineRevision = None,
+    trust_remote_code: TrustRemoteCode = False,
+    dtype: LoadingDtype = Dtype.auto,
+    device: Device = None,
+    cache_dir: CacheDir = None,
+    as_json: AsJson = False,
 ) -> None:
     """Show what quantization does to a model: activations, spectrum, errors, and where the perplexity is lost.
 
     An unquantized model is measured as it is and as the projection of a recipe would make it; nothing is written but
     the report. A QUAD checkpoint is measured as stored. The report is one HTML file, with its charts as PNGs and its
-    numbers as JSON beside it, and ends with a recommendation, which is also printed.
+    numbers as JSON beside it, and ends with a recommendation, which is also printed; with --json, as JSON.
     """
     from quad_modifiers.tools.inspection import inspect_model
-    from quad_modifiers.tools.inspection.model_report import REPORT_NAME
+    from quad_modifiers.tools.inspection.model_report import NUMBERS_NAME, REPORT_NAME
 
     with log_on_stderr():
         found = inspect_model(
@@ -72,7 +94,14 @@ def inspect(
             eval_windows=eval_windows,
             seq_length=seq_length,
             seed=seed,
+            options=loading(revision, trust_remote_code, dtype, device, cache_dir),
+            baseline_revision=baseline_revision,
         )
+    if as_json:
+        recommendation = None if found.recommendation is None else asdict(found.recommendation)
+        files = {"report": str(output / REPORT_NAME), "numbers": str(output / NUMBERS_NAME)}
+        print_json({"recommendation": recommendation, **files})
+        return
     rules = found.recommendation.rules if found.recommendation is not None else []
     header = ("rule", "question", "measured", "answer")
     print_table(header, [(rule.number, rule.question, rule.measured, rule.answer) for rule in rules])

@@ -48,7 +48,6 @@ app = typer.Typer(
     name="quad",
     help="4-bit weights and activations for LLMs with a full-precision outlier subspace (QUAD, arXiv 2503.19353).",
     epilog="Exit codes: 0 done, 1 failed, 2 bad input, 130 interrupted. Each command's help names its Python function.",
-    add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
 )

@@ -1,11 +1,15 @@
-"""Options that several commands have: those of a text and its windows, and of a checkpoint that is written."""
+"""Options that several commands have: of a text and its windows, of models that are loaded, of what is written."""
 
+from enum import Enum
 from pathlib import Path
-from typing import Annotated, TypeAlias
+from typing import TYPE_CHECKING, Annotated, TypeAlias
 
 import typer
 
 from quad_modifiers.output_folder import user_path
+
+if TYPE_CHECKING:
+    from quad_modifiers.checkpoint.whole_model import LoadingOptions
 
 TEXT_FORMS = (
     "a text or jsonl file, or a name in `datasets`. By default Wikipedia articles that gensim ships and modules of "
@@ -32,3 +36,51 @@ CheckpointOutput: TypeAlias = Annotated[
     typer.Option("--output", "-o", metavar="OUT", help="Folder for the checkpoint; new or empty.", callback=expanded),
 ]
 Seed: TypeAlias = Annotated[int, typer.Option(min=0, help="Of the choice of windows.")]
+
+
+class Dtype(str, Enum):
+    """The dtypes that weights are loaded in."""
+
+    auto = "auto"
+    bfloat16 = "bfloat16"
+    float16 = "float16"
+    float32 = "float32"
+
+
+_HUB = "Branch, tag or commit of the Hub id given as"
+Revision: TypeAlias = Annotated[str | None, typer.Option(metavar="REF", help=f"{_HUB} MODEL or OUT.")]
+BaselineRevision: TypeAlias = Annotated[str | None, typer.Option(metavar="REF", help=f"{_HUB} --baseline.")]
+TrustRemoteCode: TypeAlias = Annotated[
+    bool, typer.Option("--trust-remote-code", help="Run the code that a model or its tokenizer brings along.")
+]
+LoadingDtype: TypeAlias = Annotated[
+    Dtype, typer.Option("--dtype", help="Load weights in this dtype; in that of the files by default.")
+]
+Device: TypeAlias = Annotated[
+    str | None, typer.Option(metavar="cpu|cuda|...", help="Where to compute; the GPU if there is one by default.")
+]
+CacheDir: TypeAlias = Annotated[
+    Path | None,
+    typer.Option(metavar="DIR", help="Folder for models from the Hub, in place of the usual cache.", callback=expanded),
+]
+AsJson: TypeAlias = Annotated[bool, typer.Option("--json", help="Print the result as JSON instead of a table.")]
+
+
+def loading(
+    revision: str | None, trust_remote_code: bool, dtype: Dtype, device: str | None, cache_dir: Path | None
+) -> "LoadingOptions":
+    """Returns the options of loading as the Python functions take them.
+
+    Raises:
+        ValueError: if the device is none of this machine's.
+    """
+    from quad_modifiers.checkpoint.whole_model import LoadingOptions
+
+    return LoadingOptions(revision, trust_remote_code, dtype.value, device, cache_dir)
+
+
+def recipe_names(incomplete: str) -> list[str]:
+    """Returns the recipes whose name begins so; for the shell's completion."""
+    from quad_modifiers.recipe.resolve import list_recipes
+
+    return [name for name in list_recipes() if name.startswith(incomplete)]

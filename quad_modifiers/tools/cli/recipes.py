@@ -1,13 +1,15 @@
 """`quad recipes`: the recipes that are installed, their text, and checking one."""
 
 import sys
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from quad_modifiers.tools.cli.errors import BAD_INPUT
-from quad_modifiers.tools.console import console, log_on_stderr, print_table
+from quad_modifiers.tools.cli.options import AsJson, recipe_names
+from quad_modifiers.tools.console import console, log_on_stderr, print_json, print_table
 
 recipes = typer.Typer(
     help="List, show and check recipes.",
@@ -31,7 +33,9 @@ def show_list() -> None:
 
 
 @recipes.command(epilog="Python: quad_modifiers.recipe.resolve_recipe(name).read_text()")
-def show(name: Annotated[str, typer.Argument(help="Name of a recipe, or path of a file.")]) -> None:
+def show(
+    name: Annotated[str, typer.Argument(help="Name of a recipe, or path of a file.", autocompletion=recipe_names)],
+) -> None:
     """Print a recipe; its header says what it does, what it costs and when to use it."""
     from quad_modifiers.recipe.resolve import read_recipe, resolve_recipe
 
@@ -46,7 +50,11 @@ def show(name: Annotated[str, typer.Argument(help="Name of a recipe, or path of 
 
 @recipes.command(epilog="Python: quad_modifiers.recipe.validate_recipe(text_or_path)")
 def validate(
-    files: Annotated[list[str], typer.Argument(help="Paths or names of recipes.", metavar="FILE...")],
+    files: Annotated[
+        list[str],
+        typer.Argument(help="Paths or names of recipes.", metavar="FILE...", autocompletion=recipe_names),
+    ],
+    as_json: AsJson = False,
 ) -> None:
     """Check recipes without loading a model: structure, fields, order of the modifiers.
 
@@ -54,18 +62,22 @@ def validate(
     """
     from quad_modifiers.recipe import resolve_recipe, validate_recipe
 
-    refused = False
+    found = []
     for name in files:
         path = resolve_recipe(name)
         with log_on_stderr():
             problems = validate_recipe(path)
+        sound = not any(problem.severity == "error" for problem in problems)
+        found.append({"recipe": str(path), "sound": sound, "problems": [asdict(each) for each in problems]})
+        if as_json:
+            continue
         for problem in problems:
             typer.echo(problem.describe(str(path)))
-        failed = any(problem.severity == "error" for problem in problems)
-        refused |= failed
-        if not failed:
+        if sound:
             typer.echo(f"{path}: sound")
-    if refused:
+    if as_json:
+        print_json(found)
+    if not all(each["sound"] for each in found):
         raise typer.Exit(BAD_INPUT)
 
 
