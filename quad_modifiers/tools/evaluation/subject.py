@@ -97,6 +97,7 @@ class Subject:
             model = self.model if self._opened is None else self._opened.load()
             with only_errors("lm_eval.models.huggingface"):  # it warns of models that others have loaded
                 self._lm = QuadLM(model, device=self.device, tokenizer=tokenizer, batch_size=self._batch_size)
+            self._lm.pretrained = self.model  # the name, as of a model that lm-eval loads itself
         return self._lm
 
     def release(self) -> None:
