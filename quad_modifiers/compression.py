@@ -14,11 +14,17 @@ from typing import TYPE_CHECKING, Any
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from quad_modifiers.checkpoint.contribute import contributions_of
 from quad_modifiers.checkpoint.native_runtime import use_native_blocks
 from quad_modifiers.checkpoint.opened import Opened, OwnCodeError, load_tokenizer, open_checkpoint
 from quad_modifiers.checkpoint.rehearsal import rehearse_saving
 from quad_modifiers.checkpoint.whole_model import LoadingOptions
-from quad_modifiers.data.calibration import CalibrationSource, as_dataloader, calibration_windows
+from quad_modifiers.data.calibration import (
+    CalibrationSource,
+    as_dataloader,
+    calibration_data,
+    calibration_reading,
+)
 from quad_modifiers.data.windows import warn_of_length
 from quad_modifiers.model.architecture import find_architecture
 from quad_modifiers.model.decoder import Decoder
@@ -33,6 +39,7 @@ from quad_modifiers.recipe.overrides import overridden
 from quad_modifiers.recipe.patterns import check_patterns, has_patterns
 from quad_modifiers.recipe.resolve import read_recipe
 from quad_modifiers.recipe.stored_size import stored_size
+from quad_modifiers.records.calibration_record import CALIBRATION_NAME, calibration_record
 from quad_modifiers.reporting import SUMMARY, file_size, table
 
 if TYPE_CHECKING:
@@ -76,14 +83,15 @@ def oneshot(
         recipe: path or name of a recipe YAML, its text, or llm-compressor modifiers.
         dataset: calibration text; None takes `quad_modifiers.data.calibration_texts()`: Wikipedia articles that gensim
             ships and sources of Python's standard library. Otherwise a `datasets` name, Dataset, DataLoader, local
-            text / jsonl file, list of strings, or token ids.
+            text / jsonl file, list of strings or conversations, or token ids; or several of these with weights,
+            `["a.jsonl:0.7", "b.jsonl:0.3"]` or `[(a, 0.7), (b, 0.3)]`. `calibration_windows` says more.
         output_dir: where the checkpoint goes; must not exist or be empty. None writes nothing. A folder that exists is
             filled, its own place and mode stay.
         tokenizer: folder, hub id or tokenizer; the model's own by default.
         processor: llm-compressor's other name for `tokenizer`.
         num_calibration_samples: windows of calibration text.
         max_seq_length: tokens per window.
-        text_column: column of the text in `dataset`.
+        text_column: column of the text or the conversations in `dataset`.
         splits: split of a `datasets` name.
         dataset_config_name: configuration of a `datasets` name.
         seed: of the choice of windows.
@@ -127,16 +135,10 @@ def oneshot(
         modifiers.check_patterns(source)
         start = time.perf_counter()
         tokens = _tokenizer(source, tokenizer, processor, options)
-        windows = calibration_windows(
-            dataset,
-            tokens,
-            num_samples=num_calibration_samples,
-            sequence_length=max_seq_length,
-            text_column=text_column,
-            splits=splits,
-            dataset_config_name=dataset_config_name,
-            seed=seed,
+        reading = calibration_reading(
+            tokens, text_column=text_column, splits=splits, config_name=dataset_config_name, seed=seed
         )
+        data = calibration_data(dataset, reading, num_samples=num_calibration_samples, sequence_length=max_seq_length)
         loaded: PreTrainedModel = source.load() if isinstance(source, Opened) else source.eval()
         before = loaded.get_memory_footprint(return_buffers=False)
         if output is not None:
@@ -147,14 +149,16 @@ def oneshot(
                 model=loaded,
                 tokenizer=tokens if tokens is not None else _NO_TOKENIZER,
                 recipe=recipe,
-                dataset=as_dataloader(windows),
+                dataset=as_dataloader(data.windows),
                 trust_remote_code_model=trust_remote_code_model,
                 tie_word_embeddings=tie_word_embeddings is not False,
                 **{"pipeline": "independent", **_passed_on(arguments)},
             )
         _use_native_blocks(loaded)
+        record = calibration_record(data.sources, max_seq_length, seed).model_dump_json(indent=1) + "\n"
+        contributions_of(loaded).files[CALIBRATION_NAME] = record
         if output is not None:
-            _save(loaded, tokens, output)
+            _save(loaded, tokens, record, output)
         _log_summary(loaded, before, output, time.perf_counter() - start)
     return loaded
 
@@ -307,12 +311,13 @@ def _use_native_blocks(model: PreTrainedModel) -> None:
     use_native_blocks(decoder)
 
 
-def _save(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, folder: Path) -> None:
+def _save(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, record: str, folder: Path) -> None:
     with complete_or_absent(folder) as temporary:
         inner = temporary / "checkpoint"
         model.save_pretrained(inner)
         if tokenizer is not None:
             tokenizer.save_pretrained(inner)
+        (inner / CALIBRATION_NAME).write_text(record)  # a stock recipe's saver knows nothing of it
         for item in inner.iterdir():
             item.rename(temporary / item.name)
         inner.rmdir()

@@ -2,25 +2,30 @@
 
 import logging
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from itertools import islice, pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
 from torch.utils.data import DataLoader
 
-from quad_modifiers.data.calibration_texts import DESCRIPTION
-from quad_modifiers.data.sources import Purpose, Resolved, Splits, TokenRows, resolve
+from quad_modifiers.data.calibration_texts import default_text_name
+from quad_modifiers.data.chat import ChatDocuments
+from quad_modifiers.data.mixture import Weighted, mixture_of, shares_of
+from quad_modifiers.data.sources import Purpose, Reading, Resolved, Splits, TokenRows, kind_of, resolve, source_name
+from quad_modifiers.data.used import CalibrationData, SourceUsed
 from quad_modifiers.data.windows import stream_windows, token_stream
 
 if TYPE_CHECKING:
-    from datasets import Dataset, DatasetDict
+    from datasets import Dataset, DatasetDict, IterableDataset
     from transformers import PreTrainedTokenizerBase
 
 logger = logging.getLogger(__name__)
 
 CalibrationSource: TypeAlias = (
-    "str | Path | Dataset | DatasetDict | Sequence[str] | torch.Tensor | DataLoader[dict[str, torch.Tensor]] | None"
+    "str | Path | Dataset | DatasetDict | IterableDataset | Sequence[str] | Sequence[list[dict[str, Any]]] "
+    "| Sequence[tuple[Any, float]] | torch.Tensor | DataLoader[dict[str, torch.Tensor]] | None"
 )
 
 _PURPOSE = Purpose(
@@ -49,18 +54,22 @@ def calibration_windows(
     """Returns up to `num_samples` windows of token ids.
 
     Text is tokenized as one stream and cut into windows of exactly `sequence_length`, drawn at random with `seed`.
-    Samples that are tokenized already stay samples: cut to `sequence_length`, padding removed, drawn at random where
-    there are more than asked. A DataLoader's samples are taken as they come, uncut.
+    Conversations are rendered by the tokenizer's chat template and then are text. Samples that are tokenized already
+    stay samples: cut to `sequence_length`, padding removed, drawn at random where there are more than asked. A
+    DataLoader's samples are taken as they come, uncut. Of a mixture every source gives its share of the windows. Of a
+    data set of the hub, and of any that streams, only as much is read as is needed.
 
     Args:
         dataset: None for `calibration_texts()`, Wikipedia articles and modules of Python's standard library; a
-            local .txt, .jsonl, .csv or .parquet file; a `datasets` name or folder; a Dataset or DatasetDict with a text
-            column or `input_ids`; a list of strings; token ids, [tokens] or [samples, tokens]; or a DataLoader of
-            dicts with `input_ids`.
+            local .txt, .jsonl, .csv or .parquet file; a `datasets` name or folder; a Dataset, IterableDataset or
+            DatasetDict with a column of text, conversations or `input_ids`; a list of strings or of conversations;
+            token ids, [tokens] or [samples, tokens]; or a DataLoader of dicts with `input_ids`. A mixture is a list of
+            pairs of any of these and a weight, of strings "NAME:WEIGHT", or of names of files.
         tokenizer: the model's tokenizer; None is enough for token ids.
         num_samples: windows wanted.
         sequence_length: tokens per window.
-        text_column: the column that holds the text.
+        text_column: the column that holds the text or the conversations, which are lists of messages with role and
+            content, or from and value. Where there is no "text", "messages" and "conversations" are looked for.
         splits: the split of a `datasets` name or DatasetDict ("train[:5%]", or {"calibration": ...}).
         dataset_config_name: the configuration of a `datasets` name.
         seed: seed that chooses documents and windows.
@@ -71,10 +80,23 @@ def calibration_windows(
     Raises:
         TypeError: if `dataset` is of no kind listed, or holds something other than text or token ids.
         ValueError: if there is no data, fewer than four windows or 1024 tokens where more were asked, or no such column
-            or split.
+            or split; for conversations without a chat template; for weights that are not above 0.
         FileNotFoundError: if there is no such local file.
         ImportError: if a package that the data set needs is not installed.
     """
+    reading = Reading(_PURPOSE, text_column, splits, dataset_config_name, tokenizer, seed=seed)
+    return calibration_data(dataset, reading, num_samples=num_samples, sequence_length=sequence_length).windows
+
+
+def calibration_reading(tokenizer: "PreTrainedTokenizerBase | None", **how: Any) -> Reading:
+    """Returns a `Reading` for calibration; `how` are its fields."""
+    return Reading(_PURPOSE, tokenizer=tokenizer, **how)
+
+
+def calibration_data(
+    dataset: CalibrationSource, reading: Reading, *, num_samples: int, sequence_length: int
+) -> CalibrationData:
+    """Returns the windows of `calibration_windows`, which documents arguments and errors, and what they are made of."""
     if num_samples < 1 or sequence_length < 2:
         raise ValueError(
             f"num_samples must be at least 1 and sequence_length at least 2, not {num_samples} and {sequence_length}"
@@ -83,12 +105,35 @@ def calibration_windows(
         logger.info(
             "No calibration data set was given: calibrating with %s. The other halves are held out for evaluation and "
             "never calibrate.",
-            DESCRIPTION,
+            default_text_name(),
         )
-    found = resolve(dataset, _PURPOSE, text_column=text_column, splits=splits, config_name=dataset_config_name)
-    rows = _rows(found, tokenizer, num_samples, sequence_length, torch.Generator().manual_seed(seed))
+    parts = mixture_of(dataset)
+    counts = shares_of(parts, num_samples) if len(parts) > 1 else [num_samples]
+    generator = torch.Generator().manual_seed(reading.seed)
+    rows, used = [], []
+    for part, count in zip(parts, counts, strict=True):
+        found = resolve(part.source, replace(reading, tokens=count * sequence_length))
+        taken, texts = _rows(found, reading.tokenizer, count, sequence_length, generator)
+        if len(parts) > 1 and len(taken) < count:
+            logger.warning(
+                "%s has %d windows of the %d that are its share; all of them are used",
+                source_name(part.source),
+                len(taken),
+                count,
+            )
+        used.append(_used(part, found, taken, texts))
+        rows += taken
+    if len(parts) > 1:
+        rows = [rows[index] for index in torch.randperm(len(rows), generator=generator).tolist()]
     _check_amount(rows, num_samples, sequence_length)
-    return [row.unsqueeze(0) for row in rows]
+    for each in used if dataset is not None else ():
+        logger.info("%s: %s, %d samples, %d tokens", each.name, each.kind, each.samples, each.tokens)
+    return CalibrationData([row.unsqueeze(0) for row in rows], tuple(used))
+
+
+def _used(part: Weighted, found: Resolved, rows: list[torch.Tensor], texts: int | None) -> SourceUsed:
+    tokens = sum(row.numel() for row in rows)
+    return SourceUsed(source_name(part.source), kind_of(found), part.share, texts, len(rows), tokens)
 
 
 def as_dataloader(batches: Iterable[torch.Tensor]) -> DataLoader[dict[str, torch.Tensor]]:
@@ -111,23 +156,30 @@ def _rows(
     count: int,
     length: int,
     generator: torch.Generator,
-) -> list[torch.Tensor]:
-    """Returns up to `count` samples of `found`, tokenized where it is text, drawn where there are more."""
+) -> tuple[list[torch.Tensor], int | None]:
+    """Returns up to `count` samples of `found`, tokenized where it is text, drawn where there are more.
+
+    With them the number of texts that were read, None for token ids.
+    """
     if isinstance(found, TokenRows):
         if found.ordered:
-            return list(islice(found.rows, count))
-        return _drawn([row[:length] for row in found.rows], count, generator)
+            return list(islice(found.rows, count)), None
+        return _drawn([row[:length] for row in found.rows], count, generator), None
+    texts = None
     if not isinstance(found, torch.Tensor):
         if tokenizer is None:
             raise ValueError("calibration text needs a tokenizer; give one, or give token ids instead of text")
-        found = token_stream(tokenizer, sampled_documents(found, count * length, generator))
+        documents = sampled_documents(found, count * length, generator)
+        if isinstance(found, ChatDocuments):
+            found.report_refused()
+        found, texts = token_stream(tokenizer, documents), len(documents)
     windows = list(stream_windows(found, length))
     if not windows:
         raise ValueError(
             f"the calibration data has {found.numel()} tokens, not enough for one window of {length}; give more "
             "text, or lower sequence_length"
         )
-    return _drawn(windows, count, generator)
+    return _drawn(windows, count, generator), texts
 
 
 def sampled_documents(

@@ -8,6 +8,7 @@ import bz2
 import importlib.util
 import re
 from functools import lru_cache
+from importlib.machinery import ModuleSpec
 from pathlib import Path
 from typing import Literal
 
@@ -15,7 +16,8 @@ TextPart = Literal["calibration", "held_out"]
 
 _DUMP_GLOB = "enwiki-latest-pages-articles1.xml-*-shortened.bz2"
 _MINIMUM_CHARACTERS = 1000
-_INSTALL_HINT = "install it with `pip install quad-modifiers[compress]`, or give your own text as `dataset`"
+INSTALL_TEXT = "Install it with `pip install 'quad-modifiers[text]'` (Python 3.11 to 3.13 have a wheel)"
+_INSTALL_HINT = f"{INSTALL_TEXT[0].lower()}{INSTALL_TEXT[1:]}, or give your own text (--dataset, `dataset`)"
 
 _REDIRECT = re.compile(r"^\s*#redirect", re.IGNORECASE)
 _RESIDUE = (  # what replaces what, in this order
@@ -85,9 +87,22 @@ def _all_articles() -> tuple[str, ...]:
     return tuple(articles)
 
 
+def has_gensim() -> bool:
+    """Returns whether gensim is installed, without importing it."""
+    return _gensim_spec() is not None
+
+
+def _gensim_spec() -> ModuleSpec | None:
+    try:
+        spec = importlib.util.find_spec("gensim")
+    except ImportError:  # something keeps it from being imported
+        return None
+    return spec if spec is not None and spec.submodule_search_locations else None
+
+
 def gensim_test_data() -> Path:
     """Returns the folder of test data inside the installed gensim package; an ImportError if there is none."""
-    spec = importlib.util.find_spec("gensim")
-    if spec is None or not spec.submodule_search_locations:
+    spec = _gensim_spec()
+    if spec is None or spec.submodule_search_locations is None:
         raise ImportError(f"this text comes from the package gensim, not installed here; {_INSTALL_HINT}")
     return Path(spec.submodule_search_locations[0]) / "test" / "test_data"

@@ -8,6 +8,7 @@ from quad_modifiers.checkpoint.opened import find_tokenizer, open_checkpoint
 from quad_modifiers.checkpoint.rehearsal import rehearse_saving
 from quad_modifiers.checkpoint.whole_model import DEFAULTS, LoadingOptions
 from quad_modifiers.output_folder import check_space, check_target, complete_or_absent, user_path
+from quad_modifiers.records.calibration_record import CALIBRATION_NAME
 from quad_modifiers.records.tuning_record import TUNING_NAME, read_tuning
 
 logger = logging.getLogger(__name__)
@@ -18,8 +19,8 @@ _ADAPTER_CONFIG = "adapter_config.json"
 def merge(checkpoint: str | Path, adapter: str | Path, output: str | Path, options: LoadingOptions = DEFAULTS) -> None:
     """Writes a QUAD checkpoint with an adapter merged into its outlier weights; every runtime loads it as any other.
 
-    Tokenizer and recipe are those of the checkpoint. The record of the training, `tuning.json`, comes from the
-    adapter; `quad publish` reports it in the model card.
+    Tokenizer, recipe and the record of the calibration are those of the checkpoint. The record of the training,
+    `tuning.json`, comes from the adapter; `quad publish` reports it in the model card.
 
     Args:
         checkpoint: folder or Hub id of the QUAD checkpoint that the adapter was trained on.
@@ -54,8 +55,11 @@ def merge(checkpoint: str | Path, adapter: str | Path, output: str | Path, optio
         else:
             tokenizer.save_pretrained(temporary)
         where = {"revision": options.revision, "cache_dir": options.cache_dir}
-        recipe = cached_file(opened.name, "recipe.yaml", _raise_exceptions_for_missing_entries=False, **where)
-        for file in (recipe, adapter / TUNING_NAME):
+        kept = [
+            cached_file(opened.name, name, _raise_exceptions_for_missing_entries=False, **where)
+            for name in ("recipe.yaml", CALIBRATION_NAME)
+        ]
+        for file in (*kept, adapter / TUNING_NAME):
             if file is not None and Path(file).is_file():
                 shutil.copyfile(file, temporary / Path(file).name)
     logger.info("wrote %s", output)

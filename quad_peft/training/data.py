@@ -2,17 +2,18 @@
 
 import hashlib
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import Dataset
 
-from quad_modifiers.data.calibration_texts import DESCRIPTION
-from quad_modifiers.data.sources import Purpose, Resolved, TokenRows, is_local_file, resolve
+from quad_modifiers.data.chat import ChatDocuments
+from quad_modifiers.data.mixture import Weighted, mixture_of, shares_of
+from quad_modifiers.data.sources import Purpose, Reading, Resolved, TokenRows, kind_of, resolve, source_name
+from quad_modifiers.data.used import SourceUsed, describe_sources
 from quad_modifiers.data.windows import stream_windows, token_stream
 from quad_peft.training.losses import IGNORED
 
@@ -112,11 +113,12 @@ def training_data(
 ) -> TrainingData:
     """Cuts text into samples.
 
-    `source` is any data set of `quad_modifiers.data.calibration_windows`, None for the same articles and modules, or a
-    list of `[tokens]`; token ids `[tokens]` are cut into windows. With `packed`, so is one stream of all documents,
-    into windows of exactly `length`; otherwise every document is a sample, cut at `length`. At most `samples` are drawn
-    at random, or the first of a DataLoader. Validated on is the share `validation`, the last ones of the text, at least
-    one.
+    `source` is any data set of `quad_modifiers.data.calibration_windows`, mixtures included, None for the same articles
+    and modules, or a list of `[tokens]`; token ids `[tokens]` are cut into windows. With `packed`, so is one stream of
+    all documents, into windows of exactly `length`; otherwise every document is a sample, cut at `length`. Every token
+    is trained on, in conversations those of all speakers. At most `samples` are drawn at random, or the first of a
+    DataLoader. Validated on is the share `validation`, the last ones of the text, at least one. Of a mixture every
+    source gives its share, to training and to validation; without `samples`, as many as the shortest allows.
     """
     if not 0 < validation < 1:
         raise ValueError(f"validation ({validation}) is a share of the samples, above 0 and below 1")
@@ -124,17 +126,59 @@ def training_data(
         raise ValueError(f"length ({length}) must be at least 2 tokens: one is given, the others are predicted")
     if samples is not None and samples < _MINIMUM:
         raise ValueError(f"samples ({samples}) must be at least {_MINIMUM}: one to train and one to validate on")
-    found = resolve(source, _PURPOSE, text_column=text_column, splits=split, config_name=dataset_config)
-    rows = [row[:length] for row in _rows(found, tokenizer, length, samples, packed) if len(row) > 1]
-    name = _name(source)
+    reading = Reading(_PURPOSE, text_column, split, dataset_config, tokenizer, seed=seed)
+    parts = mixture_of(source)
+    if samples is not None and samples < _MINIMUM * len(parts):
+        raise ValueError(f"samples ({samples}) must be at least {_MINIMUM} for each of the {len(parts)} sources")
+    counts = shares_of(parts, samples) if samples is not None and len(parts) > 1 else [samples] * len(parts)
+    found = [_read(part, reading, length, count, packed) for part, count in zip(parts, counts, strict=True)]
+    if len(parts) > 1 and samples is None:
+        total = int(min(len(each.rows) / each.part.share for each in found))
+        counts = list(shares_of(parts, max(total, len(parts))))
+    training, held = [], []
+    for each, count in zip(found, counts, strict=True):
+        last = max(1, round(validation * min(len(each.rows), count or len(each.rows))))
+        drawn = _drawn(each.rows, count, last, seed)
+        training.append(drawn[:-last])
+        held.append(drawn[-last:])
+    used = [each.used([*rows, *last]) for each, rows, last in zip(found, training, held, strict=True)]
+    kept = _interleaved(training)
+    validated = [row for rows in held for row in rows]
+    return TrainingData([*kept, *validated], len(validated), describe_sources(used))
+
+
+@dataclass(frozen=True)
+class _Read:
+    """The samples of one source, before any are drawn."""
+
+    part: Weighted
+    found: Resolved
+    rows: list[torch.Tensor]
+
+    def used(self, rows: list[torch.Tensor]) -> SourceUsed:
+        tokens = sum(len(row) for row in rows)
+        return SourceUsed(source_name(self.part.source), kind_of(self.found), self.part.share, None, len(rows), tokens)
+
+
+def _read(part: Weighted, reading: Reading, length: int, count: int | None, packed: bool) -> _Read:
+    tokens = None if count is None else count * length
+    found = resolve(part.source, replace(reading, tokens=tokens))
+    rows = [row[:length] for row in _rows(found, reading.tokenizer, length, count, packed) if len(row) > 1]
+    if isinstance(found, ChatDocuments):
+        found.report_refused()
     if len(rows) < _MINIMUM:
         tokens = sum(len(row) for row in rows)
         raise ValueError(
-            f"{name} gives {len(rows)} samples of up to {length} tokens ({tokens} tokens), but at least {_MINIMUM} are "
-            "needed, one to train and one to validate on; give more text, or a smaller length"
+            f"{source_name(part.source)} gives {len(rows)} samples of up to {length} tokens ({tokens} tokens), but at "
+            f"least {_MINIMUM} are needed, one to train and one to validate on; give more text, or a smaller length"
         )
-    held = max(1, round(validation * min(len(rows), samples or len(rows))))
-    return TrainingData(_drawn(rows, samples, held, seed), held, name)
+    return _Read(part, found, rows)
+
+
+def _interleaved(sources: Sequence[list[torch.Tensor]]) -> list[torch.Tensor]:
+    """Returns the samples of all sources, each spread evenly over the whole."""
+    placed = [((index + 0.5) / len(rows), row) for rows in sources for index, row in enumerate(rows)]
+    return [row for _, row in sorted(placed, key=lambda each: each[0])]
 
 
 def _drawn(rows: list[torch.Tensor], samples: int | None, held: int, seed: int) -> list[torch.Tensor]:
@@ -166,13 +210,8 @@ def _rows(
     kept = [text for text in found if text.strip()]
     if not kept:
         return []
-    encoding = tokenizer(kept, truncation=True, max_length=length, return_attention_mask=False)  # with special tokens
+    chat = isinstance(found, ChatDocuments)  # the template has the special tokens already
+    encoding = tokenizer(
+        kept, truncation=True, max_length=length, return_attention_mask=False, add_special_tokens=not chat
+    )
     return [torch.tensor(ids, dtype=torch.int64) for ids in encoding["input_ids"]]
-
-
-def _name(source: Any) -> str:
-    if source is None:
-        return DESCRIPTION
-    if isinstance(source, (str, Path)):
-        return Path(source).name if is_local_file(source) else str(source)
-    return f"a {type(source).__name__}"

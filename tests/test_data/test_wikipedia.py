@@ -40,10 +40,10 @@ def test_unknown_part(source):
         source("test")
 
 
-def test_missing_gensim_names_the_extra(monkeypatch):
+def test_missing_gensim_names_the_extra_and_the_option(monkeypatch):
     wikipedia._all_articles.cache_clear()
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(ImportError, match=r"pip install quad-modifiers\[compress\]"):
+    with pytest.raises(ImportError, match=r"pip install 'quad-modifiers\[text\]'.*--dataset"):
         wikipedia_articles("calibration")
 
 

@@ -14,6 +14,7 @@ from transformers import AutoTokenizer
 
 from quad_modifiers.checkpoint.whole_model import load_whole_model
 from quad_modifiers.data import calibration_windows, token_windows
+from quad_modifiers.data.wikipedia import gensim_test_data
 from quad_modifiers.records.evaluation_record import Comparison
 from quad_modifiers.records.machine import machine_name, package_versions, peak_memory
 from quad_modifiers.tools.bench.rows import CODE, NEWS, ROWS, TEXTS, WIKIPEDIA, Row
@@ -62,6 +63,7 @@ def measure_here(
     the order of the samples; `items` of each offline task are asked, None for all, 0 to leave the tasks out.
     """
     chosen = ROWS[row]
+    gensim_test_data()  # no row is calibrated or measured on another text
     original = fetch(model, folder)
     tokenizer = AutoTokenizer.from_pretrained(original)
     seconds, size = 0.0, 0

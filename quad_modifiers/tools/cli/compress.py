@@ -8,6 +8,7 @@ import typer
 
 from quad_modifiers.reporting import file_size
 from quad_modifiers.tools.cli.options import (
+    SOURCE_FORM,
     TEXT_FORMS,
     AsJson,
     CacheDir,
@@ -19,6 +20,7 @@ from quad_modifiers.tools.cli.options import (
     Revision,
     Seed,
     SeqLength,
+    Sources,
     Split,
     TextColumn,
     TrustRemoteCode,
@@ -39,7 +41,7 @@ def compress(
         ),
     ],
     output: CheckpointOutput,
-    dataset: Annotated[str | None, typer.Option(help=f"Calibration text: {TEXT_FORMS}")] = None,
+    dataset: Annotated[Sources, typer.Option(metavar=SOURCE_FORM, help=f"Calibration text: {TEXT_FORMS}")] = None,
     samples: Annotated[int, typer.Option(min=1, help="Windows of calibration text.")] = 64,
     seq_length: SeqLength = 512,
     seed: Seed = 0,
@@ -68,13 +70,14 @@ def compress(
     at all. Progress goes to stderr, the closing table to stdout.
     """
     from quad_modifiers import oneshot
+    from quad_modifiers.data.mixture import named_sources
 
     start = time.perf_counter()
     with log_on_stderr(summaries=False):
         oneshot(
             model,
             recipe,
-            dataset=dataset,
+            dataset=named_sources(dataset or ()),
             output_dir=output,
             tokenizer=tokenizer,
             num_calibration_samples=samples,

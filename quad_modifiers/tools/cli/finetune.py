@@ -8,6 +8,7 @@ import typer
 
 from quad_modifiers.reporting import file_size
 from quad_modifiers.tools.cli.options import (
+    SOURCE_FORM,
     TEXT_FORMS,
     CacheDir,
     CheckpointOutput,
@@ -16,6 +17,7 @@ from quad_modifiers.tools.cli.options import (
     Dtype,
     LoadingDtype,
     Revision,
+    Sources,
     Split,
     TextColumn,
     TrustRemoteCode,
@@ -34,7 +36,9 @@ def finetune(
         Path,
         typer.Option("--output", "-o", metavar="DIR", help="Folder for the adapter; new or empty.", callback=expanded),
     ],
-    data: Annotated[str | None, typer.Option(help=f"Text to train on: {TEXT_FORMS}")] = None,
+    data: Annotated[
+        Sources, typer.Option("--data", "--dataset", metavar=SOURCE_FORM, help=f"Text to train on: {TEXT_FORMS}")
+    ] = None,
     distill_from: Annotated[
         str | None,
         typer.Option(
@@ -106,6 +110,7 @@ def finetune(
     Writes a PEFT LoRA folder, with a record of the training (tuning.json) and its loss curve. The 4-bit weights stay as
     they are. States of the run are kept in a folder DIR.training until it is done.
     """
+    from quad_modifiers.data.mixture import named_sources
     from quad_modifiers.output_folder import check_target
     from quad_peft import training
 
@@ -129,7 +134,7 @@ def finetune(
         result = training.finetune(
             checkpoint,
             output,
-            data=data,
+            data=named_sources(data or ()),
             original=distill_from,
             settings=settings,
             length=seq_length,

@@ -7,15 +7,19 @@ from typing import Annotated
 import typer
 
 from quad_modifiers.tools.cli.options import (
+    SOURCE_FORM,
     AsJson,
     BaselineRevision,
     CacheDir,
+    DatasetConfig,
     Device,
     Dtype,
     LoadingDtype,
     Revision,
     Seed,
     SeqLength,
+    Sources,
+    Split,
     TextColumn,
     TrustRemoteCode,
     expanded,
@@ -52,10 +56,12 @@ def inspect(
         ),
     ] = None,
     dataset: Annotated[
-        str | None,
+        Sources,
         typer.Option(
-            help="Text to run on: a text or jsonl file, or a name in `datasets`. By default Wikipedia articles that "
-            "gensim ships and Python code."
+            metavar=SOURCE_FORM,
+            help="Text to run on: a text or jsonl file, or a name in `datasets`, of text or of conversations. Several "
+            "with weights: give the option again, A:0.7 and B:0.3. By default Wikipedia articles that gensim ships "
+            "and Python code.",
         ),
     ] = None,
     samples: Annotated[int, typer.Option(min=1, help="Windows of text for spectrum and projection.")] = 16,
@@ -63,6 +69,8 @@ def inspect(
     seq_length: SeqLength = 512,
     seed: Seed = 0,
     text_column: TextColumn = "text",
+    split: Split = None,
+    dataset_config: DatasetConfig = None,
     revision: Revision = None,
     baseline_revision: BaselineRevision = None,
     trust_remote_code: TrustRemoteCode = False,
@@ -77,6 +85,7 @@ def inspect(
     the report. A QUAD checkpoint is measured as stored. The report is one HTML file, with its charts as PNGs and its
     numbers as JSON beside it, and ends with a recommendation, which is also printed; with --json, as JSON.
     """
+    from quad_modifiers.data.mixture import named_sources
     from quad_modifiers.tools.inspection import inspect_model
     from quad_modifiers.tools.inspection.model_report import NUMBERS_NAME, REPORT_NAME
 
@@ -88,12 +97,14 @@ def inspect(
             recipe=recipe,
             rank=rank,
             layers=layer,
-            dataset=dataset,
+            dataset=named_sources(dataset or ()),
             text_column=text_column,
             samples=samples,
             eval_windows=eval_windows,
             seq_length=seq_length,
             seed=seed,
+            split=split,
+            dataset_config=dataset_config,
             options=loading(revision, trust_remote_code, dtype, device, cache_dir),
             baseline_revision=baseline_revision,
         )

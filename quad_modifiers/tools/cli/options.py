@@ -12,9 +12,12 @@ if TYPE_CHECKING:
     from quad_modifiers.checkpoint.whole_model import LoadingOptions
 
 TEXT_FORMS = (
-    "a text or jsonl file, or a name in `datasets`. By default Wikipedia articles that gensim ships and modules of "
-    "Python's standard library, of the halves that calibrate."
+    "a text or jsonl file, or a name in `datasets`, of text or of conversations (messages). Several with weights: give "
+    "the option again, A:0.7 and B:0.3. By default Wikipedia articles that gensim ships and modules of Python's "
+    "standard library, of the halves that calibrate."
 )
+Sources: TypeAlias = list[str] | None
+SOURCE_FORM = "NAME[:WEIGHT]"
 
 
 def expanded(value: Path | None) -> Path | None:
@@ -27,7 +30,7 @@ def all_expanded(values: list[Path]) -> list[Path]:
     return [user_path(value) for value in values]
 
 
-TextColumn: TypeAlias = Annotated[str, typer.Option(help="Column of the text in the data set.")]
+TextColumn: TypeAlias = Annotated[str, typer.Option(help="Column of the text or the conversations in the data set.")]
 Split: TypeAlias = Annotated[str | None, typer.Option(help="Split of a data set from `datasets`.")]
 DatasetConfig: TypeAlias = Annotated[str | None, typer.Option(help="Configuration of a data set from `datasets`.")]
 SeqLength: TypeAlias = Annotated[int, typer.Option(min=2, help="Tokens in a window.")]

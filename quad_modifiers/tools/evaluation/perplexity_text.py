@@ -5,13 +5,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from quad_modifiers.data import local_texts, token_windows, wikipedia_articles
+from quad_modifiers.data import held_out_name, held_out_prose, local_texts, token_windows
 from quad_modifiers.data.unused_options import check_column_used
 
 WIKIPEDIA = "wikipedia"
 WINDOW_LENGTH = 512  # tokens
 WIKIPEDIA_WINDOWS = 40
-_WIKIPEDIA_NAME = "held-out Wikipedia articles of gensim"
 
 
 @dataclass(frozen=True)
@@ -37,7 +36,7 @@ class PerplexityText:
 
 def text_name(source: str | Path) -> str:
     """Returns what results on a text call it."""
-    return _WIKIPEDIA_NAME if source == WIKIPEDIA else Path(source).name
+    return held_out_name() if source == WIKIPEDIA else Path(source).name
 
 
 def perplexity_text(
@@ -51,7 +50,8 @@ def perplexity_text(
     """Returns the text to measure perplexity on.
 
     The source is a local file, as `quad_modifiers.data.local_texts` takes it, or "wikipedia" for the articles of
-    gensim's package that never calibrate; by default all windows of a file count, 40 of Wikipedia, `limit` at most.
+    gensim's package that never calibrate; without gensim these are pages of Python's language reference, under their
+    own name. By default all windows of a file count, 40 of Wikipedia, `limit` at most.
 
     Raises:
         FileNotFoundError: if there is no such file.
@@ -61,7 +61,7 @@ def perplexity_text(
         raise ValueError(f"the length of a window must be at least 2 tokens, not {length}")
     check_column_used(None if source == WIKIPEDIA else source, text_column)
     if source == WIKIPEDIA:
-        texts = wikipedia_articles("held_out")
+        texts: Sequence[str] = held_out_prose()
         count = count or WIKIPEDIA_WINDOWS
     else:
         texts = local_texts(source, text_column)

@@ -32,6 +32,8 @@ def inspect_model(
     eval_windows: int = 4,
     seq_length: int = 512,
     seed: int = 0,
+    split: str | None = None,
+    dataset_config: str | None = None,
     options: LoadingOptions = DEFAULTS,
     baseline_revision: str | None = None,
 ) -> Inspection:
@@ -48,12 +50,14 @@ def inspect_model(
         rank: rank in place of the recipe's.
         layers: blocks whose activations are drawn; by default one at a quarter of the depth and one in the middle.
         dataset: text, as `calibration_windows` takes it; by default
-            `quad_modifiers.data.calibration_texts()`, and held-out Wikipedia articles to measure a checkpoint on.
-        text_column: column of the text in `dataset`.
+            `quad_modifiers.data.calibration_texts()`, and held-out prose to measure a checkpoint on.
+        text_column: column of the text or the conversations in `dataset`.
         samples: number of windows for the spectrum and the projection.
         eval_windows: other windows, which everything else is measured on.
         seq_length: tokens in a window.
         seed: seed that chooses the windows.
+        split: split of a `datasets` name or DatasetDict.
+        dataset_config: configuration of a `datasets` name.
         options: how model and baseline are loaded; its revision is that of the model.
         baseline_revision: branch, tag or commit of the baseline's Hub id.
 
@@ -71,7 +75,7 @@ def inspect_model(
 
     target = user_path(output_dir)
     check_target(target)
-    text = TextOptions(dataset, text_column, samples, eval_windows, seq_length, seed)
+    text = TextOptions(dataset, text_column, samples, eval_windows, seq_length, seed, split, dataset_config)
     found = measure(model, baseline, recipe, rank, layers, text, options, baseline_revision)
     write_report(target, charts(found), lambda drawn: inspection_page(found, drawn), found, NUMBERS_NAME)
     return found

@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from quad_modifiers.checkpoint.format import QuadFormat, read_format
+from quad_modifiers.records.calibration_record import CalibrationRecord, read_calibration
 from quad_modifiers.records.evaluation_record import Evaluation, task_scores
 from quad_modifiers.records.inventory import KIND_NAMES, Inventory
 from quad_modifiers.records.score_cells import percent, perplexity_cells, score_cells, with_error
@@ -33,7 +34,7 @@ def write_sections(
 ) -> dict[str, str]:
     """Returns the sections by name, in the order of a new card."""
     quad = None if inventory.quad is None else read_format(inventory.quad)
-    tuning = read_tuning(folder)
+    tuning, calibration = read_tuning(folder), read_calibration(folder)
     return {
         "summary": _summary(inventory, quad, base_model, license),
         "usage": _usage(quad, repo_id),
@@ -41,6 +42,7 @@ def write_sections(
         **({} if tuning is None else {"tuning": _tuning(tuning)}),
         "quantization": _quad_widths(quad) if quad else _plain_widths(inventory),
         "size": _size(inventory),
+        **({} if calibration is None else {"calibration": _calibration(calibration)}),
         "recipe": _recipe(folder),
         "citation": f"## Citation\n\n```bibtex\n{BIBTEX}\n```",
     }
@@ -207,6 +209,26 @@ def _size(inventory: Inventory) -> str:
     text = f"## Size\n\n{markdown_table(('tensors', 'MB', 'share'), rows)}"
     text += f"\n| **all** | **{inventory.total / 1e6:.1f}** | |"
     return f"{text}\n\nWhat is not quantized is {inventory.dtype}." if inventory.dtype else text
+
+
+def _calibration(record: CalibrationRecord) -> str:
+    rows = [
+        (
+            each.name,
+            each.kind,
+            f"{100 * each.share:.0f} %",
+            "" if each.texts is None else f"{each.texts:,}",
+            f"{each.windows:,}",
+            f"{each.tokens:,}",
+        )
+        for each in record.sources
+    ]
+    header = ("text", "kind", "share", "texts read", "windows", "tokens")
+    parts = ["## Calibration", markdown_table(header, rows)]
+    parts.append(f"Windows of up to {record.window_length} tokens, drawn with seed {record.seed}.")
+    if any(each.kind == "chat" for each in record.sources):
+        parts.append("Conversations were rendered by the tokenizer's chat template.")
+    return "\n\n".join(parts)
 
 
 def _recipe(folder: Path) -> str:

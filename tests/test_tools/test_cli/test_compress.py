@@ -37,6 +37,27 @@ def test_equals_the_python_function(quad, toy_checkpoint, recipe: Path, text: Pa
         assert (tmp_path / "cli" / name).read_bytes() == (tmp_path / "python" / name).read_bytes(), name
 
 
+def test_conversations_and_text_with_weights(quad, toy_checkpoint, recipe: Path, text: Path, tmp_path: Path) -> None:
+    model = Path(shutil.copytree(toy_checkpoint("llama"), tmp_path / "model"))
+    chats = tmp_path / "chats.jsonl"
+    line = {"messages": [{"role": "user", "content": "How long is the bridge, measured twice?"}]}
+    chats.write_text(f"{json.dumps(line)}\n" * 80)
+    arguments = ("compress", model, recipe, "-o", tmp_path / "out", *SHORT)
+    sources = ("--dataset", f"{chats}:0.5", "--dataset", f"{text}:0.5")
+    done = quad(*arguments, *sources)
+    assert done.code == 2
+    assert "the tokenizer has no chat template" in done.err
+    (model / "chat_template.jinja").write_text("{% for m in messages %}{{ m['content'] }}\n{% endfor %}")
+    done = quad(*arguments, *sources)
+    assert done.code == 0, done.err
+    record = json.loads((tmp_path / "out" / "calibration.json").read_text())
+    assert [(each["kind"], each["share"], each["windows"]) for each in record["sources"]] == [
+        ("chat", 0.5, 3),
+        ("text", 0.5, 3),
+    ]
+    assert (record["window_length"], record["seed"]) == (48, 0)
+
+
 def test_closing_table(quad, toy_checkpoint, recipe: Path, text: Path, tmp_path: Path) -> None:
     model, output = toy_checkpoint("llama"), tmp_path / "out"
     done = quad("compress", model, recipe, "-o", output, "--dataset", text, *SHORT)
