@@ -30,7 +30,7 @@ venv: $(STAMP) ## create the virtual environment, or bring it up to date
 $(STAMP):
 	$(PYTHON) -m venv $(VENV)
 	$(BIN) -m pip install --disable-pip-version-check -c constraints.txt torch setuptools
-	$(BIN) -m pip install --disable-pip-version-check -c constraints.txt --no-build-isolation -e ".[compress,demo,dev,docs,eval,peft,report,triton]"
+	$(BIN) -m pip install --disable-pip-version-check -c constraints.txt --no-build-isolation -e ".[compress,demo,dev,docs,eval,peft,report,text,triton]"
 	@rm -f $(VENV)/.installed-*
 	@touch $@
 

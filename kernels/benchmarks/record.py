@@ -28,7 +28,7 @@ def environment(device: torch.device, backend: str, dtype: torch.dtype, commit: 
         "humming-kernels": _version("humming-kernels") if device.type == "cuda" else None,
         "driver": _driver() if device.type == "cuda" else None,
         "commit": commit or _commit(),
-        "date": datetime.datetime.now(datetime.timezone.utc).date().isoformat(),
+        "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
     }
 
 

@@ -25,6 +25,7 @@ from quad_kernels.native.lines import DTYPES
 from torch import nn
 from torch.nn.modules import module as torch_module
 
+from quad_modifiers.nn.cache_argument import cache_argument
 from quad_modifiers.nn.packed_linear import PackedLinear
 from quad_modifiers.nn.quad_linear import QuadLinear
 
@@ -42,7 +43,13 @@ _checked: "weakref.WeakKeyDictionary[nn.Module, tuple[torch.dtype, list[Any]]]" 
 
 
 class NativeBlock(nn.Module):
-    """The forward of a stock decoder layer, with a shorter way; the first of two base classes."""
+    """The forward of a stock decoder layer, with a shorter way; the first of two base classes.
+
+    Attributes:
+        cache_argument: name by which the stock layer takes its cache.
+    """
+
+    cache_argument = "past_key_values"
 
     def forward(
         self,
@@ -52,18 +59,23 @@ class NativeBlock(nn.Module):
         past_key_values: Any = None,
         use_cache: bool | None = False,
         position_embeddings: tuple[torch.Tensor, torch.Tensor] | None = None,
+        cache: Any = None,
         **kwargs: Any,
     ) -> torch.Tensor:
-        """Returns hidden states `[batch, positions, width]`; the arguments are those of transformers' layers."""
+        """Returns hidden states `[batch, positions, width]`; the arguments are those of transformers' layers.
+
+        `past_key_values` and `cache` are the same thing, by its older and its newer name.
+        """
+        past = cache if past_key_values is None else past_key_values
         groups = native_groups(self, hidden_states)
         if groups is None or position_embeddings is None:
             return super().forward(
                 hidden_states,
                 attention_mask=attention_mask,
                 position_ids=position_ids,
-                past_key_values=past_key_values,
                 use_cache=use_cache,
                 position_embeddings=position_embeddings,
+                **{self.cache_argument: past},
                 **kwargs,
             )
         modules = self._modules
@@ -75,8 +87,8 @@ class NativeBlock(nn.Module):
         states = block_in(hidden_states, _norm(modules["input_layernorm"]), qkv, cosine, sine, head_norms)
         batch, positions = hidden_states.shape[:2]
         query, key, value = (s.view(batch, positions, -1, attention.head_dim).transpose(1, 2) for s in states)
-        if past_key_values is not None:
-            key, value = past_key_values.update(key, value, attention.layer_idx)
+        if past is not None:
+            key, value = past.update(key, value, attention.layer_idx)
         if hasattr(attention, "sliding_window"):
             kwargs["sliding_window"] = attention.sliding_window
         output, _ = attention_function(attention)(
@@ -200,6 +212,8 @@ def _native_class(native: type[nn.Module], stock: type[nn.Module]) -> type[nn.Mo
     found = globals().get(name)
     if found is None or found.__bases__[1] is not stock:
         members = {"__doc__": f"{stock.__name__} on native kernels.", "__module__": __name__}
+        if native is NativeBlock:
+            members["cache_argument"] = cache_argument(stock.forward)
         found = globals()[name] = type(name, (native, stock), members)
     return found
 

@@ -22,6 +22,7 @@ from quad_kernels.native.block import Blocks
 from torch import nn
 from torch.nn.modules import module as torch_module
 
+from quad_modifiers.nn.cache_argument import cache_argument, output_field
 from quad_modifiers.nn.native_block import NativeBlock, has_listeners, native_groups
 from quad_modifiers.nn.packed_linear import PackedLinear
 from quad_modifiers.nn.quad_linear import QuadLinear
@@ -43,7 +44,11 @@ class NativeDecode:
     """
 
     def __init__(self, model: nn.Module) -> None:
+        from transformers.modeling_outputs import BaseModelOutputWithPast
+
         self.model = model
+        self._cache_argument = cache_argument(type(model).forward)
+        self._output_field = output_field(BaseModelOutputWithPast)
         self._plan: _Plan | None = None
         self._number = next(_numbers)
         _by_number[self._number] = self
@@ -60,28 +65,33 @@ class NativeDecode:
         past_key_values: Any = None,
         inputs_embeds: torch.Tensor | None = None,
         use_cache: bool | None = None,
+        cache: Any = None,
         **kwargs: Any,
     ) -> Any:
-        """Returns what the forward of the decoder's class returns; the arguments are that one's."""
+        """Returns what the forward of the decoder's class returns; the arguments are that one's.
+
+        `past_key_values` and `cache` are the same thing, by its older and its newer name.
+        """
         model: Any = self.model
-        cached = past_key_values is not None and use_cache is not False
+        past = cache if past_key_values is None else past_key_values
+        cached = past is not None and use_cache is not False
         if cached and _is_one_token(input_ids, inputs_embeds) and _is_plain(model, kwargs):
             if inputs_embeds is None:  # once, for whoever computes the rest
                 inputs_embeds, input_ids = model.embed_tokens(input_ids), None
             decode = self._decode_in_graph if torch.compiler.is_compiling() else self._decode
-            output = decode(inputs_embeds, attention_mask, position_ids, past_key_values)
+            output = decode(inputs_embeds, attention_mask, position_ids, past)
             if output is not None:
                 from transformers.modeling_outputs import BaseModelOutputWithPast
 
-                return BaseModelOutputWithPast(last_hidden_state=model.norm(output), past_key_values=past_key_values)
+                return BaseModelOutputWithPast(last_hidden_state=model.norm(output), **{self._output_field: past})
         return type(model).forward(
             model,
             input_ids=input_ids,
             attention_mask=attention_mask,
             position_ids=position_ids,
-            past_key_values=past_key_values,
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
+            **{self._cache_argument: past},
             **kwargs,
         )
 
@@ -214,7 +224,8 @@ def _decode_by_layers(
     if seen is not None:  # added to the scores, which every attention understands
         mask = torch.zeros(seen.shape, dtype=x.dtype).masked_fill(~seen, torch.finfo(x.dtype).min)[:, None, None]
     for layer in model.layers[: model.config.num_hidden_layers]:
-        x = layer(x, attention_mask=mask, position_embeddings=angles, past_key_values=past, use_cache=True)
+        named = {cache_argument(type(layer).forward): past}
+        x = layer(x, attention_mask=mask, position_embeddings=angles, use_cache=True, **named)
     return x
 
 

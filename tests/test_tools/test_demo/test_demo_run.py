@@ -28,12 +28,13 @@ def test_run_compares_and_reuses(toy_checkpoint, toy_tokenizer, compressed, monk
     toy_tokenizer.chat_template = "{% for message in messages %}{{ message['content'] }}{% endfor %}"
     toy_tokenizer.save_pretrained(folder)
     toy_tokenizer.chat_template = None
-    monkeypatch.setattr(demo, "fetch", lambda name, model_folder: model_folder)
-    monkeypatch.setattr(demo, "wikipedia_articles", lambda part: [f"{part} text about bridges. " * 20])
+    monkeypatch.setattr(demo, "held_out_prose", lambda: ["Held-out text about bridges. " * 20])
 
     demo.run("smollm2", folder, "some.yaml", tmp_path / "out", window_length=16, window_count=2, speed_task=SPEED)
     report = capsys.readouterr().out
     assert "ratio 1.000" in report
+    assert "from      its PyPI package, dequantized from about 4 bits" in report
+    assert "2 windows of 16 tokens of held-out Wikipedia articles of gensim" in report
     assert "layers 1.00x smaller" in report
     assert "peak memory" in report
     assert "decode, tokens per second: 4 tokens after 8\n" in report
