@@ -85,7 +85,7 @@ def test_what_is_optional_is_in_extras(project) -> None:
         assert "quad-modifiers[cli]" in extras[name], "the commands of this extra would not start"
 
 
-def test_the_table_of_tested_versions_is_that_of_the_code_and_the_constraints() -> None:
+def test_the_table_of_tested_versions_is_that_of_the_code_and_the_constraints(project) -> None:
     page = (ROOT / "docs/guide/installation.md").read_text(encoding="utf-8")
     rows = dict(re.findall(r"^\| ([\w-]+) \| ([\d., ]+) \|", page, re.M))
     assert {name: tuple(text.strip().split(", ")) for name, text in rows.items()} == TESTED

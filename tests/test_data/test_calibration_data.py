@@ -38,6 +38,7 @@ def same(left, right):
 
 
 def test_default_is_named(windows_of, caplog):
+    pytest.importorskip("gensim")
     with caplog.at_level(logging.INFO):
         windows = windows_of(None)
     assert layout(windows) == int64_windows()

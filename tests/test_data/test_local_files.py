@@ -47,7 +47,7 @@ def test_missing_file_and_folder(tmp_path):
         ("a.jsonl", '{"text": "a"}\n\n{"body": "b"}', r"line 3: there is no column 'text'; the columns are 'body'"),
         ("a.jsonl", '"only a string"', r"line 1: expected an object with a field 'text', found str"),
         ("a.jsonl", '{"text": 3}', r"line 1: the field 'text' must be a string, found int"),
-        ("a.json", '[{"text": "a"},\n]', r"line 2: not valid JSON"),
+        ("a.json", '[{"text": "a"},\nx]', r"line 2: not valid JSON"),
         ("a.json", '[{"text": "a"}, {}]', r"record 2: there is no column 'text'; the columns are none"),
         ("a.txt", " \n", "holds no text"),
         ("a.jsonl", "", "holds no text"),

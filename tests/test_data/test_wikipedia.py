@@ -9,6 +9,10 @@ from quad_modifiers.data import stdlib_code, wikipedia, wikipedia_articles
 from quad_modifiers.data.wikipedia import clean_article
 
 
+needs_articles = pytest.mark.skipif(not wikipedia.has_gensim(), reason="gensim is not installed")
+
+
+@needs_articles
 def test_halves_are_disjoint_and_in_file_order():
     calibration, held_out = wikipedia_articles("calibration"), wikipedia_articles("held_out")
     assert not set(calibration) & set(held_out)
@@ -17,6 +21,7 @@ def test_halves_are_disjoint_and_in_file_order():
     assert "algorithm" in held_out[-1]
 
 
+@needs_articles
 def test_articles_hold_no_residue():
     for article in wikipedia_articles("calibration"):
         assert len(article) >= 1000
@@ -25,6 +30,7 @@ def test_articles_hold_no_residue():
             assert residue not in article
 
 
+@needs_articles
 def test_callers_cannot_change_each_others_articles():
     wikipedia_articles("held_out").clear()
     assert wikipedia_articles("held_out")
@@ -34,7 +40,7 @@ def test_clean_article():
     assert clean_article("\n\n\n '''A''' ( ), an ''a''  b\u00a0 c \n\n\n\n== D ==\n") == "A , an a b c\n\n== D =="
 
 
-@pytest.mark.parametrize("source", [wikipedia_articles, stdlib_code])
+@pytest.mark.parametrize("source", [pytest.param(wikipedia_articles, marks=needs_articles), stdlib_code])
 def test_unknown_part(source):
     with pytest.raises(ValueError, match="'calibration' or 'held_out', not 'test'"):
         source("test")
