@@ -8,7 +8,6 @@ import pytest
 from quad_modifiers.data import stdlib_code, wikipedia, wikipedia_articles
 from quad_modifiers.data.wikipedia import clean_article
 
-
 needs_articles = pytest.mark.skipif(not wikipedia.has_gensim(), reason="gensim is not installed")
 
 

@@ -59,7 +59,7 @@ app.add_typer(recipes.recipes, name="recipes")
 
 def _show_version(wanted: bool) -> None:
     if wanted:
-        from quad_modifiers.tools.cli.version import version_lines, version_warnings
+        from quad_modifiers.tools.cli.installed_versions import version_lines, version_warnings
 
         typer.echo("\n".join(version_lines()))
         for warning in version_warnings():

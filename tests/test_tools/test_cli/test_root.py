@@ -20,7 +20,7 @@ from quad_modifiers.records.tested_versions import TESTED, is_tested
 from quad_modifiers.tools.cli import main as entry
 from quad_modifiers.tools.cli import recipes
 from quad_modifiers.tools.cli.errors import describe, exit_code
-from quad_modifiers.tools.cli.version import native_kernels
+from quad_modifiers.tools.cli.installed_versions import native_kernels
 
 COMMANDS = [
     ("compress",),
