@@ -1,6 +1,6 @@
 """Options that several commands have: of a text and its windows, of models that are loaded, of what is written."""
 
-from enum import Enum
+from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, TypeAlias
 
@@ -41,7 +41,7 @@ CheckpointOutput: TypeAlias = Annotated[
 Seed: TypeAlias = Annotated[int, typer.Option(min=0, help="Of the choice of windows.")]
 
 
-class Dtype(str, Enum):
+class Dtype(StrEnum):
     """The dtypes that weights are loaded in."""
 
     auto = "auto"
