@@ -90,7 +90,7 @@ def test_tokenizer_goes_along(toy_checkpoint, tmp_path) -> None:
 
 
 def test_not_empty_target_is_refused_before_any_work(make_toy, tmp_path, monkeypatch) -> None:
-    monkeypatch.setattr("quad_modifiers.compression.calibration_windows", lambda *_, **__: pytest.fail("work began"))
+    monkeypatch.setattr("quad_modifiers.compression.calibration_data", lambda *_, **__: pytest.fail("work began"))
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "notes.txt").write_text("precious")
     with pytest.raises(FileExistsError, match="exists and is not empty"):

@@ -34,7 +34,7 @@ def compress(model: Any, recipe: Any = RECIPE, **arguments: Any) -> Any:
 
 def forbid_loading(monkeypatch: pytest.MonkeyPatch) -> None:
     """Fails a test that gets as far as the text, which comes before the weights, or as the weights of a folder."""
-    for name in ("compression.calibration_windows", "checkpoint.opened.Opened.load"):
+    for name in ("compression.calibration_data", "checkpoint.opened.Opened.load"):
         monkeypatch.setattr(f"quad_modifiers.{name}", lambda *_, **__: pytest.fail("loading was started"))
 
 

@@ -105,7 +105,7 @@ def test_no_patterns_no_model() -> None:
 
 @pytest.mark.parametrize("from_disk", [True, False])
 def test_refused_before_the_weights_are_loaded(from_disk, make_toy, toy_checkpoint, monkeypatch) -> None:
-    for name in ("compression.calibration_windows", "checkpoint.opened.Opened.load"):
+    for name in ("compression.calibration_data", "checkpoint.opened.Opened.load"):
         monkeypatch.setattr(f"quad_modifiers.{name}", lambda *_, **__: pytest.fail("loading was started"))
     model = toy_checkpoint("llama") if from_disk else make_toy()
     with pytest.raises(RecipeError, match="'o_prj' matches no module"):
