@@ -130,7 +130,7 @@ def oneshot(
         # The weights stay where they are; blocks are brought to the device one at a time.
         opening = replace(options, device=None)
         source = open_checkpoint(model, options=opening) if isinstance(model, (str, Path)) else model
-        _check_model(source, any(_is_ours(each) for each in modifiers.all), max_seq_length)
+        _check_model(source, modifiers.all, max_seq_length)
         _check_options(source, options, tie_word_embeddings, modifiers.all)
         modifiers.check_patterns(source)
         start = time.perf_counter()
@@ -261,7 +261,9 @@ def _check_options(
         raise ValueError(f"tie_word_embeddings=True, but {projections[0]} gives the head a tensor of its own; omit it")
 
 
-def _check_model(model: Opened | PreTrainedModel, known_only: bool, length: int) -> None:
+def _check_model(model: Opened | PreTrainedModel, modifiers: "list[Modifier]", length: int) -> None:
+    from quad_modifiers.modifiers.smoothing import check_smoothing
+
     if not isinstance(model, (Opened, PreTrainedModel)):
         raise TypeError(f"model must be a folder, a hub id or a transformers model, not {type(model).__name__}")
     if getattr(model.config, "quantization_config", None) is not None:
@@ -270,8 +272,8 @@ def _check_model(model: Opened | PreTrainedModel, known_only: bool, length: int)
         )
     if isinstance(model, PreTrainedModel) and _quantized_linears(model):
         raise ValueError("the model was quantized in memory already; load the original again")
-    if known_only:
-        find_architecture(model.config, architectures())
+    if any(_is_ours(each) for each in modifiers):
+        check_smoothing(modifiers, find_architecture(model.config, architectures()))
     if isinstance(model, Opened):
         model.check_weights()
     warn_of_length(model.config, length)

@@ -13,18 +13,46 @@ import torch
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # read when triton is imported, which transformers does
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import (
-    AutoModelForCausalLM,
-    LlamaConfig,
-    MistralConfig,
-    PreTrainedModel,
-    PreTrainedTokenizerFast,
-    Qwen2Config,
-    Qwen3Config,
-)
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
 VOCABULARY = 320
-_CONFIGS = {"llama": LlamaConfig, "mistral": MistralConfig, "qwen2": Qwen2Config, "qwen3": Qwen3Config}
+_PLAIN_ROPE = {"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0}}
+# What makes a toy differ from Llama: every factor, norm and kind of layer that the type has is in use.
+_SETTINGS: dict[str, dict[str, Any]] = {
+    "apertus": _PLAIN_ROPE,
+    "cwm": {**_PLAIN_ROPE, "sliding_window": 8, "layer_types": ["full_attention", "sliding_attention"]},
+    "ernie4_5": {"use_bias": True, "head_dim": 16},
+    "glm": {"attention_bias": True, "head_dim": 16},
+    "granite": {
+        "embedding_multiplier": 3.0,
+        "attention_multiplier": 0.4,
+        "residual_multiplier": 0.6,
+        "logits_scaling": 0.25,
+    },
+    "granite_swa": {
+        "attention_multiplier": 0.4,
+        "residual_multiplier": 0.6,
+        "sliding_window": 8,
+        "layer_types": ["full_attention", "sliding_attention"],
+    },
+    "hunyuan_v1_dense": {"head_dim": 16},
+    "ministral": {"sliding_window": 8, "layer_types": ["full_attention", "sliding_attention"], "head_dim": 16},
+    "ministral3": {
+        "head_dim": 16,
+        "rope_parameters": {
+            "rope_type": "yarn",
+            "rope_theta": 10000.0,
+            "factor": 32.0,
+            "original_max_position_embeddings": 16,
+            "llama_4_scaling_beta": 0.3,
+        },
+    },
+    "phi3": {"sliding_window": 8, "partial_rotary_factor": 0.5},
+    # Qwen3's head_dim is never hidden_size / heads.
+    "qwen3": {"head_dim": 24},
+    "seed_oss": {"attention_bias": True, "attention_out_bias": True, "mlp_bias": True, "head_dim": 16},
+    "smollm3": {"no_rope_layers": [1, 0]},
+}
 
 # Named shapes for parametrisation. Every hidden_size is a multiple of its head count, which LlamaConfig demands.
 _SIZES: dict[str, dict[str, int]] = {
@@ -95,6 +123,12 @@ def tolerance() -> Callable[[torch.dtype], dict[str, float]]:
 def toy_sizes() -> dict[str, dict[str, int]]:
     """Return the named shapes: config overrides for "even", "mha", "odd" and "odder"."""
     return {name: dict(size) for name, size in _SIZES.items()}
+
+
+@pytest.fixture(scope="session")
+def toy_settings() -> Callable[[str], dict[str, Any]]:
+    """Return `toy_settings(model_type)`: the config fields that make a toy of this type differ from Llama."""
+    return lambda model_type: dict(_SETTINGS.get(model_type, {}))
 
 
 @pytest.fixture(scope="session")
@@ -247,13 +281,11 @@ def _make_toy(
         "bos_token_id": 0,
         "eos_token_id": 1,
         "pad_token_id": 2,
+        **_SETTINGS.get(model_type, {}),
         **_SIZES[size],
+        **overrides,
     }
-    if model_type == "qwen3":
-        # Qwen3's head_dim is never hidden_size / heads.
-        settings.setdefault("head_dim", 24)
-    settings.update(overrides)
-    model = AutoModelForCausalLM.from_config(_CONFIGS[model_type](**settings), dtype=dtype)
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(model_type, **settings), dtype=dtype)
     _randomise(model, torch.Generator().manual_seed(seed))
     return model.eval()
 
@@ -265,7 +297,7 @@ def _randomise(model: PreTrainedModel, generator: torch.Generator) -> None:
         noise = torch.randn(parameter.shape, generator=generator)
         if name.endswith("norm.weight"):
             value = 1 + 0.3 * noise.clamp(-2, 2)
-        elif name.endswith("bias"):
+        elif parameter.ndim < 2:  # biases, attention sinks, constants of activations
             value = 0.5 * noise
         elif "embed_tokens" in name:
             # Rows with a common mean, and a few directions with much more energy than the rest, as in real models.

@@ -118,7 +118,9 @@ class QuadHfQuantizer(HfQuantizer):
         decoder = Decoder(model, _architecture(model, quad))
         use_native_blocks(decoder)
 
-    def _dequantize(self, model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
+    def _dequantize(self, model: nn.Module, dtype: torch.dtype | str | None = None) -> nn.Module:
+        if isinstance(dtype, str):  # a model that was saved has the name in its config
+            dtype = getattr(torch, dtype)
         quad = read_format(self.quantization_config.content.get("quad"))
         if quad.sections:
             raise ValueError(f"a model with {', '.join(quad.sections)} has no plain form; load it without dequantize")

@@ -92,6 +92,8 @@ def _register(base: str) -> None:
                 "model_type": quad_model_type(base),
                 # head_dim is explicit, so the stock rule that the heads divide hidden_size does not apply.
                 "validate_architecture": lambda self: None,
+                # Phi-3's wants as many factors of "longrope" as a head has that hidden_size is divided by.
+                "validate_rope": lambda self: None,
                 "from_dict": classmethod(from_dict),
                 "to_json_string": to_json_string,
             },

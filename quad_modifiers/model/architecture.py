@@ -8,6 +8,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from quad_modifiers.model.refusal import reason_of_refusal
+
 Space = Literal["stream", "queries", "keys", "values", "channels", "other"]
 """Whose coordinates: those of the residual stream, of query, key or value heads, of the MLP; `other` stays as it is."""
 
@@ -104,10 +106,13 @@ def dense_block(
     gate: str = "gate_proj",
     up: str = "up_proj",
     mlp_output: str = "down_proj",
+    query_key_value: str = "",
+    gate_up: str = "",
 ) -> tuple[Group, ...]:
-    """Returns the groups of a pre-norm block with separate linears, as Llama has it, under any names.
+    """Returns the groups of a pre-norm block as Llama has it, under any names.
 
-    The block is x + o_proj(attention(norm(x))), then x + down_proj(act(gate(norm(x))) * up(norm(x))).
+    The block is x + o_proj(attention(norm(x))), then x + down_proj(act(gate(norm(x))) * up(norm(x))), or without a gate
+    x + down_proj(act(up(norm(x)))).
 
     Args:
         attention: sub-module of the block.
@@ -118,12 +123,18 @@ def dense_block(
         key: see `query`.
         value: see `query`.
         attention_output: linear of `attention` that writes the stream.
-        gate: linear of `mlp`, which reads the stream; likewise `up`.
+        gate: linear of `mlp`, which reads the stream; likewise `up`. Empty for an MLP without a gate.
         up: see `gate`.
         mlp_output: linear of `mlp` that writes the stream.
+        query_key_value: one linear instead of `query`, `key` and `value`; their rows in this order.
+        gate_up: one linear instead of `gate` and `up`; their rows in this order.
     """
-    heads = Member(query, ("queries",)), Member(key, ("keys",)), Member(value, ("values",))
-    channels = Member(gate, ("channels",)), Member(up, ("channels",))
+    heads: tuple[Member, ...] = Member(query, ("queries",)), Member(key, ("keys",)), Member(value, ("values",))
+    if query_key_value:
+        heads = (Member(query_key_value, ("queries", "keys", "values")),)
+    channels = tuple(Member(name, ("channels",)) for name in (gate, up) if name)
+    if gate_up:
+        channels = (Member(gate_up, ("channels", "channels")),)
     return (
         Group("qkv", attention, heads, "stream", attention_norm),
         Group("o", attention, (Member(attention_output, ("stream",)),), "values"),
@@ -143,6 +154,8 @@ class Architecture:
         layers: dotted path of the list of decoder blocks.
         final_norm: dotted path of the norm before the head.
         head: dotted path of the head.
+        branch_factor: field of the config with the factor by which the blocks multiply what attention and MLP add to
+            the stream; empty for none.
         runner: "segmented" for blocks whose groups come in pairs, a reader of the stream and the writer after it (each
             activation is computed once); "hooked" runs any block, twice.
     """
@@ -153,6 +166,7 @@ class Architecture:
     layers: str = "model.layers"
     final_norm: str = "model.norm"
     head: str = "lm_head"
+    branch_factor: str = ""
     runner: Runner = "segmented"
 
     def __post_init__(self) -> None:
@@ -181,19 +195,40 @@ class Architecture:
         return {member.role: group for group, member in self.quantized_members()}
 
 
-BUILTIN_ARCHITECTURES = tuple(Architecture(model_type) for model_type in ("llama", "mistral", "qwen2", "qwen3"))
+_GATE_UP = dense_block(gate_up="gate_up_proj")
+_QKV_GATE_UP = dense_block(query_key_value="qkv_proj", gate_up="gate_up_proj")
+_NO_GATE = dense_block(gate="")
+_APERTUS = dense_block(attention_norm="attention_layernorm", mlp_norm="feedforward_layernorm", gate="")
+
+BUILTIN_ARCHITECTURES = (
+    *(Architecture(model_type) for model_type in ("llama", "mistral", "qwen2", "qwen3")),
+    Architecture("apertus", _APERTUS),
+    Architecture("arcee", _NO_GATE),
+    Architecture("cwm"),
+    Architecture("ernie4_5"),
+    Architecture("glm", _GATE_UP),
+    Architecture("granite", branch_factor="residual_multiplier"),
+    Architecture("granite_swa", branch_factor="residual_multiplier"),
+    Architecture("hunyuan_v1_dense"),
+    Architecture("ministral"),
+    Architecture("ministral3"),
+    Architecture("phi3", _QKV_GATE_UP),
+    Architecture("seed_oss"),
+    Architecture("smollm3"),
+)
 
 
 def find_architecture(config: Any, known: dict[str, Architecture]) -> Architecture:
     """Returns the architecture of a model config.
 
     Raises:
-        ValueError: if the model type is not supported; names those that are and how to add one.
+        ValueError: if the model type is not supported; says why, which are, and how to add one.
     """
     model_type = getattr(config, "model_type", None)
     if model_type not in known:
         raise ValueError(
-            f"model type {model_type!r} is not supported; supported are {', '.join(sorted(known))}. A plugin can add "
-            "one: see docs/developer/architectures.md"
+            f"model type {model_type!r} is not supported: {reason_of_refusal(config)}. Supported are "
+            f"{', '.join(sorted(known))} (docs/reference/support.md); a plugin can add one: see "
+            "docs/developer/architectures.md"
         )
     return known[model_type]

@@ -84,12 +84,14 @@ class Block:
         name: dotted path from the model.
         module: the block.
         groups: its groups in run order, repeated ones once for each repetition.
+        branch_factor: factor by which it multiplies what its writers add to the stream.
     """
 
     index: int
     name: str
     module: nn.Module
     groups: tuple[PlacedGroup, ...]
+    branch_factor: float = 1.0
 
     def quantized_groups(self) -> tuple[PlacedGroup, ...]:
         """The groups whose linears are quantized."""
@@ -122,8 +124,9 @@ class Decoder:
         for path in (architecture.embedding, architecture.layers, architecture.final_norm, architecture.head):
             _part(model, path)
         blocks = model.get_submodule(architecture.layers).named_children()
+        factor = float(getattr(model.config, architecture.branch_factor)) if architecture.branch_factor else 1.0
         self.blocks = [
-            Block(index, name, block, tuple(_placed_groups(index, name, block, architecture)))
+            Block(index, name, block, tuple(_placed_groups(index, name, block, architecture)), factor)
             for index, (name, block) in enumerate((f"{architecture.layers}.{key}", block) for key, block in blocks)
         ]
 

@@ -31,7 +31,7 @@ from quad_modifiers.nn.quad_linear import QuadLinear
 
 logger = logging.getLogger(__name__)
 
-_FAMILIES = ("Llama", "Mistral", "Qwen2", "Qwen3")
+_FAMILIES = ("Llama", "Ministral", "Mistral", "Qwen2", "Qwen3")
 STOCK_BLOCKS = tuple(f"{family}DecoderLayer" for family in _FAMILIES)
 STOCK_NORMS = tuple(f"{family}RMSNorm" for family in _FAMILIES)
 STOCK_ACTIVATIONS = ("SiLU", "SiLUActivation")

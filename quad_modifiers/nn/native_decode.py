@@ -31,7 +31,7 @@ if TYPE_CHECKING:  # whoever imports transformers first gets the loader, which i
     from transformers import DynamicCache
     from transformers.cache_utils import StaticLayer
 
-STOCK_DECODERS = ("LlamaModel", "MistralModel", "Qwen2Model", "Qwen3Model")
+STOCK_DECODERS = ("LlamaModel", "MinistralModel", "MistralModel", "Qwen2Model", "Qwen3Model")
 _LEAST_ROOM = 256  # positions
 _INERT = {"return_dict": (None, True), "output_attentions": (None, False), "output_hidden_states": (None, False)}
 

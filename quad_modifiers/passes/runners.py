@@ -89,7 +89,7 @@ class SegmentedRunner(BlockRunner):
             see(reader, x)
             x = _core(reader, writer, x, arguments)
             see(writer, x)
-            hidden = _add_output(writer, hidden, x)
+            hidden = self._add_output(writer, hidden, x)
         return hidden
 
     def visit(self, batches: Sequence[CalibrationBatch], visit: Visit) -> None:
@@ -103,7 +103,11 @@ class SegmentedRunner(BlockRunner):
             ]
             visit(writer, inputs)
             for x, batch in zip(inputs, batches, strict=True):
-                batch.hidden = _add_output(writer, batch.hidden, x)
+                batch.hidden = self._add_output(writer, batch.hidden, x)
+
+    def _add_output(self, writer: PlacedGroup, hidden: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+        with fast_products():
+            return torch.add(hidden, writer.linears[0].module(x), alpha=self.block.branch_factor)
 
 
 def _norm(reader: PlacedGroup, hidden: torch.Tensor) -> torch.Tensor:
@@ -117,11 +121,6 @@ def _core(reader: PlacedGroup, writer: PlacedGroup, x: torch.Tensor, arguments: 
         if writer.group.reads == "values":  # attention, which is called with positions and masks
             return _captured(writer.linears[0].module, lambda: reader.parent(hidden_states=x, **arguments)).float()
         return _captured(writer.linears[0].module, lambda: reader.parent(x)).float()
-
-
-def _add_output(writer: PlacedGroup, hidden: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
-    with fast_products():
-        return hidden + writer.linears[0].module(x)
 
 
 class _Stop(Exception):

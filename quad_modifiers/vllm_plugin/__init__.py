@@ -3,7 +3,18 @@
 vLLM calls `register` through the entry-point group `vllm.general_plugins`. Importing this package imports no vLLM.
 """
 
-MODEL_CLASSES = ("QuadLlamaForCausalLM", "QuadMistralForCausalLM", "QuadQwen2ForCausalLM", "QuadQwen3ForCausalLM")
+MODEL_CLASSES = (
+    "QuadLlamaForCausalLM",
+    "QuadMistralForCausalLM",
+    "QuadQwen2ForCausalLM",
+    "QuadQwen3ForCausalLM",
+    "QuadApertusForCausalLM",
+    "QuadErnie4_5ForCausalLM",
+    "QuadGraniteForCausalLM",
+    "QuadGraniteSWAForCausalLM",
+    "QuadMinistralForCausalLM",
+    "QuadPhi3ForCausalLM",
+)
 
 
 def register() -> None:

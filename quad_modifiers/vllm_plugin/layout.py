@@ -5,7 +5,8 @@ weight here: docs/developer/vllm.md says why row-parallel layers are divided by 
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import accumulate
 
 from quad_modifiers.checkpoint.format import LinearFormat
 
@@ -80,6 +81,29 @@ def column_parallel_rows(
         rows.append(Rows(start, count, offset))
         offset += count
     return rows
+
+
+def stacked_rows(
+    out_features: int, whole: Sequence[int], partition_sizes: Sequence[int], rank: int, ranks: int, prefix: str
+) -> list[Rows]:
+    """Returns the rows of each part of one tensor that a rank of a column-parallel layer holds.
+
+    The checkpoint holds as one what vLLM holds as one, q, k and v or gate and up of the same size.
+
+    `out_features` is the output width in the checkpoint, `whole` are the widths of the parts on all ranks together,
+    where key and value heads count as often as they are held, `partition_sizes` those on one rank; both from vLLM.
+    """
+    first, *others = whole
+    each, rest = divmod(out_features - first, len(others))
+    if each <= 0 or rest:
+        raise ValueError(
+            f"{prefix}: config.json asks for {first} output channels in the first of {len(whole)} parts, its "
+            f"quantization_config describes {out_features} in all; the checkpoint is damaged"
+        )
+    parts = [first] + [each] * len(others)
+    rows = column_parallel_rows(parts, partition_sizes, rank, ranks, prefix)
+    before = accumulate(parts, initial=0)
+    return [replace(row, start=row.start + start) for row, start in zip(rows, before, strict=False)]
 
 
 def row_parallel_rows(out_features: int, rank: int, ranks: int) -> Rows:

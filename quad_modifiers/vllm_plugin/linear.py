@@ -23,6 +23,7 @@ from quad_modifiers.vllm_plugin.layout import (
     column_parallel_rows,
     member_position,
     row_parallel_rows,
+    stacked_rows,
 )
 
 logger = init_logger("vllm.quad_modifiers")  # vLLM shows what is logged below its own name
@@ -39,6 +40,7 @@ class QuadLinearMethod(LinearMethodBase):
         self.input_quantization = None if linear.input is None else linear.input.settings()
         self.weight: QuantizedWeight | None = None  # its tensors are parameters of the layer
         self.rows: list[Rows] = []
+        self.is_stacked = False  # the checkpoint has one tensor for all members
         self.gathers_input = False
 
     def create_weights(
@@ -61,6 +63,16 @@ class QuadLinearMethod(LinearMethodBase):
         self.gathers_input = input_size_per_partition != input_size
         if self.gathers_input:
             self.rows = [row_parallel_rows(self.out_features[0], layer.tp_rank, layer.tp_size)]
+        elif len(self.out_features) < len(output_partition_sizes):
+            self.is_stacked = True
+            self.rows = stacked_rows(
+                self.out_features[0],
+                layer.output_sizes,
+                output_partition_sizes,
+                layer.tp_rank,
+                layer.tp_size,
+                self.prefix,
+            )
         else:
             self.rows = column_parallel_rows(
                 self.out_features, output_partition_sizes, layer.tp_rank, layer.tp_size, self.prefix
@@ -89,9 +101,9 @@ class QuadLinearMethod(LinearMethodBase):
         module.register_parameter(name, parameter)
 
     def _load(self, parameter: nn.Parameter, loaded: torch.Tensor, shard_id: ShardId = None) -> None:
-        """Copies this rank's rows of one member's tensor, `[out, ...]`."""
-        rows = self.rows[member_position(shard_id)]
-        parameter.data[rows.offset : rows.offset + rows.count].copy_(loaded[rows.start : rows.start + rows.count])
+        """Copies this rank's rows of one member's tensor, `[out, ...]`, or of the one of all members."""
+        for rows in self.rows if self.is_stacked else [self.rows[member_position(shard_id)]]:
+            parameter.data[rows.offset : rows.offset + rows.count].copy_(loaded[rows.start : rows.start + rows.count])
 
     def _load_zero_point(self, parameter: nn.Parameter, loaded: torch.Tensor, shard_id: ShardId = None) -> None:
         """Unpacks first: zero points are packed along the rows, `[ceil(out * bits / 32), groups]`."""

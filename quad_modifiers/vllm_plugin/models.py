@@ -7,8 +7,12 @@ from typing import Any
 import torch
 from torch import nn
 from vllm.config import VllmConfig
+from vllm.model_executor.models.apertus import ApertusForCausalLM
+from vllm.model_executor.models.ernie45 import Ernie4_5ForCausalLM
+from vllm.model_executor.models.granite import GraniteForCausalLM
 from vllm.model_executor.models.llama import LlamaDecoderLayer, LlamaForCausalLM
 from vllm.model_executor.models.mistral import MistralForCausalLM
+from vllm.model_executor.models.phi3 import Phi3ForCausalLM
 from vllm.model_executor.models.qwen3 import Qwen3ForCausalLM
 from vllm.platforms import current_platform
 
@@ -69,3 +73,27 @@ class QuadQwen2ForCausalLM(CheckedWeights, LlamaForCausalLM):
         self, *, vllm_config: VllmConfig, prefix: str = "", layer_type: type[nn.Module] = _Qwen2DecoderLayer
     ) -> None:
         super().__init__(vllm_config=vllm_config, prefix=prefix, layer_type=layer_type)
+
+
+class QuadApertusForCausalLM(CheckedWeights, ApertusForCausalLM):
+    """Apertus."""
+
+
+class QuadErnie4_5ForCausalLM(CheckedWeights, Ernie4_5ForCausalLM):
+    """Ernie 4.5."""
+
+
+class QuadGraniteForCausalLM(CheckedWeights, GraniteForCausalLM):
+    """Granite."""
+
+
+class QuadGraniteSWAForCausalLM(CheckedWeights, GraniteForCausalLM):
+    """Granite with sliding windows, which vLLM computes by the same class."""
+
+
+class QuadMinistralForCausalLM(CheckedWeights, MistralForCausalLM):
+    """Ministral."""
+
+
+class QuadPhi3ForCausalLM(CheckedWeights, Phi3ForCausalLM):
+    """Phi-3 and Phi-4."""

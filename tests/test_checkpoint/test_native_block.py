@@ -58,7 +58,7 @@ def stock(model: PreTrainedModel) -> PreTrainedModel:
     return model
 
 
-@pytest.fixture(params=["llama", "mistral", "qwen2", "qwen3"])
+@pytest.fixture(params=["llama", "ministral", "mistral", "qwen2", "qwen3"])
 def folder(request: pytest.FixtureRequest, compress_toy: Callable[..., Any]) -> Any:
     return compress_toy(model_type=request.param).folder
 

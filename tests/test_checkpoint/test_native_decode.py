@@ -52,11 +52,13 @@ def model(compressed) -> PreTrainedModel:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("model_type", ["llama", "mistral", "qwen2", "qwen3"])
+@pytest.mark.parametrize("model_type", ["llama", "ministral", "mistral", "qwen2", "qwen3"])
 def test_it_computes_what_the_blocks_compute(
     compress_toy: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, model_type: str, dtype: torch.dtype
 ) -> None:
-    window = {"sliding_window": None} if model_type == "mistral" else {}
+    window: dict[str, Any] = {"sliding_window": None} if model_type in ("ministral", "mistral") else {}
+    if model_type == "ministral":
+        window["layer_types"] = ["full_attention"] * 2
     model = AutoModelForCausalLM.from_pretrained(compress_toy(model_type=model_type).folder, dtype=dtype, **window)
     for padding in (0, 3):
         mask = torch.ones(3, 7, dtype=torch.long)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from quad_modifiers.model.architecture import Architecture, Group, dense_block
+from quad_modifiers.model.architecture import BUILTIN_ARCHITECTURES, Architecture, Group, dense_block
 from quad_modifiers.model.decoder import Decoder
 from quad_modifiers.passes import calibration_stream as stream_module
 from quad_modifiers.passes.calibration_stream import first_block_inputs
@@ -19,8 +19,11 @@ def float32_segments(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(stream_module, "fast_dtype", lambda device: torch.float32)
 
 
+KNOWN = {architecture.model_type: architecture for architecture in BUILTIN_ARCHITECTURES}
+
+
 def decoder_of(model) -> Decoder:
-    return Decoder(model, Architecture(model.config.model_type))
+    return Decoder(model, KNOWN[model.config.model_type])
 
 
 def batches_of(ids: torch.Tensor) -> list[dict[str, torch.Tensor]]:
@@ -49,6 +52,10 @@ def states_of(model, ids: torch.Tensor, mask: torch.Tensor | None = None) -> lis
         ("mistral", {"sliding_window": 8}),
         ("qwen2", {}),
         ("qwen3", {}),
+        ("arcee", {}),
+        ("phi3", {}),
+        pytest.param("granite", {}, id="granite, whose branches have a factor"),
+        pytest.param("smollm3", {"no_rope_layers": [1, 0, 1]}, id="smollm3, a layer of which has no positions"),
         pytest.param(
             "qwen2",
             {"use_sliding_window": True, "sliding_window": 6, "max_window_layers": 1},

@@ -12,6 +12,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 import quad_modifiers  # noqa: F401  (teaches transformers the format)
 from quad_modifiers.checkpoint.format import InputFormat, LinearFormat, QuadFormat, TableFormat, WeightFormat
@@ -32,6 +33,7 @@ def toy_format(
 ) -> QuadFormat:
     """Return a `quad` section; `changes` replaces fields of single roles, `o_proj={"hadamard": False}`."""
     heads, kv = HEADS * HEAD_DIM, KV_HEADS * HEAD_DIM
+    sizes = {"stream": HIDDEN, "queries": heads, "keys": kv, "values": kv, "channels": INTERMEDIATE}
     common = {"weight": weight, "input": quantized, "bias": False}
     stream = {
         "in_features": HIDDEN,
@@ -40,27 +42,17 @@ def toy_format(
         "keep_width": False,
         "hadamard": False,
     }
-    roles = {
-        **{
-            role: {**stream, "out_features": out, "bias": base == "qwen2"}
-            for role, out in (("q_proj", heads), ("k_proj", kv), ("v_proj", kv))
-        },
-        "o_proj": {"in_features": heads, "outliers_per_block": 4, "block": HEAD_DIM, "out_features": HIDDEN},
-        **{role: {**stream, "out_features": INTERMEDIATE} for role in ("gate_proj", "up_proj")},
-        "down_proj": {
-            "in_features": INTERMEDIATE,
-            "outliers_per_block": 12,
-            "block": INTERMEDIATE,
-            "out_features": HIDDEN,
-        },
-    }
     d_type = {"keep_width": True, "hadamard": True}
-    linears = {
-        role: LinearFormat(
-            **{**common, **(d_type if role in ("o_proj", "down_proj") else {}), **fields, **changes.get(role, {})}
-        )
-        for role, fields in roles.items()
+    inputs = {
+        "stream": stream,
+        "values": {**d_type, "in_features": heads, "outliers_per_block": 4, "block": HEAD_DIM},
+        "channels": {**d_type, "in_features": INTERMEDIATE, "outliers_per_block": 12, "block": INTERMEDIATE},
     }
+    linears = {}
+    for group, member in KNOWN[base].quantized_members():
+        own = {"out_features": sum(sizes[space] for space in member.produces)}
+        own["bias"] = base == "qwen2" and group.name == "qkv"
+        linears[member.role] = LinearFormat(**{**common, **inputs[group.reads], **own, **changes.get(member.role, {})})
     ends = {"format_version": 2, "embedding": TableFormat(), "head": TableFormat()} if packed_ends else {}
     return QuadFormat(base_model_type=base, residual_basis=None, linears=linears, **ends)
 
@@ -80,9 +72,13 @@ def _toy_config(base: str, quad: QuadFormat, dtype: torch.dtype, **overrides: An
         "bos_token_id": 0,
         "eos_token_id": 1,
         "pad_token_id": 2,
-        "architectures": [f"Quad{base.title()}ForCausalLM"],
+        "architectures": [_class_name(base)],
     }
     return CONFIG_MAPPING[quad_model_type(base)](dtype=dtype, **{**settings, **biases, **overrides})
+
+
+def _class_name(base: str) -> str:
+    return f"Quad{MODEL_FOR_CAUSAL_LM_MAPPING[CONFIG_MAPPING[base]].__name__}"
 
 
 def _random(name: str, spec: TensorSpec, generator: torch.Generator) -> torch.Tensor:
@@ -94,7 +90,7 @@ def _random(name: str, spec: TensorSpec, generator: torch.Generator) -> torch.Te
     if name.endswith("weight_scale"):
         largest = 0.03 if ".residual." in name else 0.002  # logits of order one, as those of a floating-point head
         return (largest * (0.3 + 0.7 * torch.rand(spec.shape, generator=generator))).to(spec.dtype)
-    if name.endswith("norm.weight"):
+    if name.endswith("norm.weight") or len(spec.shape) == 0:
         return torch.ones(spec.shape, dtype=spec.dtype)
     width = 4.0 if name.endswith(".bias") else spec.shape[-1]
     return (torch.randn(spec.shape, generator=generator) / width**0.5).to(spec.dtype)

@@ -19,12 +19,15 @@ from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM
 
 from quad_modifiers.checkpoint.format import InputFormat, QuadFormat, WeightFormat
+from quad_modifiers.tools.support_table import supported
 
 from .random_adapters import random_adapters
 
 pytestmark = [pytest.mark.vllm, pytest.mark.filterwarnings("default")]
 
 PROMPTS = torch.randint(3, 320, (6, 40), generator=torch.Generator().manual_seed(7))
+# vLLM's class knows no biases.
+UNBIASED = {"ernie4_5": {"use_bias": False}}
 Engine = Callable[..., torch.Tensor]
 
 
@@ -92,6 +95,15 @@ def assert_close(found: torch.Tensor, wanted: torch.Tensor) -> None:
     print(f"log-probabilities differ by {difference.median():.4f} (median), {tail:.4f} (95th percentile)")
     assert difference.median() < 0.02
     assert tail < 0.1
+
+
+@pytest.mark.parametrize("model_type", [row.model_type for row in supported() if row.vllm])
+def test_every_type_that_has_a_class(model_type: str, engine: Engine, toy8, toy_settings) -> None:
+    settings = toy_settings(model_type) | UNBIASED.get(model_type, {})
+    settings.pop("head_dim", None)
+    folder = toy8(model_type, **settings)
+    found = engine(folder, dtype="float32", enforce_eager=True)
+    assert_close(found, reference(AutoModelForCausalLM.from_pretrained(folder)))
 
 
 def test_compiled_in_half_precision(engine: Engine, toy8) -> None:

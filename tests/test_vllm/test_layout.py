@@ -11,6 +11,7 @@ from quad_modifiers.vllm_plugin.layout import (
     fused_format,
     member_position,
     row_parallel_rows,
+    stacked_rows,
 )
 
 QKV = ("q_proj", "k_proj", "v_proj")
@@ -62,6 +63,23 @@ def test_column_parallel(rank, ranks, partitions, rows) -> None:
 def test_sizes_that_contradict_the_checkpoint_are_refused(partition) -> None:
     with pytest.raises(ValueError, match=rf"gate_up_proj: config.json asks for {2 * partition} .* describes 8"):
         column_parallel_rows([8], [partition], 0, 2, "gate_up_proj")
+
+
+@pytest.mark.parametrize(("rank", "ranks", "partitions"), [(0, 1, (8, 4, 4)), (1, 2, (4, 2, 2)), (3, 4, (2, 2, 2))])
+def test_a_fused_tensor_gives_the_rows_of_its_parts(rank, ranks, partitions) -> None:
+    """A tensor of q, k and v in one: each part's rows are those of a tensor of its own, further down."""
+    whole = [ranks * count for count in partitions]  # in which a head of keys counts once for each rank that holds it
+    rows = stacked_rows(16, whole, partitions, rank, ranks, "qkv_proj")
+    apart = column_parallel_rows([8, 4, 4], partitions, rank, ranks, "qkv_proj")
+    shifts = [row.start - own.start for row, own in zip(rows, apart, strict=True)]
+    assert shifts == [0, 8, 12]
+    assert [(row.count, row.offset) for row in rows] == [(own.count, own.offset) for own in apart]
+
+
+@pytest.mark.parametrize("out_features", [7, 8, 15])
+def test_a_fused_tensor_that_contradicts_the_config_is_refused(out_features) -> None:
+    with pytest.raises(ValueError, match="qkv_proj: config.json asks for 8 .* damaged"):
+        stacked_rows(out_features, [8, 4, 4], [8, 4, 4], 0, 1, "qkv_proj")
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 3, 4, 7])

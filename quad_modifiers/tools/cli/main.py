@@ -8,7 +8,18 @@ from typing import Annotated
 
 import typer
 
-from quad_modifiers.tools.cli import compare, compress, evaluate, export, finetune, inspect, plugins, publish, recipes
+from quad_modifiers.tools.cli import (
+    compare,
+    compress,
+    evaluate,
+    export,
+    finetune,
+    inspect,
+    plugins,
+    publish,
+    recipes,
+    support,
+)
 from quad_modifiers.tools.cli.errors import INTERRUPTED, describe, exit_code
 from quad_modifiers.tools.console import show_warning
 
@@ -22,6 +33,7 @@ _COMMANDS: dict[str, tuple[Callable[..., None], str]] = {
     "eval": (evaluate.evaluate, "quad_modifiers.tools.evaluation.evaluate(model, tasks, baseline)"),
     "inspect": (inspect.inspect, "quad_modifiers.tools.inspection.inspect_model(model, output_dir, ...)"),
     "compare": (compare.compare, "quad_modifiers.tools.inspection.compare_checkpoints(checkpoints, output_dir, ...)"),
+    "support": (support.support, "quad_modifiers.tools.support_table.supported()"),
     "plugins": (plugins.plugins, "quad_modifiers.plugins.plugin_table()"),
     "export": (
         export.export,
@@ -40,6 +52,7 @@ _EXAMPLES = {
     "eval": "quad eval outputs/SmolLM2-quad --baseline outputs/SmolLM2-135M",
     "inspect": "quad inspect outputs/SmolLM2-135M -o outputs/report",
     "compare": "quad compare outputs/quad-w4a4 outputs/quad-w4a4a8 -o outputs/comparison",
+    "support": "quad support HuggingFaceTB/SmolLM3-3B",
     "export": "quad export outputs/quad-square -o outputs/portable --format compressed-tensors",
     "publish": "quad publish outputs/SmolLM2-quad me/SmolLM2-quad --base-model HuggingFaceTB/SmolLM2-135M --dry-run",
 }
