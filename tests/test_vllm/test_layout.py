@@ -78,7 +78,7 @@ def test_a_fused_tensor_gives_the_rows_of_its_parts(rank, ranks, partitions) -> 
 
 @pytest.mark.parametrize("out_features", [7, 8, 15])
 def test_a_fused_tensor_that_contradicts_the_config_is_refused(out_features) -> None:
-    with pytest.raises(ValueError, match="qkv_proj: config.json asks for 8 .* damaged"):
+    with pytest.raises(ValueError, match=r"qkv_proj: config.json asks for 8 .* damaged"):
         stacked_rows(out_features, [8, 4, 4], [8, 4, 4], 0, 1, "qkv_proj")
 
 
