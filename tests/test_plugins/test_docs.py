@@ -47,7 +47,7 @@ def test_code_of_a_method_is_that_of_the_method_plugin() -> None:
     files = [file.read_text(encoding="utf-8").rstrip() + "\n" for file in METHOD.glob("*.py")]
     method = GUIDE.read_text(encoding="utf-8").partition("## A method of your own")[2]
     shown = re.findall(r"^```python\n(.*?)^```$", method, re.S | re.M)
-    for name in ("LowRank", "LowRankResidue", "NoteMethod", "MethodNote", "RowPairsBackend", "PHI3"):
+    for name in ("LowRank", "LowRankResidue", "NoteMethod", "MethodNote", "RowPairsBackend", "TWIN"):
         assert any(re.search(rf"^(class )?{name}\b", each, re.M) for each in shown), name
     assert [each for each in shown if not any(each in file for file in files)] == []
 

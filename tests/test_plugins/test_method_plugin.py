@@ -25,7 +25,7 @@ MODULES = sorted(path.name for path in (Path(__file__).parent / "method_plugin" 
 
 @pytest.fixture(scope="module")
 def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The checkpoints `branched`, `noted` and `phi3`, which the checks of the plugin left behind."""
+    """The checkpoints `branched`, `noted` and `twin`, which the checks of the plugin left behind."""
     folder = tmp_path_factory.mktemp("method")
     target, made = install("method_plugin", folder), folder / "made"
     settings = ["-p", "no:cacheprovider", f"--basetemp={made}"]
@@ -52,10 +52,10 @@ def test_without_it_a_checkpoint_is_refused_by_name(name: str, message: str, che
 
 
 def test_without_it_the_model_family_is_unknown(checkpoints: Path) -> None:
-    with pytest.raises(ValueError, match=r"quad_phi3 \(pip install quad-modifiers, then import quad_modifiers\)"):
-        AutoModelForCausalLM.from_pretrained(checkpoints / "phi3")
+    with pytest.raises(ValueError, match=r"quad_twin \(pip install quad-modifiers, then import quad_modifiers\)"):
+        AutoModelForCausalLM.from_pretrained(checkpoints / "twin")
 
 
 def test_what_the_files_say_is_told_without_it(checkpoints: Path) -> None:
     assert width_tags(read_inventory(checkpoints / "branched")) == ["w4a4"]
-    assert width_tags(read_inventory(checkpoints / "phi3")) == [], "which linears write the stream is not known"
+    assert width_tags(read_inventory(checkpoints / "twin")) == [], "which linears write the stream is not known"

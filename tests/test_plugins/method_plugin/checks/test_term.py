@@ -192,7 +192,7 @@ def test_it_is_listed() -> None:
     for line in (
         "quad-method-plugin",
         "modifier LowRankResidue",
-        "architecture phi3",
+        "architecture twin",
         "kernel backend row_pairs",
         "linear term low_rank",
         "checkpoint section method_note",

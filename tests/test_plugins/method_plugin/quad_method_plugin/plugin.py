@@ -30,6 +30,6 @@ def quad_modifiers_kernel_backends() -> dict[str, str]:
 
 @hookimpl
 def quad_modifiers_architectures() -> list:
-    from quad_method_plugin.phi3 import PHI3
+    from quad_method_plugin.twin import TWIN
 
-    return [PHI3]
+    return [TWIN]

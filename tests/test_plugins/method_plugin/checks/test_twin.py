@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import BRANCH, QUANTIZE, Compress, logits_of, tokenizer_of_bytes
-from transformers import AutoModelForCausalLM, Phi3ForCausalLM
+from quad_method_plugin.twin import TwinForCausalLM
+from transformers import AutoModelForCausalLM
 
 from quad_modifiers.checkpoint.loader import QuadQuantizationConfig
 
@@ -21,7 +22,7 @@ PROJECTIONS = [
 
 @pytest.mark.parametrize("projection", PROJECTIONS)
 def test_a_projection_keeps_the_logits(projection: str, compress: Compress) -> None:
-    made = compress(projection, model_type="phi3")
+    made = compress(projection, model_type="twin")
     torch.testing.assert_close(made.logits, made.original, rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(logits_of(AutoModelForCausalLM.from_pretrained(made.folder)), made.logits)
 
@@ -29,7 +30,7 @@ def test_a_projection_keeps_the_logits(projection: str, compress: Compress) -> N
 @pytest.mark.parametrize("basis", ["extended", "square"])
 def test_a_full_recipe_reloads(basis: str, compress: Compress, tmp_path: Path) -> None:
     projection = f"SVDOutlierProjection: {{basis: {basis}, {SPLITS}}}"
-    made = compress(projection, BRANCH, *QUANTIZE, "EmbeddingHeadQuant: {}", model_type="phi3")
+    made = compress(projection, BRANCH, *QUANTIZE, "EmbeddingHeadQuant: {}", model_type="twin")
     assert made.error < 0.6
     assert set(made.quad["linears"]) == {"qkv_proj", "o_proj", "gate_up_proj", "down_proj"}
     model = AutoModelForCausalLM.from_pretrained(made.folder)
@@ -40,10 +41,10 @@ def test_a_full_recipe_reloads(basis: str, compress: Compress, tmp_path: Path) -
 
 
 def test_it_becomes_a_stock_model(compress: Compress) -> None:
-    made = compress(PROJECTIONS[1], BRANCH, "OutlierSplitGPTQ: {}", model_type="phi3", name="phi3")
+    made = compress(PROJECTIONS[1], BRANCH, "OutlierSplitGPTQ: {}", model_type="twin", name="twin")
     config = QuadQuantizationConfig(dequantize=True)
     plain = AutoModelForCausalLM.from_pretrained(made.folder, quantization_config=config)
-    assert type(plain) is Phi3ForCausalLM
+    assert type(plain) is TwinForCausalLM
     torch.testing.assert_close(logits_of(plain), made.logits, rtol=1e-4, atol=1e-4)
 
 
@@ -51,7 +52,7 @@ def test_it_is_inspected_by_the_names_of_its_own_groups(compress: Compress, tmp_
     pytest.importorskip("matplotlib")
     from quad_modifiers.tools.inspection import inspect_model
 
-    made = compress(PROJECTIONS[0], BRANCH, *QUANTIZE, model_type="phi3")
+    made = compress(PROJECTIONS[0], BRANCH, *QUANTIZE, model_type="twin")
     text = tmp_path / "text.txt"
     text.write_text("Seven wizards mixed a jug of liquid. " * 300)
     tokenizer_of_bytes().save_pretrained(made.folder)
@@ -62,5 +63,5 @@ def test_it_is_inspected_by_the_names_of_its_own_groups(compress: Compress, tmp_
 
 
 def test_its_outlier_weights_train(compress: Compress) -> None:
-    made = compress(PROJECTIONS[1], *QUANTIZE, "OutlierLoRA: {batch_size: 2, validation: 0.3}", model_type="phi3")
+    made = compress(PROJECTIONS[1], *QUANTIZE, "OutlierLoRA: {batch_size: 2, validation: 0.3}", model_type="twin")
     assert torch.equal(logits_of(AutoModelForCausalLM.from_pretrained(made.folder)), made.logits)
