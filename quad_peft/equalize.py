@@ -50,6 +50,8 @@ def equalize_outliers(model: nn.Module, samples: Iterable[torch.Tensor], adapter
         for hook in hooks:
             hook.remove()
     for layer, total in squares.items():
+        if not total.max() > 0:
+            continue  # dead inputs: nothing to equalize
         magnitude = total.sqrt().clamp(min=float(total.max()) ** 0.5 * _SMALLEST)
         layer.lora_A[adapter_name].scale = (magnitude.median() / magnitude).log2().round().exp2().cpu()
 

@@ -34,7 +34,7 @@ class StreamingGram:
             # Upper block triangle only: the matrix is symmetric.
             product = x[:, start : start + _BLOCK].T @ x[:, start:]
             if not torch.isfinite(product.diagonal()).all():  # where each coordinate meets itself
-                raise ValueError(f"{int((~torch.isfinite(x)).sum())} calibration activations are NaN or infinite")
+                raise ValueError(_not_finite(x))
             self.total[start : start + _BLOCK, start:] += product
         self.tokens += x.shape[0]
 
@@ -48,3 +48,10 @@ class StreamingGram:
             raise ValueError("the Gram matrix saw no calibration tokens")
         upper = self.total.triu()
         return (upper + upper.triu(1).T) / self.tokens
+
+
+def _not_finite(x: torch.Tensor) -> str:
+    bad = int((~torch.isfinite(x)).sum())
+    if bad:
+        return f"{bad} calibration activations are NaN or infinite"
+    return f"calibration activations of up to {float(x.abs().max()):.2g} have an infinite square in float32"

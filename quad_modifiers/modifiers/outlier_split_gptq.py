@@ -2,7 +2,7 @@
 
 import logging
 import time
-from typing import Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from llmcompressor.core import State
 from pydantic import Field, PrivateAttr
@@ -56,7 +56,7 @@ class OutlierSplitGPTQ(QuadModifier):
     group_size: int | None = Field(default=None, ge=8)
     symmetric: bool = True
     clip_search: bool = True
-    scale_candidates: list[float] = Field(default=[1.0], min_length=1)
+    scale_candidates: list[Annotated[float, Field(gt=0)]] = Field(default=[1.0], min_length=1)
     activation_order: bool = True
     damping: float = Field(default=0.01, ge=0.0, le=1.0)
     block_size: int = Field(default=128, ge=1)

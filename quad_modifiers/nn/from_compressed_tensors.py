@@ -41,7 +41,8 @@ def stock_quantized_weight(linear: nn.Module) -> QuantizedWeight | None:
         return None
     weights, columns = scheme_of(linear).weights, linear.in_features
     zero_point = None if weights.symmetric else linear.weight_zero_point
-    integers = linear.weight.float() / expand_scales(linear.weight_scale.float(), columns)
+    scale = expand_scales(linear.weight_scale.float(), columns)
+    integers = linear.weight.float() / torch.where(scale > 0, scale, torch.inf)  # a scale of 0 is that of zeros
     if zero_point is not None:
         integers = integers + expand_scales(zero_point.float(), columns)
         zero_point = zero_point.to(torch.int8)

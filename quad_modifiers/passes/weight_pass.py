@@ -45,8 +45,19 @@ def quantize_blocks(
             else:
                 work.run(runner_of(block, decoder.architecture), stream, original)
         for linear, weight in work.finished:
+            _check_representable(linear)
             finish(linear, weight)
         yield work.reports
+
+
+def _check_representable(linear: PlacedLinear) -> None:
+    """Refuses outlier weights that became infinite as they went back to the model's dtype."""
+    weight = linear.module.outlier_weight
+    if weight is not None and not torch.isfinite(weight).all():
+        raise ValueError(
+            f"the outlier weights of {linear.name} do not fit {weight.dtype}; raise `damping`, or load the model in "
+            "bfloat16 or float32"
+        )
 
 
 class _BlockWork:

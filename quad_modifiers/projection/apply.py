@@ -27,7 +27,8 @@ def apply_projection(decoder: Decoder, projection: Projection) -> None:
         projection: the plan.
 
     Raises:
-        ValueError: naming a linear that has a term, which belongs to the old basis.
+        ValueError: naming a linear that has a term, which belongs to the old basis, or a tensor that the model's dtype
+            cannot hold in the new one.
     """
     _refuse_terms(decoder)
     geometry, config = decoder.geometry, decoder.model.config  # the sizes of before are read before they change
@@ -35,8 +36,17 @@ def apply_projection(decoder: Decoder, projection: Projection) -> None:
     _project_ends(decoder, projection.residual)
     for block in layer_progress(decoder.blocks, "projecting"):
         _project_block(block, projection, geometry.sizes())
+    _check_representable(decoder)
     config.hidden_size = projection.residual.width
     config.head_dim = geometry.head_dim
+
+
+def _check_representable(decoder: Decoder) -> None:
+    for name, parameter in decoder.model.named_parameters():
+        if not torch.isfinite(parameter).all():
+            raise ValueError(
+                f"{name} does not fit {parameter.dtype} after the projection; load the model in bfloat16 or float32"
+            )
 
 
 def _refuse_terms(decoder: Decoder) -> None:

@@ -166,10 +166,11 @@ def plan_projection(
 
 
 def outlier_energy(statistics: ActivationStatistics, basis: ResidualBasis) -> float:
-    """Returns the share of the stream's energy in the outlier coordinates of a basis."""
+    """Returns the share of the stream's energy in the outlier coordinates of a basis; 0 of a stream of zeros."""
     outliers = basis.basis[:, : basis.rank].to(statistics.residual)
-    total = torch.trace(outliers.T @ statistics.residual @ outliers) / torch.trace(statistics.residual)
-    return float(total)
+    total = torch.trace(statistics.residual)
+    inside = torch.trace(outliers.T @ statistics.residual @ outliers)
+    return float(inside / total) if total > 0 else 0.0
 
 
 def _residual_basis(

@@ -7,7 +7,7 @@ exact coordinate descent on the same quadratic loss revisit every rounding decis
 through their Schur complement.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -17,6 +17,10 @@ from quad_kernels import descend_columns, round_columns
 from quad_modifiers.quantization.grid import IntegerGrid, WeightScales, dequantize
 
 MAX_DAMPING = 1.0
+# Shares of the largest diagonal element: the energy of an input that is nothing but rounding error, in float32, and the
+# error of the Hessian itself, whose products are float32.
+_NOISE_ENERGY = 1e-12
+_HESSIAN_ERROR = 1e-4
 
 
 @dataclass(frozen=True)
@@ -65,36 +69,81 @@ class GptqResult:
     attempts: int
 
 
+class Factorization(NamedTuple):
+    """A Cholesky factorization of a damped Hessian.
+
+    Attributes:
+        damped: the Hessian with its damping, `[n, n]`.
+        lower: its lower Cholesky factor, `[n, n]`.
+        damping: fraction of the level that was added to the diagonal.
+        attempts: number of factorizations tried.
+    """
+
+    damped: torch.Tensor
+    lower: torch.Tensor
+    damping: float
+    attempts: int
+
+
+def input_level(hessian: torch.Tensor, quantized: int) -> torch.Tensor:
+    """Returns the mean diagonal of the quantized columns, a scalar; 1 where all inputs are zero throughout.
+
+    The outlier columns do not count: they are far larger and would drown the rest. But what is nothing beside them is
+    rounding error, as where all tokens are alike: a level below it would have GPTQ fit that.
+    """
+    diagonal = hessian.diagonal()
+    level = torch.maximum(diagonal[:quantized].mean(), diagonal.max() * _NOISE_ENERGY)
+    return torch.where(level > torch.finfo(torch.float32).tiny, level, torch.ones_like(level))
+
+
+def factorizations(hessian: torch.Tensor, level: torch.Tensor, damping: float) -> Iterator[Factorization]:
+    """Yields the factorizations that succeed, with damping that grows tenfold up to 1, or the error of the Hessian.
+
+    In the extended basis the undamped Hessian is singular by construction; so is that of inputs that are constant, or
+    zero on all calibration data.
+
+    Args:
+        hessian: `[n, n]`, float64.
+        level: what the damping is a fraction of, a scalar.
+        damping: first fraction tried.
+
+    Raises:
+        ValueError: if the Hessian is not finite.
+    """
+    if not torch.isfinite(hessian).all():
+        raise ValueError("the Hessian has NaN or infinite entries")
+    identity = torch.eye(len(hessian), dtype=hessian.dtype, device=hessian.device)
+    most = max(MAX_DAMPING, float(_HESSIAN_ERROR * hessian.diagonal().max() / level))
+    attempts = 0
+    while damping <= most:
+        attempts += 1
+        damped = hessian + identity * (damping * level)
+        lower, failed = torch.linalg.cholesky_ex(damped)
+        if not failed:
+            yield Factorization(damped, lower, damping, attempts)
+        damping = max(damping * 10, 1e-4)
+
+
 def damp(hessian: torch.Tensor, quantized: int, damping: float) -> tuple[torch.Tensor, torch.Tensor, float, int]:
     """Returns the damped Hessian, the upper Cholesky factor of its inverse, the damping used, and the attempts.
 
-    The damping is relative to the mean diagonal of the quantized columns (the outlier columns are far larger and
-    would drown the rest). It grows tenfold while the factorization fails: in the extended basis the undamped Hessian
-    is singular by construction.
+    The damping is relative to the mean diagonal of the quantized columns and grows until the factorization succeeds.
 
     Raises:
         ValueError: if the Hessian is not finite or cannot be factorized with damping up to 1.
     """
-    if not torch.isfinite(hessian).all():
-        raise ValueError("the Hessian has NaN or infinite entries")
-    size = hessian.shape[0]
-    identity = torch.eye(size, dtype=hessian.dtype, device=hessian.device)
-    level = hessian.diagonal()[:quantized].mean()
-    level = torch.where(level > torch.finfo(torch.float32).tiny, level, torch.ones_like(level))  # inputs all zero
-    attempts = 0
-    while damping <= MAX_DAMPING:
-        attempts += 1
-        damped = hessian + identity * (damping * level)
-        # With J the reversal of the order, J H J = L L^T gives H^-1 = U^T U for the upper triangular U = J L^-1 J:
-        # one factorization and one triangular solve instead of two factorizations and an inverse.
-        lower, failed = torch.linalg.cholesky_ex(damped.flip(0, 1))
-        if not failed:
-            # float64 for the factorization, which can fail; float32 for the solve, which only has to be accurate.
-            factor = torch.linalg.solve_triangular(lower.float(), identity.float(), upper=False).flip(0, 1)
-            if torch.isfinite(factor).all():
-                return damped, factor, damping, attempts
-        damping = max(damping * 10, 1e-4)
-    raise ValueError(f"the Hessian cannot be factorized even with damping {MAX_DAMPING}; use more calibration text")
+    identity = torch.eye(len(hessian), dtype=torch.float32, device=hessian.device)
+    # With J the reversal of the order, J H J = L L^T gives H^-1 = U^T U for the upper triangular U = J L^-1 J:
+    # one factorization and one triangular solve instead of two factorizations and an inverse.
+    for found in factorizations(hessian.flip(0, 1), input_level(hessian, quantized), damping):
+        # float64 for the factorization, which can fail; float32 for the solve, which only has to be accurate.
+        factor = torch.linalg.solve_triangular(found.lower.float(), identity, upper=False).flip(0, 1)
+        if torch.isfinite(factor).all():
+            return found.damped.flip(0, 1), factor, found.damping, found.attempts
+    raise ValueError(
+        f"the Hessian cannot be factorized even with damping {MAX_DAMPING}, nor with what its rounding errors need; use "
+        "more calibration text"
+    )
 
 
 def quantize_columns(
@@ -132,6 +181,7 @@ def quantize_columns(
             inside = hessian.diagonal()[part.start : part.stop]
             order[part.start : part.stop] = inside.argsort(descending=True, stable=True) + part.start
     damped, factor, damping, attempts = damp(hessian[order][:, order], quantized, damping)
+    response = _outlier_response(damped, quantized).to(weight)
     damped, factor = damped.to(weight), factor.to(weight)
     scales = _ordered_scales(ranges, order)
     work = weight[:, order].T.contiguous()  # [n, out]
@@ -148,10 +198,10 @@ def quantize_columns(
         )
         work[stop:].addmm_(factor[start:stop, stop:].T, errors, alpha=-1)
     if sweeps:
-        reduced = _without_outliers(damped, quantized)
+        reduced = _without_outliers(damped, response)
         _descend(integers, scales, target[:quantized], reduced, _steps(ranges, block_size) * sweeps)
     delta = dequantize(integers, scales) - target[:quantized]
-    absorbed = _absorb(delta, damped, quantized)
+    absorbed = response @ delta
     full_delta = torch.cat([delta, absorbed])
     loss = (full_delta * (hessian[order][:, order].to(weight) @ full_delta)).sum(0)
     inverse = order[:quantized].argsort()
@@ -208,25 +258,19 @@ def _steps(ranges: list[_GridRange], block_size: int) -> list[tuple[int, int, In
 
 
 def _outlier_response(hessian: torch.Tensor, quantized: int) -> torch.Tensor:
-    """-H_oo^-1 H_oq, `[r, quantized]`: how the full-precision columns best follow a change of the quantized ones."""
+    """-H_oo^-1 H_oq, `[r, quantized]`: how the full-precision columns best follow a change of the quantized ones.
+
+    float64: next to outliers the damping is less than float32 resolves, and inputs that are constant need it.
+    """
     lower = torch.linalg.cholesky(hessian[quantized:, quantized:])
     half = torch.linalg.solve_triangular(lower, hessian[quantized:, :quantized], upper=False)
     return -torch.linalg.solve_triangular(lower.T, half, upper=True)
 
 
-def _absorb(delta: torch.Tensor, hessian: torch.Tensor, quantized: int) -> torch.Tensor:
-    """Change of the full-precision columns that minimizes the loss given the rounding errors, `[r, out]`."""
-    if quantized == hessian.shape[0]:
-        return delta[:0]
-    return _outlier_response(hessian, quantized) @ delta
-
-
-def _without_outliers(hessian: torch.Tensor, quantized: int) -> torch.Tensor:
+def _without_outliers(hessian: torch.Tensor, response: torch.Tensor) -> torch.Tensor:
     """Schur complement: the loss as a function of the quantized columns, the others always following optimally."""
-    corner = hessian[:quantized, :quantized]
-    if quantized == hessian.shape[0]:
-        return corner
-    return corner + hessian[:quantized, quantized:] @ _outlier_response(hessian, quantized)
+    quantized = response.shape[1]
+    return hessian[:quantized, :quantized] + hessian[:quantized, quantized:] @ response
 
 
 def _descend(

@@ -85,15 +85,21 @@ def full_range_scales(weight: torch.Tensor, grid: IntegerGrid, scale_dtype: torc
     grouped = weight.reshape(weight.shape[0], grid.groups(weight.shape[1]), -1)
     if grid.symmetric:
         scale = grouped.abs().amax(-1) / ((grid.high - grid.low) / 2)
-        return WeightScales(_storable(scale, scale_dtype), torch.zeros_like(scale))
+        return WeightScales(storable(scale, scale_dtype), torch.zeros_like(scale))
     low, high = grouped.amin(-1).clamp(max=0), grouped.amax(-1).clamp(min=0)
-    scale = _storable((high - low) / (grid.high - grid.low), scale_dtype)
+    scale = storable((high - low) / (grid.high - grid.low), scale_dtype)
     return WeightScales(scale, (grid.low - low / scale).round().clamp(grid.low, grid.high))
 
 
-def _storable(scale: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    smallest = torch.finfo(dtype).tiny
-    return scale.clamp(min=smallest).to(dtype).to(scale.dtype)
+def storable(scale: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Returns scales as a checkpoint of `dtype` holds them, never zero; the dtype of the result is that of `scale`.
+
+    float16 may hold them as subnormals: its smallest normal number, 6e-5, is far above the scale of a small row. Those
+    of the other dtypes are below any weight, and slow or zero on some processors.
+    """
+    finfo = torch.finfo(dtype)
+    smallest = finfo.tiny * finfo.eps if dtype == torch.float16 else finfo.tiny
+    return scale.clamp(min=smallest, max=finfo.max).to(dtype).to(scale.dtype)
 
 
 def search_clip(

@@ -9,7 +9,14 @@ from quad_kernels import InputQuantization, QuantizedWeight, fake_quantize, spli
 from quad_modifiers.linalg import StreamingGram
 from quad_modifiers.linalg.fast_dtype import fast_dtype
 from quad_modifiers.nn.quad_linear import QuadLinear
-from quad_modifiers.quantization.gptq import ColumnBlock, GptqResult, RoundedBlock, quantize_columns
+from quad_modifiers.quantization.gptq import (
+    ColumnBlock,
+    GptqResult,
+    RoundedBlock,
+    factorizations,
+    input_level,
+    quantize_columns,
+)
 from quad_modifiers.quantization.grid import (
     IntegerGrid,
     WeightScales,
@@ -17,7 +24,10 @@ from quad_modifiers.quantization.grid import (
     full_range_scales,
     round_to_grid,
     search_clip,
+    storable,
 )
+
+_TINY = torch.finfo(torch.float32).tiny
 
 
 @dataclass(frozen=True)
@@ -53,6 +63,9 @@ class InputMoments:
         """Adds inputs `[n, width]` of the quantized model and, for error correction, of the original model.
 
         The Hessian is taken of what the runtime computes with: residual coordinates after input quantization.
+
+        Raises:
+            ValueError: if an input is NaN or infinite, or the products of inputs are.
         """
         seen = self._columns(x, self.linear.input_quantization)
         self._gram.add(seen)
@@ -60,7 +73,10 @@ class InputMoments:
             # The relative error of bfloat16 counts only against the small difference.
             dtype = fast_dtype(seen.device)
             difference = (self._columns(original, None) - seen).to(dtype)
-            self._cross += difference.T @ seen.to(dtype)
+            product = difference.T @ seen.to(dtype)
+            if not torch.isfinite(product).all():
+                raise ValueError("its inputs in the original model are NaN, infinite, or too large to be multiplied")
+            self._cross += product
 
     def _columns(self, x: torch.Tensor, quantization: InputQuantization | None) -> torch.Tensor:
         outlier, residual = split_input(x, self.linear.split)
@@ -138,14 +154,14 @@ def quantize_group(
         result = _round_to_nearest(weight, columns, settings, scale_dtype)
         rounded = result.blocks[0]
         error = (dequantize(rounded.integers, rounded.scales.expand(columns)) - weight[:, :columns]).square().sum()
-        relative = float(error / weight[:, :columns].square().sum().clamp(min=1e-30))
+        relative = float(error / weight[:, :columns].square().sum().clamp(min=_TINY))
     else:
         try:
             result = _gptq(weight, columns, moments, settings, scale_dtype)
         except ValueError as problem:
             raise ValueError(f"{name}: {problem}") from problem
         hessian = moments.hessian.to(weight)
-        relative = float(result.loss.sum() / ((weight @ hessian) * weight).sum().clamp(min=1e-30))
+        relative = float(result.loss.sum() / ((weight @ hessian) * weight).sum().clamp(min=_TINY))
     weights = _write_back(linears, result, columns, settings.grid, scale_dtype)
     return weights, LinearReport(name, relative, result.damping, result.attempts)
 
@@ -204,7 +220,7 @@ def _gptq(
     base = _initial_scales(target[:, :columns], hessian.diagonal()[:columns], settings, scale_dtype)
     best: GptqResult | None = None
     for candidate in settings.scale_candidates:
-        scales = WeightScales((base.scale * candidate).to(scale_dtype).to(base.scale), base.zero_point)
+        scales = WeightScales(storable(base.scale * candidate, scale_dtype), base.zero_point)
         trial = quantize_columns(
             target,
             hessian,
@@ -227,12 +243,15 @@ def _corrected(
     argmin_V E |W x_original - V x_seen|^2 = W + W E[(x_original - x_seen) x_seen^T] E[x_seen x_seen^T]^-1, damped, and
     taken only in part (`error_correction`), because the moments come from a sample.
     """
-    level = hessian.diagonal()[:columns].mean() * settings.damping
-    damped = hessian + torch.eye(len(hessian), dtype=hessian.dtype, device=hessian.device) * level
-    lower = torch.linalg.cholesky(damped).to(weight)
-    half = torch.linalg.solve_triangular(lower, (weight @ drift.to(weight)).T, upper=False)
-    change = torch.linalg.solve_triangular(lower.T, half, upper=True).T
-    return weight + settings.error_correction * change.to(weight)
+    # Outliers first: the other way round, what is left of them after many small columns is rounding error in float32.
+    right = (weight @ drift.to(weight)).flip(1).T
+    for found in factorizations(hessian.flip(0, 1), input_level(hessian, columns), settings.damping):
+        lower = found.lower.to(weight)
+        half = torch.linalg.solve_triangular(lower, right, upper=False)
+        change = torch.linalg.solve_triangular(lower.T, half, upper=True).T.flip(1)
+        if change.norm() <= weight.norm():  # not if NaN; a larger one fits the rounding errors of inputs that are alike
+            return weight + settings.error_correction * change
+    return weight
 
 
 def _better_rows(first: GptqResult, second: GptqResult) -> GptqResult:

@@ -220,6 +220,14 @@ class TestEqualizing:
         loaded.merge_adapter()
         assert torch.equal(logits(loaded), expected)
 
+    def test_dead_inputs_are_left_as_they_are(self, load: Load) -> None:
+        model = get_outlier_model(load())
+        with torch.no_grad():
+            model.get_base_model().model.layers[0].input_layernorm.weight.zero_()
+        equalize_outliers(model, PROBE)
+        scales = [m.lora_A["default"].scale for m in model.modules() if isinstance(m, QuadLoraLayer)]
+        assert all(bool(scale.isfinite().all()) for scale in scales)
+
     def test_not_after_training(self, load: Load) -> None:
         model = get_outlier_model(load())
         shake(model)

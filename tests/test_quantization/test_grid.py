@@ -120,3 +120,13 @@ def test_scales_survive_storage(dtype: torch.dtype, symmetric: bool, search: boo
 def test_group_size_must_divide() -> None:
     with pytest.raises(ValueError, match=r"group_size \(16\) must divide the input width \(40\)"):
         IntegerGrid(4, 16).groups(40)
+
+
+@pytest.mark.parametrize("grid", [IntegerGrid(4), IntegerGrid(8)], ids=["4 bits", "8 bits"])
+def test_small_rows_keep_their_precision_in_float16(grid: IntegerGrid) -> None:
+    """Their scales are subnormal in float16."""
+    weight = shifted_weight()
+    small = weight * (2e-3 / weight.abs().max())
+    ours, wanted = (full_range_scales(each, grid, torch.float16) for each in (small, weight))
+    error = (fake(small, grid, ours) - small).norm() / small.norm()
+    assert error < 1.1 * (fake(weight, grid, wanted) - weight).norm() / weight.norm()

@@ -126,3 +126,55 @@ def test_bad_moments_name_the_linears() -> None:
     x[2, 20] = float("nan")
     with pytest.raises(ValueError, match="1 calibration activations are NaN or infinite"):
         moments.add(x, None)
+
+
+@pytest.mark.parametrize("damping", [0.0, 0.01])
+@pytest.mark.parametrize("split", SPLITS.values(), ids=SPLITS)
+def test_dead_inputs_with_error_correction(split: InputSplit, damping: float) -> None:
+    linears = make_linears(split)
+    wanted = [linear.residual.weight.clone() for linear in linears]
+    moments = InputMoments(linears[0], True)
+    moments.add(torch.zeros(100, WIDTH), torch.zeros(100, WIDTH))
+    settings = WeightQuantization(IntegerGrid(8), damping=damping, sweeps=1, error_correction=0.5)
+    _, report = quantize_group(linears, moments, settings, torch.float32, "dead")
+    assert report.error == 0
+    for linear, weight in zip(linears, wanted, strict=True):
+        torch.testing.assert_close(linear.residual.weight, weight, rtol=0, atol=5e-3)
+
+
+def test_tokens_that_are_alike_do_not_blow_up_the_weights() -> None:
+    """Moments of one direction: everything else in them is rounding error, which error correction must not fit."""
+    linears = make_linears(SPLITS["U-type"])
+    before = max(float(linear.outlier.weight.abs().max()) for linear in linears)
+    x = inputs(1).expand(200, WIDTH).clone()
+    x[:, RANK:] *= 1e-7
+    moments = InputMoments(linears[0], True)
+    moments.add(x, x + 1e-7 * torch.randn(x.shape, generator=torch.Generator().manual_seed(3)))
+    settings = WeightQuantization(IntegerGrid(4), sweeps=1, error_correction=0.5)
+    quantize_group(linears, moments, settings, torch.float32, "alike")
+    assert max(float(linear.outlier.weight.abs().max()) for linear in linears) < 3 * before
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_rows_of_zeros_with_several_scales(dtype: torch.dtype) -> None:
+    linears = make_linears(SPLITS["U-type"])
+    linears[0].residual.weight[3:5].zero_()
+    moments = InputMoments(linears[0], False)
+    moments.add(inputs(), None)
+    settings = WeightQuantization(IntegerGrid(4), scale_candidates=(0.5, 1.0), sweeps=1)
+    weights, _ = quantize_group(linears, moments, settings, dtype, "rows")
+    assert bool((weights[0].scale > 0).all())
+    assert not linears[0].residual.weight[3:5].any()
+
+
+def test_bad_inputs_of_the_original_are_refused() -> None:
+    x = inputs(10)
+    bad = x.clone()
+    bad[4, 7] = float("inf")
+    with pytest.raises(ValueError, match="inputs in the original model are NaN, infinite"):
+        InputMoments(make_linears(SPLITS["U-type"])[0], True).add(x, bad)
+
+
+def test_inputs_whose_products_overflow_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"of up to .*e\+2\d have an infinite square"):
+        InputMoments(make_linears(SPLITS["U-type"])[0], False).add(inputs(10) * 1e24, None)

@@ -15,6 +15,7 @@ from quad_modifiers.tools.evaluation import perplexity
 from quad_modifiers.tools.inspection.measure import trials
 from quad_modifiers.tools.inspection.measure.inputs import measure_inputs, measure_surfaces
 from quad_modifiers.tools.inspection.measure.loss import LossMeter, Reference
+from quad_modifiers.tools.inspection.measure.results import LossRow, write_json
 from quad_modifiers.tools.inspection.measure.spectrum import candidate_ranks, errors_by_rank, measure_spectrum
 from quad_modifiers.tools.inspection.measure.watch import INPUT_GRIDS
 from quad_modifiers.tools.inspection.measure.weights import RoundedWeights, measure_weights
@@ -206,3 +207,20 @@ def test_grids_are_those_of_the_recipes() -> None:
         4: InputQuantization(fields["u_type_bits"], fields["u_type_clip_ratio"]),
         8: InputQuantization(fields["d_type_bits"], fields["d_type_clip_ratio"]),
     } == INPUT_GRIDS
+
+
+def test_tokens_of_zeros_count_as_without_error(make_toy, windows) -> None:
+    """A row of the embedding that is zero, as padding often has."""
+    model = make_toy(num_hidden_layers=1)
+    with torch.no_grad():
+        model.model.embed_tokens.weight[windows[0][0, :10]] = 0
+    rows = measure_inputs(decoder(model), windows[:1], "before")
+    spectrum = measure_spectrum(decoder(model), windows[:1], windows[0], 64, 8)
+    numbers = [row.outlier_energy for row in rows] + spectrum.energy + [error for _, error in spectrum.errors]
+    assert all(0 <= number <= 1 for number in numbers), numbers
+
+
+def test_a_report_of_a_dead_model_can_be_written(tmp_path) -> None:
+    file = tmp_path / "numbers.json"
+    write_json(LossRow("after", "all", "weights", "4", float("nan"), float("inf"), None, 2.5), file)
+    assert '"divergence": null' in file.read_text()

@@ -28,14 +28,15 @@ class _Sums:
         x = x.float()
         _, residual = split_input(x, self.split)
         energy = x.square().sum(-1).clamp(min=_TINY)
-        outlier_energy = 1 - residual.square().sum(-1) / energy
+        outlier_energy = (energy - residual.square().sum(-1)) / energy * (energy > _TINY)  # 0 of a token of zeros
         errors, steps = [], None
         for quantization in INPUT_GRIDS.values():
             integers, scale = quantize_input(residual, quantization)
             errors.append((integers * scale - residual).square().sum(-1) / energy)
             steps = scale.squeeze(-1) if steps is None else steps  # of the first grid, 4 bits
         assert steps is not None
-        ratio = steps / residual.std(-1).clamp(min=_TINY)
+        spread = residual.std(-1)
+        ratio = torch.where(spread > _TINY, steps / spread, 0.0)  # coordinates that are alike have no spread
         self.totals += torch.stack([outlier_energy, *errors, ratio]).double().sum(-1).cpu()
         self.tokens += len(x)
 

@@ -181,6 +181,7 @@ class Inspection:
 
 
 def write_json(content: object, file: Path) -> None:
-    """Writes one of the dataclasses as JSON; floats keep six significant digits."""
-    rounded = json.loads(json.dumps(asdict(content)), parse_float=lambda text: float(f"{float(text):.6g}"))  # type: ignore[call-overload]
+    """Writes one of the dataclasses as JSON; floats keep six significant digits, NaN and infinity become null."""
+    text = json.dumps(asdict(content))  # type: ignore[call-overload]
+    rounded = json.loads(text, parse_float=lambda number: float(f"{float(number):.6g}"), parse_constant=lambda _: None)
     file.write_text(json.dumps(rounded, indent=1, allow_nan=False) + "\n", encoding="utf-8")

@@ -9,6 +9,7 @@ from quad_modifiers.tools.inspection.measure.results import Spectrum
 from quad_modifiers.tools.inspection.measure.watch import INPUT_GRIDS, watching
 
 _TOKENS_PER_NORM = 64  # in the sample for the errors by rank
+_TINY = torch.finfo(torch.float32).tiny
 
 
 def measure_spectrum(
@@ -26,7 +27,7 @@ def measure_spectrum(
     _run(decoder, [other], lambda x: sample.append(x[:: max(1, len(x) // _TOKENS_PER_NORM)]))
     mean = gram.mean()
     energy = torch.linalg.eigvalsh(mean).flip(0).clamp(min=0)[:hidden]
-    shares = (energy / energy.sum()).tolist()
+    shares = (energy / energy.sum().clamp(min=_TINY)).tolist()
     return Spectrum(shares, gram.tokens, errors_by_rank(mean, torch.cat(sample), candidate_ranks(hidden, rank)))
 
 
@@ -52,7 +53,7 @@ def errors_by_rank(gram: torch.Tensor, sample: torch.Tensor, ranks: list[int]) -
     size = len(gram)
     vectors, _ = outlier_basis(gram, max(ranks))
     rotation = random_rotation(size, "hadamard", torch.Generator().manual_seed(0)).to(gram.device)
-    energy = sample.square().sum(-1)
+    energy = sample.square().sum(-1).clamp(min=_TINY)  # tokens of zeros have no error
     errors = []
     for rank in ranks:
         residual = sample @ extended_basis(vectors[:, :rank], rotation)[:, rank:].to(sample)

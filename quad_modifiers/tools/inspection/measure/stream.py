@@ -47,7 +47,10 @@ class StreamMap:
         ids = torch.linspace(0, rows[0] - 1, count).long()
         source, target = (t(ids.to(m.device)).double().cpu() for t, m in zip(tables, models, strict=True))
         gram = source.T @ source
-        ridge = 1e-9 * gram.diagonal().mean() * torch.eye(len(gram), dtype=gram.dtype)
+        level = gram.diagonal().mean()
+        if not level > 0:
+            raise ValueError("the baseline's embeddings are zero throughout; the model is damaged, get it again")
+        ridge = 1e-9 * level * torch.eye(len(gram), dtype=gram.dtype)
         there = torch.linalg.solve(gram + ridge, source.T @ target)
         unexplained = float((source @ there - target).square().sum() / target.square().sum())
         if not unexplained < _MAX_UNEXPLAINED:
