@@ -141,8 +141,8 @@ def damp(hessian: torch.Tensor, quantized: int, damping: float) -> tuple[torch.T
         if torch.isfinite(factor).all():
             return found.damped.flip(0, 1), factor, found.damping, found.attempts
     raise ValueError(
-        f"the Hessian cannot be factorized even with damping {MAX_DAMPING}, nor with what its rounding errors need; use "
-        "more calibration text"
+        f"the Hessian cannot be factorized even with damping {MAX_DAMPING}, nor with what its rounding errors need; "
+        "use more calibration text"
     )
 
 
