@@ -18,6 +18,7 @@ from quad_modifiers.checkpoint.contribute import contributions_of
 from quad_modifiers.checkpoint.native_runtime import use_native_blocks
 from quad_modifiers.checkpoint.opened import Opened, OwnCodeError, load_tokenizer, open_checkpoint
 from quad_modifiers.checkpoint.rehearsal import rehearse_saving
+from quad_modifiers.checkpoint.source_model import check_in_memory, check_no_adapters, check_source_model
 from quad_modifiers.checkpoint.whole_model import LoadingOptions
 from quad_modifiers.data.calibration import (
     CalibrationSource,
@@ -25,15 +26,18 @@ from quad_modifiers.data.calibration import (
     calibration_data,
     calibration_reading,
 )
+from quad_modifiers.data.token_rows import check_vocabulary
 from quad_modifiers.data.windows import warn_of_length
 from quad_modifiers.model.architecture import find_architecture
 from quad_modifiers.model.decoder import Decoder
+from quad_modifiers.model.rotary import restore_frequencies
 from quad_modifiers.nn.quad_linear import QuadLinear
 from quad_modifiers.oneshot_arguments import PASSED, SEQUENTIAL, check_arguments, check_for_recipe, dtype_name
 from quad_modifiers.output_folder import check_space, check_target, complete_or_absent, user_path
 from quad_modifiers.passes.calibration_stream import work_on
 from quad_modifiers.plugins import architectures
-from quad_modifiers.recipe import check_recipe, is_recipe_text, resolve_recipe
+from quad_modifiers.process_state import kept_apart
+from quad_modifiers.recipe import check_recipe, fresh_recipe, is_recipe_text, resolve_recipe
 from quad_modifiers.recipe.order import PROJECT
 from quad_modifiers.recipe.overrides import overridden
 from quad_modifiers.recipe.patterns import check_patterns, has_patterns
@@ -50,6 +54,7 @@ logger = logging.getLogger(__name__)
 _NO_TOKENIZER = object()  # llm-compressor insists on a processor, and uses it for nothing but saving
 
 
+@kept_apart()
 def oneshot(
     model: str | Path | PreTrainedModel,
     recipe: Any,
@@ -80,7 +85,7 @@ def oneshot(
 
     Args:
         model: folder, hub id, or loaded transformers model (which is changed in place).
-        recipe: path or name of a recipe YAML, its text, or llm-compressor modifiers.
+        recipe: path or name of a recipe YAML, its text, or llm-compressor modifiers, of which the run takes copies.
         dataset: calibration text; None takes `quad_modifiers.data.calibration_texts()`: Wikipedia articles that gensim
             ships and sources of Python's standard library. Otherwise a `datasets` name, Dataset, DataLoader, local
             text / jsonl file, list of strings or conversations, or token ids; or several of these with weights,
@@ -139,7 +144,10 @@ def oneshot(
             tokens, text_column=text_column, splits=splits, config_name=dataset_config_name, seed=seed
         )
         data = calibration_data(dataset, reading, num_samples=num_calibration_samples, sequence_length=max_seq_length)
+        check_vocabulary(data.windows, _vocabulary(source), "the calibration data")
         loaded: PreTrainedModel = source.load() if isinstance(source, Opened) else source.eval()
+        check_source_model(loaded)
+        restore_frequencies(loaded)
         before = loaded.get_memory_footprint(return_buffers=False)
         if output is not None:
             beside_weights = rehearse_saving(loaded, tokens, output)
@@ -154,6 +162,7 @@ def oneshot(
                 tie_word_embeddings=tie_word_embeddings is not False,
                 **{"pipeline": "independent", **_passed_on(arguments)},
             )
+        restore_frequencies(loaded, warn=False)  # a long calibration text may have rescaled them
         _use_native_blocks(loaded)
         record = calibration_record(data.sources, max_seq_length, seed).model_dump_json(indent=1) + "\n"
         contributions_of(loaded).files[CALIBRATION_NAME] = record
@@ -226,8 +235,7 @@ def _checked_recipe(recipe: Any, overrides: Sequence[str]) -> tuple[Any, _Modifi
         recipe, named = overridden(recipe, overrides), False
     for warning in check_recipe(recipe):
         logger.warning("%s", (replace(warning, line=None) if overrides else warning).describe(name))
-    if named:
-        recipe = str(resolve_recipe(recipe))
+    recipe = str(resolve_recipe(recipe)) if named else fresh_recipe(recipe)
     text = None
     if isinstance(recipe, str) and not overrides:  # with overrides, its lines are not those of a file
         text = read_recipe(Path(recipe)) if named else recipe
@@ -264,6 +272,8 @@ def _check_options(
 def _check_model(model: Opened | PreTrainedModel, modifiers: "list[Modifier]", length: int) -> None:
     from quad_modifiers.modifiers.smoothing import check_smoothing
 
+    if not isinstance(model, Opened):
+        check_no_adapters(model)
     if not isinstance(model, (Opened, PreTrainedModel)):
         raise TypeError(f"model must be a folder, a hub id or a transformers model, not {type(model).__name__}")
     if getattr(model.config, "quantization_config", None) is not None:
@@ -273,10 +283,21 @@ def _check_model(model: Opened | PreTrainedModel, modifiers: "list[Modifier]", l
     if isinstance(model, PreTrainedModel) and _quantized_linears(model):
         raise ValueError("the model was quantized in memory already; load the original again")
     if any(_is_ours(each) for each in modifiers):
-        check_smoothing(modifiers, find_architecture(model.config, architectures()))
+        architecture = find_architecture(model.config, architectures())
+        check_smoothing(modifiers, architecture)
+        if isinstance(model, PreTrainedModel):
+            Decoder(model, architecture)
+            check_in_memory(model)
     if isinstance(model, Opened):
         model.check_weights()
     warn_of_length(model.config, length)
+
+
+def _vocabulary(model: Opened | PreTrainedModel) -> int:
+    """Number of tokens that the model embeds."""
+    if isinstance(model, Opened):
+        return int(model.config.get_text_config().vocab_size)
+    return len(model.get_input_embeddings().weight)
 
 
 def _tokenizer(

@@ -38,11 +38,13 @@ class Contributions:
         sections: content for `quad.sections` of config.json by name; each name is a kind that a plugin brings
             (`CheckpointSection`), which makes room for its tensors when the checkpoint is loaded.
         files: texts of files beside the weights, by name.
+        recipe: the recipe that the model was compressed by, as YAML; other models may follow in the same process.
     """
 
     basis: dict[str, Any] | None = None
     sections: dict[str, dict[str, Any]] = field(default_factory=dict)
     files: dict[str, str] = field(default_factory=dict)
+    recipe: str | None = None
 
 
 def contributions_of(model: nn.Module) -> Contributions:

@@ -85,7 +85,7 @@ def save_checkpoint(
     folder: Path,
     max_shard_size: str | int = "5GB",
 ) -> None:
-    """Writes model, config, generation config and the recipe of the active llm-compressor session.
+    """Writes model, config, generation config and the recipe.
 
     Args:
         model: with `QuadLinear` linears.
@@ -114,9 +114,8 @@ def save_checkpoint(
         generation = getattr(model, "generation_config", None)
         if generation is not None:
             generation.save_pretrained(temporary)
-        recipe = _session_recipe()
-        if recipe:
-            (temporary / "recipe.yaml").write_text(recipe)
+        if contributions.recipe:
+            (temporary / "recipe.yaml").write_text(contributions.recipe, encoding="utf-8")
         for name, text in contributions.files.items():
             (temporary / name).write_text(text)
     kind = "compressed-tensors" if plain else "QUAD"
@@ -166,12 +165,3 @@ def write_tensors(tensors: dict[str, torch.Tensor], folder: Path, max_shard_size
     if split.is_sharded:
         index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
         (folder / INDEX_NAME).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
-
-
-def _session_recipe() -> str | None:
-    try:
-        from llmcompressor.core import active_session
-    except ImportError:
-        return None
-    recipe = active_session().lifecycle.recipe
-    return recipe.yaml() if recipe is not None and recipe.modifiers else None

@@ -1,6 +1,6 @@
 """Rows of token ids from what is tokenized already: tensors, `datasets` tables, DataLoaders."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -37,3 +37,23 @@ def unpadded(ids: Any, mask: Any | None, where: str) -> Iterator[torch.Tensor]:
     for row, kept in zip(torch.atleast_2d(rows), torch.atleast_2d(keep), strict=True):
         if kept.any():
             yield row[kept].to(dtype=torch.int64, device="cpu")
+
+
+def check_vocabulary(rows: Iterable[torch.Tensor], size: int, what: str) -> None:
+    """Refuses token ids that a model does not embed.
+
+    Args:
+        rows: token ids, any shape.
+        size: number of tokens that the model embeds.
+        what: the data, for the message.
+
+    Raises:
+        ValueError: naming the first row that holds such an id.
+    """
+    for index, row in enumerate(rows):
+        if row.numel() and not 0 <= int(row.min()) <= int(row.max()) < size:
+            bad = int(row[(row < 0) | (row >= size)].flatten()[0])
+            raise ValueError(
+                f"{what} has the token id {bad} (window {index}), but the model embeds the ids 0 to {size - 1}; use "
+                "the tokenizer of this model without added tokens, or call model.resize_token_embeddings first"
+            )

@@ -15,12 +15,16 @@ from quad_modifiers.checkpoint.generation_settings import settle_generation
 from quad_modifiers.checkpoint.native_runtime import use_native_blocks
 from quad_modifiers.checkpoint.opened import find_tokenizer
 from quad_modifiers.checkpoint.save import attach_saver
+from quad_modifiers.checkpoint.source_model import check_in_memory, check_source_model
 from quad_modifiers.data.calibration import calibration_windows
+from quad_modifiers.data.token_rows import check_vocabulary
 from quad_modifiers.model.architecture import find_architecture
 from quad_modifiers.model.decoder import Decoder
+from quad_modifiers.model.rotary import restore_frequencies
 from quad_modifiers.modifiers.coming_widths import check_group_sizes
 from quad_modifiers.nn.quad_linear import QuadLinear
 from quad_modifiers.plugins import architectures
+from quad_modifiers.process_state import kept_apart
 from quad_modifiers.recipe import RecipeError, validate_modifiers
 from quad_modifiers.recipe.patterns import check_patterns
 from quad_modifiers.recipe.storable import decoder_places
@@ -116,7 +120,10 @@ class QuadModifier(Modifier):
             _check_beforehand(decoder)
         check_patterns([self], state.model)
         self.check(decoder)
-        self.prepare(prepared_decoder(state.model), lambda: calibration_batches(state))
+        with kept_apart():
+            decoder = prepared_decoder(state.model)
+            contributions_of(state.model).recipe = active_session().lifecycle.recipe.yaml()
+            self.prepare(decoder, lambda: calibration_batches(state))
         return True
 
     def on_calibration_start(self, state: State, event: object, **kwargs: Any) -> None:
@@ -130,11 +137,12 @@ class QuadModifier(Modifier):
         decoder = prepared_decoder(state.model)
         for linear in decoder.linears():
             linear.module.take_bias()
-        with torch.no_grad():
+        with kept_apart(), torch.no_grad():
             self.run(decoder, lambda: calibration_batches(state))
 
     def on_finalize(self, state: State, **kwargs: Any) -> bool:
         """Lets the model compute as its checkpoint will when it is loaded: on the CPU with native blocks."""
+        restore_frequencies(state.model, warn=False)  # a long calibration text may have rescaled them
         decoder = Decoder(state.model, find_architecture(state.model.config, architectures()))
         if any(isinstance(linear.module, QuadLinear) for linear in decoder.linears()):
             use_native_blocks(decoder)
@@ -172,8 +180,10 @@ def prepared_decoder(model: nn.Module) -> Decoder:
         raise ValueError(
             "the model is already quantized (its config has a quantization_config); start from the original"
         )
+    check_source_model(model)
     decoder.check_linears()
     check_finite(model)
+    restore_frequencies(model)
     for linear in decoder.linears():
         linear.replace(QuadLinear(linear.module, linear.role))
     attach_saver(model, architecture)
@@ -201,6 +211,7 @@ def _begin_own_pass(model: nn.Module) -> None:
     A pipeline of the user that calibrates all modifiers at once is refused: the order of the recipe would be lost.
     """
     remove_dispatch(model, onload_tensors=False)
+    check_in_memory(model)
     modifiers = active_session().lifecycle.recipe.modifiers
     if len(modifiers) > 1:
         raise ValueError(
@@ -215,6 +226,8 @@ def calibration_batches(state: State) -> list[dict[str, torch.Tensor]]:
         batches = [dict(batch) for batch in loader]
         if not batches:
             raise ValueError("the calibration data is empty; give at least 4 samples")
+        ids = (batch["input_ids"] for batch in batches)
+        check_vocabulary(ids, len(state.model.get_input_embeddings().weight), "the calibration data")
         return batches
     windows = calibration_windows(
         None, _tokenizer_of(state.model), num_samples=DEFAULT_SAMPLES, sequence_length=DEFAULT_LENGTH

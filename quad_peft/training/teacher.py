@@ -7,7 +7,8 @@ the logits made from them are those of the original model, bit for bit.
 import copy
 import hashlib
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -38,11 +39,22 @@ class Teacher(Protocol):
         """Returns `[batch, tokens, hidden]` for a batch of `Collator`."""
 
 
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Holds a model in evaluation mode; it returns to the mode that it had."""
+    was_training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(was_training)
+
+
 class LiveTeacher:
     """The original model itself, run when it is asked; nothing is kept."""
 
     def __init__(self, model: Any) -> None:
-        self.model = model.eval()
+        self.model = model
         self.head: nn.Module = model.get_output_embeddings()
 
     @torch.no_grad()
@@ -51,7 +63,8 @@ class LiveTeacher:
         device = batch["input_ids"].device
         if self.model.device != device:
             self.model.to(device)
-        return head_input(self.model, self.head, batch)
+        with evaluating(self.model):
+            return head_input(self.model, self.head, batch)
 
 
 class CachedTeacher:
@@ -95,7 +108,8 @@ def cache_teacher(model: Any, samples: Sequence[torch.Tensor], folder: Path) -> 
     for index in tqdm(missing, desc="teacher", unit="file", leave=False, disable=not missing):
         states = {}
         for place, sample in enumerate(_shard(samples, index), start=index * SAMPLES_PER_FILE):
-            hidden = head_input(model, head, {"input_ids": sample.unsqueeze(0).to(model.device)})
+            with evaluating(model):
+                hidden = head_input(model, head, {"input_ids": sample.unsqueeze(0).to(model.device)})
             states[str(place)] = hidden.squeeze(0).cpu().contiguous()
         with file_complete_or_absent(_shard_file(own, index)) as temporary:
             save_file(states, temporary)

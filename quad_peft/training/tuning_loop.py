@@ -197,6 +197,7 @@ def tune(
     start, folder = time.perf_counter(), Path(arguments.output_dir)
     equalize_outliers(model, data.samples[:_EQUALIZED])
     collator = Collator(pad_token)
+    use_cache = model.config.use_cache
     trainer = QuadTrainer(
         model=model,
         args=arguments,
@@ -206,6 +207,7 @@ def tune(
         teacher=teacher,
         temperature=settings.temperature,
     )
+    model.config.use_cache = use_cache  # the Trainer switches it off for good, and a checkpoint would say so
     checkpoint = last_complete_state(folder)
     start_weights = {name: p.detach().to("cpu", copy=True) for name, p in model.named_parameters() if p.requires_grad}
     held = (data.validation_samples, collator, settings.batch_size, teacher)

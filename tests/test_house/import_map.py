@@ -45,6 +45,7 @@ FLOORS = (
     "quad_modifiers.version",
     "quad_modifiers.reporting",
     "quad_modifiers.output_folder",
+    "quad_modifiers.process_state",
     "quad_modifiers.linalg",
     "quad_modifiers.nn",
     "quad_modifiers.model",

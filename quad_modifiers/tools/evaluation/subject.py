@@ -56,6 +56,7 @@ class Subject:
         self._tokenizer = None if isinstance(self.model, str) else tokenizer
         self._batch_size = batch_size
         self._lm: Any = None
+        self._training = not isinstance(self.model, str) and self.model.training
 
     @property
     def source(self) -> str:
@@ -101,8 +102,10 @@ class Subject:
         return self._lm
 
     def release(self) -> None:
-        """Frees the memory of the model, unless it is the caller's."""
+        """Frees the memory of the model, unless it is the caller's, which goes back to the mode that it had."""
         self._lm = None
+        if not isinstance(self.model, str):
+            self.model.train(self._training)
         gc.collect()
 
 

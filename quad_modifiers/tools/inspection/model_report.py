@@ -7,6 +7,7 @@ from pathlib import Path
 from quad_modifiers.checkpoint.whole_model import DEFAULTS, LoadingOptions
 from quad_modifiers.data import CalibrationSource
 from quad_modifiers.output_folder import check_target, complete_or_absent, user_path
+from quad_modifiers.process_state import kept_apart
 from quad_modifiers.tools.inspection.evaluation_text import TextOptions
 from quad_modifiers.tools.inspection.measure.results import Inspection, Recommendation, write_json
 from quad_modifiers.tools.inspection.measuring import measure
@@ -18,6 +19,7 @@ REPORT_NAME = "report.html"
 NUMBERS_NAME = "inspection.json"
 
 
+@kept_apart()
 def inspect_model(
     model: str | Path,
     output_dir: str | Path,
