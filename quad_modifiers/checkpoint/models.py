@@ -14,6 +14,8 @@ from typing import Any
 
 from huggingface_hub.dataclasses import strict
 from transformers import AutoConfig, AutoModelForCausalLM
+from transformers.models.auto import modeling_auto
+from transformers.models.auto.auto_factory import _BaseAutoModelClass
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
@@ -45,7 +47,7 @@ def register_models(model_types: list[str]) -> None:
 
 def set_tripwire(config: dict[str, Any]) -> None:
     """Puts the installation hint where stock config classes expect a number."""
-    config[TRIPWIRE_FIELD] = f"this is a QUAD checkpoint: {INSTALL_HINT}"
+    config[TRIPWIRE_FIELD] = f"this is a QUAD checkpoint: {INSTALL_HINT} and load it by AutoModelForCausalLM"
 
 
 def publish_by(publish: Callable[..., Any]) -> None:
@@ -114,3 +116,25 @@ def _register(base: str) -> None:
     globals()[quad_model.__name__] = quad_model
     AutoConfig.register(quad_model_type(base), quad_config)
     AutoModelForCausalLM.register(quad_config, quad_model)
+    for auto in _other_auto_classes():
+        auto.register(quad_config, _refusal(quad_config, auto.__name__))
+
+
+def _other_auto_classes() -> list[Any]:
+    """The auto classes of transformers whose models a QUAD checkpoint is not."""
+    found: list[Any] = [value for value in vars(modeling_auto).values() if isinstance(value, type)]
+    kinds = [value for value in found if issubclass(value, _BaseAutoModelClass) and value._model_mapping is not None]
+    return [kind for kind in kinds if not issubclass(kind, AutoModelForCausalLM)]
+
+
+def _refusal(config_class: Any, asked: str) -> type:
+    """A model class that cannot be loaded; its error names the one that can."""
+
+    def refuse(cls: type, *_: Any, **__: Any) -> Any:
+        raise ValueError(
+            f"a QUAD checkpoint holds a causal language model, and {asked} cannot load it; use AutoModelForCausalLM. "
+            "Its hidden states are in a basis of their own, so no other head or embedding can be put on them"
+        )
+
+    load: Any = classmethod(refuse)
+    return type(f"No{asked}", (), {"config_class": config_class, "from_pretrained": load, "_from_config": load})

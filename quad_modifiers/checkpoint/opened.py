@@ -190,6 +190,10 @@ def _folder(name: str | Path) -> Path | None:
             )
         return None
     config = folder / "config.json"
+    if not config.is_file() and (folder / "adapter_config.json").is_file():
+        raise FileNotFoundError(
+            f"{folder} holds an adapter, not a model; merge it into its base (merge_and_unload), and save the result"
+        )
     if not config.is_file():
         raise FileNotFoundError(f"{folder} has no config.json; it holds no model")
     try:

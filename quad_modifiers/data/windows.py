@@ -6,6 +6,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from quad_modifiers.data.readable import readable
+
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
@@ -84,11 +86,7 @@ def stream_windows(stream: torch.Tensor, length: int) -> torch.Tensor:
 
 def token_stream(tokenizer: "PreTrainedTokenizerBase", texts: Sequence[str]) -> torch.Tensor:
     """Returns the tokens of all texts joined with a blank line: [tokens], int64, no special tokens added."""
-    if isinstance(texts, str):
-        raise TypeError("texts must be a sequence of documents, not one string; wrap it in a list")
-    for index, text in enumerate(texts):
-        if not isinstance(text, str):
-            raise TypeError(f"every text must be a str, but text {index} is a {type(text).__name__}")
+    texts = readable(texts)
     joined = _SEPARATOR.join(text for text in texts if text.strip())
     if not joined:
         raise ValueError(f"there is no text to tokenize: {len(texts)} documents, all empty; give a non-empty text")

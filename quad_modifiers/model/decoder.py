@@ -247,4 +247,7 @@ def _part(root: nn.Module, path: str, layer: int | None = None, below: str = "")
     except AttributeError as error:
         where = "" if layer is None else f"layer {layer} of "
         full = f"{below}.{path}" if below else path
-        raise ValueError(f"{where}the model has no part named {full!r}, which its architecture needs") from error
+        remedy = "" if layer is not None else "; a model with its head is loaded by AutoModelForCausalLM"
+        raise ValueError(
+            f"{where}the model has no part named {full!r}, which its architecture needs{remedy}"
+        ) from error

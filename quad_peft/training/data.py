@@ -12,6 +12,7 @@ from torch.utils.data import Dataset
 
 from quad_modifiers.data.chat import ChatDocuments
 from quad_modifiers.data.mixture import Weighted, mixture_of, shares_of
+from quad_modifiers.data.readable import readable
 from quad_modifiers.data.sources import Purpose, Reading, Resolved, TokenRows, kind_of, resolve, source_name
 from quad_modifiers.data.used import SourceUsed, describe_sources
 from quad_modifiers.data.windows import stream_windows, token_stream
@@ -207,7 +208,7 @@ def _rows(
         raise ValueError("text needs a tokenizer, and there is none beside the checkpoint; save one there")
     if packed:
         return stream_windows(token_stream(tokenizer, found), length)
-    kept = [text for text in found if text.strip()]
+    kept = [text for text in readable(found) if text.strip()]
     if not kept:
         return []
     chat = isinstance(found, ChatDocuments)  # the template has the special tokens already

@@ -9,7 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from quad_modifiers.checkpoint.opened import Opened, find_tokenizer, open_checkpoint
+from quad_modifiers.checkpoint.source_model import check_source_model
 from quad_modifiers.checkpoint.whole_model import DEFAULTS, LoadingOptions
+from quad_modifiers.data.token_rows import check_vocabulary
 from quad_modifiers.nn.quad_linear import QuadLinear
 from quad_modifiers.output_folder import (
     check_parent,
@@ -19,6 +21,7 @@ from quad_modifiers.output_folder import (
     replace_file,
     user_path,
 )
+from quad_modifiers.process_state import kept_apart
 from quad_modifiers.records.tuning_record import TUNING_NAME, Tuning
 from quad_peft.training.curve import write_curve
 from quad_peft.training.data import TrainingData, training_data
@@ -46,6 +49,7 @@ class FinetuneResult:
     is_main_process: bool = True
 
 
+@kept_apart()
 def finetune(
     checkpoint: str | Path,
     output: str | Path,
@@ -129,6 +133,7 @@ def finetune(
         dataset_config=dataset_config,
         seed=settings.seed,
     )
+    check_vocabulary(found.samples, opened.config.vocab_size, "the training data")
     if isinstance(source, Opened):
         source = source.load()  # before a folder is made: it may lack weights
     model = get_outlier_model(model, OutlierLoraConfig(train_weight_scales=train_weight_scales))
@@ -209,6 +214,8 @@ def _opened_original(original: Any, checkpoint: Any, options: LoadingOptions) ->
         original.check_weights()
     elif options.revision is not None:
         raise ValueError(f"the revision {options.revision!r} has no effect on an original that is loaded; omit it")
+    if not isinstance(original, Opened):
+        check_source_model(original)
     config = original.config
     is_quad = (
         original.quad is not None
@@ -219,6 +226,8 @@ def _opened_original(original: Any, checkpoint: Any, options: LoadingOptions) ->
         raise ValueError(
             "the original model is a QUAD checkpoint itself; distill from the model that the checkpoint was made from"
         )
+    if getattr(config, "quantization_config", None) is not None:
+        raise ValueError("the original model is quantized; distill from the model that the checkpoint was made from")
     for name in ("vocab_size", "num_hidden_layers"):
         mine, theirs = getattr(checkpoint, name), getattr(config, name, None)
         if mine != theirs:
@@ -232,7 +241,6 @@ def _opened_original(original: Any, checkpoint: Any, options: LoadingOptions) ->
 def _teacher(original: Any, data: TrainingData, cache: str | Path | None) -> Teacher | None:
     if original is None:
         return None
-    original.eval()
     return LiveTeacher(original) if cache is None else cache_teacher(original, data.samples, user_path(cache))
 
 

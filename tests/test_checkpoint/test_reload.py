@@ -11,7 +11,13 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM
+from transformers import (
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForMaskedLM,
+    AutoModelForSequenceClassification,
+    LlamaForSequenceClassification,
+)
 
 import quad_modifiers
 from quad_modifiers.nn.packed_linear import PackedLinear
@@ -236,3 +242,14 @@ def test_no_quantization_config_means_the_checkpoints_own(compress_toy, logits_o
     made = compress_toy()
     again = AutoModelForCausalLM.from_pretrained(made.folder, quantization_config=None)
     assert torch.equal(logits_of(again), made.logits)
+
+
+@pytest.mark.parametrize("auto", [AutoModel, AutoModelForSequenceClassification, AutoModelForMaskedLM])
+def test_other_auto_classes_name_the_one_that_loads_it(auto, quad_checkpoint) -> None:
+    with pytest.raises(ValueError, match=rf"{auto.__name__} cannot load it; use AutoModelForCausalLM"):
+        auto.from_pretrained(quad_checkpoint)
+
+
+def test_stock_classes_name_the_one_that_loads_it(quad_checkpoint) -> None:
+    with pytest.raises(Exception, match="load it by AutoModelForCausalLM"):
+        LlamaForSequenceClassification.from_pretrained(quad_checkpoint)

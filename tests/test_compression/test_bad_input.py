@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
+from transformers import (
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    GPT2Config,
+    GPT2LMHeadModel,
+)
 
 pytest.importorskip("llmcompressor")
 from quad_modifiers import oneshot
@@ -244,3 +251,78 @@ def test_full_disk_is_noticed_before_the_work(no_work, make_toy, tmp_path: Path,
     with pytest.raises(OSError, match=r"0\.00 GB free, the checkpoint needs up to"):
         compress(make_toy(), output_dir=tmp_path / "new" / "out")
     assert list(tmp_path.iterdir()) == []
+
+
+def offloaded(make_toy, folder: Path) -> Any:
+    """A model of which accelerate keeps a block on the disk."""
+    make_toy().save_pretrained(folder / "model")
+    places: dict[str, Any] = dict.fromkeys(
+        ("model.embed_tokens", "model.layers.0", "model.norm", "model.rotary_emb", "lm_head"), "cpu"
+    )
+    places["model.layers.1"] = "disk"
+    return AutoModelForCausalLM.from_pretrained(folder / "model", device_map=places, offload_folder=folder / "off")
+
+
+def test_offloaded_weights(no_work, make_toy, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"layers\.1\..*q_proj.weight and 8 other weights are offloaded .*device_map"):
+        compress(offloaded(make_toy, tmp_path))
+
+
+def test_offloaded_weights_given_to_llm_compressor(make_toy, toy_tokenizer, tmp_path: Path) -> None:
+    from llmcompressor import oneshot as llmcompressor_oneshot
+
+    from quad_modifiers.data import as_dataloader
+
+    model, data = offloaded(make_toy, tmp_path), as_dataloader(list(IDS.split(1)))
+    with pytest.raises(ValueError, match="weights are offloaded"):
+        llmcompressor_oneshot(model=model, recipe=RECIPE, dataset=data, tokenizer=toy_tokenizer, pipeline="independent")
+
+
+@pytest.mark.parametrize("shift", [-10, 10])
+@pytest.mark.parametrize("from_disk", [False, True])
+def test_token_ids_that_are_not_embedded(shift, from_disk, no_loading_of_weights, make_toy, toy_checkpoint) -> None:
+    model = str(toy_checkpoint("llama")) if from_disk else make_toy()
+    with pytest.raises(ValueError, match=r"the calibration data has the token id .*model embeds the ids 0 to 319"):
+        compress(model, dataset=IDS + shift)
+
+
+def test_tokens_that_the_model_does_not_have(no_loading_of_weights, toy_checkpoint, toy_tokenizer) -> None:
+    tokenizer = copy.deepcopy(toy_tokenizer)
+    tokenizer.add_tokens(["<new>"])
+    with pytest.raises(ValueError, match=r"the token id 320 .*without added tokens"):
+        compress(str(toy_checkpoint("llama")), dataset=["wizards <new> liquid " * 100] * 8, tokenizer=tokenizer)
+
+
+@pytest.fixture
+def no_loading_of_weights(no_work: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("quad_modifiers.checkpoint.opened.Opened.load", lambda *_: pytest.fail("loading was started"))
+
+
+@pytest.mark.parametrize("own", [False, True], ids=["peft", "transformers"])
+def test_model_with_adapters(own, no_loading, make_toy, tmp_path: Path) -> None:
+    peft = pytest.importorskip("peft")
+    model, config = make_toy(num_hidden_layers=1), peft.LoraConfig(r=2, target_modules=["q_proj"])
+    if own:
+        model.add_adapter(config)
+    else:
+        model = peft.get_peft_model(model, config)
+        model.save_pretrained(tmp_path / "adapter")
+        with pytest.raises(FileNotFoundError, match="holds an adapter, not a model; merge it"):
+            compress(tmp_path / "adapter")
+    with pytest.raises(ValueError, match=r"the model has adapters \(default\); merge them first"):
+        compress(model)
+
+
+@pytest.mark.parametrize("kind", [AutoModel, AutoModelForSequenceClassification])
+def test_model_without_its_head(kind, no_loading, make_toy) -> None:
+    model = kind.from_config(make_toy(num_hidden_layers=1).config)
+    with pytest.raises(ValueError, match=r"no part named .*loaded by AutoModelForCausalLM"):
+        compress(model)
+
+
+def test_model_in_training_mode_comes_back_ready_to_run(make_toy) -> None:
+    wanted, model = compress(make_toy(num_hidden_layers=1)), make_toy(num_hidden_layers=1, attention_dropout=0.5)
+    model.train()
+    found = compress(model)
+    assert not found.training
+    assert unchanged(found, wanted.state_dict())

@@ -365,3 +365,27 @@ def test_a_teacher_without_its_head_is_refused(quad_checkpoint: Path, make_toy, 
     with pytest.raises(ValueError, match=r"lm_head\.weight is missing"):
         finetune(quad_checkpoint, tmp_path / "out", data=text, original=tmp_path / "base", length=16)
     assert not list(tmp_path.glob("out*"))
+
+
+def test_a_quantized_original_is_refused(checkpoint, original, make_toy, tmp_path: Path) -> None:
+    shutil.copytree(original, tmp_path / "other")
+    file = tmp_path / "other" / "config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "quantization_config": {"quant_method": "awq"}}))
+    with pytest.raises(ValueError, match="the original model is quantized"):
+        finetune(checkpoint, tmp_path / "adapter", original=tmp_path / "other", data=token_ids(), settings=SETTINGS)
+
+
+def test_training_data_with_ids_that_are_not_embedded(checkpoint, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="the training data has the token id 3"):
+        finetune(checkpoint, tmp_path / "adapter", data=token_ids() + 10, settings=SETTINGS)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_original_in_memory_and_the_process_are_left_as_they_were(checkpoint, make_toy, tmp_path: Path) -> None:
+    teacher = make_toy().train()
+    before = torch.get_rng_state()
+    finetune(
+        checkpoint, tmp_path / "adapter", data=token_ids(), original=teacher, settings=replace(SETTINGS, max_steps=1)
+    )
+    assert torch.equal(torch.get_rng_state(), before)
+    assert all(module.training for module in teacher.modules())

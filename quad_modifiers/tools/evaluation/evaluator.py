@@ -11,7 +11,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from quad_modifiers.checkpoint.whole_model import DEFAULTS, LoadingOptions
+from quad_modifiers.data.token_rows import check_vocabulary
 from quad_modifiers.data.windows import warn_of_length
+from quad_modifiers.process_state import kept_apart
 from quad_modifiers.records.evaluation_record import Evaluation, PerplexityResult
 from quad_modifiers.records.machine import machine_name, package_versions
 from quad_modifiers.tools.evaluation import cache
@@ -28,6 +30,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 
+@kept_apart()
 def evaluate(
     model: "str | Path | PreTrainedModel",
     tasks: Sequence[str] = OFFLINE_TASKS,
@@ -94,6 +97,11 @@ def evaluate(
     if measured is not None:
         warn_of_length(subjects[0].config, window_length)
     token_windows = [None if measured is None else measured.windows(subject.tokenizer) for subject in subjects]
+    for subject, cut in zip(subjects, token_windows, strict=True):
+        if cut is not None:
+            check_vocabulary(
+                cut, subject.config.get_text_config().vocab_size, f"the text, tokenized for {subject.name},"
+            )
     if measured is not None and baseline is not None and not torch.equal(token_windows[0], token_windows[1]):
         logger.warning("the tokenizers differ: the baseline's perplexity of a token means something else, left out")
         token_windows[1] = None

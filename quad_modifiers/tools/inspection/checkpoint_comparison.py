@@ -15,6 +15,7 @@ from quad_modifiers.data.windows import warn_of_length
 from quad_modifiers.model.decoder import Decoder
 from quad_modifiers.output_folder import check_target, user_path
 from quad_modifiers.passes.calibration_stream import work_on
+from quad_modifiers.process_state import kept_apart
 from quad_modifiers.recipe.document import parse_recipe
 from quad_modifiers.records.evaluation_record import Evaluation, read_evaluation, task_scores
 from quad_modifiers.records.inventory import read_inventory
@@ -30,6 +31,7 @@ from quad_modifiers.tools.inspection.model_report import write_report
 logger = logging.getLogger(__name__)
 
 
+@kept_apart()
 def compare_checkpoints(
     checkpoints: Sequence[str | Path],
     output_dir: str | Path | None = None,
@@ -93,7 +95,7 @@ def _against(original: Opened, folders: list[Path], entries: list[Entry], text: 
     warn_of_length(original.config, text.seq_length)
     for folder in folders:
         _open_beside(original, folder).need_same_type(original)
-    windows = text.windows(original.tokenizer(), held_out=True)
+    windows = text.windows(original.tokenizer(), True, original.config.vocab_size)
     decoder = Decoder(original.load(), original.architecture)
     reference = Reference.of(decoder, windows.measured)
     measured = []

@@ -16,6 +16,7 @@ from quad_modifiers.data import (
     token_windows,
 )
 from quad_modifiers.data.sources import source_name
+from quad_modifiers.data.token_rows import check_vocabulary
 from quad_modifiers.records.machine import machine_name, package_versions
 from quad_modifiers.tools.inspection.measure.results import Settings
 
@@ -49,15 +50,20 @@ class TextOptions:
                 f"{self.eval_windows} and {self.seq_length}"
             )
 
-    def windows(self, tokenizer: Any, held_out: bool) -> Text:
-        """Draws the windows.
+    def windows(self, tokenizer: Any, held_out: bool, vocabulary: int) -> Text:
+        """Draws the windows, of ids below `vocabulary`.
 
         Those to measure on come from the held-out prose of the default text if `held_out`, because the
         others calibrated what is measured; from the user's own data set they are windows that do not calibrate here.
 
         Raises:
-            ValueError: if there is not enough text.
+            ValueError: if there is not enough text, or the tokenizer has tokens that the model does not.
         """
+        found = self._windows(tokenizer, held_out)
+        check_vocabulary([*found.calibration, *found.measured], vocabulary, "the text")
+        return found
+
+    def _windows(self, tokenizer: Any, held_out: bool) -> Text:
         if held_out and self.dataset is None:
             calibration = [] if self.samples == 0 else self._drawn(tokenizer, self.samples).windows
             measured = token_windows(tokenizer, held_out_prose(), self.seq_length, self.eval_windows, seed=self.seed)

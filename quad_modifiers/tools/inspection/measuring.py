@@ -76,7 +76,7 @@ def _measure_model(
     """Measures an unquantized model, before and after a projection in memory."""
     projection = projection_of(recipe, rank)
     chosen = _chosen(layers, opened)
-    text = options.windows(opened.tokenizer(), held_out=False)
+    text = options.windows(opened.tokenizer(), False, opened.config.vocab_size)
     decoder, windows = Decoder(opened.load(), opened.architecture), text.measured
     from quad_modifiers.modifiers.base import prepared_decoder  # imports llm-compressor
 
@@ -123,7 +123,7 @@ def _measure_checkpoint(
 ) -> Inspection:
     """Measures a QUAD checkpoint, against its original where that is given."""
     chosen = _chosen(layers, opened)
-    text = options.windows(opened.tokenizer(), held_out=True)
+    text = options.windows(opened.tokenizer(), True, opened.config.vocab_size)
     decoder, windows = Decoder(opened.load(), opened.architecture), text.measured
     first = None if original is None else Decoder(original.load(), original.architecture)
     subject = _checkpoint_subject(opened, decoder, original)

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 pytest.importorskip("lm_eval")
 pytest.importorskip("gensim")
@@ -157,3 +158,16 @@ def test_full_precision_scores_between_guessing_and_certainty(smollm2: Path) -> 
     for each in found.comparisons:
         print(each.task, each.value, each.stderr)
         assert each.chance + 0.2 < each.value < 0.9
+
+
+def test_a_model_in_memory_and_the_process_are_left_as_they_were(make_toy, toy_tokenizer, text: Path) -> None:
+    model, before = make_toy().train(), torch.get_rng_state()
+    evaluate(model, ["quad_wordppl"], limit=2, text=text, window_length=32, tokenizer=toy_tokenizer)
+    assert torch.equal(torch.get_rng_state(), before)
+    assert all(module.training for module in model.modules())
+
+
+def test_a_text_with_tokens_that_the_model_does_not_embed(make_toy, toy_tokenizer, text: Path, calls) -> None:
+    with pytest.raises(ValueError, match=r"the text, tokenized for .*, has the token id .* embeds the ids 0 to 99"):
+        evaluate(make_toy(vocab_size=100), [], text=text, window_length=32, tokenizer=toy_tokenizer)
+    assert not calls

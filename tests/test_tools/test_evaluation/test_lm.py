@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from transformers import PreTrainedTokenizerFast
 
 pytest.importorskip("lm_eval")
 
@@ -81,3 +83,38 @@ def test_options_of_a_loaded_model_have_no_effect(make_toy: Any) -> None:
 def test_a_subject_in_another_dtype(toy_checkpoint: Any) -> None:
     subject = Subject(toy_checkpoint("llama"), device="cpu", options=LoadingOptions(dtype="bfloat16"))
     assert subject.lm.model.dtype == torch.bfloat16
+
+
+def bare(tokenizer: Any) -> Any:
+    """The same tokenizer without any special token."""
+    return PreTrainedTokenizerFast(tokenizer_object=copy.deepcopy(tokenizer._tokenizer))
+
+
+def test_a_tokenizer_without_special_tokens_takes_those_of_the_model(make_toy: Any, toy_tokenizer: Any) -> None:
+    tokenizer = bare(toy_tokenizer)
+    lm = QuadLM(make_toy(), tokenizer=tokenizer)
+    assert (lm.prefix_token_id, lm.eot_token_id) == (0, 1)
+    assert lm.tokenizer.pad_token_id < 320
+    assert tokenizer.pad_token is None  # that of the caller
+    assert len(likelihoods(lm)) == len(REQUESTS)
+
+
+def test_no_special_tokens_anywhere_name_the_remedy(make_toy: Any, toy_tokenizer: Any) -> None:
+    model = make_toy(bos_token_id=None, eos_token_id=None, pad_token_id=None)
+    lm = QuadLM(model, tokenizer=bare(toy_tokenizer))
+    with pytest.raises(ValueError, match=r"nor the model's config has bos_token_id or eos_token_id"):
+        _ = lm.prefix_token_id
+
+
+def test_tokens_that_the_model_does_not_embed(make_toy: Any, toy_tokenizer: Any) -> None:
+    lm = QuadLM(make_toy(vocab_size=100), tokenizer=toy_tokenizer)
+    with pytest.raises(ValueError, match=r"a request has the token id .* embeds the ids 0 to 99"):
+        likelihoods(lm)
+
+
+def test_logits_that_are_not_finite(make_toy: Any, toy_tokenizer: Any) -> None:
+    model = make_toy()
+    with torch.no_grad():
+        model.lm_head.weight[7] = float("nan")
+    with pytest.raises(ValueError, match="logits are NaN or infinite"):
+        likelihoods(QuadLM(model, tokenizer=toy_tokenizer))
