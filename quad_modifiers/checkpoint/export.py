@@ -6,10 +6,7 @@ its step widths, and only the outlier block loses precision: to the bits of the 
 docs/guide/export.md says what that costs.
 """
 
-import json
-import logging
 import math
-import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -20,36 +17,33 @@ from torch import nn
 
 from quad_modifiers.checkpoint.dequantize import dense_weight
 from quad_modifiers.checkpoint.describe import RoleFormats, config_groups
+from quad_modifiers.checkpoint.exported_folder import DAMAGED, check_finite, write_export
 from quad_modifiers.checkpoint.format import LinearFormat, QuadFormat
 from quad_modifiers.checkpoint.models import TRIPWIRE_FIELD
 from quad_modifiers.checkpoint.opened import Opened, open_checkpoint
-from quad_modifiers.checkpoint.save import write_tensors
+from quad_modifiers.checkpoint.transforms import FIELD as TRANSFORM_FIELD
+from quad_modifiers.checkpoint.transforms import (
+    RUNTIME_NOTE,
+    transform_config,
+    transform_problems,
+    transform_tensors,
+)
 from quad_modifiers.model.architecture import Architecture
 from quad_modifiers.nn.packed_linear import PackedLinear
 from quad_modifiers.nn.packed_table import PackedHead, PackedTable
 from quad_modifiers.nn.quad_linear import QuadLinear
-from quad_modifiers.output_folder import check_space, check_target, complete_or_absent, user_path
+from quad_modifiers.output_folder import check_target, user_path
 from quad_modifiers.quantization.grid import IntegerGrid, round_to_grid, search_clip
+from quad_modifiers.records.export_record import Export
 from quad_modifiers.records.inventory import read_json
-
-logger = logging.getLogger(__name__)
+from quad_modifiers.version import __version__
 
 PORTABLE_RECIPE = "quad_w4a4_portable"
 _GROUP_SIZES = (128, 64, 32, 16, 8)  # tried in this order; stock kernels take the first three
-_COMPANIONS = (
-    "generation_config.json",
-    "recipe.yaml",
-    "tokenizer*",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "merges.txt",
-    "chat_template*",
-)
 
 
 def export_compressed_tensors(
-    source_folder: str | Path, target_folder: str | Path, group_size: int | None = None
+    source_folder: str | Path, target_folder: str | Path, group_size: int | None = None, online_hadamard: bool = False
 ) -> Path:
     """Writes `source_folder` as a compressed-tensors checkpoint that stock transformers and vLLM load.
 
@@ -57,9 +51,11 @@ def export_compressed_tensors(
     own. Inputs that the source quantizes get one scale per group.
 
     Args:
-        source_folder: a QUAD checkpoint in the square basis, without online Hadamards and clip ratios.
+        source_folder: a QUAD checkpoint in the square basis, without clip ratios.
         target_folder: must not exist or be empty.
         group_size: input coordinates per scale; by default the source's, or the largest that fits.
+        online_hadamard: True to write online Hadamards, which are refused otherwise, as `transform_config`: for vLLM
+            on one CUDA device and nothing else.
 
     Returns:
         The target folder.
@@ -73,28 +69,40 @@ def export_compressed_tensors(
     source, target = user_path(source_folder), user_path(target_folder)
     check_target(target)
     opened, quad = _open(source)
-    architecture = opened.architecture
     size = _group_size(quad, group_size)
-    problems = _problems(quad, size)
+    problems = _problems(quad, size, online_hadamard)
     if problems:
         raise ValueError(
             f"{source} cannot be written as compressed-tensors: {'; '.join(problems)}. Compress the original model "
             f"with the recipe {PORTABLE_RECIPE!r} instead"
         )
+    if online_hadamard and not any(linear.hadamard for linear in quad.linears.values()):
+        raise ValueError(f"{source} has no online Hadamards to write; leave online_hadamard (--online-hadamard) out")
     model = opened.load()
-    _check_finite(model)
-    tensors, formats = _tensors(model, architecture, quad, size)
-    content = _config(read_json(source / "config.json"), architecture, quad, formats, model)
-    needed = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
-    check_space(target, needed)
-    with complete_or_absent(target) as temporary:
-        write_tensors(tensors, temporary, "5GB")
-        (temporary / "config.json").write_text(json.dumps(content, indent=2, sort_keys=True) + "\n")
-        for pattern in _COMPANIONS:
-            for file in source.glob(pattern):
-                shutil.copy2(file, temporary / file.name)
-    logger.info("wrote a compressed-tensors checkpoint of %.1f MB to %s, groups of %d", needed / 1e6, target, size)
+    check_finite(model, DAMAGED)
+    tensors, formats = _tensors(model, opened.architecture, quad, size)
+    content = _config(read_json(source / "config.json"), opened.architecture, quad, formats, model)
+    if online_hadamard:
+        names = {module.role: name for name, module in reversed(list(_containers(model).items()))}
+        tensors |= transform_tensors(quad.linears, names, model.dtype)
+        content["quantization_config"][TRANSFORM_FIELD] = transform_config(quad.linears)
+    record = Export(
+        format="compressed-tensors",
+        source=opened.inventory().format,
+        notes=_notes(quad, size, online_hadamard),
+        package=__version__,
+    )
+    write_export(target, source, tensors, content, record)
     return target
+
+
+def _notes(quad: QuadFormat, size: int, online_hadamard: bool) -> tuple[str, ...]:
+    """Sentences on what the export loses and needs."""
+    notes = [f"one scale for every {size} input coordinates"]
+    outliers = [role for role, linear in quad.linears.items() if linear.outliers_per_block and linear.weight]
+    if outliers:
+        notes.append(f"outlier weights, and their inputs, have the bits of the rest now ({', '.join(outliers)})")
+    return (*notes, RUNTIME_NOTE) if online_hadamard else tuple(notes)
 
 
 def _open(source: Path) -> tuple[Opened, QuadFormat]:
@@ -122,7 +130,7 @@ def _block_sizes(linear: LinearFormat) -> tuple[int, ...]:
     return (linear.in_features, linear.outliers_per_block, linear.block if linear.outliers_per_block else 0)
 
 
-def _problems(quad: QuadFormat, size: int) -> list[str]:
+def _problems(quad: QuadFormat, size: int, online_hadamard: bool) -> list[str]:
     """Everything that stands in the way, with the roles concerned."""
     found: dict[str, list[str]] = {}
     if quad.residual_basis is not None and quad.residual_basis.basis == "extended" and quad.residual_basis.rank:
@@ -130,15 +138,20 @@ def _problems(quad: QuadFormat, size: int) -> list[str]:
     for name in quad.sections:
         found[f"the section {name!r} has no place in the format"] = []
     for role, linear in quad.linears.items():
-        for problem in _linear_problems(linear, size):
+        for problem in _linear_problems(linear, size, online_hadamard):
             found.setdefault(problem, []).append(role)
     return [f"{problem} ({', '.join(roles)})" if roles else problem for problem, roles in found.items()]
 
 
-def _linear_problems(linear: LinearFormat, size: int) -> list[str]:
+def _linear_problems(linear: LinearFormat, size: int, online_hadamard: bool) -> list[str]:
     problems = [f"the term {kind!r} has no place in the format" for kind in linear.terms]
-    if linear.hadamard:
-        problems.append("online Hadamards need transforms, which stock runtimes do not apply (online_rotation: [])")
+    if linear.hadamard and online_hadamard:
+        problems += transform_problems(linear)
+    elif linear.hadamard:
+        problems.append(
+            "online Hadamards need transforms, which vLLM applies on CUDA devices only (--online-hadamard), other "
+            "runtimes not at all (online_rotation: [])"
+        )
     if linear.input is not None and linear.input.clip_ratio != 1.0:
         problems.append(f"the clip ratio {linear.input.clip_ratio} of the inputs has no place in the format (1.0)")
     if linear.input is not None and linear.weight is None:
@@ -157,18 +170,11 @@ def _linear_problems(linear: LinearFormat, size: int) -> list[str]:
     return problems
 
 
-def _check_finite(model: nn.Module) -> None:
-    """Scales are checked while loading; here everything else."""
-    for name, tensor in model.state_dict().items():
-        if tensor.is_floating_point() and not torch.isfinite(tensor).all():
-            raise ValueError(f"{name} holds NaN or infinite values; the checkpoint is damaged, get it again")
-
-
 def _tensors(
     model: Any, architecture: Architecture, quad: QuadFormat, size: int
 ) -> tuple[dict[str, torch.Tensor], RoleFormats]:
     """All tensors under their stock names, and the format of each role."""
-    containers = {name: module for name, module in model.named_modules() if isinstance(module, QuadLinear)}
+    containers = _containers(model)
     tensors: dict[str, torch.Tensor] = {}
     for name, tensor in model.state_dict().items():
         if not any(name.startswith(f"{container}.") for container in containers):
@@ -193,12 +199,21 @@ def _tensors(
     return {name: tensor.contiguous() for name, tensor in tensors.items()}, formats
 
 
+def _containers(model: nn.Module) -> dict[str, QuadLinear]:
+    return {name: module for name, module in model.named_modules() if isinstance(module, QuadLinear)}
+
+
 def _without(tensors: dict[str, torch.Tensor], path: str) -> dict[str, torch.Tensor]:
     return {name: tensor for name, tensor in tensors.items() if not name.startswith(f"{path}.")}
 
 
 def _plain_format(linear: LinearFormat, size: int) -> LinearFormat:
-    update: dict[str, Any] = {"outliers_per_block": 0, "block": linear.in_features, "keep_width": False}
+    update: dict[str, Any] = {
+        "outliers_per_block": 0,
+        "block": linear.in_features,
+        "keep_width": False,
+        "hadamard": False,
+    }
     for name in ("weight", "input"):
         part = getattr(linear, name)
         if part is not None:

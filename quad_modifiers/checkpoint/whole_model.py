@@ -11,8 +11,13 @@ from typing import Any
 
 import torch
 from transformers import AutoModelForCausalLM
+from transformers.utils import cached_file
+
+from quad_modifiers.checkpoint.transforms import apply_transforms, transform_names, transforms_of
+from quad_modifiers.records.inventory import read_json
 
 DTYPES = ("auto", "bfloat16", "float16", "float32")
+_OF_FILES = ("revision", "cache_dir", "token", "subfolder", "local_files_only")  # arguments that choose files
 _LISTED = 5  # tensors named in one error message
 
 
@@ -69,6 +74,8 @@ def check_device(device: str) -> None:
 def load_whole_model(name: str | Path, options: LoadingOptions = DEFAULTS, **arguments: Any) -> Any:
     """Returns a causal language model in evaluation mode, every tensor of which comes from its files.
 
+    Online transforms of a compressed-tensors checkpoint, which transformers leaves out, are attached.
+
     Args:
         name: folder or Hub id, quantized or not.
         options: dtype, revision and so on; the model goes to `options.device` where that is given.
@@ -82,8 +89,20 @@ def load_whole_model(name: str | Path, options: LoadingOptions = DEFAULTS, **arg
     model, report = AutoModelForCausalLM.from_pretrained(
         str(name), **given, output_loading_info=True, ignore_mismatched_sizes=True
     )
+    # The model's config has lost them: transformers keeps what it knows of.
+    config = cached_file(str(name), "config.json", **{key: given[key] for key in _OF_FILES if key in given})
+    transforms = transforms_of(read_json(Path(config)))
+    if transforms is not None:
+        marks = transform_names(transforms)
+        report = {**report, "unexpected_keys": [key for key in report["unexpected_keys"] if not _marked(key, marks)]}
     check_report(str(name), type(model).__name__, report)
+    if transforms is not None:
+        apply_transforms(model, transforms, Path(config).parent)
     return model.eval() if options.device is None else model.to(options.device).eval()
+
+
+def _marked(tensor: str, names: tuple[str, ...]) -> bool:
+    return any(f".{name}." in tensor for name in names)
 
 
 def check_report(name: str, model_class: str, report: Mapping[str, Any]) -> None:

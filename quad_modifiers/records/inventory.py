@@ -58,6 +58,11 @@ class Inventory:
         return self.bytes_of.get("embedding", 0) + self.bytes_of.get("head", 0)
 
     @property
+    def is_plain(self) -> bool:
+        """True if nothing is quantized."""
+        return self.format == "unquantized"
+
+    @property
     def quad(self) -> dict[str, Any] | None:
         """The `quad` section of a QUAD checkpoint."""
         section = (self.config.get("quantization_config") or {}).get("quad")
@@ -69,7 +74,7 @@ def read_inventory(folder: Path) -> Inventory:
     config = read_json(folder / "config.json")
     bytes_of: dict[str, int] = dict.fromkeys(KIND_NAMES, 0)
     count, dtype = 0, ""
-    for file in _weight_files(folder):
+    for file in weight_files(folder):
         for name, entry in read_header(file).items():
             begin, end = entry["data_offsets"]
             kind = _kind(name)
@@ -80,7 +85,7 @@ def read_inventory(folder: Path) -> Inventory:
     return Inventory(config, _format(config), present, count, dtype)
 
 
-def _weight_files(folder: Path) -> list[Path]:
+def weight_files(folder: Path) -> list[Path]:
     """Returns the safetensors files of a checkpoint: those of its index, and no others may be there, if it has one."""
     index = folder / INDEX_NAME
     found = sorted(folder.glob("*.safetensors"))

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -13,6 +10,8 @@ from transformers import AutoModelForCausalLM
 
 from quad_modifiers.checkpoint.loader import QuadQuantizationConfig
 from quad_modifiers.nn.quad_linear import QuadLinear
+
+from .strangers import logits_without_us
 
 RECIPE = """
 quad_stage:
@@ -77,18 +76,6 @@ def test_from_pretrained_with_dequantize(compressed, logits_of) -> None:
     assert error < 3e-2
 
 
-STRANGER = """
-import sys
-sys.modules["quad_modifiers"] = None  # any import of this project fails
-import torch
-from transformers import AutoModelForCausalLM
-model = AutoModelForCausalLM.from_pretrained(sys.argv[1])
-with torch.no_grad():
-    torch.save(model(torch.load(sys.argv[2] + "/ids.pt")).logits, sys.argv[2] + "/logits.pt")
-print(type(model).__name__)
-"""
-
-
 def test_saved_again_it_needs_nothing_of_ours(compress_toy, logits_of, tmp_path) -> None:
     from .conftest import PROBE
 
@@ -100,18 +87,9 @@ def test_saved_again_it_needs_nothing_of_ours(compress_toy, logits_of, tmp_path)
     assert config["architectures"] == ["LlamaForCausalLM"]
     assert "quantization_config" not in config
     assert isinstance(config["initializer_range"], float)
-    torch.save(PROBE, tmp_path / "ids.pt")
-    done = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", STRANGER, str(tmp_path / "plain"), str(tmp_path)],
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
-        env={**os.environ, "HF_HUB_OFFLINE": "1"},
-    )
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.split() == ["LlamaForCausalLM"]
-    torch.testing.assert_close(torch.load(tmp_path / "logits.pt"), logits_of(model), rtol=1e-3, atol=1e-3)
+    name, found = logits_without_us(tmp_path / "plain", PROBE, tmp_path)
+    assert name == "LlamaForCausalLM"
+    torch.testing.assert_close(found, logits_of(model), rtol=1e-3, atol=1e-3)
 
 
 def test_generation_and_training_of_a_dequantized_model(compressed) -> None:

@@ -3,11 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -21,6 +17,8 @@ from quad_modifiers.checkpoint import save as saving
 from quad_modifiers.checkpoint.export import PORTABLE_RECIPE, export_compressed_tensors
 from quad_modifiers.nn.quad_linear import QuadLinear
 from quad_modifiers.recipe import builtin_recipe_folder
+
+from .strangers import logits_without_us
 
 PROJECTION = "rank: 16, basis: square, online_rotation: [], o_proj_rank_per_head: 8, down_proj_rank: 16"
 GROUPS = "strategy: group, group_size: 8, u_type_clip_ratio: 1.0, d_type_clip_ratio: 1.0"
@@ -36,33 +34,6 @@ quad_stage:
 
 def recipe(projection=PROJECTION, inputs=GROUPS, weights="group_size: 8", ends="") -> str:
     return RECIPE.format(projection=projection, inputs=inputs, weights=weights, ends=ends)
-
-
-STRANGER = """
-import sys
-sys.modules["quad_modifiers"] = None  # any import of this project fails
-import torch
-from transformers import AutoModelForCausalLM
-model = AutoModelForCausalLM.from_pretrained(sys.argv[1])
-with torch.no_grad():
-    torch.save(model(torch.load(sys.argv[2] + "/ids.pt")).logits, sys.argv[2] + "/logits.pt")
-print(type(model).__name__)
-"""
-
-
-def logits_without_us(folder: Path, ids: torch.Tensor, scratch: Path) -> tuple[str, torch.Tensor]:
-    """Class name and logits of stock transformers in a process that cannot import this project."""
-    torch.save(ids, scratch / "ids.pt")
-    done = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", STRANGER, str(folder), str(scratch)],
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
-        env={**os.environ, "HF_HUB_OFFLINE": "1"},
-    )
-    assert done.returncode == 0, done.stderr
-    return done.stdout.split()[-1], torch.load(scratch / "logits.pt")
 
 
 def unpacked(tensors: dict[str, torch.Tensor], name: str, bits: int) -> torch.Tensor:

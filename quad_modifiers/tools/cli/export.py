@@ -15,6 +15,15 @@ class Format(StrEnum):
     """The formats there are."""
 
     compressed_tensors = "compressed-tensors"
+    dense = "dense"
+
+
+class Dtype(str, Enum):
+    """What a dense checkpoint can be written in."""
+
+    bfloat16 = "bfloat16"
+    float16 = "float16"
+    float32 = "float32"
 
 
 def export(
@@ -23,26 +32,49 @@ def export(
         Path,
         typer.Option("--output", "-o", metavar="DIR", help="Folder for the export; new or empty.", callback=expanded),
     ],
-    format: Annotated[Format, typer.Option(help="What to write.")] = Format.compressed_tensors,
+    format: Annotated[
+        Format, typer.Option(help="What to write: packed integers, or plain floating-point weights (dense).")
+    ] = Format.compressed_tensors,
     group_size: Annotated[
         int | None,
         typer.Option(
             min=1,
             metavar="N",
-            help="Input coordinates that share a scale; by default those of the checkpoint, or as many as fit.",
+            help="compressed-tensors: input coordinates that share a scale; by default those of the checkpoint, or as "
+            "many as fit.",
         ),
+    ] = None,
+    online_hadamard: Annotated[
+        bool,
+        typer.Option(
+            "--online-hadamard",
+            help="compressed-tensors: write online Hadamards as transform_config, for vLLM on one CUDA device only.",
+        ),
+    ] = False,
+    dtype: Annotated[
+        Dtype | None, typer.Option(help="dense: of the weights; by default that of the checkpoint.")
     ] = None,
 ) -> None:
     """Write a checkpoint that transformers and vLLM load without this package.
 
-    Not every checkpoint can be expressed there; where it cannot, the error says why. What the export costs in
-    accuracy is in the documentation.
+    Not every checkpoint can be expressed in compressed-tensors; where it cannot, the error says why. A dense one
+    computes with unquantized inputs and saves no memory. What the export loses is logged and kept in export.json; what
+    it costs in accuracy is in the documentation.
     """
+    from quad_modifiers.checkpoint.dense import export_dense
     from quad_modifiers.checkpoint.export import export_compressed_tensors
     from quad_modifiers.records.inventory import read_inventory
 
+    dense = format is Format.dense
+    if dense and (group_size is not None or online_hadamard):
+        raise ValueError("--group-size and --online-hadamard belong to --format compressed-tensors; leave them out")
+    if not dense and dtype is not None:
+        raise ValueError("--dtype belongs to --format dense; compressed-tensors keeps the dtype of the checkpoint")
     with log_on_stderr():
-        export_compressed_tensors(checkpoint, output, group_size=group_size)
+        if dense:
+            export_dense(checkpoint, output, dtype=None if dtype is None else dtype.value)
+        else:
+            export_compressed_tensors(checkpoint, output, group_size=group_size, online_hadamard=online_hadamard)
     before, after = read_inventory(checkpoint), read_inventory(output)
     rows = [("from", checkpoint, before), ("to", output, after)]
     print_table(

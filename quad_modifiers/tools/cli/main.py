@@ -37,7 +37,8 @@ _COMMANDS: dict[str, tuple[Callable[..., None], str]] = {
     "plugins": (plugins.plugins, "quad_modifiers.plugins.plugin_table()"),
     "export": (
         export.export,
-        "quad_modifiers.checkpoint.export.export_compressed_tensors(source_folder, target_folder)",
+        "quad_modifiers.checkpoint.export.export_compressed_tensors(source_folder, target_folder), and "
+        "quad_modifiers.checkpoint.dense.export_dense(source_folder, target_folder) for --format dense",
     ),
     "publish": (
         publish.publish,
@@ -53,7 +54,7 @@ _EXAMPLES = {
     "inspect": "quad inspect outputs/SmolLM2-135M -o outputs/report",
     "compare": "quad compare outputs/quad-w4a4 outputs/quad-w4a4a8 -o outputs/comparison",
     "support": "quad support HuggingFaceTB/SmolLM3-3B",
-    "export": "quad export outputs/quad-square -o outputs/portable --format compressed-tensors",
+    "export": "quad export outputs/SmolLM2-quad -o outputs/plain --format dense",
     "publish": "quad publish outputs/SmolLM2-quad me/SmolLM2-quad --base-model HuggingFaceTB/SmolLM2-135M --dry-run",
 }
 

@@ -83,6 +83,7 @@ def _metadata(
     inventory: Inventory, repo_id: str, base_model: str | None, license: License, evaluation: Evaluation | None
 ) -> dict[str, Any]:
     further: dict[str, Any] = {"base_model_relation": "quantized"} if base_model else {}
+    kind = "compressed-tensors" if inventory.quad is None else "quad"
     data = ModelCardData(
         base_model=base_model,
         license=license.identifier,
@@ -91,7 +92,7 @@ def _metadata(
         # A QUAD checkpoint needs this package; naming transformers would make the Hub show code that does not run.
         library_name="transformers" if inventory.quad is None else OUR_TAG,
         pipeline_tag="text-generation",
-        tags=[OUR_TAG, *(["quad"] if inventory.quad else ["compressed-tensors"]), *width_tags(inventory)],
+        tags=[OUR_TAG, *([] if inventory.is_plain else [kind, *width_tags(inventory)])],
         model_name=repo_id.rpartition("/")[2] if evaluation else None,
         eval_results=_eval_results(evaluation) if evaluation else None,
         **further,

@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+from quad_modifiers.records.export_record import read_export
 from quad_modifiers.records.inventory import Inventory, read_inventory
 
 CARD_NAME = "README.md"
@@ -20,7 +21,7 @@ def check_contents(folder: Path, needs_tokenizer: bool = True) -> Inventory:
     if not folder.is_dir():
         raise FileNotFoundError(f"there is no folder {folder}")
     inventory = read_inventory(folder)
-    if inventory.format == "unquantized":
+    if inventory.is_plain and read_export(folder) is None:
         raise ValueError(f"{folder} holds an unquantized model; compress it first (quad compress)")
     if needs_tokenizer and not has_tokenizer(folder):
         raise FileNotFoundError(

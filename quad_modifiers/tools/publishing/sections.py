@@ -4,8 +4,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from quad_modifiers.checkpoint.format import QuadFormat, read_format
+from quad_modifiers.checkpoint.transforms import transforms_of
 from quad_modifiers.records.calibration_record import CalibrationRecord, read_calibration
 from quad_modifiers.records.evaluation_record import Evaluation, task_scores
+from quad_modifiers.records.export_record import Export, read_export
 from quad_modifiers.records.inventory import KIND_NAMES, Inventory
 from quad_modifiers.records.score_cells import percent, perplexity_cells, score_cells, with_error
 from quad_modifiers.records.tuning_record import Tuning, read_tuning
@@ -34,13 +36,15 @@ def write_sections(
 ) -> dict[str, str]:
     """Returns the sections by name, in the order of a new card."""
     quad = None if inventory.quad is None else read_format(inventory.quad)
-    tuning, calibration = read_tuning(folder), read_calibration(folder)
+    tuning, calibration, exported = read_tuning(folder), read_calibration(folder), read_export(folder)
+    needs_vllm = transforms_of(inventory.config) is not None
     return {
         "summary": _summary(inventory, quad, base_model, license),
-        "usage": _usage(quad, repo_id),
+        "usage": _usage_of_transforms(repo_id) if needs_vllm else _usage(inventory, repo_id),
+        **({} if exported is None else {"export": _export(exported)}),
         "evaluation": _quality(evaluation),
         **({} if tuning is None else {"tuning": _tuning(tuning)}),
-        "quantization": _quad_widths(quad) if quad else _plain_widths(inventory),
+        **({} if inventory.is_plain else {"quantization": _quad_widths(quad) if quad else _plain_widths(inventory)}),
         "size": _size(inventory),
         **({} if calibration is None else {"calibration": _calibration(calibration)}),
         "recipe": _recipe(folder),
@@ -55,6 +59,8 @@ def _summary(inventory: Inventory, quad: QuadFormat | None, base_model: str | No
         f"by [QUAD]({PAPER_URL}) with `quad-modifiers`: the directions in which activations are large stay in full "
         "precision, with their weights; the rest is quantized."
         if quad
+        else "with `quad-modifiers` and written with its weights in floating point again."
+        if inventory.is_plain
         else "with `quad-modifiers`, in the compressed-tensors format."
     )
     lines = [f"{origin[0].upper()}{origin[1:]} ({architecture} architecture), quantized {method}"]
@@ -63,14 +69,19 @@ def _summary(inventory: Inventory, quad: QuadFormat | None, base_model: str | No
     return "\n\n".join(lines)
 
 
-def _usage(quad: QuadFormat | None, repo_id: str) -> str:
-    packages = "quad-modifiers" if quad else "compressed-tensors transformers"
+def _usage(inventory: Inventory, repo_id: str) -> str:
+    if inventory.is_plain:
+        packages, note = "transformers", "This is an ordinary checkpoint: it takes the memory of the original model."
+    elif inventory.quad is None:
+        packages = "compressed-tensors transformers"
+        note = (
+            "vLLM needs no plugin for this checkpoint; its version and the device decide whether it quantizes inputs."
+        )
+    else:
+        packages = "quad-modifiers"
+        note = "The plugin in quad-modifiers loads itself; install it in vLLM's environment."
+    quad = inventory.quad is not None
     first = "import quad_modifiers  # teaches transformers the format\n" if quad else ""
-    note = (
-        "The plugin in quad-modifiers loads itself; install it in vLLM's environment."
-        if quad
-        else "vLLM needs no plugin for this checkpoint; its version and the device decide whether it quantizes inputs."
-    )
     install = "pip install quad-modifiers\n" if quad else ""
     return f"""## How to load it
 
@@ -92,6 +103,25 @@ vLLM:
 ```
 
 {note}"""
+
+
+def _usage_of_transforms(repo_id: str) -> str:
+    return f"""## How to serve it
+
+vLLM on one CUDA device, without a plugin:
+
+```bash
+vllm serve {repo_id}
+```
+
+**Not with transformers**, which ignores the transforms in `transform_config` and computes nonsense without an error,
+and not with vLLM on a CPU."""
+
+
+def _export(exported: Export) -> str:
+    lines = [f"- {note[0].upper()}{note[1:]}." for note in exported.notes]
+    made = f"Written by `quad export --format {exported.format}` (quad-modifiers {exported.package})"
+    return "\n".join(["## Export", "", f"{made} from a checkpoint in the format {exported.source}.", "", *lines])
 
 
 def _quality(evaluation: Evaluation | None) -> str:

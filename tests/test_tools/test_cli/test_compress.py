@@ -240,3 +240,39 @@ quad_stage:
         assert done.code == 2
         assert "cannot be written as compressed-tensors" in done.err
         assert not (tmp_path / "stock").exists()
+
+    def test_dense(self, quad, quad_checkpoint: Path, tmp_path: Path) -> None:
+        done = quad("export", quad_checkpoint, "-o", tmp_path / "plain", "--format", "dense", "--dtype", "bfloat16")
+        assert done.code == 0, done.err
+        assert "inputs are not quantized any more" in done.err
+        assert "unquantized" in done.out
+        assert {str(t.dtype) for t in load_file(tmp_path / "plain" / "model.safetensors").values()} == {
+            "torch.bfloat16"
+        }
+
+    @pytest.mark.parametrize(
+        ("options", "message"),
+        [
+            (("--format", "dense", "--group-size", 8), "belong to --format compressed-tensors; leave them out"),
+            (("--format", "dense", "--online-hadamard"), "belong to --format compressed-tensors; leave them out"),
+            (("--dtype", "float32"), "--dtype belongs to --format dense"),
+        ],
+    )
+    def test_options_of_the_other_format(self, quad, tmp_path: Path, options, message) -> None:
+        done = quad("export", tmp_path / "never read", "-o", tmp_path / "plain", *options)
+        assert done.code == 2
+        assert message in done.err
+
+    def test_online_hadamard(self, quad, toy_checkpoint, text: Path, tmp_path: Path) -> None:
+        online = self.RECIPE.replace("rank: 16", "rank: 0").replace("online_rotation: [], ", "")
+        online = online.replace("o_proj_rank_per_head: 8", "o_proj_rank_per_head: 0")
+        (tmp_path / "online.yaml").write_text(online)
+        source, target = tmp_path / "quad", tmp_path / "stock"
+        quad("compress", toy_checkpoint("llama"), tmp_path / "online.yaml", "-o", source, "--dataset", text, *SHORT)
+        refused = quad("export", source, "-o", target)
+        assert refused.code == 2
+        assert "--online-hadamard" in refused.err
+        done = quad("export", source, "-o", target, "--online-hadamard")
+        assert done.code == 0, done.err
+        assert "transformers ignores it" in done.err
+        assert "transform_config" in json.loads((target / "config.json").read_text())["quantization_config"]
