@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
+from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -25,6 +26,13 @@ from quad_modifiers.tools.console import log_on_stderr, print_json, print_table
 if TYPE_CHECKING:
     from quad_modifiers.checkpoint.whole_model import LoadingOptions
     from quad_modifiers.records.evaluation_record import Evaluation
+
+
+class Backend(str, Enum):
+    """What can compute the model."""
+
+    transformers = "transformers"
+    vllm = "vllm"
 
 
 def evaluate(
@@ -79,6 +87,10 @@ def evaluate(
     cache_dir: CacheDir = None,
     seed: Annotated[int, typer.Option(min=0, help="Of few-shot examples, windows and intervals.")] = 0,
     fresh: Annotated[bool, typer.Option("--fresh", help="Measure again what an earlier run measured.")] = False,
+    backend: Annotated[
+        Backend,
+        typer.Option(help="What computes the model. vllm takes an environment that has it, and finds its own device."),
+    ] = Backend.transformers,
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace a file that holds results which this run does not measure.")
     ] = False,
@@ -118,6 +130,7 @@ def evaluate(
             fresh=fresh,
             options=options,
             baseline_revision=baseline_revision,
+            backend=backend.value,
         )
     # First: if writing fails, the numbers are not lost.
     if as_json:

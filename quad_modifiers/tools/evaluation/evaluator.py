@@ -22,12 +22,15 @@ from quad_modifiers.tools.evaluation.harness import OFFLINE_TASKS, LoadedTask, l
 from quad_modifiers.tools.evaluation.perplexity_text import WIKIPEDIA, WINDOW_LENGTH, PerplexityText, perplexity_text
 from quad_modifiers.tools.evaluation.subject import Subject
 from quad_modifiers.tools.evaluation.task_run import TaskRun, run_task
-from quad_modifiers.tools.evaluation.window_perplexity import Perplexity, perplexity
+from quad_modifiers.tools.evaluation.vllm_engine import need_vllm, vllm_version
+from quad_modifiers.tools.evaluation.window_perplexity import Perplexity
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 logger = logging.getLogger(__name__)
+
+BACKENDS = ("transformers", "vllm")
 
 
 @kept_apart()
@@ -48,6 +51,7 @@ def evaluate(
     fresh: bool = False,
     options: LoadingOptions = DEFAULTS,
     baseline_revision: str | None = None,
+    backend: str = "transformers",
 ) -> Evaluation:
     """Evaluates a model on lm-eval's tasks and its perplexity on a text.
 
@@ -70,6 +74,8 @@ def evaluate(
         fresh: True to measure again what was kept.
         options: how model and baseline are loaded; its revision is that of the model, and `device` counts alone.
         baseline_revision: branch, tag or commit of the baseline's Hub id.
+        backend: "transformers", or "vllm" for lm-eval's own vLLM model; vLLM takes folders and Hub ids, finds its
+            device itself, and decides how a compressed-tensors checkpoint is computed.
 
     Returns:
         The content of evaluation.json; `quad_modifiers.records.evaluation_record.write_evaluation` writes it.
@@ -79,9 +85,14 @@ def evaluate(
         ValueError: for an unknown task (with close names), no task and no text, a limit or batch size below 1, a
             negative seed, a text that is too short, a device that this machine does not have.
         RuntimeError: if the data of a task cannot be loaded.
+        ModuleNotFoundError: if vLLM is asked for and missing.
     """
     if baseline_revision is not None and baseline is None:
         raise ValueError(f"the baseline's revision {baseline_revision!r} is given, but no baseline; omit it")
+    if backend not in BACKENDS:
+        raise ValueError(f"the backend must be {' or '.join(BACKENDS)}, not {backend!r}")
+    if backend == "vllm":
+        need_vllm()
     for name, number in (("limit", limit), ("batch_size", batch_size), ("windows", windows)):
         if number is not None and number < 1:
             raise ValueError(f"{name} must be at least 1, not {number}")
@@ -92,7 +103,9 @@ def evaluate(
     if not tasks and text is None:
         raise ValueError("there is nothing to measure: name a task, or a text for the perplexity")
     asked = [(model, options), (baseline, replace(options, revision=baseline_revision))]
-    subjects = [Subject(each, tokenizer, batch_size, device, how) for each, how in asked if each is not None]
+    subjects = [
+        Subject(each, tokenizer, batch_size, device, how, backend, seed) for each, how in asked if each is not None
+    ]
     measured = None if text is None else perplexity_text(text, window_length, windows, limit, seed, text_column)
     if measured is not None:
         warn_of_length(subjects[0].config, window_length)
@@ -125,7 +138,7 @@ def evaluate(
         versions=_merged(run.versions for run in ours),
         limit=limit,
         seed=seed,
-        packages=package_versions(),
+        packages={**package_versions(), **(vllm_version() if backend == "vllm" else {})},
         machine=machine_name(),
     )
 
@@ -162,7 +175,7 @@ def _measure(
 
     def measure_perplexity(of: torch.Tensor) -> Perplexity:
         question = {"windows": sha256(of.numpy().tobytes()).hexdigest(), "length": of.shape[1]}
-        found = kept("perplexity", question, lambda: asdict(perplexity(subject.lm.model, of)))
+        found = kept("perplexity", question, lambda: asdict(subject.perplexity(of)))
         return Perplexity(**{**found, "window_nll": tuple(found["window_nll"])})
 
     try:

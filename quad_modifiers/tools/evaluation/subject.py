@@ -11,6 +11,8 @@ from quad_modifiers.checkpoint.opened import Opened, open_checkpoint, tokenizer_
 from quad_modifiers.checkpoint.whole_model import DEFAULTS, LoadingOptions, check_device
 from quad_modifiers.reporting import only_errors
 from quad_modifiers.tools.evaluation.cache import fingerprint
+from quad_modifiers.tools.evaluation.vllm_engine import engine_perplexity, vllm_version
+from quad_modifiers.tools.evaluation.window_perplexity import Perplexity, perplexity
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -25,11 +27,14 @@ class Subject:
         batch_size: requests in a forward pass.
         device: "cpu", "cuda", ...; the GPU if there is one by default. Loaded models stay where they are.
         options: how a folder or Hub id is loaded; its `device` is not read.
+        backend: "transformers", or "vllm", which finds its device itself.
+        seed: seed of vLLM's engine.
 
     Raises:
         FileNotFoundError: if there is no such folder, or it holds no model.
-        ValueError: if there is no such device, the config.json is damaged, or a loaded model is given with options of
-            loading.
+        ValueError: if there is no such device, the config.json is damaged, a loaded model is given with options of
+            loading, or a device for vLLM.
+        TypeError: for a loaded model and vLLM.
     """
 
     def __init__(
@@ -39,12 +44,19 @@ class Subject:
         batch_size: int = 16,
         device: str | None = None,
         options: LoadingOptions = DEFAULTS,
+        backend: str = "transformers",
+        seed: int = 0,
     ) -> None:
+        self._backend, self._seed = backend, seed
         self.folder: Path | None = None
         self.model: str | PreTrainedModel
-        self.device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-        check_device(self.device)
-        self.options = replace(options, device=self.device)
+        if backend == "vllm":
+            _check_served(model, device)
+            self.device, self.options = f"vLLM's, {vllm_version()}", replace(options, device=None)
+        else:
+            self.device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+            check_device(self.device)
+            self.options = replace(options, device=self.device)
         self._opened: Opened | None = None
         if isinstance(model, (str, Path)):
             self._opened = opened = open_checkpoint(model, options=self.options)
@@ -91,7 +103,11 @@ class Subject:
     @property
     def lm(self) -> Any:
         """The lm-eval model, in memory from the first use until `release`."""
-        if self._lm is None:
+        if self._lm is None and self._backend == "vllm":
+            from quad_modifiers.tools.evaluation.vllm_engine import vllm_lm
+
+            self._lm = vllm_lm(self.source, self._batch_size, self._seed, self.options)
+        elif self._lm is None:
             from quad_modifiers.tools.evaluation.lm import QuadLM
 
             tokenizer = self.tokenizer  # first: it is the cheaper one to miss
@@ -100,6 +116,12 @@ class Subject:
                 self._lm = QuadLM(model, device=self.device, tokenizer=tokenizer, batch_size=self._batch_size)
             self._lm.pretrained = self.model  # the name, as of a model that lm-eval loads itself
         return self._lm
+
+    def perplexity(self, windows: torch.Tensor) -> Perplexity:
+        """Returns the perplexity of windows, `[count, length]` token ids."""
+        if self._backend == "vllm":
+            return engine_perplexity(self.lm.model, windows)
+        return perplexity(self.lm.model, windows)
 
     def release(self) -> None:
         """Frees the memory of the model, unless it is the caller's, which goes back to the mode that it had."""
@@ -113,3 +135,10 @@ def _check_unread(options: LoadingOptions) -> None:
     for name, value in (("revision", options.revision), ("dtype", options.dtype)):
         if value not in (None, "auto"):
             raise ValueError(f"{name}={value} has no effect on a model that is loaded already; omit it")
+
+
+def _check_served(model: object, device: str | None) -> None:
+    if not isinstance(model, (str, Path)):
+        raise TypeError("vLLM serves a folder or a Hub id, not a model in memory; save it, or use transformers")
+    if device is not None:
+        raise ValueError(f"vLLM chooses its device itself; leave the device {device!r} out")

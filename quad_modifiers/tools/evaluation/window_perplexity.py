@@ -52,7 +52,7 @@ def perplexity(
         ValueError: for no window, fewer than two tokens a window, `batch_size` below 1, an id outside the model's
             vocabulary, or logits that are NaN or infinite.
     """
-    stacked = _stack(windows)
+    stacked = stack_windows(windows)
     if batch_size < 1:
         raise ValueError(f"batch_size must be at least 1, not {batch_size}")
     embedding = model.get_input_embeddings().weight
@@ -71,11 +71,23 @@ def perplexity(
             means.append(_window_nll(model, batch.to(embedding.device), first_window=index * batch_size))
     finally:
         model.train(was_training)
-    nll = torch.cat(means)
+    return perplexity_of(torch.cat(means), stacked.shape[1])
+
+
+def perplexity_of(nll: torch.Tensor, length: int) -> Perplexity:
+    """Returns the perplexity of windows of `length` tokens from the mean negative log-likelihood of each.
+
+    Args:
+        nll: `[count]`, float64, in nats.
+        length: tokens of a window.
+
+    Raises:
+        ValueError: for a window whose likelihood is NaN or infinite.
+    """
+    _check_finite(nll, first_window=0)
     mean = nll.mean().item()
     stderr = (nll.std() / math.sqrt(len(nll))).item() if len(nll) > 1 else math.nan
-    tokens = stacked.shape[0] * (stacked.shape[1] - 1)
-    return Perplexity(_exp(mean), mean, tokens, stderr, tuple(nll.tolist()))
+    return Perplexity(_exp(mean), mean, len(nll) * (length - 1), stderr, tuple(nll.tolist()))
 
 
 @torch.inference_mode()
@@ -86,17 +98,21 @@ def _window_nll(model: "PreTrainedModel", batch: torch.Tensor, first_window: int
         logits[:, :-1].float().flatten(0, 1), batch[:, 1:].flatten(), reduction="none"
     )
     window_nll = token_nll.view(batch.shape[0], -1).double().mean(dim=1).cpu()
+    _check_finite(window_nll, first_window)
+    return window_nll
+
+
+def _check_finite(window_nll: torch.Tensor, first_window: int) -> None:
     if not window_nll.isfinite().all():
         bad = first_window + int((~window_nll.isfinite()).nonzero()[0])
         raise ValueError(
             f"the model's logits are NaN or infinite in window {bad}; check its weights for NaN, or load it in "
             "float32 or bfloat16 instead of float16"
         )
-    return window_nll
 
 
-def _stack(windows: torch.Tensor | Sequence[torch.Tensor]) -> torch.Tensor:
-    """Returns `windows` as one [count, length] tensor."""
+def stack_windows(windows: torch.Tensor | Sequence[torch.Tensor]) -> torch.Tensor:
+    """Returns `windows` as one [count, length] tensor; ValueError for none, or fewer than two tokens a window."""
     if not isinstance(windows, torch.Tensor):
         shapes = sorted({tuple(window.shape) for window in windows})
         if len(shapes) != 1:

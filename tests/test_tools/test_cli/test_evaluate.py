@@ -187,3 +187,10 @@ def test_brackets_in_names_are_shown(capsys: pytest.CaptureFixture[str]) -> None
 
 def _enough(*_: object, **__: object) -> None:
     raise RuntimeError("enough")
+
+
+def test_vllm_that_is_missing(quad, quad_checkpoint: Path) -> None:
+    done = quad("eval", quad_checkpoint, "--backend", "vllm", "--no-perplexity")
+    assert done.code != 0
+    assert "--backend vllm needs vLLM, which this environment lacks" in done.err
+    assert done.err.count("\n") == 1
