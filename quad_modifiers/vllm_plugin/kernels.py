@@ -4,6 +4,7 @@ import torch
 from quad_kernels import InputQuantization, QuantizedWeight, choose_backend, prepare_weight
 
 from quad_modifiers.checkpoint.format import LinearFormat
+from quad_modifiers.vllm_plugin.weight_only import instructions as weight_only_instructions
 
 
 def backend_name(device: torch.device) -> str:
@@ -17,13 +18,16 @@ def kernel_key(device: torch.device) -> str:
     scale = torch.ones(64, 1, device=device)
     sample = prepare_weight(words, scale, bits=4, in_features=64, quantization=InputQuantization())
     stored = sample.integers
-    return f"{backend_name(device)} {sample.layout} {stored.dtype} {stored.layout} {list(stored.shape)}"
+    weight_only = "packed, " + weight_only_instructions(torch.bfloat16) if device.type == "cpu" else "expanded"
+    layout = f"{sample.layout} {stored.dtype} {stored.layout} {list(stored.shape)}"
+    return f"{backend_name(device)} {layout}; weight-only {weight_only}"
 
 
 def prepare_rows(linear: LinearFormat, stored: dict[str, torch.Tensor]) -> QuantizedWeight | torch.Tensor:
     """Turns packed rows into the weight that the layer computes with; done once, at load.
 
-    No kernel multiplies packed weights by floating-point inputs yet, so weight-only layers are expanded.
+    Weight-only layers stay packed on the CPU. On other devices no kernel of ours multiplies packed weights by
+    floating-point inputs, so they are expanded.
 
     `stored` has `weight_packed` `[out, ceil(in * bits / 32)]`, int32, `weight_scale` `[out, groups]`, floating point,
     and `weight_zero_point` `[out, groups]`, int8, if there is one. Expanded weights are `[out, in]` in the dtype of the
@@ -36,5 +40,5 @@ def prepare_rows(linear: LinearFormat, stored: dict[str, torch.Tensor]) -> Quant
     if zero_point is not None:
         weight = QuantizedWeight(weight.integers, scale, zero_point, width, weight.out_features, bits)
     if linear.input is None:
-        return weight.dequantized(scale.dtype)
+        return weight.to_layout("nibbles") if scale.device.type == "cpu" else weight.dequantized(scale.dtype)
     return choose_backend(scale.device).prepare_weight(weight, linear.input.settings())

@@ -16,6 +16,7 @@ from vllm.model_executor.layers.linear import LinearMethodBase
 from quad_modifiers.checkpoint.format import LinearFormat, WeightFormat
 from quad_modifiers.nn.forward import Apply, LinearParts, linear_forward
 from quad_modifiers.nn.packed_shapes import packed_shapes
+from quad_modifiers.vllm_plugin import weight_only
 from quad_modifiers.vllm_plugin.kernels import backend_name, prepare_rows
 from quad_modifiers.vllm_plugin.layout import (
     Rows,
@@ -39,6 +40,7 @@ class QuadLinearMethod(LinearMethodBase):
         self.split = linear.split()
         self.input_quantization = None if linear.input is None else linear.input.settings()
         self.weight: QuantizedWeight | None = None  # its tensors are parameters of the layer
+        self.instructions: str | None = None  # of vLLM's own product, if the tensors of the layer are for that
         self.rows: list[Rows] = []
         self.is_stacked = False  # the checkpoint has one tensor for all members
         self.gathers_input = False
@@ -115,7 +117,10 @@ class QuadLinearMethod(LinearMethodBase):
         """Replaces the checkpoint's tensors by those that the kernel backend reads."""
         stored = {name: parameter.data for name, parameter in layer.residual.named_parameters()}
         weight = stored["weight"] if self.linear.weight is None else prepare_rows(self.linear, stored)
-        if isinstance(weight, QuantizedWeight):
+        if isinstance(weight, QuantizedWeight) and self.linear.input is None and weight_only.fits(weight):
+            self.instructions = weight_only.instructions(weight.scale.dtype)
+            tensors: dict[str, torch.Tensor | None] = {**weight_only.packed_tensors(weight)}
+        elif isinstance(weight, QuantizedWeight):
             self.weight = weight
             tensors = {
                 "weight_packed": weight.integers,
@@ -135,7 +140,15 @@ class QuadLinearMethod(LinearMethodBase):
 
     def _parts(self, layer: nn.Module, bias: torch.Tensor | None) -> LinearParts:
         residual: QuantizedWeight | Apply
-        if self.weight is None:
+        if self.instructions is not None:
+            residual = partial(
+                weight_only.product,
+                weight_packed=layer.weight_packed,
+                weight_scale=layer.weight_scale,
+                weight_zero_point=getattr(layer, "weight_zero_point", None),
+                instructions=self.instructions,
+            )
+        elif self.weight is None:
             residual = partial(linear, weight=layer.weight)
         else:  # the layer's own tensors: vLLM may have moved them
             residual = replace(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -148,3 +148,39 @@ def checkpoint() -> Path:
     if not folder:
         pytest.fail("QUAD_VLLM_CHECKPOINT names no checkpoint to serve: run `make test-vllm`, or set it to a folder")
     return Path(folder).resolve()
+
+
+@pytest.fixture(scope="session")
+def load(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., Any]]:
+    """`load(folder, dtype="auto")`: the model as a vLLM worker of one rank holds it."""
+    pytest.importorskip("vllm")
+    from vllm.config import set_current_vllm_config
+    from vllm.distributed import (
+        destroy_distributed_environment,
+        destroy_model_parallel,
+        init_distributed_environment,
+        initialize_model_parallel,
+    )
+    from vllm.engine.arg_utils import EngineArgs
+    from vllm.model_executor.model_loader import get_model
+
+    patch = pytest.MonkeyPatch()
+    if not torch.accelerator.is_available():  # what vLLM's CPU worker does, which this fixture stands in for
+        patch.setattr(torch.accelerator, "empty_cache", lambda: None)
+    started = False
+
+    def run(folder: Path, dtype: str = "auto", **arguments: Any) -> Any:
+        nonlocal started
+        config = EngineArgs(model=str(folder), dtype=dtype, enforce_eager=True, **arguments).create_engine_config()
+        with set_current_vllm_config(config):
+            if not started:
+                store = tmp_path_factory.mktemp("gloo") / "store"
+                init_distributed_environment(1, 0, f"file://{store}", 0, "gloo")
+                initialize_model_parallel(1)
+                started = True
+            return get_model(vllm_config=config)
+
+    yield run
+    patch.undo()
+    destroy_model_parallel()
+    destroy_distributed_environment()

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from pathlib import Path
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -12,6 +11,8 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from quad_modifiers.checkpoint.format import InputFormat, QuadFormat, WeightFormat
+
+from .served_layers import assert_alike, outputs
 
 pytestmark = [pytest.mark.vllm, pytest.mark.filterwarnings("default")]
 
@@ -36,68 +37,6 @@ FORMATS: dict[str, dict[str, Any]] = {
     },
     "no transform": {"o_proj": {"hadamard": False}, "down_proj": {"hadamard": False, "keep_width": False}},
 }
-
-
-@pytest.fixture(scope="session")
-def load(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., Any]]:
-    """`load(folder, dtype="auto")`: the model as a vLLM worker of one rank holds it."""
-    pytest.importorskip("vllm")
-    from vllm.config import set_current_vllm_config
-    from vllm.distributed import (
-        destroy_distributed_environment,
-        destroy_model_parallel,
-        init_distributed_environment,
-        initialize_model_parallel,
-    )
-    from vllm.engine.arg_utils import EngineArgs
-    from vllm.model_executor.model_loader import get_model
-
-    patch = pytest.MonkeyPatch()
-    if not torch.accelerator.is_available():  # what vLLM's CPU worker does, which this fixture stands in for
-        patch.setattr(torch.accelerator, "empty_cache", lambda: None)
-    started = False
-
-    def run(folder: Path, dtype: str = "auto", **arguments: Any) -> Any:
-        nonlocal started
-        config = EngineArgs(model=str(folder), dtype=dtype, enforce_eager=True, **arguments).create_engine_config()
-        with set_current_vllm_config(config):
-            if not started:
-                store = tmp_path_factory.mktemp("gloo") / "store"
-                init_distributed_environment(1, 0, f"file://{store}", 0, "gloo")
-                initialize_model_parallel(1)
-                started = True
-            return get_model(vllm_config=config)
-
-    yield run
-    patch.undo()
-    destroy_model_parallel()
-    destroy_distributed_environment()
-
-
-def outputs(served: Any, reference: Any, dtype: torch.dtype) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
-    """Return what the linears of both models make of the same random inputs, of one token and of several."""
-    generator = torch.Generator().manual_seed(3)
-    found, wanted = [], []
-    for ours, theirs in zip(served.model.layers, reference.model.layers, strict=True):
-        for layer, members in (
-            (ours.self_attn.qkv_proj, [getattr(theirs.self_attn, f"{name}_proj") for name in "qkv"]),
-            (ours.self_attn.o_proj, [theirs.self_attn.o_proj]),
-            (ours.mlp.gate_up_proj, [theirs.mlp.gate_proj, theirs.mlp.up_proj]),
-            (ours.mlp.down_proj, [theirs.mlp.down_proj]),
-        ):
-            for tokens in (1, 7):
-                x = torch.randn(tokens, members[0].in_features, generator=generator).to(dtype)
-                with torch.inference_mode():
-                    found.append(layer(x)[0])
-                    wanted.append(torch.cat([member(x) for member in members], dim=-1))
-    return found, wanted
-
-
-def assert_alike(found: list[torch.Tensor], wanted: list[torch.Tensor], tolerance: dict[str, float]) -> None:
-    assert len(found) == len(wanted) > 0
-    for ours, theirs in zip(found, wanted, strict=True):
-        assert ours.is_contiguous()
-        torch.testing.assert_close(ours, theirs, **tolerance)  # dtypes as well
 
 
 @pytest.mark.parametrize("name", FORMATS)
@@ -152,6 +91,35 @@ def test_packed_weights_stay_small(load, toy_quad, write_toy) -> None:
     assert not hasattr(layer, "residual")
     assert layer.weight_packed.dtype in (torch.int8, torch.uint8)
     assert {name for name, _ in layer.named_parameters()} == {"weight_packed", "weight_scale", "outlier_weight"}
+
+
+WEIGHT_ONLY = {
+    "channels": WeightFormat(bits=4),
+    "groups": WeightFormat(bits=4, group_size=4),
+    "zero points": WeightFormat(bits=4, group_size=4, symmetric=False),
+    "2 bits": WeightFormat(bits=2),
+    "8 bits": WeightFormat(bits=8, group_size=4),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+@pytest.mark.parametrize("name", WEIGHT_ONLY)
+def test_weight_only_layers(name, dtype, load, toy_quad, write_toy, tolerance) -> None:
+    folder = write_toy(toy_quad("llama", weight=WEIGHT_ONLY[name], quantized=None), dtype=dtype)
+    served = load(folder, str(dtype).removeprefix("torch."))
+    assert_alike(*outputs(served, AutoModelForCausalLM.from_pretrained(folder), dtype), tolerance(dtype))
+    bits, fast = WEIGHT_ONLY[name].bits, 0
+    for layer in served.model.layers:
+        for linear in (layer.self_attn.qkv_proj, layer.self_attn.o_proj, layer.mlp.gate_up_proj, layer.mlp.down_proj):
+            held = dict(linear.named_parameters())
+            width, is_fast = linear.quant_method.split.residual_width, linear.quant_method.instructions is not None
+            # Without vLLM's product, rows of 4 bits are filled up to whole chunks of 128 inputs.
+            per_row = width if bits == 8 else width // 2 if is_fast else -(-width // 128) * 64
+            assert held["weight_packed"].nbytes == linear.output_size * per_row
+            assert ("weight_zero_point" in held) == (name == "zero points")
+            fast += is_fast
+    # 64 inputs and 256 outputs of q, k and v; the others have 72 and 200
+    assert fast == (2 if bits == 4 and dtype != torch.float32 else 0)
 
 
 @pytest.mark.parametrize(
