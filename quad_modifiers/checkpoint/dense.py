@@ -14,6 +14,7 @@ from quad_modifiers.checkpoint.exported_folder import DAMAGED, check_finite, wri
 from quad_modifiers.checkpoint.opened import Opened, open_checkpoint
 from quad_modifiers.checkpoint.tensors import tied_names
 from quad_modifiers.checkpoint.transforms import transforms_of
+from quad_modifiers.checkpoint.whole_model import load_whole_model
 from quad_modifiers.output_folder import check_target, user_path
 from quad_modifiers.records.export_record import Export
 from quad_modifiers.records.widths import group_bits, groups_of_roles, input_bits
@@ -85,8 +86,8 @@ def _plain_model(opened: Opened, dtype: torch.dtype | None) -> Any:
     with warnings.catch_warnings():
         # Of the config that is passed on only `dequantize` counts, which transformers finds worth a warning.
         warnings.filterwarnings("ignore", message="You passed `quantization_config`")
-        model = AutoModelForCausalLM.from_pretrained(
-            opened.name, dtype="auto", quantization_config=CompressedTensorsConfig(dequantize=True)
+        model = load_whole_model(
+            opened.name, opened.options, quantization_config=CompressedTensorsConfig(dequantize=True)
         )
     check_finite(model, DAMAGED)
     return model if dtype is None else model.to(dtype)

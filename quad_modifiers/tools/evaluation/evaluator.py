@@ -22,8 +22,8 @@ from quad_modifiers.tools.evaluation.harness import OFFLINE_TASKS, LoadedTask, l
 from quad_modifiers.tools.evaluation.perplexity_text import WIKIPEDIA, WINDOW_LENGTH, PerplexityText, perplexity_text
 from quad_modifiers.tools.evaluation.subject import Subject
 from quad_modifiers.tools.evaluation.task_run import TaskRun, run_task
-from quad_modifiers.tools.evaluation.vllm_engine import need_vllm, vllm_version
-from quad_modifiers.tools.evaluation.window_perplexity import Perplexity
+from quad_modifiers.tools.evaluation.vllm_engine import engine_perplexity, need_vllm, vllm_version
+from quad_modifiers.tools.evaluation.window_perplexity import Perplexity, perplexity
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -174,8 +174,9 @@ def _measure(
         return TaskRun(**kept(task.name, question, lambda: asdict(run_task(subject.lm, task, limit, seed))))
 
     def measure_perplexity(of: torch.Tensor) -> Perplexity:
+        measured_by = engine_perplexity if subject.backend == "vllm" else perplexity
         question = {"windows": sha256(of.numpy().tobytes()).hexdigest(), "length": of.shape[1]}
-        found = kept("perplexity", question, lambda: asdict(subject.perplexity(of)))
+        found = kept("perplexity", question, lambda: asdict(measured_by(subject.lm.model, of)))
         return Perplexity(**{**found, "window_nll": tuple(found["window_nll"])})
 
     try:

@@ -11,8 +11,7 @@ from quad_modifiers.checkpoint.opened import Opened, open_checkpoint, tokenizer_
 from quad_modifiers.checkpoint.whole_model import DEFAULTS, LoadingOptions, check_device
 from quad_modifiers.reporting import only_errors
 from quad_modifiers.tools.evaluation.cache import fingerprint
-from quad_modifiers.tools.evaluation.vllm_engine import engine_perplexity, vllm_version
-from quad_modifiers.tools.evaluation.window_perplexity import Perplexity, perplexity
+from quad_modifiers.tools.evaluation.vllm_engine import vllm_version
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -47,7 +46,7 @@ class Subject:
         backend: str = "transformers",
         seed: int = 0,
     ) -> None:
-        self._backend, self._seed = backend, seed
+        self.backend, self._seed = backend, seed
         self.folder: Path | None = None
         self.model: str | PreTrainedModel
         if backend == "vllm":
@@ -103,7 +102,7 @@ class Subject:
     @property
     def lm(self) -> Any:
         """The lm-eval model, in memory from the first use until `release`."""
-        if self._lm is None and self._backend == "vllm":
+        if self._lm is None and self.backend == "vllm":
             from quad_modifiers.tools.evaluation.vllm_engine import vllm_lm
 
             self._lm = vllm_lm(self.source, self._batch_size, self._seed, self.options)
@@ -116,12 +115,6 @@ class Subject:
                 self._lm = QuadLM(model, device=self.device, tokenizer=tokenizer, batch_size=self._batch_size)
             self._lm.pretrained = self.model  # the name, as of a model that lm-eval loads itself
         return self._lm
-
-    def perplexity(self, windows: torch.Tensor) -> Perplexity:
-        """Returns the perplexity of windows, `[count, length]` token ids."""
-        if self._backend == "vllm":
-            return engine_perplexity(self.lm.model, windows)
-        return perplexity(self.lm.model, windows)
 
     def release(self) -> None:
         """Frees the memory of the model, unless it is the caller's, which goes back to the mode that it had."""
