@@ -18,6 +18,7 @@ logger = logging.getLogger(__name__)
 _COMPANIONS = (
     "generation_config.json",
     "recipe.yaml",
+    "calibration.json",
     "tokenizer*",
     "special_tokens_map.json",
     "added_tokens.json",

@@ -97,7 +97,7 @@ def test_what_is_lost_is_said(inputs, lost, compress_toy, toy_tokenizer, tmp_pat
     toy_tokenizer.save_pretrained(source)
     with caplog.at_level(logging.WARNING, "quad_modifiers"):
         export_dense(source, tmp_path / "out")
-    assert {"tokenizer.json", "generation_config.json", "recipe.yaml"} <= {f.name for f in (tmp_path / "out").iterdir()}
+    assert {"tokenizer.json", "calibration.json", "recipe.yaml"} <= {f.name for f in (tmp_path / "out").iterdir()}
     record = read_export(tmp_path / "out")
     assert (record.format, record.source) == ("dense", "QUAD, version 1")
     (note,) = record.notes

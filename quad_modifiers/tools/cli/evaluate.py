@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
-from enum import Enum
+from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from quad_modifiers.records.evaluation_record import Evaluation
 
 
-class Backend(str, Enum):
+class Backend(StrEnum):
     """What can compute the model."""
 
     transformers = "transformers"

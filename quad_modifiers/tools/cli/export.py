@@ -18,7 +18,7 @@ class Format(StrEnum):
     dense = "dense"
 
 
-class Dtype(str, Enum):
+class DenseDtype(StrEnum):
     """What a dense checkpoint can be written in."""
 
     bfloat16 = "bfloat16"
@@ -52,7 +52,7 @@ def export(
         ),
     ] = False,
     dtype: Annotated[
-        Dtype | None, typer.Option(help="dense: of the weights; by default that of the checkpoint.")
+        DenseDtype | None, typer.Option(help="dense: of the weights; by default that of the checkpoint.")
     ] = None,
 ) -> None:
     """Write a checkpoint that transformers and vLLM load without this package.
