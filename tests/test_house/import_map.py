@@ -67,6 +67,7 @@ FLOORS = (
     "quad_modifiers",
     "quad_peft",
     "quad_modifiers.tools",
+    "quad_modifiers.tools.brief_waiting",
     "quad_modifiers.tools.console",
     "quad_modifiers.tools.support_table",
     "quad_modifiers.tools.publishing",

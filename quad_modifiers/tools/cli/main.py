@@ -8,6 +8,7 @@ from typing import Annotated
 
 import typer
 
+from quad_modifiers.tools.brief_waiting import wait_briefly
 from quad_modifiers.tools.cli import (
     compare,
     compress,
@@ -99,6 +100,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         arguments: arguments without the program's name; those of the process by default.
     """
     given = list(sys.argv[1:] if arguments is None else arguments) or ["--help"]
+    wait_briefly()
     debug = _DEBUG in given
     given = [each for each in given if each != _DEBUG]
     with warnings.catch_warnings():

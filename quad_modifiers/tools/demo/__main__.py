@@ -7,16 +7,19 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from quad_modifiers.output_folder import user_path
-from quad_modifiers.tools.demo.original import fetch_original
+from quad_modifiers.tools.brief_waiting import wait_briefly
 from quad_modifiers.tools.demo.packaged_models import MODELS
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the demonstration; returns the exit status."""
     options = _parser().parse_args(arguments)
+    wait_briefly()
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     try:
         if options.command == "fetch":
+            from quad_modifiers.tools.demo.original import fetch_original
+
             fetch_original(options.model, options.to, options.source)
             print(options.to)
         else:
