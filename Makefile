@@ -19,7 +19,7 @@ VLLM_KEY := $(shell cat pyproject.toml setup.py constraints-vllm.txt $(NATIVE) |
 VLLM_STAMP := $(VLLM_VENV)/.installed-$(VLLM_KEY)
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo docs test test-slow test-sanitized bench-kernels bench-quality lint format clean distclean vllm-env test-vllm
+.PHONY: help venv demo docs test test-slow test-sanitized test-avx2 bench-kernels bench-quality lint format clean distclean vllm-env test-vllm
 
 help: ## show this list
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  \1\t\2/' | expand -t 14
@@ -51,6 +51,13 @@ test-sanitized: $(STAMP) ## the tests of the native kernels under AddressSanitiz
 	LD_PRELOAD="$$(g++ -print-file-name=libasan.so)" ASAN_OPTIONS=detect_leaks=0 \
 	    QUAD_KERNELS_LIBRARY=$(SANITIZED)/quad_kernels/native/_kernels.so \
 	    $(BIN) -m pytest tests/test_kernels/test_native.py tests/test_kernels/test_round_columns.py $(PYTEST_ARGS)
+
+# The instruction sets of PyTorch, oneDNN, MKL and the native kernels each have a limit of their own.
+AVX2_ONLY := ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 MKL_ENABLE_INSTRUCTIONS=AVX2 QUAD_KERNELS_ISA=avx2
+AVX2_TESTS := tests/test_kernels tests/test_linalg tests/test_quantization tests/test_nn tests/test_compression/test_oneshot.py \
+    tests/test_checkpoint/test_native_decode.py tests/test_modifiers/test_calibration_of_blocks.py
+test-avx2: $(STAMP) ## kernels, numerics and small compressions as on a processor that has AVX2 only
+	$(AVX2_ONLY) $(BIN) -m pytest $(AVX2_TESTS) --ignore tests/test_kernels/test_benchmarks.py $(PYTEST_ARGS)
 
 vllm-env: $(VLLM_STAMP) ## a second environment, with vLLM for the CPU
 

@@ -56,9 +56,11 @@ def model(compressed) -> PreTrainedModel:
 def test_it_computes_what_the_blocks_compute(
     compress_toy: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, model_type: str, dtype: torch.dtype
 ) -> None:
-    window: dict[str, Any] = {"sliding_window": None} if model_type in ("ministral", "mistral") else {}
-    if model_type == "ministral":
-        window["layer_types"] = ["full_attention"] * 2
+    windows: dict[str, Any] = {
+        "mistral": {"sliding_window": None},
+        "ministral": {"layer_types": ["full_attention"] * 2},  # transformers wants its window all the same
+    }
+    window = windows.get(model_type, {})
     model = AutoModelForCausalLM.from_pretrained(compress_toy(model_type=model_type).folder, dtype=dtype, **window)
     for padding in (0, 3):
         mask = torch.ones(3, 7, dtype=torch.long)

@@ -17,6 +17,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=<...>' to upload ra
 FILES = {
     ".gitattributes",
     "README.md",
+    "calibration.json",
     "config.json",
     "generation_config.json",
     "model.safetensors",
