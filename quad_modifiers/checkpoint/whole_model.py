@@ -89,14 +89,15 @@ def load_whole_model(name: str | Path, options: LoadingOptions = DEFAULTS, **arg
     model, report = AutoModelForCausalLM.from_pretrained(
         str(name), **given, output_loading_info=True, ignore_mismatched_sizes=True
     )
-    # The model's config has lost them: transformers keeps what it knows of.
-    config = cached_file(str(name), "config.json", **{key: given[key] for key in _OF_FILES if key in given})
-    transforms = transforms_of(read_json(Path(config)))
+    # The model's config has lost them: transformers keeps what it knows of. A GGUF file has no config beside it.
+    where = {key: given[key] for key in _OF_FILES if key in given}
+    config = cached_file(str(name), "config.json", **where, _raise_exceptions_for_missing_entries=False)
+    transforms = None if config is None else transforms_of(read_json(Path(config)))
     if transforms is not None:
         marks = transform_names(transforms)
         report = {**report, "unexpected_keys": [key for key in report["unexpected_keys"] if not _marked(key, marks)]}
     check_report(str(name), type(model).__name__, report)
-    if transforms is not None:
+    if config is not None and transforms is not None:
         apply_transforms(model, transforms, Path(config).parent)
     return model.eval() if options.device is None else model.to(options.device).eval()
 

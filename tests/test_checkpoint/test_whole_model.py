@@ -157,3 +157,15 @@ class TestOptions:
         with pytest.raises(OwnCodeError, match=r"brings code of its own along.*--trust-remote-code"):
             open_checkpoint(folder)
         assert open_checkpoint(folder, options=LoadingOptions(trust_remote_code=True)).config.model_type == "mine"
+
+
+def test_a_folder_without_config_json_is_no_hindrance(toy_checkpoint, tmp_path: Path) -> None:
+    """A GGUF file has none beside it: transformers makes the config from the file."""
+    whole = AutoModelForCausalLM.from_pretrained(toy_checkpoint("llama")).eval()
+    folder = tmp_path / "bare"
+    shutil.copytree(toy_checkpoint("llama"), folder)
+    (folder / "config.json").unlink()
+    loaded = load_whole_model(folder, config=whole.config)
+    ids = torch.tensor([[5, 6, 7]])
+    with torch.no_grad():
+        assert torch.equal(loaded(ids).logits, whole(ids).logits)
