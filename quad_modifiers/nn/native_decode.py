@@ -7,14 +7,14 @@ all, attention included. Everything else, prompts too, takes the forward of the 
 graph of torch.compile holds that call as one operator.
 
 The cache stays transformers': its layers get the grown keys and values as ever. They are views of a buffer with room
-for more positions (`_Room`), so that a token is written, and what was there is not copied for it.
+for more positions (`cache_room.py`), so that a token is written, and what was there is not copied for it.
 """
 
 import weakref
 from collections.abc import Callable, Iterator
 from itertools import chain, count
 from operator import getitem, is_
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from quad_kernels import QuantizedWeight
@@ -23,16 +23,12 @@ from torch import nn
 from torch.nn.modules import module as torch_module
 
 from quad_modifiers.nn.cache_argument import cache_argument, output_field
+from quad_modifiers.nn.cache_room import CacheShape, fitting_layers, room_for
 from quad_modifiers.nn.native_block import NativeBlock, has_listeners, native_groups
 from quad_modifiers.nn.packed_linear import PackedLinear
 from quad_modifiers.nn.quad_linear import QuadLinear
 
-if TYPE_CHECKING:  # whoever imports transformers first gets the loader, which imports this module
-    from transformers import DynamicCache
-    from transformers.cache_utils import StaticLayer
-
 STOCK_DECODERS = ("LlamaModel", "MinistralModel", "MistralModel", "Qwen2Model", "Qwen3Model")
-_LEAST_ROOM = 256  # positions
 _INERT = {"return_dict": (None, True), "output_attentions": (None, False), "output_hidden_states": (None, False)}
 
 
@@ -98,7 +94,7 @@ class NativeDecode:
     def _decode(self, x: torch.Tensor, mask: Any, position_ids: torch.Tensor | None, past: Any) -> torch.Tensor | None:
         """Returns hidden states behind the last block and lengthens the cache; None, and nothing done, if it cannot."""
         plan = self._current_plan(x)
-        room = None if plan is None else _room(past, plan.shape, x)
+        room = None if plan is None else room_for(past, plan.shape, x)
         if plan is None or room is None:
             return None
         position = room.position
@@ -118,7 +114,7 @@ class NativeDecode:
         from transformers import StaticCache
 
         shape = self._cache_shape(x.dtype)
-        layers = None if shape is None or type(past) is not StaticCache else _fitting_layers(past, shape, x)
+        layers = None if shape is None or type(past) is not StaticCache else fitting_layers(past, shape, x)
         if layers is None:
             return None
         if isinstance(mask, dict):
@@ -139,7 +135,7 @@ class NativeDecode:
         return output
 
     @torch.compiler.assume_constant_result
-    def _cache_shape(self, dtype: torch.dtype) -> "_Shape | None":
+    def _cache_shape(self, dtype: torch.dtype) -> "CacheShape | None":
         """The cache that the blocks write, None if the decoder cannot run so; looked at when a graph is made."""
         plan = self._current_plan(torch.empty(0, dtype=dtype))
         return None if plan is None else plan.shape
@@ -272,19 +268,11 @@ def _is_plain(model: Any, kwargs: dict[str, Any]) -> bool:
 # --- the blocks ---
 
 
-class _Shape(NamedTuple):
-    """What a cache is made of."""
-
-    depth: int  # number of blocks
-    heads: int
-    head_dim: int
-
-
 class _Plan(NamedTuple):
     """The blocks as the kernels take them, and what must not change while that is so."""
 
     blocks: Blocks
-    shape: _Shape
+    shape: CacheShape
     dtype: torch.dtype
     hooks: list[dict[Any, Any]]
     dicts: list[dict[str, Any]]
@@ -336,7 +324,7 @@ def _make_plan(model: Any, x: torch.Tensor, when_repacked: Callable[[Any], None]
     packed = [module for module in modules if isinstance(module, PackedLinear)]
     return _Plan(
         blocks=blocks,
-        shape=_Shape(len(layers), first.k_proj.out_features // first.head_dim, first.head_dim),
+        shape=CacheShape(len(layers), first.k_proj.out_features // first.head_dim, first.head_dim),
         dtype=x.dtype,
         hooks=hooks,
         dicts=dicts,
@@ -363,99 +351,7 @@ def _values(dicts: list[dict[str, Any]]) -> Iterator[Any]:
     return chain.from_iterable(map(dict.values, dicts))
 
 
-# --- the cache ---
-
-
-class _Room:
-    """Room for more positions behind the keys and values of a `DynamicCache`.
-
-    A position is only ever written behind the views that the cache's layers hold, and only while they hold these very
-    views: whoever crops, reorders or copies a cache gets another buffer, and keeps what he has.
-    """
-
-    def __init__(self, past: "DynamicCache", position: int, like: torch.Tensor) -> None:
-        batch, heads, _, head_dim = like.shape
-        capacity = max(_LEAST_ROOM, (position + 1) * 3 // 2)
-        layers = past.layers
-        self._layers = layers
-        self._buffer = like.new_empty(2 * len(layers), batch, heads, capacity, head_dim)
-        for i, tensor in enumerate(_tensors(layers)):
-            self._buffer[i, :, :, :position] = tensor
-        self.position = position
-        self.capacity = capacity
-        whole = self._buffer.unbind()
-        self.keys, self.values = list(whole[: len(layers)]), list(whole[len(layers) :])
-        self._views: list[torch.Tensor] = []
-
-    def is_current(self, past: "DynamicCache", x: torch.Tensor) -> bool:
-        """True if the cache holds what was put there last, and there is room for another position of `x`."""
-        same = self._layers is past.layers and self.position < self.capacity and len(self._views) > 0
-        alike = self._buffer.dtype == x.dtype and self._buffer.shape[1] == x.shape[0]
-        return same and alike and all(map(is_, self._views, _tensors(self._layers)))
-
-    def lengthen(self) -> None:
-        """Hands the cache its keys and values with the position that was written."""
-        self.position += 1
-        self._views = list(self._buffer.narrow(3, 0, self.position).unbind())
-        for layer, keys, values in zip(self._layers, self._views, self._views[len(self._layers) :], strict=False):
-            layer.keys, layer.values = keys, values
-
-
-class _StaticRoom:
-    """The tensors of a `StaticCache`, which have room as they are."""
-
-    def __init__(self, layers: "list[StaticLayer]", position: int) -> None:
-        self._layers = layers
-        self.position = position
-        self.keys, self.values = [layer.keys for layer in layers], [layer.values for layer in layers]
-
-    def lengthen(self) -> None:
-        for layer in self._layers:
-            layer.cumulative_length.add_(1)
-
-
-_rooms: "weakref.WeakKeyDictionary[DynamicCache, _Room]" = weakref.WeakKeyDictionary()
-
-
-def _room(past: Any, shape: _Shape, x: torch.Tensor) -> _Room | _StaticRoom | None:
-    """Returns where the token's keys and values go; None for a cache of another kind, dtype or shape."""
-    from transformers import DynamicCache
-
-    dynamic = type(past) is DynamicCache
-    if dynamic:
-        room = _rooms.get(past)
-        if room is not None and room.is_current(past, x):
-            return room
-    layers = _fitting_layers(past, shape, x)
-    if layers is None:
-        return None
-    position = int(layers[0].get_seq_length())
-    if dynamic and position:
-        room = _rooms[past] = _Room(past, position, layers[0].keys)
-        return room
-    same = all(int(layer.get_seq_length()) == position for layer in layers)
-    return _StaticRoom(layers, position) if same and 0 < position < layers[0].keys.shape[2] else None
-
-
-def _fitting_layers(past: Any, shape: _Shape, x: torch.Tensor) -> list[Any] | None:
-    """Returns the layers of a dynamic or static cache that holds keys and values as the blocks write them for `x`."""
-    from transformers import DynamicCache, StaticCache
-    from transformers.cache_utils import DynamicLayer, StaticLayer
-
-    kind = {DynamicCache: DynamicLayer, StaticCache: StaticLayer}.get(type(past))
-    if kind is None or past.offloading or len(past.layers) != shape.depth:
-        return None
-    layers = past.layers
-    if not all(type(layer) is kind and layer.is_initialized for layer in layers):
-        return None
-    wanted = (x.shape[0], shape.heads, layers[0].keys.shape[-2], shape.head_dim)
-    fits = all(t.shape == wanted and t.dtype == x.dtype and t.device.type == "cpu" for t in _tensors(layers))
-    return layers if fits else None
-
-
-def _tensors(layers: list[Any]) -> list[torch.Tensor]:
-    """The keys of all layers, then their values."""
-    return [layer.keys for layer in layers] + [layer.values for layer in layers]
+# --- the mask ---
 
 
 def _seen(mask: Any, batch: int, positions: int) -> tuple[bool, torch.Tensor | None]:
