@@ -1,26 +1,25 @@
 """Operations that a QUAD checkpoint needs at run time; imports neither `quad_modifiers` nor `quad_peft`.
 
-`quad_linear` is the complete layer, `functional` holds the operations that it is made of. Each operation has a folder
-with a plain PyTorch `reference.py`, which is the truth, and faster implementations, among which
-`quad_kernels.backends` chooses.
+`quad_linear` is the complete layer, `functional` holds the operations that it is made of; `column_rounding` is for
+compression. Each operation has a folder with a plain PyTorch `reference.py`, which is the truth, and faster
+implementations, among which `quad_kernels.backends` chooses.
 """
 
 from typing import Any
 
 from quad_kernels._renamed import renamed
 from quad_kernels.backends import Backend, BackendError, backends, choose_backend, register_backend
+from quad_kernels.column_rounding import descend_columns, round_columns
 from quad_kernels.formats import InputQuantization, InputSplit, KVEntries, QuantizedActivations, RMSNorm
 from quad_kernels.functional import (
     apply_hadamard,
     dequantize_kv,
-    descend_columns,
     fake_quantize,
     integer_linear,
     prepare_weight,
     quantize_activations,
     quantize_input,
     quantize_kv,
-    round_columns,
     split_input,
     table_product,
 )

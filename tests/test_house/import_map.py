@@ -38,6 +38,7 @@ FLOORS = (
     "quad_kernels.backends",
     "quad_kernels.ops",
     "quad_kernels.functional",
+    "quad_kernels.column_rounding",
     "quad_kernels.quad_linear",
     "quad_kernels._renamed",
     "quad_kernels",

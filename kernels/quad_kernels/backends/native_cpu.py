@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from types import MappingProxyType
+from typing import Any
 
 import torch
 
@@ -93,27 +94,10 @@ class NativeBackend(OneDnnBackend):
             return table_reference.table_product(x, words, scale)
         return torch.ops.quad_native.head(x, words, scale)
 
-    def round_columns(
-        self,
-        columns: torch.Tensor,
-        factor: torch.Tensor,
-        scale: torch.Tensor,
-        zero_point: torch.Tensor,
-        low: int,
-        high: int,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    def round_columns(self, *arguments: Any) -> tuple[torch.Tensor, torch.Tensor]:
         """Sixteen output channels at a time, all columns of which stay in the cache."""
-        return torch.ops.quad_native.round_columns(columns, factor, scale, zero_point, low, high)
+        return torch.ops.quad_native.round_columns(*arguments)
 
-    def descend_columns(
-        self,
-        integers: torch.Tensor,
-        gradient: torch.Tensor,
-        hessian: torch.Tensor,
-        scale: torch.Tensor,
-        inverse_step: torch.Tensor,
-        low: int,
-        high: int,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    def descend_columns(self, *arguments: Any) -> tuple[torch.Tensor, torch.Tensor]:
         """Likewise."""
-        return torch.ops.quad_native.descend_columns(integers, gradient, hessian, scale, inverse_step, low, high)
+        return torch.ops.quad_native.descend_columns(*arguments)
