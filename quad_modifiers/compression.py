@@ -7,18 +7,15 @@ import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from quad_modifiers.before_compression import checked_job, quantized_linears
 from quad_modifiers.checkpoint.contribute import contributions_of
 from quad_modifiers.checkpoint.native_runtime import use_native_blocks
-from quad_modifiers.checkpoint.opened import Opened, OwnCodeError, load_tokenizer, open_checkpoint
-from quad_modifiers.checkpoint.rehearsal import rehearse_saving
-from quad_modifiers.checkpoint.source_model import check_in_memory, check_no_adapters, check_source_model
 from quad_modifiers.checkpoint.whole_model import LoadingOptions
 from quad_modifiers.data.calibration import (
     CalibrationSource,
@@ -27,27 +24,17 @@ from quad_modifiers.data.calibration import (
     calibration_reading,
 )
 from quad_modifiers.data.token_rows import check_vocabulary
-from quad_modifiers.data.windows import warn_of_length
 from quad_modifiers.model.architecture import find_architecture
 from quad_modifiers.model.decoder import Decoder
 from quad_modifiers.model.rotary import restore_frequencies
 from quad_modifiers.nn.quad_linear import QuadLinear
-from quad_modifiers.oneshot_arguments import PASSED, SEQUENTIAL, check_arguments, check_for_recipe, dtype_name
-from quad_modifiers.output_folder import check_space, check_target, complete_or_absent, user_path
+from quad_modifiers.oneshot_arguments import PASSED, SEQUENTIAL, check_arguments, dtype_name
+from quad_modifiers.output_folder import complete_or_absent
 from quad_modifiers.passes.calibration_stream import work_on
 from quad_modifiers.plugins import architectures
 from quad_modifiers.process_state import kept_apart
-from quad_modifiers.recipe import check_recipe, fresh_recipe, is_recipe_text, resolve_recipe
-from quad_modifiers.recipe.order import PROJECT
-from quad_modifiers.recipe.overrides import overridden
-from quad_modifiers.recipe.patterns import check_patterns, has_patterns
-from quad_modifiers.recipe.resolve import read_recipe
-from quad_modifiers.recipe.stored_size import stored_size
 from quad_modifiers.records.calibration_record import CALIBRATION_NAME, calibration_record
 from quad_modifiers.reporting import SUMMARY, file_size, table
-
-if TYPE_CHECKING:
-    from llmcompressor.modifiers import Modifier
 
 logger = logging.getLogger(__name__)
 
@@ -127,36 +114,22 @@ def oneshot(
             device=device,
             cache_dir=cache_dir,
         )
-        recipe, modifiers = _checked_recipe(recipe, overrides)
-        check_for_recipe(arguments, device, modifiers.all)
-        output = None if output_dir is None else user_path(output_dir)
-        if output is not None:
-            check_target(output)
-        # The weights stay where they are; blocks are brought to the device one at a time.
-        opening = replace(options, device=None)
-        source = open_checkpoint(model, options=opening) if isinstance(model, (str, Path)) else model
-        _check_model(source, modifiers.all, max_seq_length)
-        _check_options(source, options, tie_word_embeddings, modifiers.all)
-        modifiers.check_patterns(source)
+        job = checked_job(model, recipe, overrides, output_dir, options, arguments)
+        job.check_model(max_seq_length, tie_word_embeddings)
         start = time.perf_counter()
-        tokens = _tokenizer(source, tokenizer, processor, options)
+        tokens = job.tokenizer(tokenizer, processor)
         reading = calibration_reading(
             tokens, text_column=text_column, splits=splits, config_name=dataset_config_name, seed=seed
         )
         data = calibration_data(dataset, reading, num_samples=num_calibration_samples, sequence_length=max_seq_length)
-        check_vocabulary(data.windows, _vocabulary(source), "the calibration data")
-        loaded: PreTrainedModel = source.load() if isinstance(source, Opened) else source.eval()
-        check_source_model(loaded)
-        restore_frequencies(loaded)
+        check_vocabulary(data.windows, job.vocabulary, "the calibration data")
+        loaded = job.load(tokens)
         before = loaded.get_memory_footprint(return_buffers=False)
-        if output is not None:
-            beside_weights = rehearse_saving(loaded, tokens, output)
-            check_space(output, beside_weights + stored_size(loaded, modifiers.all))
         with _config_on_disk(loaded, options), work_on(device):
             llmcompressor_oneshot(
                 model=loaded,
                 tokenizer=tokens if tokens is not None else _NO_TOKENIZER,
-                recipe=recipe,
+                recipe=job.recipe,
                 dataset=as_dataloader(data.windows),
                 trust_remote_code_model=trust_remote_code_model,
                 tie_word_embeddings=tie_word_embeddings is not False,
@@ -166,9 +139,9 @@ def oneshot(
         _use_native_blocks(loaded)
         record = calibration_record(data.sources, max_seq_length, seed).model_dump_json(indent=1) + "\n"
         contributions_of(loaded).files[CALIBRATION_NAME] = record
-        if output is not None:
-            _save(loaded, tokens, record, output)
-        _log_summary(loaded, before, output, time.perf_counter() - start)
+        if job.output is not None:
+            _save(loaded, tokens, record, job.output)
+        _log_summary(loaded, before, job.output, time.perf_counter() - start)
     return loaded
 
 
@@ -210,117 +183,9 @@ def _visible_log() -> Iterator[None]:
         package.setLevel(level)
 
 
-@dataclass(frozen=True)
-class _Modifiers:
-    """The modifiers of a recipe, as llm-compressor will build them, with its text and name for messages."""
-
-    all: "list[Modifier]"
-    text: str | None
-    name: str
-
-    def check_patterns(self, model: Opened | PreTrainedModel) -> None:
-        """Refuses patterns that match nothing, before the weights are loaded."""
-        if has_patterns(self.all):
-            parts = model.skeleton() if isinstance(model, Opened) else model
-            check_patterns(self.all, parts, self.text, self.name)
-
-
-def _checked_recipe(recipe: Any, overrides: Sequence[str]) -> tuple[Any, _Modifiers]:
-    """Returns the recipe as llm-compressor takes it, and its modifiers; its warnings are logged."""
-    from llmcompressor.recipe import Recipe
-
-    named = isinstance(recipe, (str, Path)) and not is_recipe_text(recipe)
-    name = str(recipe) if named else "recipe"
-    if overrides:
-        recipe, named = overridden(recipe, overrides), False
-    for warning in check_recipe(recipe):
-        logger.warning("%s", (replace(warning, line=None) if overrides else warning).describe(name))
-    recipe = str(resolve_recipe(recipe)) if named else fresh_recipe(recipe)
-    text = None
-    if isinstance(recipe, str) and not overrides:  # with overrides, its lines are not those of a file
-        text = read_recipe(Path(recipe)) if named else recipe
-    return recipe, _Modifiers(list(Recipe.create_instance(recipe).modifiers), text, name)
-
-
-def _is_ours(modifier: "Modifier") -> bool:
-    """Returns whether a modifier works on known architectures only."""
-    from quad_modifiers.modifiers.base import QuadModifier  # imports llm-compressor
-
-    return isinstance(modifier, QuadModifier)
-
-
 def _passed_on(arguments: dict[str, Any]) -> dict[str, Any]:
     """The arguments that llm-compressor acts on; the others say what is done anyway."""
     return {name: value for name, value in arguments.items() if name in (*PASSED, *SEQUENTIAL)}
-
-
-def _check_options(
-    model: Opened | PreTrainedModel, options: LoadingOptions, tied: bool | None, modifiers: "Sequence[Modifier]"
-) -> None:
-    """Refuses what cannot have the effect that it asks for."""
-    if isinstance(model, PreTrainedModel):
-        for name, value in (("model_revision", options.revision), ("precision", options.dtype)):
-            if value not in (None, "auto"):
-                raise ValueError(f"{name}={value} has no effect on a model that is loaded already; omit it")
-    if tied and not model.config.tie_word_embeddings:
-        raise ValueError("tie_word_embeddings=True, but head and embedding of the model are two tensors; omit it")
-    projections = [type(each).__name__ for each in modifiers if getattr(each, "recipe_role", None) == PROJECT]
-    if tied and projections:
-        raise ValueError(f"tie_word_embeddings=True, but {projections[0]} gives the head a tensor of its own; omit it")
-
-
-def _check_model(model: Opened | PreTrainedModel, modifiers: "list[Modifier]", length: int) -> None:
-    from quad_modifiers.modifiers.smoothing import check_smoothing
-
-    if not isinstance(model, Opened):
-        check_no_adapters(model)
-    if not isinstance(model, (Opened, PreTrainedModel)):
-        raise TypeError(f"model must be a folder, a hub id or a transformers model, not {type(model).__name__}")
-    if getattr(model.config, "quantization_config", None) is not None:
-        raise ValueError(
-            f"{model.name if isinstance(model, Opened) else 'the model'} is already quantized; start from the original"
-        )
-    if isinstance(model, PreTrainedModel) and _quantized_linears(model):
-        raise ValueError("the model was quantized in memory already; load the original again")
-    if any(_is_ours(each) for each in modifiers):
-        architecture = find_architecture(model.config, architectures())
-        check_smoothing(modifiers, architecture)
-        if isinstance(model, PreTrainedModel):
-            Decoder(model, architecture)
-            check_in_memory(model)
-    if isinstance(model, Opened):
-        model.check_weights()
-    warn_of_length(model.config, length)
-
-
-def _vocabulary(model: Opened | PreTrainedModel) -> int:
-    """Number of tokens that the model embeds."""
-    if isinstance(model, Opened):
-        return int(model.config.get_text_config().vocab_size)
-    return len(model.get_input_embeddings().weight)
-
-
-def _tokenizer(
-    model: Opened | PreTrainedModel, tokenizer: Any, processor: Any, options: LoadingOptions
-) -> PreTrainedTokenizerBase | None:
-    if tokenizer is not None and processor is not None:
-        raise ValueError("tokenizer and processor mean the same here; give one of the two")
-    given = processor if tokenizer is None else tokenizer
-    if isinstance(given, PreTrainedTokenizerBase):
-        return given
-    if given is not None and not isinstance(given, (str, Path)):
-        raise TypeError(f"the tokenizer must be a folder, a hub id or a tokenizer, not {type(given).__name__}")
-    own = given is None and isinstance(model, Opened)
-    source = model.name if isinstance(model, Opened) else model.config._name_or_path
-    try:
-        return load_tokenizer(given or source, options if own else replace(options, revision=None))
-    except OwnCodeError:
-        raise
-    except (OSError, ValueError) as error:
-        if given is not None:
-            raise
-        logger.warning("no tokenizer found beside the model (%s); the data set must be token ids", type(error).__name__)
-        return None
 
 
 def _use_native_blocks(model: PreTrainedModel) -> None:
@@ -347,13 +212,9 @@ def _save(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, rec
     logger.info("checkpoint in %s", folder)
 
 
-def _quantized_linears(model: torch.nn.Module) -> int:
-    return sum(isinstance(m, QuadLinear) and m.is_quantized for m in model.modules())
-
-
 def _log_summary(model: PreTrainedModel, before: int, folder: Path | None, seconds: float) -> None:
     rows = [
-        ("quantized linears", str(_quantized_linears(model))),
+        ("quantized linears", str(quantized_linears(model))),
         ("size before", file_size(before)),
         ("time", f"{seconds:.0f} s"),
     ]

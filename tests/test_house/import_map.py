@@ -62,6 +62,7 @@ FLOORS = (
     "quad_modifiers.modifiers",
     "quad_modifiers.builtin",
     "quad_modifiers.oneshot_arguments",
+    "quad_modifiers.before_compression",
     "quad_modifiers.compression",
     "quad_modifiers.vllm_plugin",
     "quad_modifiers.connect",
