@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors import safe_open
 from transformers import AutoModelForCausalLM, GenerationConfig
 
 pytest.importorskip("llmcompressor")
@@ -189,9 +190,16 @@ def test_what_is_alike_in_every_layer_is_not_refused(make_toy: Any, tmp_path: Pa
             config_groups={"group_0": {"targets": ["re:.*layers[.](?!0[.]).*residual$"], **scheme}}, ignore=["lm_head"]
         ),
     ]
-    compress(make_toy(), halves, output_dir=tmp_path / "out")
-    AutoModelForCausalLM.from_pretrained(tmp_path / "out")
-    compress(make_toy(), [OutlierSplitGPTQ(method="rtn", ignore=["lm_head", "down_proj"])], output_dir=tmp_path / "b")
+    named = [OutlierSplitGPTQ(method="rtn", ignore=["lm_head", "down_proj"])]
+    for recipe, count in ((halves, 14), (named, 12)):
+        folder = tmp_path / str(count)
+        made = compress(make_toy(), recipe, output_dir=folder)
+        ids = torch.tensor([[3, 4, 5]])
+        loaded = AutoModelForCausalLM.from_pretrained(folder)
+        with torch.no_grad():
+            torch.testing.assert_close(loaded(ids).logits, made(ids).logits)
+        with safe_open(folder / "model.safetensors", "pt") as stored:
+            assert sum("weight_packed" in name for name in stored.keys()) == count  # noqa: SIM118 (no mapping)
 
 
 @pytest.mark.parametrize(

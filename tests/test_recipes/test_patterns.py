@@ -40,7 +40,20 @@ def check(modifier: str, model: torch.nn.Module) -> None:
     ],
 )
 def test_patterns_that_match(modifier: str, make_toy) -> None:
-    check(modifier, make_toy())
+    model = make_toy()
+    check(modifier, model)
+    model.model.layers = model.model.layers[:0]  # the same patterns have nothing to match then
+    model.lm_head = model.model.embed_tokens = torch.nn.Identity()
+    named = has_patterns(Recipe.create_instance(FRAME.format(modifier)).modifiers)
+    assert named == refused(modifier, model)
+
+
+def refused(modifier: str, model: torch.nn.Module) -> bool:
+    try:
+        check(modifier, model)
+    except RecipeError:
+        return True
+    return False
 
 
 @pytest.mark.parametrize(
