@@ -54,7 +54,7 @@ _NOT_TAKEN = {
     "preprocessing_func": _NotTaken((None,), _MAP_BEFORE),
     "remove_columns": _NotTaken((None,), _MAP_BEFORE),
     "raw_kwargs": _NotTaken((None, {}), "call datasets.load_dataset with them, and give the result as `dataset`"),
-    "streaming": _NotTaken((False, None), "take what is needed of the stream, and give it as a list of strings"),
+    "streaming": _NotTaken((True, False, None), "a data set of the Hub is read as far as it is needed anyway"),
     "concatenate_data": _NotTaken((True,), "text is always one stream; give token ids, a row for each sample"),
     "shuffle_calibration_samples": _NotTaken((True,), "windows are drawn with `seed`; a DataLoader keeps its order"),
     "pad_to_max_length": _NotTaken((False,), _ONE_BY_ONE + ", so nothing is padded"),

@@ -11,14 +11,16 @@ from torch import nn
 
 from quad_modifiers.checkpoint.save import write_tensors
 from quad_modifiers.output_folder import check_space, complete_or_absent
+from quad_modifiers.records.calibration_record import CALIBRATION_NAME
 from quad_modifiers.records.export_record import EXPORT_NAME, Export
 
 logger = logging.getLogger(__name__)
 
+DAMAGED = "the checkpoint is damaged, get it again"  # a remedy for `check_finite`
 _COMPANIONS = (
     "generation_config.json",
     "recipe.yaml",
-    "calibration.json",
+    CALIBRATION_NAME,
     "tokenizer*",
     "special_tokens_map.json",
     "added_tokens.json",
@@ -58,6 +60,3 @@ def check_finite(tensors: nn.Module | dict[str, torch.Tensor], remedy: str) -> N
     for name, tensor in named.items():
         if tensor.is_floating_point() and not torch.isfinite(tensor).all():
             raise ValueError(f"{name} holds NaN or infinite values; {remedy}")
-
-
-DAMAGED = "the checkpoint is damaged, get it again"

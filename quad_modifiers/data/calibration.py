@@ -127,7 +127,7 @@ def calibration_data(
         rows = [rows[index] for index in torch.randperm(len(rows), generator=generator).tolist()]
     _check_amount(rows, num_samples, sequence_length)
     for each in used if dataset is not None else ():
-        logger.info("%s: %s, %d samples, %d tokens", each.name, each.kind, each.samples, each.tokens)
+        logger.info("%s: %s, %d samples, %d tokens", each.name, each.kind, each.windows, each.tokens)
     return CalibrationData([row.unsqueeze(0) for row in rows], tuple(used))
 
 

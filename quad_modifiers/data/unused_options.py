@@ -4,7 +4,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-DEFAULT_COLUMN = "text"
+from quad_modifiers.data.local_files import DEFAULT_COLUMN
+
 _WITHOUT_COLUMNS = (".txt", ".md")
 
 

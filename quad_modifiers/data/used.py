@@ -17,7 +17,7 @@ class SourceUsed:
         kind: "text", "chat" (rendered by the tokenizer's chat template) or "token ids".
         share: its share of the samples that were asked for.
         texts: number of texts or conversations that were read; None for token ids.
-        samples: number of samples that were taken.
+        windows: number of windows that were taken.
         tokens: number of tokens in them.
     """
 
@@ -25,7 +25,7 @@ class SourceUsed:
     kind: Kind
     share: float
     texts: int | None
-    samples: int
+    windows: int
     tokens: int
 
 

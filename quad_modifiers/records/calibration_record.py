@@ -1,6 +1,7 @@
 """`calibration.json`: the text that a checkpoint was calibrated with; kept with it and reported in the model card."""
 
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Literal
 
@@ -26,7 +27,7 @@ class CalibrationSourceRecord(_Strict):
         kind: "text", "chat" (rendered by the tokenizer's chat template) or "token ids".
         share: its share of the windows that were asked for, above 0 and at most 1.
         texts: number of texts or conversations that were read; None for token ids.
-        windows, tokens: numbers of windows and tokens that were taken.
+        windows, tokens: numbers of windows and of tokens in them that were taken.
     """
 
     name: str = Field(min_length=1)
@@ -57,17 +58,7 @@ class CalibrationRecord(_Strict):
 
 def calibration_record(sources: Sequence[SourceUsed], window_length: int, seed: int) -> CalibrationRecord:
     """Returns the record of a calibration."""
-    rows = tuple(
-        CalibrationSourceRecord(
-            name=each.name,
-            kind=each.kind,
-            share=each.share,
-            texts=each.texts,
-            windows=each.samples,
-            tokens=each.tokens,
-        )
-        for each in sources
-    )
+    rows = tuple(CalibrationSourceRecord(**asdict(each)) for each in sources)
     return CalibrationRecord(window_length=window_length, seed=seed, sources=rows, packages=package_versions(_PACKAGES))
 
 

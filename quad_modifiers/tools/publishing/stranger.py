@@ -75,24 +75,12 @@ def look(folder: Path) -> Impression:
     import time
 
     import torch
-    from transformers import AutoModelForCausalLM  # knows the format: `main` was imported from quad_modifiers
 
-    from quad_modifiers.checkpoint.transforms import apply_transforms, transform_names, transforms_of
-    from quad_modifiers.records.inventory import read_json
+    from quad_modifiers.checkpoint.whole_model import load_whole_model
 
     start = time.perf_counter()
-    model, info = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True)
+    model = load_whole_model(folder)
     seconds = time.perf_counter() - start
-    transforms = transforms_of(read_json(folder / "config.json"))
-    marks = () if transforms is None else transform_names(transforms)
-    for problem in ("missing_keys", "unexpected_keys", "mismatched_keys"):
-        # transformers knows nothing of transforms; they are attached below.
-        found = sorted(str(each) for each in info.get(problem) or () if not any(mark in str(each) for mark in marks))
-        if found:
-            names = ", ".join(found[:5])
-            raise ValueError(f"{problem.replace('_', ' ')}: {names}")
-    if transforms is not None:
-        apply_transforms(model, transforms, folder)
     tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
     for name, tensor in tensors.items():
         if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
