@@ -9,7 +9,7 @@ from typing import Any
 
 from quad_kernels._renamed import renamed
 from quad_kernels.backends import Backend, BackendError, backends, choose_backend, register_backend
-from quad_kernels.column_rounding import descend_columns, round_columns
+from quad_kernels.column_rounding import descend_columns, round_columns, rounding_errors
 from quad_kernels.formats import InputQuantization, InputSplit, KVEntries, QuantizedActivations, RMSNorm
 from quad_kernels.functional import (
     apply_hadamard,
@@ -53,6 +53,7 @@ __all__ = [
     "quantize_kv",
     "register_backend",
     "round_columns",
+    "rounding_errors",
     "split_input",
     "table_product",
 ]

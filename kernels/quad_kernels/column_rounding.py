@@ -1,4 +1,4 @@
-"""Weight quantization column by column, for compression: no layer needs it at run time."""
+"""The rounding of weights, for compression: no layer needs it at run time."""
 
 import torch
 
@@ -87,6 +87,50 @@ def descend_columns(
     _check_columns(integers, hessian, gradient, scale, inverse_step)
     run = choose_backend(integers.device, backend).descend_columns
     return run(integers, gradient, hessian, scale, inverse_step, low, high)
+
+
+def rounding_errors(
+    weight: torch.Tensor,
+    scale: torch.Tensor,
+    zero_point: torch.Tensor,
+    cost: torch.Tensor,
+    *,
+    low: int,
+    high: int,
+    backend: str | None = None,
+) -> torch.Tensor:
+    """Returns what rounding a weight with each of several scales would cost: the sum of cost (w - w_hat)^2.
+
+    w_hat = (q - zero_point) scale with q = clamp(round(w / scale + zero_point)), for the columns of a group together.
+
+    Args:
+        weight: `[out, in]`, float32.
+        scale: scales to try, `[trials, out, groups]`, float32, positive; groups must divide in.
+        zero_point: likewise, integer-valued.
+        cost: what the squared error of each input costs, `[in]`, float32.
+        low: smallest integer.
+        high: largest integer.
+        backend: name of a backend; by default the environment variable QUAD_KERNELS or the best for the device.
+
+    Returns:
+        `[trials, out, groups]`, float32.
+
+    Raises:
+        ValueError: if a shape or dtype does not fit.
+
+    Example:
+        >>> weight, trials = torch.tensor([[1.0, 2.0, 3.5]]), torch.tensor([1.0, 0.5]).reshape(2, 1, 1)
+        >>> rounding_errors(weight, trials, torch.zeros(2, 1, 1), torch.ones(3), low=-8, high=7).flatten()
+        tensor([0.2500, 0.0000])
+    """
+    out, width = weight.shape if weight.ndim == 2 else (-1, -1)
+    fits = scale.ndim == 3 and scale.shape[1] == out and scale.shape[2] > 0 and width % scale.shape[2] == 0
+    if not fits or zero_point.shape != scale.shape or cost.shape != (width,):
+        shapes = [list(each.shape) for each in (weight, scale, zero_point, cost)]
+        raise ValueError(f"weight [out, in], scale and zero_point [trials, out, groups], cost [in], not {shapes}")
+    if any(each.dtype != torch.float32 for each in (weight, scale, zero_point, cost)):
+        raise ValueError("weight, scale, zero_point and cost must be float32")
+    return choose_backend(weight.device, backend).rounding_errors(weight, scale, zero_point, cost, low, high)
 
 
 def _check_columns(columns: torch.Tensor, square: torch.Tensor, *alike: torch.Tensor) -> None:

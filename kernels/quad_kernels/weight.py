@@ -127,7 +127,9 @@ class QuantizedWeight:
 
 
 def expand_scales(scale: torch.Tensor, columns: int) -> torch.Tensor:
-    """Returns one value per coordinate, `[..., columns]`, from one per group, `[..., groups]`."""
+    """Returns one value per coordinate, `[..., columns]`, from one per group, `[..., groups]`; of one group a view."""
+    if scale.shape[-1] == 1:
+        return scale.expand(*scale.shape[:-1], columns)
     return scale.repeat_interleave(columns // scale.shape[-1], dim=-1)
 
 

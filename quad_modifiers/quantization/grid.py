@@ -7,8 +7,7 @@ The grid is the one of compressed-tensors, so that a stock runtime reads the sam
 from dataclasses import dataclass, replace
 
 import torch
-
-_VALUES_AT_ONCE = 1 << 16  # of the clip search on a CPU: they and what is made of them stay in its caches
+from quad_kernels import rounding_errors
 
 
 @dataclass(frozen=True)
@@ -120,31 +119,14 @@ def search_clip(
         candidates: number of clip ratios tried between `smallest` and 1.
         smallest: smallest clip ratio.
     """
-    groups = grid.groups(weight.shape[1])
-    cost = torch.ones(1, groups, weight.shape[1] // groups, device=weight.device, dtype=weight.dtype)
-    if importance is not None:
-        cost = importance.to(weight).reshape(1, groups, -1)
-    ratios = torch.linspace(1.0, smallest, candidates).tolist()
-    rows = weight.split(max(1, _VALUES_AT_ONCE // weight.shape[1]) if weight.device.type == "cpu" else len(weight))
-    found = [_best_scales(part, grid, scale_dtype, cost, ratios) for part in rows]
-    return WeightScales(torch.cat([each.scale for each in found]), torch.cat([each.zero_point for each in found]))
-
-
-def _best_scales(
-    weight: torch.Tensor, grid: IntegerGrid, scale_dtype: torch.dtype, cost: torch.Tensor, ratios: list[float]
-) -> WeightScales:
-    """The scales of `full_range_scales` times one of `ratios`, for each group that of the least cost."""
-    grouped = weight.reshape(len(weight), *cost.shape[1:])
-    best = full_range_scales(weight, grid, scale_dtype)
+    width = weight.shape[1]
+    cost = torch.ones(width, device=weight.device) if importance is None else importance.to(weight)
+    grouped = weight.reshape(len(weight), grid.groups(width), -1)
     ends = torch.stack([grouped.amin(-1), grouped.amax(-1)], dim=-1).flatten(1)  # all that the scales depend on
     pairs = replace(grid, group_size=2)
-    best_error = torch.full_like(best.scale, float("inf"))
-    for ratio in ratios:
-        trial = full_range_scales(ends * ratio, pairs, scale_dtype)
-        wide = WeightScales(trial.scale.unsqueeze(-1), trial.zero_point.unsqueeze(-1))
-        error = dequantize(round_to_grid(grouped, wide, grid), wide).sub_(grouped).square_().mul_(cost).sum(-1)
-        better = error < best_error
-        best_error = torch.where(better, error, best_error)
-        best.scale = torch.where(better, trial.scale, best.scale)
-        best.zero_point = torch.where(better, trial.zero_point, best.zero_point)
-    return best
+    ratios = torch.linspace(1.0, smallest, candidates).tolist()
+    trials = [full_range_scales(ends * ratio, pairs, scale_dtype) for ratio in ratios]
+    scale, zero_point = torch.stack([t.scale for t in trials]), torch.stack([t.zero_point for t in trials])
+    errors = rounding_errors(weight, scale, zero_point, cost, low=grid.low, high=grid.high)
+    best = errors.argmin(0, keepdim=True)  # the first of those that are alike: the one that clips least
+    return WeightScales(scale.gather(0, best).squeeze(0), zero_point.gather(0, best).squeeze(0))

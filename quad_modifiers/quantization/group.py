@@ -65,7 +65,7 @@ class InputMoments:
         The Hessian is taken of what the runtime computes with: residual coordinates after input quantization.
 
         Raises:
-            ValueError: if an input is NaN or infinite, or the products of inputs are.
+            ValueError: if an input of the quantized model is NaN or infinite, or its square is.
         """
         seen = self._columns(x, self.linear.input_quantization)
         self._gram.add(seen)
@@ -73,10 +73,7 @@ class InputMoments:
             # The relative error of bfloat16 counts only against the small difference.
             dtype = fast_dtype(seen.device)
             difference = (self._columns(original, None) - seen).to(dtype)
-            product = difference.T @ seen.to(dtype)
-            if not torch.isfinite(product).all():
-                raise ValueError("its inputs in the original model are NaN, infinite, or too large to be multiplied")
-            self._cross += product
+            self._cross += difference.T @ seen.to(dtype)
 
     def _columns(self, x: torch.Tensor, quantization: InputQuantization | None) -> torch.Tensor:
         outlier, residual = split_input(x, self.linear.split)
@@ -96,8 +93,16 @@ class InputMoments:
 
     @property
     def drift(self) -> torch.Tensor | None:
-        """Mean of (x_original - x_seen) x_seen^T, `[n, n]`, float64; None without error correction."""
-        return None if self._cross is None else self._cross / self._gram.tokens
+        """Mean of (x_original - x_seen) x_seen^T, `[n, n]`, float64; None without error correction.
+
+        Raises:
+            ValueError: if an input of the original model is NaN or infinite, or its products are.
+        """
+        if self._cross is None:
+            return None
+        if not torch.isfinite(self._cross).all():
+            raise ValueError("its inputs in the original model are NaN, infinite, or too large to be multiplied")
+        return self._cross / self._gram.tokens
 
 
 @dataclass

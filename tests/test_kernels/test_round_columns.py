@@ -1,4 +1,4 @@
-"""Columns that are rounded one after the other, in the reference and natively."""
+"""The rounding of weights, in the reference and natively."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-from quad_kernels import descend_columns, round_columns
+from quad_kernels import descend_columns, round_columns, rounding_errors
 from quad_kernels.native import library
 
 try:
@@ -106,6 +106,32 @@ def test_descent_leaves_no_integer_that_alone_could_do_better(backend: str, colu
             assert (loss(candidate) >= loss(integers) - 1e-6).all()
 
 
+@pytest.mark.parametrize(("out", "group_size", "groups"), [(1, 1, 1), (3, 16, 1), (5, 33, 2), (2, 7, 3), (40, 200, 1)])
+def test_what_each_scale_costs(backend: str, out: int, group_size: int, groups: int) -> None:
+    generator = torch.Generator().manual_seed(2)
+    width, trials = group_size * groups, 4
+
+    def integers(low: int, high: int, *size: int) -> torch.Tensor:
+        return torch.randint(low, high, size, generator=generator).float()
+
+    # Few bits: every product and sum is exact, in any order.
+    weight, cost = integers(-80, 81, out, width) / 8, integers(0, 4, width)
+    scale, zero_point = 2.0 ** integers(-2, 2, trials, out, groups), integers(-3, 4, trials, out, groups)
+    found = rounding_errors(weight, scale, zero_point, cost, low=LOW, high=HIGH, backend=backend)
+    assert found.shape == (trials, out, groups)
+    for trial in range(trials):
+        for row in range(out):
+            for group in range(groups):
+                s, z = scale[trial, row, group].item(), zero_point[trial, row, group].item()
+                part = range(group * group_size, (group + 1) * group_size)
+                wanted = 0.0
+                for column in part:
+                    w = weight[row, column].item()
+                    rounded = (max(LOW, min(HIGH, round(w / s + z))) - z) * s
+                    wanted += cost[column].item() * (rounded - w) ** 2
+                assert found[trial, row, group].item() == wanted
+
+
 @pytest.mark.skipif(not INSTRUCTION_SETS, reason="no native kernels")
 def test_no_result_depends_on_the_instruction_set_or_the_threads() -> None:
     generator = torch.Generator().manual_seed(1)
@@ -125,14 +151,24 @@ def test_no_result_depends_on_the_instruction_set_or_the_threads() -> None:
                 first = round_columns(values, factor, scale, zero_point, low=LOW, high=HIGH, backend="native")
                 step = 1 / (hessian.diagonal().unsqueeze(1) * scale)
                 gradient = hessian @ (first[0] * scale - values)
-                results.append((*first, *descend_columns(first[0], gradient, hessian, scale, step, low=LOW, high=HIGH)))
+                errors = rounding_errors(
+                    values.T,
+                    torch.stack([scale.T[:, :1]] * 3),
+                    torch.zeros(3, out, 1),
+                    hessian.diagonal(),
+                    low=LOW,
+                    high=HIGH,
+                )
+                results.append(
+                    (errors, *first, *descend_columns(first[0], gradient, hessian, scale, step, low=LOW, high=HIGH))
+                )
     finally:
         library.choose_instruction_set(before)
         torch.set_num_threads(threads)
     for other in results[1:]:
         assert all(torch.equal(mine, theirs) for mine, theirs in zip(results[0], other, strict=True))
     reference = round_columns(values, factor, scale, zero_point, low=LOW, high=HIGH, backend="reference")
-    assert (reference[0] == results[0][0]).float().mean() > 0.99, "but for ties that rounding decides"
+    assert (reference[0] == results[0][1]).float().mean() > 0.99, "but for ties that rounding decides"
 
 
 def test_what_does_not_fit_is_refused(backend: str) -> None:
@@ -143,3 +179,9 @@ def test_what_does_not_fit_is_refused(backend: str) -> None:
         descend_columns(values, values[:, :7], hessian, scale, scale, low=LOW, high=HIGH, backend=backend)
     with pytest.raises(ValueError, match="float32"):
         round_columns(values.double(), hessian, scale, zero_point, low=LOW, high=HIGH, backend=backend)
+    weight, scales = torch.ones(2, 6), torch.ones(3, 2, 2)
+    for part, cost in ((scales[:, :1], torch.ones(6)), (torch.ones(3, 2, 4), torch.ones(6)), (scales, torch.ones(5))):
+        with pytest.raises(ValueError, match=r"weight \[out, in\]"):
+            rounding_errors(weight, part, torch.zeros_like(part), cost, low=LOW, high=HIGH, backend=backend)
+    with pytest.raises(ValueError, match="float32"):
+        rounding_errors(weight, scales, scales.double(), torch.ones(6), low=LOW, high=HIGH, backend=backend)

@@ -171,8 +171,12 @@ def test_bad_inputs_of_the_original_are_refused() -> None:
     x = inputs(10)
     bad = x.clone()
     bad[4, 7] = float("inf")
-    with pytest.raises(ValueError, match="inputs in the original model are NaN, infinite"):
-        InputMoments(make_linears(SPLITS["U-type"])[0], True).add(x, bad)
+    linears = make_linears(SPLITS["U-type"])
+    moments = InputMoments(linears[0], True)
+    moments.add(x, bad)
+    settings = WeightQuantization(IntegerGrid(4), error_correction=0.5)
+    with pytest.raises(ValueError, match="rows: its inputs in the original model are NaN, infinite"):
+        quantize_group(linears, moments, settings, torch.float32, "rows")
 
 
 def test_inputs_whose_products_overflow_are_refused() -> None:

@@ -76,5 +76,6 @@ class Backend:
     table_product = staticmethod(table_reference.table_product)
     round_columns = staticmethod(round_reference.round_columns)
     descend_columns = staticmethod(round_reference.descend_columns)
+    rounding_errors = staticmethod(round_reference.rounding_errors)
     quantize_kv = staticmethod(kv_reference.quantize_kv)
     dequantize_kv = staticmethod(kv_reference.dequantize_kv)

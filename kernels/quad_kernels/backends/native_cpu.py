@@ -101,3 +101,7 @@ class NativeBackend(OneDnnBackend):
     def descend_columns(self, *arguments: Any) -> tuple[torch.Tensor, torch.Tensor]:
         """Likewise."""
         return torch.ops.quad_native.descend_columns(*arguments)
+
+    def rounding_errors(self, *arguments: Any) -> torch.Tensor:
+        """All scales of a row while it is in the cache."""
+        return torch.ops.quad_native.rounding_errors(*arguments)

@@ -21,7 +21,7 @@ logger = logging.getLogger(__name__)
 ENVIRONMENT_VARIABLE = "QUAD_KERNELS_ISA"
 INSTRUCTION_SETS = ("amx", "avx512vnni", "avxvnni", "avx2")
 LIBRARY_VARIABLE = "QUAD_KERNELS_LIBRARY"
-_NEWEST_OPERATORS = ("round_columns", "descend_columns")  # an editable installation may hold an older library
+_NEWEST_OPERATORS = ("rounding_errors",)  # an editable installation may hold an older library
 _BUILT = Path(__file__).with_name("_kernels.so")
 
 

@@ -1,1 +1,1 @@
-"""The steps of weight quantization that go column by column: rounding with carried errors, and coordinate descent."""
+"""The steps of weight quantization: what a scale costs, rounding with carried errors, and coordinate descent."""

@@ -1,8 +1,9 @@
-"""Plain PyTorch: a handful of operations for each column, all output channels at once."""
+"""Plain PyTorch: a handful of operations for each column or scale, all output channels at once."""
 
 import torch
 
 Columns = tuple[torch.Tensor, torch.Tensor]
+_VALUES_AT_ONCE = 1 << 16  # on a CPU: they and what is made of them stay in its caches
 
 
 def round_columns(
@@ -40,3 +41,20 @@ def descend_columns(
         if i + 1 < len(work):
             work[i + 1 :].addr_(hessian[i, i + 1 :], change[i])
     return moved, change
+
+
+def rounding_errors(
+    weight: torch.Tensor, scale: torch.Tensor, zero_point: torch.Tensor, cost: torch.Tensor, low: int, high: int
+) -> torch.Tensor:
+    """See `quad_kernels.rounding_errors`."""
+    trials, out, groups = scale.shape
+    grouped, cost = weight.reshape(out, groups, -1), cost.reshape(groups, -1)
+    errors = torch.empty_like(scale)
+    rows = max(1, _VALUES_AT_ONCE // weight.shape[1]) if weight.device.type == "cpu" else out
+    for start in range(0, out, rows):
+        part = slice(start, start + rows)
+        for trial in range(trials):
+            s, z = scale[trial, part].unsqueeze(-1), zero_point[trial, part].unsqueeze(-1)
+            q = (grouped[part] / s).add_(z).round_().clamp_(low, high)
+            errors[trial, part] = q.sub_(z).mul_(s).sub_(grouped[part]).square_().mul_(cost).sum(-1)
+    return errors

@@ -9,7 +9,8 @@ namespace quad {
 
 const Kernels* amx_kernels() {
     static const Kernels kernels{"amx", linear, quantize, hadamard_rows, head,          norm,
-                                 rotate, gated,  add,      attend,        round_columns, descend_columns};
+                                 rotate, gated,  add,      attend,        round_columns, descend_columns,
+                                 rounding_errors};
     return &kernels;
 }
 

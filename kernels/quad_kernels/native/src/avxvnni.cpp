@@ -8,7 +8,8 @@ namespace quad {
 
 const Kernels* avxvnni_kernels() {
     static const Kernels kernels{"avxvnni", linear, quantize, hadamard_rows, head,          norm,
-                                 rotate, gated,  add,      attend,        round_columns, descend_columns};
+                                 rotate, gated,  add,      attend,        round_columns, descend_columns,
+                                 rounding_errors};
     return &kernels;
 }
 

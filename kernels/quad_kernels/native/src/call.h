@@ -128,6 +128,22 @@ struct Columns {
     float high;
 };
 
+// A weight, [rows, groups * group_size], and scales to round it with, [count, rows, groups]; see
+// `quad_kernels.rounding_errors`.
+struct Trials {
+    const float* weight;
+    const float* cost;  // [groups * group_size]
+    const float* scale;
+    const float* zero_point;
+    float* errors;  // results, [count, rows, groups]
+    int64_t count;
+    int64_t rows;
+    int64_t groups;
+    int64_t group_size;
+    float low;
+    float high;
+};
+
 struct Kernels {
     const char* name;
     // y = residual of x, quantized, times the weight, plus the rest, for each member. Either `input` or `integers` is
@@ -157,6 +173,8 @@ struct Kernels {
     // Rounds columns and carries their errors; moves integers to where the loss is least.
     void (*round_columns)(const Columns& columns, ParallelFor parallel_for);
     void (*descend_columns)(const Columns& columns, ParallelFor parallel_for);
+    // The error of rounding with each of several scales.
+    void (*rounding_errors)(const Trials& trials, ParallelFor parallel_for);
 };
 
 const Kernels* avx2_kernels();

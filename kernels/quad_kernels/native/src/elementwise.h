@@ -9,6 +9,14 @@ constexpr int64_t kElements = 16384;  // that a thread takes at least
 
 void* place_of(void* data, Dtype dtype, int64_t index) { return const_cast<void*>(element(data, dtype, index)); }
 
+float sum_of_lanes(Vector16 sum) {
+    float lanes[16];
+    sum.store(lanes);
+    for (int width = 8; width; width /= 2)
+        for (int k = 0; k < width; ++k) lanes[k] += lanes[k + width];
+    return lanes[0];
+}
+
 // The sum of squares, in an order that does not depend on the instruction set.
 float sum_of_squares(const float* x, int64_t count) {
     Vector16 sum = Vector16::zero();
@@ -17,12 +25,13 @@ float sum_of_squares(const float* x, int64_t count) {
         Vector16 v = Vector16::load(x + i);
         sum = sum.plus_product(v, v);
     }
-    float lanes[16];
-    sum.store(lanes);
-    for (; i < count; ++i) lanes[i % 16] = std::fma(x[i], x[i], lanes[i % 16]);
-    for (int width = 8; width; width /= 2)
-        for (int k = 0; k < width; ++k) lanes[k] += lanes[k + width];
-    return lanes[0];
+    if (i < count) {
+        float rest[16] = {};
+        std::memcpy(rest, x + i, (count - i) * sizeof(float));
+        Vector16 v = Vector16::load(rest);
+        sum = sum.plus_product(v, v);
+    }
+    return sum_of_lanes(sum);
 }
 
 void norm(const void* x, const void* weight, void* y, Dtype dtype, float eps, int64_t rows, int64_t width,

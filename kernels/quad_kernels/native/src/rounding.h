@@ -1,8 +1,8 @@
-// Columns of a weight that become integers one after the other, each sending what it did to those behind it. Sixteen
-// output channels lie side by side in a register: none depends on another.
+// The rounding of weights, for compression. Columns become integers one after the other, each sending what it did to
+// those behind it; sixteen output channels lie side by side in a register: none depends on another.
 #pragma once
 
-#include "linear.h"
+#include "elementwise.h"
 
 namespace {
 
@@ -81,6 +81,45 @@ void all_lanes(const Columns& columns, ParallelFor parallel_for) {
     };
     int64_t grain = larger(1, kMultiplications / (columns.count * columns.count * kChannels / 2 + 1));
     parallel_for(0, ceil_div(columns.channels, kChannels), grain, body, const_cast<Columns*>(&columns));
+}
+
+// The weighted squared error of rounding `count` weights with one scale, in an order that does not depend on the
+// instruction set.
+float rounding_error(const float* weight, const float* cost, int64_t count, float scale, float zero, float low,
+                     float high) {
+    Vector16 s = Vector16::all(scale), z = Vector16::all(zero), least = Vector16::all(low), most = Vector16::all(high);
+    Vector16 sum = Vector16::zero();
+    auto add = [&](Vector16 w, Vector16 c) {
+        Vector16 q = (z + w / s).nearest().between(least, most);
+        Vector16 error = (q - z) * s - w;
+        sum = sum.plus_product(error * c, error);
+    };
+    int64_t i = 0;
+    for (; i + 16 <= count; i += 16) add(Vector16::load(weight + i), Vector16::load(cost + i));
+    if (i < count) {
+        float rest[2][16] = {};
+        std::memcpy(rest[0], weight + i, (count - i) * sizeof(float));
+        std::memcpy(rest[1], cost + i, (count - i) * sizeof(float));
+        add(Vector16::load(rest[0]), Vector16::load(rest[1]));
+    }
+    return sum_of_lanes(sum);
+}
+
+void rounding_errors(const quad::Trials& trials, ParallelFor parallel_for) {
+    auto body = [](int64_t begin, int64_t end, void* context) {
+        const quad::Trials& t = *static_cast<const quad::Trials*>(context);
+        for (int64_t row = begin; row < end; ++row) {
+            for (int64_t group = 0; group < t.groups; ++group) {
+                int64_t place = row * t.groups + group;
+                const float* cost = t.cost + group * t.group_size;
+                for (int64_t i = 0; i < t.count; ++i, place += t.rows * t.groups)
+                    t.errors[place] = rounding_error(t.weight + (row * t.groups + group) * t.group_size, cost,
+                                                     t.group_size, t.scale[place], t.zero_point[place], t.low, t.high);
+            }
+        }
+    };
+    int64_t grain = larger(1, kMultiplications / (trials.count * trials.groups * trials.group_size + 1));
+    parallel_for(0, trials.rows, grain, body, const_cast<quad::Trials*>(&trials));
 }
 
 void round_columns(const Columns& columns, ParallelFor parallel_for) { all_lanes<round_lanes>(columns, parallel_for); }

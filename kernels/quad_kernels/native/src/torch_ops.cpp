@@ -459,6 +459,11 @@ Tensor decode(const Tensor& x_, const std::vector<Tensor>& norms, double eps, co
     return x;
 }
 
+const float* floats(const Tensor& tensor) {
+    STD_TORCH_CHECK(tensor.scalar_type() == ScalarType::Float, "what is rounded must be float32");
+    return static_cast<const float*>(tensor.const_data_ptr());
+}
+
 // What both operators on columns check and return.
 struct ColumnTensors {
     Tensor values, coefficients, scale, second, integers, change;
@@ -484,11 +489,6 @@ struct ColumnTensors {
     }
 
     bool same_size(const Tensor& tensor) const { return tensor.numel() == values.numel(); }
-
-    static const float* floats(const Tensor& tensor) {
-        STD_TORCH_CHECK(tensor.scalar_type() == ScalarType::Float, "columns must be float32");
-        return static_cast<const float*>(tensor.const_data_ptr());
-    }
 };
 
 std::tuple<Tensor, Tensor> round_columns(const Tensor& values, const Tensor& factor, const Tensor& scale,
@@ -504,9 +504,32 @@ std::tuple<Tensor, Tensor> descend_columns(const Tensor& integers, const Tensor&
     ColumnTensors tensors(gradient, hessian, scale, inverse_step, low, high);
     Tensor start = dense(integers);
     STD_TORCH_CHECK(tensors.same_size(start), "the integers do not fit the gradient");
-    tensors.columns.start = ColumnTensors::floats(start);
+    tensors.columns.start = floats(start);
     kernels().descend_columns(tensors.columns, parallel_for);
     return {tensors.integers, tensors.change};
+}
+
+Tensor rounding_errors(const Tensor& weight_, const Tensor& scale_, const Tensor& zero_point_, const Tensor& cost_,
+                       int64_t low, int64_t high) {
+    Tensor weight = dense(weight_), scale = dense(scale_), zero_point = dense(zero_point_), cost = dense(cost_);
+    STD_TORCH_CHECK(weight.dim() == 2 && scale.dim() == 3 && scale.size(1) == weight.size(0) &&
+                        zero_point.numel() == scale.numel() && cost.numel() == weight.size(1) && scale.size(2) > 0 &&
+                        weight.size(1) % scale.size(2) == 0,
+                    "weight, scales and costs do not fit each other");
+    Tensor errors = empty({scale.size(0), scale.size(1), scale.size(2)}, aoti_torch_dtype_float32());
+    quad::Trials trials{floats(weight),
+                        floats(cost),
+                        floats(scale),
+                        floats(zero_point),
+                        static_cast<float*>(errors.mutable_data_ptr()),
+                        scale.size(0),
+                        scale.size(1),
+                        scale.size(2),
+                        weight.size(1) / scale.size(2),
+                        float(low),
+                        float(high)};
+    kernels().rounding_errors(trials, parallel_for);
+    return errors;
 }
 
 }  // namespace
@@ -545,6 +568,8 @@ STABLE_TORCH_LIBRARY(quad_native, m) {
     m.def(
         "descend_columns(Tensor integers, Tensor gradient, Tensor hessian, Tensor scale, Tensor inverse_step, int low, "
         "int high) -> (Tensor, Tensor)");
+    m.def(
+        "rounding_errors(Tensor weight, Tensor scale, Tensor zero_point, Tensor cost, int low, int high) -> Tensor");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(quad_native, CPU, m) {
@@ -562,6 +587,7 @@ STABLE_TORCH_LIBRARY_IMPL(quad_native, CPU, m) {
     m.impl("dense_head", TORCH_BOX(&dense_head));
     m.impl("round_columns", TORCH_BOX(&round_columns));
     m.impl("descend_columns", TORCH_BOX(&descend_columns));
+    m.impl("rounding_errors", TORCH_BOX(&rounding_errors));
 }
 
 // For library.py, by ctypes.
