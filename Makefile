@@ -6,6 +6,9 @@ RECIPE ?= recipes/quad_w4a4.yaml
 OUTPUT ?= outputs/SmolLM2-135M-quad-w4a4
 PYTEST_ARGS ?=
 VLLM_VENV ?= .venv-vllm
+NEWEST_VENV ?= .venv-newest
+# Of the base package, which has no upper limit; llm-compressor's own limit is lower.
+NEWEST_TRANSFORMERS := 5.24.0
 
 # Tools run as modules: a virtual environment that was renamed still works that way.
 BIN := $(VENV)/bin/python
@@ -18,8 +21,17 @@ VLLM_PIP := $(VLLM_BIN) -m pip install --disable-pip-version-check -c constraint
 VLLM_KEY := $(shell cat pyproject.toml setup.py constraints-vllm.txt $(NATIVE) | cksum | cut -d ' ' -f 1)
 VLLM_STAMP := $(VLLM_VENV)/.installed-$(VLLM_KEY)
 
+NEWEST_BIN := $(NEWEST_VENV)/bin/python
+NEWEST_PIP := $(NEWEST_BIN) -m pip install --disable-pip-version-check -c $(NEWEST_VENV)/constraints.txt
+NEWEST_KEY := $(shell cat pyproject.toml setup.py constraints.txt Makefile $(NATIVE) | cksum | cut -d ' ' -f 1)
+NEWEST_STAMP := $(NEWEST_VENV)/.installed-$(NEWEST_KEY)
+
+# One process per core and one thread per process: toy models are too small for more threads.
+PARALLEL := --numprocesses auto --maxprocesses 8
+IN_PARALLEL := OMP_NUM_THREADS=1
+
 .DEFAULT_GOAL := help
-.PHONY: help venv demo docs test test-slow test-sanitized test-avx2 bench-kernels bench-quality lint format clean distclean vllm-env test-vllm
+.PHONY: help venv demo docs test test-slow test-sanitized test-avx2 test-newest bench-kernels bench-quality lint format clean distclean vllm-env test-vllm
 
 help: ## show this list
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  \1\t\2/' | expand -t 14
@@ -38,10 +50,10 @@ demo: $(STAMP) ## compress SmolLM2-135M, reload it, compare with the original
 	$(BIN) -m quad_modifiers.tools.demo run --recipe $(RECIPE) --output $(OUTPUT)
 
 test: $(STAMP) ## the tests that need neither GPU, network nor minutes
-	$(BIN) -m pytest $(PYTEST_ARGS)
+	$(IN_PARALLEL) $(BIN) -m pytest $(PARALLEL) --dist loadfile $(PYTEST_ARGS)
 
-test-slow: $(STAMP) ## the tests on real models
-	$(BIN) -m pytest -m slow $(PYTEST_ARGS)
+test-slow: $(STAMP) ## the tests on real models, and every architecture with every recipe
+	$(IN_PARALLEL) $(BIN) -m pytest $(PARALLEL) --dist loadgroup -m slow $(PYTEST_ARGS)
 
 # The native kernels once more, built with sanitizers; their runtime must be loaded before Python's first allocation.
 SANITIZED := build/sanitized
@@ -57,7 +69,22 @@ AVX2_ONLY := ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 MKL_ENABLE_INSTRUC
 AVX2_TESTS := tests/test_kernels tests/test_linalg tests/test_quantization tests/test_nn tests/test_compression/test_oneshot.py \
     tests/test_checkpoint/test_native_decode.py tests/test_modifiers/test_calibration_of_blocks.py
 test-avx2: $(STAMP) ## kernels, numerics and small compressions as on a processor that has AVX2 only
-	$(AVX2_ONLY) $(BIN) -m pytest $(AVX2_TESTS) --ignore tests/test_kernels/test_benchmarks.py $(PYTEST_ARGS)
+	$(AVX2_ONLY) $(IN_PARALLEL) $(BIN) -m pytest $(PARALLEL) --dist loadfile $(AVX2_TESTS) --ignore tests/test_kernels/test_benchmarks.py $(PYTEST_ARGS)
+
+# llm-compressor comes without its requirements, which forbid that transformers.
+$(NEWEST_STAMP):
+	$(PYTHON) -m venv $(NEWEST_VENV)
+	grep -v '^transformers==' constraints.txt > $(NEWEST_VENV)/constraints.txt
+	echo transformers==$(NEWEST_TRANSFORMERS) >> $(NEWEST_VENV)/constraints.txt
+	$(NEWEST_PIP) torch setuptools
+	$(NEWEST_PIP) --no-build-isolation -e ".[cli,peft,triton]" pytest pytest-xdist datasets accelerate loguru auto-round nvidia-ml-py pillow
+	$(NEWEST_PIP) --no-deps llmcompressor
+	@rm -f $(NEWEST_VENV)/.installed-*
+	@touch $@
+
+NEWEST_TESTS := tests/test_checkpoint tests/test_compression tests/test_model tests/test_nn tests/test_peft tests/test_projection
+test-newest: $(NEWEST_STAMP) ## loading, running and tuning checkpoints with the newest transformers
+	$(IN_PARALLEL) $(NEWEST_BIN) -m pytest $(PARALLEL) --dist loadfile $(NEWEST_TESTS) $(PYTEST_ARGS)
 
 vllm-env: $(VLLM_STAMP) ## a second environment, with vLLM for the CPU
 

@@ -18,6 +18,7 @@ _LATENT = "it has latent attention: queries, keys and values read norms of their
 _MULTIMODAL = "it is multimodal, and only models whose whole input is text are supported"
 _ENCODER_DECODER = "it has an encoder beside the decoder, or reads one"
 _DRAFT = "it drafts for another model and reads that one's activations"
+_NEWER = "it came with a newer transformers than llm-compressor takes"
 _UNKNOWN = "nobody has described its parts yet"
 
 # What the config does not tell.
@@ -42,11 +43,16 @@ _BY_TYPE = {
     "xlstm": _RECURRENT,
     "trocr": _ENCODER_DECODER,
     "dbrx": _EXPERTS,
+    "apertus1p5_text": _NEWER,
+    "exaone": _NEWER,
+    "internlm3": _NEWER,
+    "iquestcoder": _NEWER,
     "bitnet": "it has norms between attention or the activation and the linear that follows",
     "blt": "it has several stacks of blocks with cross-attention between them",
     "cpmant": "its norms and its position biases are not those of a block that a projection knows",
     "diffllama": "it mixes the values of several heads and norms the result, which no rotation of values passes",
     "doge": "it multiplies the stream channel by channel, which no rotation of the stream passes",
+    "dory": "it weighs what its blocks add to the stream channel by channel, which no rotation of the stream passes",
     "gemma4_assistant": _DRAFT,
     "gemma4_unified_assistant": _DRAFT,
     "helium": "its o_proj has hidden_size inputs, which the extended basis changes",

@@ -205,7 +205,9 @@ class _Columns:
         self._caches = list(zip(keys, values, strict=True))
         self._position = position
 
-    def update(self, key: torch.Tensor, value: torch.Tensor, layer: int, *_: Any) -> tuple[torch.Tensor, ...]:
+    def update(
+        self, key: torch.Tensor, value: torch.Tensor, layer: int, *_: Any, **__: Any
+    ) -> tuple[torch.Tensor, ...]:
         """Writes the token's `[batch, heads, 1, head_dim]` and returns what the token may see."""
         for cache, state in zip(self._caches[layer], (key, value), strict=True):
             cache[:, :, self._position : self._position + 1] = state

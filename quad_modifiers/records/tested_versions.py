@@ -8,7 +8,7 @@ from importlib.metadata import PackageNotFoundError, version
 TESTED: dict[str, tuple[str, ...]] = {
     "python": ("3.11", "3.14"),
     "torch": ("2.13.0",),
-    "transformers": ("5.17.0",),
+    "transformers": ("5.17.0", "5.24.0"),
     "llmcompressor": ("0.14.0.1",),
     "compressed-tensors": ("0.17.0", "0.19.0"),
     "peft": ("0.21.2",),

@@ -299,10 +299,11 @@ def no_loading_of_weights(no_work: None, monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 @pytest.mark.parametrize("own", [False, True], ids=["peft", "transformers"])
-def test_model_with_adapters(own, no_loading, make_toy, tmp_path: Path) -> None:
+def test_model_with_adapters(own, no_loading, make_toy, tmp_path: Path, request) -> None:
     peft = pytest.importorskip("peft")
     model, config = make_toy(num_hidden_layers=1), peft.LoraConfig(r=2, target_modules=["q_proj"])
     if own:
+        request.getfixturevalue("peft_for_transformers")
         model.add_adapter(config)
     else:
         model = peft.get_peft_model(model, config)

@@ -44,6 +44,7 @@ class TestLoading:
         again.set_adapter("second")
         assert torch.equal(logits(again), logits(model))
 
+    @pytest.mark.usefixtures("peft_for_transformers")
     def test_by_transformers_itself(self, scales: bool, load: Load, tmp_path: Path) -> None:
         model = adapted(load, train_weight_scales=scales)
         plain = logits(load())
@@ -77,6 +78,7 @@ class TestLoading:
             assert torch.equal(logits(model), expected)
 
 
+@pytest.mark.usefixtures("peft_for_transformers")
 def test_transformers_adds_and_saves_one(load: Load, tmp_path: Path) -> None:
     model = load()
     model.add_adapter(OutlierLoraConfig(), adapter_name="mine")

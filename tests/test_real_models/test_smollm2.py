@@ -12,7 +12,7 @@ from quad_modifiers import oneshot
 from quad_modifiers.data import token_windows, wikipedia_articles
 from quad_modifiers.tools.evaluation import perplexity
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("smollm2")]
 
 SAMPLES = 16
 WINDOWS = 6
