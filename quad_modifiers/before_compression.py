@@ -22,7 +22,7 @@ from quad_modifiers.oneshot_arguments import check_for_recipe
 from quad_modifiers.output_folder import check_space, check_target, user_path
 from quad_modifiers.plugins import architectures
 from quad_modifiers.recipe import check_recipe, fresh_recipe, is_recipe_text, resolve_recipe
-from quad_modifiers.recipe.order import PROJECT
+from quad_modifiers.recipe.order import unties_head
 from quad_modifiers.recipe.overrides import overridden
 from quad_modifiers.recipe.patterns import check_patterns, has_patterns
 from quad_modifiers.recipe.resolve import read_recipe
@@ -85,11 +85,9 @@ class Job:
                     raise ValueError(f"{name}={value} has no effect on a model that is loaded already; omit it")
         if tied and not self.source.config.tie_word_embeddings:
             raise ValueError("tie_word_embeddings=True, but head and embedding of the model are two tensors; omit it")
-        projections = [type(each).__name__ for each in self.modifiers if getattr(each, "recipe_role", None) == PROJECT]
-        if tied and projections:
-            raise ValueError(
-                f"tie_word_embeddings=True, but {projections[0]} gives the head a tensor of its own; omit it"
-            )
+        untying = [type(each).__name__ for each in self.modifiers if unties_head(each)]
+        if tied and untying:
+            raise ValueError(f"tie_word_embeddings=True, but {untying[0]} gives the head a tensor of its own; omit it")
 
     @property
     def vocabulary(self) -> int:

@@ -27,6 +27,12 @@ def quad_modifiers_architectures() -> Sequence[Architecture]:
 
 
 @hookimpl
+def quad_modifiers_checkpoint_sections() -> Mapping[str, str]:
+    """What a checkpoint holds beyond its linears."""
+    return {"head_transform": "quad_modifiers.checkpoint.head_transform:HeadTransform"}
+
+
+@hookimpl
 def quad_modifiers_recipe_folders() -> Sequence[Path]:
     """The folder recipes/."""
     return [builtin_recipe_folder()]

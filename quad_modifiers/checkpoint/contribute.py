@@ -28,6 +28,22 @@ class CheckpointSection:
         """
         raise NotImplementedError(f"{cls.__name__} has no `install`")
 
+    @classmethod
+    def fold(cls, decoder: Decoder) -> None:
+        """Folds what the section brought into the weights, so that the model is one of the stock class.
+
+        A section without this method has no plain form: its checkpoints cannot be dequantized or made dense.
+
+        Args:
+            decoder: the model with its weights, on which `install` was called.
+        """
+        raise NotImplementedError(f"{cls.__name__} has no `fold`")
+
+    @classmethod
+    def has_plain_form(cls) -> bool:
+        """Returns whether there is a `fold`."""
+        return cls.fold.__func__ is not CheckpointSection.fold.__func__  # type: ignore[attr-defined]
+
 
 @dataclass
 class Contributions:

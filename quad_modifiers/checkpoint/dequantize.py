@@ -15,22 +15,27 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
+from quad_modifiers.checkpoint.format import QuadFormat
+from quad_modifiers.checkpoint.installed_sections import fold_sections
 from quad_modifiers.model.architecture import Architecture
 from quad_modifiers.model.decoder import Decoder
 from quad_modifiers.nn.native_block import remove_native_blocks
 from quad_modifiers.nn.native_decode import remove_native_decode
-from quad_modifiers.nn.packed_table import PackedTable, TiedHead
+from quad_modifiers.nn.packed_table import dense_table
 from quad_modifiers.nn.quad_linear import QuadLinear
 
 
 @torch.no_grad()
-def dequantize_model(model: nn.Module, architecture: Architecture, dtype: torch.dtype | None = None) -> nn.Module:
+def dequantize_model(
+    model: nn.Module, architecture: Architecture, dtype: torch.dtype | None = None, quad: QuadFormat | None = None
+) -> nn.Module:
     """Makes `model` a plain model of the stock class; changes it in place and returns it.
 
     Args:
         model: with `QuadLinear` linears, loaded or in memory.
         architecture: names of its parts.
         dtype: of the weights; the model's own by default.
+        quad: the `quad` section of its checkpoint, whose sections are folded into the weights; None for none.
 
     Raises:
         ValueError: if weights are offloaded, or the stock config class refuses every hidden size.
@@ -41,6 +46,8 @@ def dequantize_model(model: nn.Module, architecture: Architecture, dtype: torch.
     remove_native_decode(model)
     remove_native_blocks(model)
     dtype, decoder = dtype or model.dtype, Decoder(model, architecture)
+    if quad is not None:
+        fold_sections(decoder, quad)
     config = _stock_config(model.config, architecture)
     width, stock_width = model.config.hidden_size, config.hidden_size
     # A stock RMSNorm divides by the new width; the factor goes into readers and writers, as in the projection.
@@ -118,22 +125,14 @@ def _widen_norm(norm: Any, fill: int) -> None:
 def _replace_ends(decoder: Decoder, gain: float, fill: int, dtype: torch.dtype) -> None:
     """Embedding and head in floating point; a tied pair stays tied."""
     model, old_embedding, old_head = decoder.model, decoder.embedding, decoder.head
-    table = gain * nn.functional.pad(_table(old_embedding), (0, fill))
+    table = gain * nn.functional.pad(dense_table(old_embedding), (0, fill))
     embedding = nn.Embedding(*table.shape, padding_idx=model.config.pad_token_id, device="meta")
     embedding.weight = nn.Parameter(table.to(dtype).contiguous())
-    head = _linear(nn.functional.pad(_table(old_head), (0, fill)) / gain, getattr(old_head, "bias", None), dtype)
+    head = _linear(nn.functional.pad(dense_table(old_head), (0, fill)) / gain, getattr(old_head, "bias", None), dtype)
     if model.config.tie_word_embeddings:
         head.weight = embedding.weight
     decoder.replace_embedding(embedding)
     decoder.replace_head(head)
-
-
-def _table(module: nn.Module) -> torch.Tensor:
-    if isinstance(module, TiedHead):
-        module = module.table
-    if isinstance(module, PackedTable):
-        return module.integers(slice(None)).double() * module.weight_scale.double()
-    return module.weight.double()
 
 
 def _stock_config(config: Any, architecture: Architecture) -> Any:

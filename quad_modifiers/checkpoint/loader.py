@@ -19,6 +19,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from quad_modifiers.checkpoint.dequantize import dequantize_model
 from quad_modifiers.checkpoint.format import QUANT_METHOD, QuadFormat, read_format
+from quad_modifiers.checkpoint.installed_sections import check_plain_form, install_sections
 from quad_modifiers.checkpoint.models import publish_by, quad_model_type, register_models
 from quad_modifiers.checkpoint.native_runtime import use_native_blocks
 from quad_modifiers.checkpoint.opened import stored_architecture
@@ -37,7 +38,7 @@ from quad_modifiers.nn.packed_linear import PackedLinear
 from quad_modifiers.nn.packed_shapes import TensorSpec
 from quad_modifiers.nn.quad_linear import QuadLinear
 from quad_modifiers.plugins import architectures
-from quad_modifiers.plugins.checkpoint_parts import load_section, load_term
+from quad_modifiers.plugins.checkpoint_parts import load_term
 from quad_modifiers.records.inventory import read_header
 
 logger = logging.getLogger(__name__)
@@ -89,8 +90,7 @@ class QuadHfQuantizer(HfQuantizer):
         quad = read_format(self.quantization_config.content.get("quad"))
         architecture = _architecture(model, quad)
         decoder = Decoder(model, architecture)
-        for name, content in quad.sections.items():
-            load_section(name).install(decoder, content)
+        install_sections(decoder, quad)
         self._expected = model_tensors(decoder, quad)
         for linear in decoder.linears():
             _install(linear, quad)
@@ -122,9 +122,8 @@ class QuadHfQuantizer(HfQuantizer):
         if isinstance(dtype, str):  # a model that was saved has the name in its config
             dtype = getattr(torch, dtype)
         quad = read_format(self.quantization_config.content.get("quad"))
-        if quad.sections:
-            raise ValueError(f"a model with {', '.join(quad.sections)} has no plain form; load it without dequantize")
-        return dequantize_model(model, stored_architecture(quad), dtype)
+        check_plain_form(quad)
+        return dequantize_model(model, stored_architecture(quad), dtype, quad)
 
     def is_serializable(self, *args: Any, **kwargs: Any) -> bool:
         """A loaded model can be saved again as it is."""

@@ -11,6 +11,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 from quad_modifiers.checkpoint.format import LinearFormat, QuadFormat
+from quad_modifiers.checkpoint.installed_sections import install_sections
 from quad_modifiers.checkpoint.models import quad_model_type
 from quad_modifiers.model.architecture import Architecture
 from quad_modifiers.model.decoder import Decoder, PlacedLinear
@@ -61,11 +62,13 @@ def expected_tensors(config: Any, quad: QuadFormat, known: dict[str, Architectur
         )
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
-    return model_tensors(Decoder(model, architecture), quad)
+    decoder = Decoder(model, architecture)
+    install_sections(decoder, quad)
+    return model_tensors(decoder, quad)
 
 
 def model_tensors(decoder: Decoder, quad: QuadFormat) -> dict[str, TensorSpec]:
-    """Returns all tensors of a checkpoint by name, from a stock model in which nothing is quantized yet.
+    """Returns all tensors of a checkpoint by name, from a stock model in which only its sections are installed yet.
 
     Raises:
         ValueError: if the model and the `quad` section contradict each other.

@@ -6,12 +6,13 @@ from typing import ClassVar, Literal
 from pydantic import Field
 from quad_kernels.hadamard import is_hadamard_order, plan_hadamard
 
+from quad_modifiers.checkpoint.head_transform import NAME as HEAD_TRANSFORM
 from quad_modifiers.model.architecture import Space
 from quad_modifiers.model.decoder import Decoder
 from quad_modifiers.modifiers.base import Batches, QuadModifier
 from quad_modifiers.nn.from_compressed_tensors import reallocate_parameters
 from quad_modifiers.passes.statistics import ActivationStatistics, collect_statistics
-from quad_modifiers.projection.apply import apply_projection
+from quad_modifiers.projection.apply import apply_projection, is_tied
 from quad_modifiers.projection.plan import Projection, ProjectionSettings, outlier_energy, plan_projection
 
 logger = logging.getLogger(__name__)
@@ -44,6 +45,9 @@ class SVDOutlierProjection(QuadModifier):
             is folded into v_proj (free at run time).
         down_proj_rank: outlier channels of the down_proj input, by a permutation of the MLP's channels (free at run
             time).
+        keep_tied: whether a head that shares the embedding's tensor goes on sharing it, by a small matrix behind the
+            final norm, which only the runtimes of this package know. By default where these are needed anyway, for
+            outliers or online transforms.
     """
 
     recipe_role: ClassVar[str | None] = "project"
@@ -55,6 +59,7 @@ class SVDOutlierProjection(QuadModifier):
     online_rotation: list[Literal["o_proj", "down_proj"]] = Field(default=["o_proj", "down_proj"])
     o_proj_rank_per_head: int = Field(default=0, ge=0)
     down_proj_rank: int = Field(default=0, ge=0)
+    keep_tied: bool | None = None
 
     def settings(self) -> ProjectionSettings:
         """Returns what the plan is made from."""
@@ -72,6 +77,12 @@ class SVDOutlierProjection(QuadModifier):
         """Returns the width of the residual part of an input of `width` that reads a space."""
         return width - self.rank if reads == "stream" and self.basis == "square" else width
 
+    @property
+    def unties_head(self) -> bool:
+        """Whether a head that shares the embedding's tensor gets one of its own."""
+        needs_us = bool(self.rank or self.online_rotation or self.o_proj_rank_per_head or self.down_proj_rank)
+        return not (needs_us if self.keep_tied is None else self.keep_tied)
+
     def check(self, decoder: Decoder) -> None:
         """Checks the ranks.
 
@@ -79,12 +90,15 @@ class SVDOutlierProjection(QuadModifier):
             ValueError: if a rank leaves nothing to quantize.
         """
         self.settings().check(decoder)
+        if self.keep_tied and not is_tied(decoder):
+            logger.warning("keep_tied has no effect: head and embedding of this model are two tensors already")
 
     def run(self, decoder: Decoder, batches: Batches) -> None:
         """Plans the projection and rewrites the model."""
         projection = self.plan(decoder, batches)
-        apply_projection(decoder, projection)
-        self.contribute(decoder, basis=projection.origin)
+        keep_tied = is_tied(decoder) and not self.unties_head
+        apply_projection(decoder, projection, keep_tied)
+        self.contribute(decoder, basis=projection.origin, sections={HEAD_TRANSFORM: {}} if keep_tied else None)
         reallocate_parameters(decoder.model)
 
     def plan(self, decoder: Decoder, batches: Batches) -> Projection:

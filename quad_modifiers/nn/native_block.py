@@ -26,8 +26,10 @@ from torch import nn
 from torch.nn.modules import module as torch_module
 
 from quad_modifiers.nn.cache_argument import cache_argument
+from quad_modifiers.nn.class_change import become
 from quad_modifiers.nn.packed_linear import PackedLinear
 from quad_modifiers.nn.quad_linear import QuadLinear
+from quad_modifiers.nn.transformed_norm import TransformedNorm, transformed_class
 
 logger = logging.getLogger(__name__)
 
@@ -152,15 +154,17 @@ def install_native_blocks(layers: list[nn.Module], head: nn.Module, final_norm: 
     for module in (*(module for layer in known for module in layer.modules()), final_norm, head):
         name = type(module).__name__
         if isinstance(module, NativeBlock | NativeNorm | NativeSiLU | NativeHead):
-            _become(module, type(module))
+            become(module, type(module))
         elif name in STOCK_BLOCKS:
-            _become(module, _native_class(NativeBlock, type(module)))
+            become(module, _native_class(NativeBlock, type(module)))
         elif name in STOCK_NORMS:
-            _become(module, _native_class(NativeNorm, type(module)))
+            become(module, _native_class(NativeNorm, type(module)))
+        elif isinstance(module, TransformedNorm) and type(module).__bases__[1].__name__ in STOCK_NORMS:
+            become(module, transformed_class(_native_class(NativeNorm, type(module).__bases__[1])))
         elif name in STOCK_ACTIVATIONS:
-            _become(module, _native_class(NativeSiLU, type(module)))
+            become(module, _native_class(NativeSiLU, type(module)))
         elif module is head and type(module) is nn.Linear:
-            _become(module, NativeHead)
+            become(module, NativeHead)
     logger.info("%d of %d decoder blocks run on the CPU in two native calls each", len(known), len(layers))
 
 
@@ -168,23 +172,11 @@ def remove_native_blocks(model: nn.Module) -> None:
     """Gives every module its stock class back."""
     for module in model.modules():
         if type(module) is NativeHead:
-            _become(module, nn.Linear)
+            become(module, nn.Linear)
+        elif isinstance(module, NativeNorm) and isinstance(module, TransformedNorm):
+            become(module, transformed_class(type(module).__bases__[1].__bases__[1]))
         elif isinstance(module, NativeBlock | NativeNorm | NativeSiLU):
-            _become(module, type(module).__bases__[1])
-
-
-def _become(module: nn.Module, native: type[nn.Module]) -> None:
-    """Changes the class of a module.
-
-    The bound forward of the old class may lie in the module itself, where it would hide the new one: llm-compressor
-    leaves it behind, and accelerate calls it from its hooks.
-    """
-    old = [base.__dict__["forward"] for base in type(module).__mro__ if "forward" in base.__dict__]
-    module.__class__ = native
-    if getattr(module.__dict__.get("forward"), "__func__", None) in old:
-        del module.forward
-    if getattr(module.__dict__.get("_old_forward"), "__func__", None) in old:
-        module._old_forward = native.forward.__get__(module)
+            become(module, type(module).__bases__[1])
 
 
 def __getattr__(name: str) -> type[nn.Module]:

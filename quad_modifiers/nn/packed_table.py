@@ -138,3 +138,13 @@ class TiedHead(nn.Module):
 def is_packed(module: nn.Module) -> bool:
     """Returns whether an embedding or head is quantized."""
     return isinstance(module, (PackedTable, TiedHead))
+
+
+def dense_table(module: nn.Module) -> torch.Tensor:
+    """Returns the table of an embedding or head, packed or not, `[rows, columns]`, float64."""
+    if isinstance(module, TiedHead):
+        module = module.table
+    if isinstance(module, PackedTable):
+        return module.integers(slice(None)).double() * module.weight_scale.double()
+    table: torch.Tensor = module.weight.detach().double()
+    return table

@@ -14,17 +14,19 @@ from torch import nn
 from quad_modifiers.model.architecture import Space
 from quad_modifiers.model.decoder import Block, Decoder, PlacedGroup, PlacedLinear
 from quad_modifiers.nn.quad_linear import QuadLinear
+from quad_modifiers.nn.transformed_norm import add_head_transform
 from quad_modifiers.projection.plan import Projection, ResidualBasis
 from quad_modifiers.reporting import layer_progress
 
 
 @torch.no_grad()
-def apply_projection(decoder: Decoder, projection: Projection) -> None:
+def apply_projection(decoder: Decoder, projection: Projection, keep_tied: bool = False) -> None:
     """Rewrites every weight of the model in place; the config says the new width afterwards.
 
     Args:
         decoder: the model, its linears wrapped in `QuadLinear` pass-throughs.
         projection: the plan.
+        keep_tied: True to let a head that shares the embedding's tensor go on sharing it (`nn/transformed_norm.py`).
 
     Raises:
         ValueError: naming a linear that has a term, which belongs to the old basis, or a tensor that the model's dtype
@@ -32,8 +34,16 @@ def apply_projection(decoder: Decoder, projection: Projection) -> None:
     """
     _refuse_terms(decoder)
     geometry, config = decoder.geometry, decoder.model.config  # the sizes of before are read before they change
-    _untie_head(decoder)
-    _project_ends(decoder, projection.residual)
+    if is_tied(decoder) and keep_tied:
+        add_head_transform(decoder.final_norm, projection.residual.between_ends(decoder.final_norm.weight))
+        _project_embedding(decoder, projection.residual)
+        decoder.head.weight = decoder.embedding.weight
+    else:
+        _untie_head(decoder)
+        _set(decoder.head, "weight", projection.residual.read(decoder.head.weight, decoder.final_norm.weight))
+        _project_embedding(decoder, projection.residual)
+    decoder.head.in_features = projection.residual.width
+    _set(decoder.final_norm, "weight", torch.ones(projection.residual.width))
     for block in layer_progress(decoder.blocks, "projecting"):
         _project_block(block, projection, geometry.sizes())
     _check_representable(decoder)
@@ -44,7 +54,7 @@ def apply_projection(decoder: Decoder, projection: Projection) -> None:
 def _check_representable(decoder: Decoder) -> None:
     for name, parameter in decoder.model.named_parameters():
         # Scales that a stock quantizer has allocated are not set yet.
-        if name.endswith((".weight", ".bias")) and not torch.isfinite(parameter).all():
+        if name.endswith((".weight", ".bias", ".head_transform")) and not torch.isfinite(parameter).all():
             raise ValueError(
                 f"{name} does not fit {parameter.dtype} after the projection; load the model in bfloat16 or float32"
             )
@@ -59,22 +69,23 @@ def _refuse_terms(decoder: Decoder) -> None:
             )
 
 
+def is_tied(decoder: Decoder) -> bool:
+    """Returns whether head and embedding share one tensor."""
+    return decoder.head.weight is decoder.embedding.weight
+
+
 def _untie_head(decoder: Decoder) -> None:
     """Gives the head its own weight if it shares the embedding's; the config says so afterwards."""
     head, embedding = decoder.head, decoder.embedding
-    if head.weight is embedding.weight:
+    if is_tied(decoder):
         head.weight = nn.Parameter(embedding.weight.detach().clone(), requires_grad=False)
     decoder.model.config.tie_word_embeddings = False
 
 
-def _project_ends(decoder: Decoder, basis: ResidualBasis) -> None:
-    """Rewrites embedding, final norm and head."""
-    embedding, head, norm = decoder.embedding, decoder.head, decoder.final_norm
-    _set(head, "weight", basis.read(head.weight, norm.weight))
-    head.in_features = basis.width
+def _project_embedding(decoder: Decoder, basis: ResidualBasis) -> None:
+    embedding = decoder.embedding
     _set(embedding, "weight", basis.write(embedding.weight.T).T.contiguous())
     embedding.embedding_dim = basis.width
-    _set(norm, "weight", torch.ones(basis.width))
 
 
 def _project_block(block: Block, projection: Projection, sizes: dict[Space, int]) -> None:

@@ -32,6 +32,10 @@ class ResidualBasis:
         basis = self.basis.to(weight.device)
         return (weight.detach().double() * norm.detach().double()) @ basis / self.gain
 
+    def between_ends(self, norm: torch.Tensor) -> torch.Tensor:
+        """M with read(table, norm) = write(table^T)^T M: Q^T diag(norm) Q / c^2, `[width, width]`."""
+        return self.read(self.basis.T, norm.to(self.basis)) / self.gain
+
     def write(self, weight: torch.Tensor) -> torch.Tensor:
         """Weight `[d, in]` or bias `[d]` of a writer to the stream: c Q^T W, `[width, in]` or `[width]`."""
         return self.gain * (self.basis.to(weight.device).T @ weight.detach().double())

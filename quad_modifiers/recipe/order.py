@@ -74,6 +74,14 @@ class PlacedModifier:
         return frozenset(table)
 
 
+def unties_head(modifier: "Modifier") -> bool:
+    """Returns whether a modifier gives a head that shares the embedding's tensor one of its own.
+
+    Projections do; one that need not always says so in its `unties_head`.
+    """
+    return PROJECT in PlacedModifier(modifier).roles and getattr(modifier, "unties_head", True)
+
+
 def order_problems(placed: Sequence[PlacedModifier]) -> list[Problem]:
     """Returns what is wrong with the order and the company of the modifiers, errors before the warning."""
     problems = [

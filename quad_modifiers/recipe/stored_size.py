@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from quad_modifiers.recipe import coverage
-from quad_modifiers.recipe.order import PROJECT, QUANTIZE_WEIGHTS, PlacedModifier
+from quad_modifiers.recipe.order import PROJECT, QUANTIZE_WEIGHTS, PlacedModifier, unties_head
 
 if TYPE_CHECKING:
     from llmcompressor.modifiers import Modifier
@@ -14,7 +14,7 @@ def stored_size(model: Any, modifiers: "Sequence[Modifier]") -> int:
     """Returns about how many bytes the tensors of the checkpoint will take, hardly ever more than they do.
 
     Weights to be quantized count with their bits and nothing for scales; the outlier columns of a projection count in
-    the dtype of the model, and so does the head that it unties from the embedding.
+    the dtype of the model, and so does a head that it unties from the embedding.
 
     Args:
         model: transformers model, not compressed yet.
@@ -26,13 +26,16 @@ def stored_size(model: Any, modifiers: "Sequence[Modifier]") -> int:
     placed = [PlacedModifier(each) for each in modifiers]
     bits = _bits(placed, linears)
     projections = [each for each in placed if PROJECT in each.roles and not each.is_stock]
-    tied = set() if projections else set(model.all_tied_weights_keys)
+    tied = set() if any(unties_head(each.modifier) for each in projections) else set(model.all_tied_weights_keys)
     size = 0
     for name, tensor in model.state_dict().items():
         if name not in tied:
             stored = min(bits.get(name.removesuffix(".weight"), 64), 8 * tensor.element_size())
             size += tensor.numel() * stored // 8
     for each in projections:
+        if tied:  # the matrix that lets the head read the embedding's table
+            width = model.config.hidden_size + getattr(each.modifier, "rank", 0)
+            size += width * width * model.get_output_embeddings().weight.element_size()
         roles = {name.split(".")[-2] for name in coverage.outlier_names(each.modifier)}
         widened = [linear for name, linear in linears.items() if name.rpartition(".")[2] in roles]
         rank = getattr(each.modifier, "rank", 0)

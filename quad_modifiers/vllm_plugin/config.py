@@ -8,6 +8,7 @@ from vllm.model_executor.layers.quantization.base_config import QuantizationConf
 from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
 
 from quad_modifiers.checkpoint.format import QUANT_METHOD, QuadFormat, read_format
+from quad_modifiers.checkpoint.head_transform import NAME as HEAD_TRANSFORM
 from quad_modifiers.nn.packed_table import PackedEmbedding, PackedHead
 from quad_modifiers.vllm_plugin.layout import fused_format
 from quad_modifiers.vllm_plugin.linear import QuadLinearMethod
@@ -47,7 +48,8 @@ class QuadConfig(QuantizationConfig):
     def from_config(cls, config: dict[str, Any]) -> "QuadConfig":
         """Reads `quantization_config`; ValueError if it is damaged, of an unknown version, or not served."""
         quad = read_format(config.get("quad"))
-        unserved = sorted({kind for linear in quad.linears.values() for kind in linear.terms} | quad.sections.keys())
+        kinds = {kind for linear in quad.linears.values() for kind in linear.terms} | quad.sections.keys()
+        unserved = sorted(kinds - {HEAD_TRANSFORM})
         if unserved:
             raise ValueError(
                 f"the checkpoint has {', '.join(map(repr, unserved))}, which the vLLM plugin does not compute "

@@ -16,7 +16,9 @@ from vllm.model_executor.models.phi3 import Phi3ForCausalLM
 from vllm.model_executor.models.qwen3 import Qwen3ForCausalLM
 from vllm.platforms import current_platform
 
+from quad_modifiers.checkpoint.head_transform import NAME as HEAD_TRANSFORM
 from quad_modifiers.checkpoint.tensors import expected_tensors
+from quad_modifiers.nn.transformed_norm import add_head_transform
 from quad_modifiers.plugins import architectures
 from quad_modifiers.vllm_plugin.config import QuadConfig
 from quad_modifiers.vllm_plugin.kernels import kernel_key
@@ -36,6 +38,11 @@ class CheckedWeights:
             vllm_config.additional_config["quad_kernels"] = kernel_key(torch.device(current_platform.device_type))
         super().__init__(vllm_config=vllm_config, prefix=prefix, **arguments)  # type: ignore[call-arg]
         self._checkpoint = vllm_config.model_config, vllm_config.quant_config.quad
+        if HEAD_TRANSFORM in vllm_config.quant_config.quad.sections:
+            decoder: Any = getattr(self, "model", None)
+            weight = getattr(decoder.norm, "weight", None)
+            if weight is not None:  # only the last of several pipeline stages has the norm
+                add_head_transform(decoder.norm, weight.new_empty(len(weight), len(weight)))
 
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
         """Loads the tensors of a checkpoint; ValueError names those missing, surplus, mis-shaped or damaged."""

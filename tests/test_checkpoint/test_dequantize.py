@@ -48,7 +48,7 @@ def without_input_quantization(folder):
 )
 def test_same_function(model_type, size, basis, rank, weights, ends, stock_width, compress_toy, logits_of) -> None:
     recipe = RECIPE.format(rank=rank, basis=basis, weights=weights, ends=ends)
-    made = compress_toy(recipe, model_type, size=size, attention_bias=True)
+    made = compress_toy(recipe, model_type, size=size, attention_bias=True, tie_word_embeddings=rank % 2 == 0)
     wanted = logits_of(without_input_quantization(made.folder))
     assert not torch.equal(wanted, made.logits)
 
@@ -59,6 +59,7 @@ def test_same_function(model_type, size, basis, rank, weights, ends, stock_width
     assert type(model.config).__module__.startswith("transformers.")
     assert model.config.hidden_size == stock_width
     assert not hasattr(model.config, "quantization_config")
+    assert not model.config.tie_word_embeddings
     assert {type(m).__name__ for n, m in model.named_modules() if n.endswith("_proj")} == {"Linear"}
 
 
@@ -79,7 +80,7 @@ def test_from_pretrained_with_dequantize(compressed, logits_of) -> None:
 def test_saved_again_it_needs_nothing_of_ours(compress_toy, logits_of, tmp_path) -> None:
     from .conftest import PROBE
 
-    made = compress_toy(RECIPE.format(rank=7, basis="extended", weights="bits: 4", ends=ENDS))
+    made = compress_toy(RECIPE.format(rank=7, basis="extended", weights="bits: 4", ends=ENDS), tie_word_embeddings=True)
     model = AutoModelForCausalLM.from_pretrained(made.folder).dequantize()
     model.save_pretrained(tmp_path / "plain")
     config = json.loads((tmp_path / "plain" / "config.json").read_text())

@@ -20,7 +20,8 @@ quad_stage:
     EmbeddingHeadQuant: {ends}
     {linears}
 """
-PROJECTION = "SVDOutlierProjection: {rank: 8, basis: square}"
+PROJECTION = "SVDOutlierProjection: {rank: 8, basis: square, keep_tied: false}"
+KEEPING = "SVDOutlierProjection: {rank: 8}"
 LINEARS = "OutlierSplitGPTQ: {bits: 4, method: rtn}"
 ENDS = ("model.embed_tokens", "lm_head")
 
@@ -36,7 +37,7 @@ def packed(compress_toy):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
-@pytest.mark.parametrize("projection", [PROJECTION, ""], ids=["projected", "alone"])
+@pytest.mark.parametrize("projection", [PROJECTION, KEEPING, ""], ids=["projected", "one table", "alone"])
 @pytest.mark.parametrize(("model_type", "size"), [("qwen2", "even"), ("qwen3", "odder")])
 def test_reloads_exactly(model_type, size, projection, tied, dtype, compress_toy, logits_of, tmp_path) -> None:
     recipe = RECIPE.format(projection=projection, ends="{}", linears=LINEARS)
@@ -46,7 +47,7 @@ def test_reloads_exactly(model_type, size, projection, tied, dtype, compress_toy
     model.save_pretrained(tmp_path / "again")
     before, after = (load_file(folder / "model.safetensors") for folder in (made.folder, tmp_path / "again"))
     assert before.keys() == after.keys()
-    assert ("lm_head.weight_packed" in before) == (not tied or bool(projection))
+    assert ("lm_head.weight_packed" in before) == (not tied or projection == PROJECTION)
     again = AutoModelForCausalLM.from_pretrained(tmp_path / "again")
     assert torch.equal(logits_of(again), made.logits)
     if tied and not projection:

@@ -337,6 +337,32 @@ def test_version_2_describes_embedding_and_head(ends: str, make_toy, tmp_path: P
     torch.testing.assert_close(model.lm_head(x), x @ torch.from_numpy(tables["head"]).T, rtol=1e-4, atol=1e-5)
 
 
+def test_a_shared_table(make_toy, tmp_path: Path) -> None:
+    ids = torch.randint(3, 320, (16, 64), generator=torch.Generator().manual_seed(0))
+    oneshot(
+        model=make_toy("llama", "odder", tie_word_embeddings=True),
+        recipe="quad_stage:\n  quad_modifiers:\n    SVDOutlierProjection: {rank: 9}\n",
+        dataset=ids,
+        max_seq_length=64,
+        output_dir=tmp_path / "out",
+    )
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    tensors = load_file(tmp_path / "out" / "model.safetensors")
+    section, width = config["quantization_config"]["quad"], config["hidden_size"]
+    assert (section["format_version"], section["sections"]) == (3, {"head_transform": {}})
+    assert config["tie_word_embeddings"]
+    assert not [name for name in tensors if name.startswith("lm_head")]
+    matrix = tensors["model.norm.head_transform"]
+    assert matrix.shape == (width, width)
+    model, seen = AutoModelForCausalLM.from_pretrained(tmp_path / "out"), []
+    model.model.layers[-1].register_forward_hook(lambda _, __, output: seen.append(output.numpy()))
+    with torch.no_grad():
+        wanted = model(ids[:1, :9]).logits.numpy()
+    x = seen[0] / np.sqrt(np.square(seen[0]).mean(-1, keepdims=True) + config["rms_norm_eps"])
+    table = tensors["model.embed_tokens.weight"]
+    np.testing.assert_allclose(x @ matrix.T @ table.T, wanted, rtol=1e-3, atol=1e-3)
+
+
 def test_transform_is_orthonormal_and_has_the_factors_of_the_examples() -> None:
     examples = {1536: (12, 128), 8192: (128, 64), 11008: (344, 32), 18944: (148, 128), 2: (2,)}
     assert {m: factors(m) for m in examples} == examples

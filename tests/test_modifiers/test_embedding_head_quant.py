@@ -14,7 +14,7 @@ from quad_modifiers.modifiers.embedding_head_quant import EmbeddingHeadQuant
 from quad_modifiers.modifiers.outlier_split_gptq import OutlierSplitGPTQ
 from quad_modifiers.modifiers.svd_outlier_projection import SVDOutlierProjection
 from quad_modifiers.nn.native_block import NativeHead
-from quad_modifiers.nn.packed_table import PackedEmbedding, PackedHead
+from quad_modifiers.nn.packed_table import PackedEmbedding, PackedHead, TiedHead
 from quad_modifiers.recipe import validate_modifiers
 
 
@@ -83,15 +83,17 @@ def test_one_target(make_toy, compress) -> None:
 
 
 @pytest.mark.parametrize("position", [1, 2, 3])
-def test_anywhere_after_the_projection(position, make_toy, compress, logits_of, assert_same_function) -> None:
+@pytest.mark.parametrize("tied", [True, False])
+def test_anywhere_after_the_projection(tied, position, make_toy, compress, logits_of, assert_same_function) -> None:
     def modifiers():
-        return [SVDOutlierProjection(rank=8), DynamicActQuant(u_type_bits=8, d_type_bits=8), OutlierSplitGPTQ(bits=8)]
+        projection = SVDOutlierProjection(rank=8, keep_tied=tied)
+        return [projection, DynamicActQuant(u_type_bits=8, d_type_bits=8), OutlierSplitGPTQ(bits=8)]
 
     with_ends = modifiers()
     with_ends.insert(position, EmbeddingHeadQuant())
     wanted = logits_of(compress(make_toy(tie_word_embeddings=True), *modifiers()))
     model = compress(make_toy(tie_word_embeddings=True), *with_ends)
-    assert type(model.lm_head) is PackedHead  # the projection unties
+    assert type(model.lm_head) is (TiedHead if tied else PackedHead)
     assert_same_function(logits_of(model), wanted, 3e-2)
 
 
@@ -111,6 +113,10 @@ def test_company_of_quantizers_that_leave_the_head_alone() -> None:
 def test_bad_input(make_toy, compress) -> None:
     with pytest.raises(ValueError, match=r"share one tensor, so both are quantized or none; write targets"):
         compress(make_toy(tie_word_embeddings=True), EmbeddingHeadQuant(targets=["lm_head"]))
+    with pytest.raises(ValueError, match=r"share one tensor.*keep_tied: false"):
+        compress(
+            make_toy(tie_word_embeddings=True), SVDOutlierProjection(rank=8), EmbeddingHeadQuant(targets=["lm_head"])
+        )
     biased = make_toy()
     biased.lm_head = nn.Linear(64, 320)
     with pytest.raises(ValueError, match=r"lm_head has a bias.*write targets: \[embed_tokens\]"):

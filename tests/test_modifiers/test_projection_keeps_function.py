@@ -27,8 +27,27 @@ def test_all_shapes(model_type, size, basis, make_toy, compress, logits_of, asse
     assert model.config.hidden_size == width
     assert model.model.embed_tokens.weight.shape == (320, width)
     assert model.model.layers[0].self_attn.q_proj.outlier.weight.shape[1] == rank
+    assert (model.lm_head.weight is model.model.embed_tokens.weight) == tied
+    assert model.config.tie_word_embeddings == tied
+
+
+@pytest.mark.parametrize("basis", ["extended", "square"])
+@pytest.mark.parametrize("keep", [False, True])
+def test_a_shared_table_as_asked_for(keep, basis, make_toy, compress, logits_of, assert_same_function) -> None:
+    model = make_toy("qwen3", "odd", tie_word_embeddings=True)
+    model.model.norm.weight.data = torch.linspace(-2, 3, 84)  # what the two ends do not share
+    wanted = logits_of(model)
+    compress(model, SVDOutlierProjection(rank=6, basis=basis, keep_tied=keep))
+    assert (model.lm_head.weight is model.model.embed_tokens.weight) == keep
+    assert model.config.tie_word_embeddings == keep
+    assert hasattr(model.model.norm, "head_transform") == keep
+    assert_same_function(logits_of(model), wanted)
+
+
+def test_two_tables_cannot_be_kept_as_one(make_toy, compress, caplog) -> None:
+    model = compress(make_toy(), SVDOutlierProjection(rank=8, keep_tied=True))
+    assert "keep_tied has no effect" in caplog.text
     assert model.lm_head.weight is not model.model.embed_tokens.weight
-    assert model.config.tie_word_embeddings is False
 
 
 @pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])

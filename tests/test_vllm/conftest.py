@@ -29,7 +29,12 @@ RANK, HIDDEN, HEADS, KV_HEADS, HEAD_DIM, INTERMEDIATE = 8, 72, 4, 2, 32, 100
 
 
 def toy_format(
-    base: str, weight: WeightFormat | None, quantized: InputFormat | None, packed_ends: bool, **changes: Any
+    base: str,
+    weight: WeightFormat | None,
+    quantized: InputFormat | None,
+    packed_ends: bool,
+    shared_table: bool = False,
+    **changes: Any,
 ) -> QuadFormat:
     """Return a `quad` section; `changes` replaces fields of single roles, `o_proj={"hadamard": False}`."""
     heads, kv = HEADS * HEAD_DIM, KV_HEADS * HEAD_DIM
@@ -54,6 +59,8 @@ def toy_format(
         own["bias"] = base == "qwen2" and group.name == "qkv"
         linears[member.role] = LinearFormat(**{**common, **inputs[group.reads], **own, **changes.get(member.role, {})})
     ends = {"format_version": 2, "embedding": TableFormat(), "head": TableFormat()} if packed_ends else {}
+    if shared_table:
+        ends |= {"format_version": 3, "sections": {"head_transform": {}}}
     return QuadFormat(base_model_type=base, residual_basis=None, linears=linears, **ends)
 
 
@@ -126,7 +133,9 @@ def write_toy(tmp_path_factory: pytest.TempPathFactory, toy_tokenizer) -> Callab
 
 @pytest.fixture(scope="session")
 def toy_quad() -> Callable[..., QuadFormat]:
-    """Return `toy_quad(base="llama", weight=W4, quantized=A4, packed_ends=False, role={field: value})`."""
+    """Return `toy_quad(base="llama", weight=W4, quantized=A4, packed_ends=False, shared_table=False,
+    role={field: value})`.
+    """
 
     def make(
         base: str = "llama",

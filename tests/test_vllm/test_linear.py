@@ -74,6 +74,21 @@ def test_tied_embeddings(load, toy_quad, write_toy) -> None:
     assert served.lm_head.weight.data_ptr() == served.model.embed_tokens.weight.data_ptr()
 
 
+@pytest.mark.parametrize("packed", [False, True], ids=["floating point", "packed"])
+@pytest.mark.parametrize("base", ["llama", "mistral", "qwen2", "qwen3"])
+def test_a_head_that_reads_the_embedding_s_table(base, packed, load, toy_quad, write_toy, tolerance) -> None:
+    folder = write_toy(toy_quad(base, packed_ends=packed, shared_table=True), tie_word_embeddings=True)
+    served, reference = load(folder, "float32"), AutoModelForCausalLM.from_pretrained(folder)
+    x, residual = torch.randn(2, 5, 72, generator=torch.Generator().manual_seed(4))
+    with torch.inference_mode():
+        wanted = reference.model.norm(x + residual)
+        found, stream = served.model.norm(x.clone(), residual.clone())
+        torch.testing.assert_close(found, wanted, **tolerance(torch.float32))
+        torch.testing.assert_close(stream, x + residual)
+        torch.testing.assert_close(served.model.norm(x + residual), wanted, **tolerance(torch.float32))
+        torch.testing.assert_close(served.compute_logits(found), reference.lm_head(wanted), **tolerance(torch.float32))
+
+
 @pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
 def test_packed_embedding_and_head(tied, load, toy_quad, write_toy, tolerance) -> None:
     folder = write_toy(toy_quad("llama", packed_ends=True), tie_word_embeddings=tied, vocab_size=310)
