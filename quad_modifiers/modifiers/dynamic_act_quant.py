@@ -1,15 +1,20 @@
 """DynamicActQuant: integer quantization of the inputs of the linears, at run time."""
 
 import logging
-from typing import ClassVar, Literal
+from dataclasses import replace
+from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field, model_validator
 from quad_kernels import InputQuantization
 
-from quad_modifiers.model.decoder import Decoder
+from quad_modifiers.model.decoder import Decoder, PlacedLinear
 from quad_modifiers.modifiers.base import Batches, QuadModifier
+from quad_modifiers.passes.clip_ratios import choose_clip_ratios
 
 logger = logging.getLogger(__name__)
+
+
+ClipRatio = Annotated[float, Field(gt=0.3, le=1.0)]
 
 
 class DynamicActQuant(QuadModifier):
@@ -25,6 +30,7 @@ class DynamicActQuant(QuadModifier):
         - set the input quantization of the linears
     - run
         - check the group size against the final widths
+        - choose the clip ratios that are "auto", on some calibration tokens
         - switch the quantization on
 
     Attributes:
@@ -33,7 +39,8 @@ class DynamicActQuant(QuadModifier):
         strategy: one scale per "token", or per "group" of a token.
         group_size: coordinates per scale for strategy "group".
         u_type_clip_ratio, d_type_clip_ratio: share of the largest magnitude that the grid covers; 1.0 is the grid of
-            compressed-tensors, the paper's 0.9 of absmax / 7 is 0.964.
+            compressed-tensors, the paper's 0.9 of absmax / 7 is 0.964. "auto" takes for each role the one of least
+            output error on calibration tokens: the wider an input, the more its largest magnitude stands out.
     """
 
     recipe_role: ClassVar[str | None] = "quantize_activations"
@@ -43,8 +50,8 @@ class DynamicActQuant(QuadModifier):
     d_type_bits: int | None = Field(default=4, ge=2, le=8)
     strategy: Literal["token", "group"] = "token"
     group_size: int | None = Field(default=None, ge=8)
-    u_type_clip_ratio: float = Field(default=0.92, gt=0.3, le=1.0)
-    d_type_clip_ratio: float = Field(default=0.92, gt=0.3, le=1.0)
+    u_type_clip_ratio: ClipRatio | Literal["auto"] = 0.92
+    d_type_clip_ratio: ClipRatio | Literal["auto"] = 0.92
 
     @model_validator(mode="after")
     def _check_group(self) -> "DynamicActQuant":
@@ -58,10 +65,10 @@ class DynamicActQuant(QuadModifier):
     def prepare(self, decoder: Decoder, batches: Batches) -> None:
         """Sets the input quantization of every linear in the decoder blocks."""
         for linear in decoder.linears():
-            writes = linear.group.writes_stream
-            bits = self.d_type_bits if writes else self.u_type_bits
-            clip = self.d_type_clip_ratio if writes else self.u_type_clip_ratio
-            quantization = None if bits is None else InputQuantization(bits, clip, self.group_size)
+            bits = self.d_type_bits if linear.group.writes_stream else self.u_type_bits
+            clip = self._clip_ratio(linear)
+            given = 1.0 if clip == "auto" else clip
+            quantization = None if bits is None else InputQuantization(bits, given, self.group_size)
             linear.module.input_quantization = quantization
         logger.info(
             "DynamicActQuant: U-type inputs %s bits, D-type inputs %s bits, per %s",
@@ -71,16 +78,32 @@ class DynamicActQuant(QuadModifier):
         )
 
     def run(self, decoder: Decoder, batches: Batches) -> None:
-        """Switches the quantization on; the widths are final by now.
+        """Switches the quantization on, with the clip ratios chosen; the widths are final by now.
 
         Raises:
             ValueError: naming the first linear whose width is not a multiple of group_size.
         """
         for linear in decoder.linears():
             width = linear.module.split.residual_width
-            linear.module.quantize_input = True
             if self.group_size is not None and width % self.group_size:
                 raise ValueError(
                     f"group_size ({self.group_size}) must divide the residual width ({width}) of {linear.name}; choose "
                     "a divisor"
                 )
+        if "auto" in (self.u_type_clip_ratio, self.d_type_clip_ratio):
+            self._choose(decoder, batches)
+        for linear in decoder.linears():
+            linear.module.quantize_input = True
+
+    def _clip_ratio(self, linear: PlacedLinear) -> float | Literal["auto"]:
+        return self.d_type_clip_ratio if linear.group.writes_stream else self.u_type_clip_ratio
+
+    def _choose(self, decoder: Decoder, batches: Batches) -> None:
+        open_roles = {each.role for each in decoder.linears() if self._clip_ratio(each) == "auto"}
+        found = {r: ratio for r, ratio in choose_clip_ratios(decoder, batches()).items() if r in open_roles}
+        for linear in decoder.linears():
+            quantization = linear.module.input_quantization
+            if linear.role in found and quantization is not None:
+                linear.module.input_quantization = replace(quantization, clip_ratio=found[linear.role])
+        chosen = ", ".join(f"{role} {ratio:g}" for role, ratio in found.items())
+        logger.info("DynamicActQuant: clip ratios of least output error: %s", chosen)

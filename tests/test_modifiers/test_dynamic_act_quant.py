@@ -11,6 +11,7 @@ from quad_modifiers.nn.quad_linear import QuadLinear
 pytest.importorskip("llmcompressor")
 from quad_modifiers.modifiers.dynamic_act_quant import DynamicActQuant
 from quad_modifiers.modifiers.svd_outlier_projection import SVDOutlierProjection
+from quad_modifiers.passes.clip_ratios import CANDIDATES
 
 
 def settings_by_role(model) -> dict[str, InputQuantization | None]:
@@ -26,6 +27,7 @@ def settings_by_role(model) -> dict[str, InputQuantization | None]:
         ({"d_type_bits": 9}, "d_type_bits"),
         ({"u_type_clip_ratio": 0.0}, "u_type_clip_ratio"),
         ({"d_type_clip_ratio": 1.1}, "d_type_clip_ratio"),
+        ({"d_type_clip_ratio": "best"}, "d_type_clip_ratio"),
         ({"strategy": "group"}, "group_size .* goes with strategy 'group'"),
         ({"group_size": 32}, "group_size .32. goes with strategy 'group'"),
         ({"strategy": "group", "group_size": 4}, "group_size"),
@@ -45,6 +47,30 @@ def test_bits_and_clip_ratio_per_role(make_toy, compress) -> None:
         assert found[role] == InputQuantization(4, 0.9)
     for role in ("o_proj", "down_proj"):
         assert found[role] == InputQuantization(8, 1.0)
+
+
+def test_clip_ratios_of_least_error(make_toy, compress) -> None:
+    """Each chosen ratio is, of all candidates, the one that changes the outputs of its linears least."""
+    projection = SVDOutlierProjection(rank=8)
+    automatic = DynamicActQuant(u_type_clip_ratio="auto", d_type_clip_ratio="auto")
+    found = settings_by_role(compress(make_toy(), projection, automatic))
+    assert {setting.bits for setting in found.values()} == {4}
+    assert found["q_proj"] == found["k_proj"] == found["v_proj"]
+    assert found["gate_proj"] == found["up_proj"]
+    assert all(setting.clip_ratio in CANDIDATES and setting.clip_ratio < 1 for setting in found.values())
+    fixed = settings_by_role(compress(make_toy(), projection, DynamicActQuant(d_type_clip_ratio="auto")))
+    assert fixed["q_proj"].clip_ratio == 0.92
+    assert fixed["down_proj"] == found["down_proj"]
+
+
+def test_what_stands_out_is_clipped_more(make_toy, compress) -> None:
+    model = make_toy(num_hidden_layers=1)
+    model.model.layers[0].mlp.down_proj.weight.data[:, :8] = 0  # large channels that nobody reads
+    model.model.layers[0].mlp.up_proj.weight.data[:8] *= 20
+    automatic = DynamicActQuant(u_type_clip_ratio="auto", d_type_clip_ratio="auto")
+    found = settings_by_role(compress(model, automatic))
+    assert found["down_proj"].clip_ratio == min(CANDIDATES)
+    assert found["o_proj"].clip_ratio > 0.6
 
 
 def test_none_leaves_a_role_alone(make_toy, compress) -> None:

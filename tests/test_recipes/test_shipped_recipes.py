@@ -18,6 +18,8 @@ NAMES = (
     "quad_w4a4_square",
     "quad_w4a4_e8",
     "quad_w4a4_portable",
+    "quad_w4a8",
+    "quad_w4a8_g32",
     "quad_w4a16",
     "quarot_w4a4",
     "rtn_w4a4",

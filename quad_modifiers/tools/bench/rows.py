@@ -74,6 +74,8 @@ QUALITY = {
     "quad_w4a4_finetuned": Row("quad_w4a4, then quad finetune", "quad_w4a4", tuned=True),
     "quad_w4a4a8": Row("quad_w4a4a8", "quad_w4a4a8"),
     "quad_w4a4a8_finetuned": Row("quad_w4a4a8, then quad finetune", "quad_w4a4a8", tuned=True),
+    "quad_w4a8": Row("quad_w4a8", "quad_w4a8"),
+    "quad_w4a8_g32": Row("quad_w4a8_g32", "quad_w4a8_g32"),
     "quad_w4a16": Row("quad_w4a16", "quad_w4a16"),
 }
 

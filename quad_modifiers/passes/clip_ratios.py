@@ -1,0 +1,74 @@
+"""Chooses the clip ratio of input grids by what the linears make of the rounding error."""
+
+from dataclasses import replace
+
+import torch
+from quad_kernels import fake_quantize, split_input
+
+from quad_modifiers.model.decoder import Decoder, PlacedGroup
+from quad_modifiers.passes.calibration_stream import CalibrationBatch, first_block_inputs, in_float32
+from quad_modifiers.passes.runners import runner_of
+from quad_modifiers.reporting import layer_progress
+
+CANDIDATES = tuple(round(1 - 0.02 * step, 2) for step in range(31))  # 1.0 to 0.4
+_BATCHES = 2  # each of up to 2048 tokens: the errors of all blocks are summed, so that few will do
+_TOKENS = 512  # of a batch, spread over it
+
+
+@torch.no_grad()
+def choose_clip_ratios(decoder: Decoder, batches: list[dict[str, torch.Tensor]]) -> dict[str, float]:
+    """Returns the clip ratio of least output error for each role of linears whose inputs are to be quantized.
+
+    The error is |(x_q - x) W^T|^2 over |x W^T|^2 on calibration tokens, summed over the blocks. Linears that share
+    their input share their ratio, and all blocks do: the checkpoint has one per role.
+
+    Args:
+        decoder: with linears whose `input_quantization` is set and not switched on yet; its ratio does not count.
+        batches: `input_ids` and optional `attention_mask`.
+    """
+    stream = first_block_inputs(decoder, batches)[:_BATCHES]
+    total: dict[tuple[str, ...], torch.Tensor] = {}
+    for block in layer_progress(decoder.blocks, "choosing clip ratios"):
+        errors = _BlockErrors()
+        with in_float32(block.module):
+            runner = runner_of(block, decoder.architecture)
+            for batch in stream:
+                errors.batch = batch
+                batch.hidden = runner.run(batch.hidden, batch.arguments[block.index], errors.see)
+        for roles, found in errors.relative().items():
+            total[roles] = total[roles] + found if roles in total else found
+    return {role: CANDIDATES[int(found.argmin())] for roles, found in total.items() for role in roles}
+
+
+class _BlockErrors:
+    """Sums over the batches of one block, by the roles of a group."""
+
+    batch: CalibrationBatch
+
+    def __init__(self) -> None:
+        self.errors: dict[tuple[str, ...], torch.Tensor] = {}  # of each candidate
+        self.outputs: dict[tuple[str, ...], torch.Tensor] = {}
+
+    def see(self, group: PlacedGroup, x: torch.Tensor) -> None:
+        """Adds the input of a group."""
+        linears = [linear.module for linear in group.linears]
+        if not group.group.quantized or linears[0].input_quantization is None or not x.numel():
+            return
+        x = self.batch.tokens(x)
+        x = x[:: max(1, len(x) // _TOKENS)].float()
+        _, residual = split_input(x, linears[0].split)
+        weight = torch.cat([linear.residual.weight for linear in linears])
+        grids = [replace(linears[0].input_quantization, clip_ratio=ratio) for ratio in CANDIDATES]
+        errors = torch.stack([_energy((fake_quantize(residual, grid) - residual) @ weight.T) for grid in grids])
+        output = _energy(torch.cat([linear(x) for linear in linears], dim=-1))
+        roles = tuple(linear.role for linear in group.linears)
+        self.errors[roles] = self.errors.get(roles, torch.zeros_like(errors)) + errors
+        self.outputs[roles] = self.outputs.get(roles, torch.zeros_like(output)) + output
+
+    def relative(self) -> dict[tuple[str, ...], torch.Tensor]:
+        """Errors over outputs, `[candidates]`, float64."""
+        return {roles: errors / self.outputs[roles].clamp(min=1e-30) for roles, errors in self.errors.items()}
+
+
+def _energy(y: torch.Tensor) -> torch.Tensor:
+    return y.square().sum(dtype=torch.float64)
