@@ -20,6 +20,9 @@ from quad_modifiers.reporting import layer_progress, table
 logger = logging.getLogger(__name__)
 
 
+Share = Annotated[float, Field(ge=0.0, le=1.0)]
+
+
 class OutlierSplitGPTQ(QuadModifier):
     """Quantizes the residual weights with GPTQ (arXiv 2210.17323) or by rounding to nearest.
 
@@ -45,7 +48,8 @@ class OutlierSplitGPTQ(QuadModifier):
             factorization succeeds, the table says by how much.
         block_size: columns whose mutual updates are done at once.
         sweeps: coordinate-descent sweeps that revisit the rounding after GPTQ.
-        error_correction: 0 to 1, how far weights are first moved to make up for the error of earlier layers.
+        error_correction: 0 to 1, how far weights are first moved to make up for the error of earlier layers; "auto"
+            finds out for each group of linears, by what each half of the calibration tokens says of the other's advice.
         ignore: linears that stay in full precision, by the last parts of their names or by "re:" patterns.
     """
 
@@ -61,7 +65,7 @@ class OutlierSplitGPTQ(QuadModifier):
     damping: float = Field(default=0.01, ge=0.0, le=1.0)
     block_size: int = Field(default=128, ge=1)
     sweeps: int = Field(default=0, ge=0)
-    error_correction: float = Field(default=0.0, ge=0.0, le=1.0)
+    error_correction: Share | Literal["auto"] = 0.0
     ignore: list[str] = Field(default=["lm_head"])
 
     _reports: dict[str, dict[str, LinearReport]] = PrivateAttr(default_factory=dict)  # by block and group

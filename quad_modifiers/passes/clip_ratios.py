@@ -11,8 +11,8 @@ from quad_modifiers.passes.runners import runner_of
 from quad_modifiers.reporting import layer_progress
 
 CANDIDATES = tuple(round(1 - 0.02 * step, 2) for step in range(31))  # 1.0 to 0.4
-_BATCHES = 2  # each of up to 2048 tokens: the errors of all blocks are summed, so that few will do
-_TOKENS = 512  # of a batch, spread over it
+_BATCHES = 1  # of up to 2048 tokens: the errors of all blocks are summed, so that few will do
+_TOKENS = 256  # of a batch, spread over it
 
 
 @torch.no_grad()

@@ -130,7 +130,8 @@ class _BlockWork:
         """Moments of the inputs, None if there are none: an expert that no token was sent to is rounded to nearest."""
         if not self._is_corrected(group):
             originals = None
-        moments = InputMoments(self._chosen(group)[0].module, originals is not None)
+        halves = originals is not None and self.settings.error_correction == "auto"
+        moments = InputMoments(self._chosen(group)[0].module, originals is not None, halves)
         for index, (x, batch) in enumerate(zip(inputs, stream, strict=True)):
             if not x.numel():
                 continue

@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from quad_kernels import InputQuantization, QuantizedWeight, fake_quantize, split_input
@@ -9,12 +10,11 @@ from quad_kernels import InputQuantization, QuantizedWeight, fake_quantize, spli
 from quad_modifiers.linalg import StreamingGram
 from quad_modifiers.linalg.fast_dtype import fast_dtype
 from quad_modifiers.nn.quad_linear import QuadLinear
+from quad_modifiers.quantization.error_correction import Correction, Moments, corrected, cross_fitted
 from quad_modifiers.quantization.gptq import (
     ColumnBlock,
     GptqResult,
     RoundedBlock,
-    factorizations,
-    input_level,
     quantize_columns,
 )
 from quad_modifiers.quantization.grid import (
@@ -41,7 +41,7 @@ class WeightQuantization:
     damping: float = 0.01
     block_size: int = 128
     sweeps: int = 0
-    error_correction: float = 0.0
+    error_correction: float | Literal["auto"] = 0.0
 
 
 class InputMoments:
@@ -50,14 +50,14 @@ class InputMoments:
     Args:
         linear: one of the linears; all share its split and input quantization.
         error_correction: whether the full-precision model's inputs are tracked as well.
+        halves: whether the moments of both halves of the tokens are kept, for `cross_fitted`.
     """
 
-    def __init__(self, linear: QuadLinear, error_correction: bool) -> None:
+    def __init__(self, linear: QuadLinear, error_correction: bool, halves: bool = False) -> None:
         self.linear = linear
         size = linear.split.residual_width + linear.split.rank
         device = linear.residual.weight.device
-        self._gram = StreamingGram(size, device)
-        self._cross = torch.zeros(size, size, dtype=torch.float64, device=device) if error_correction else None
+        self._sums = [_Sums(size, device, error_correction) for _ in range(2 if halves else 1)]
 
     def add(self, x: torch.Tensor, original: torch.Tensor | None) -> None:
         """Adds inputs `[n, width]` of the quantized model and, for error correction, of the original model.
@@ -68,12 +68,11 @@ class InputMoments:
             ValueError: if an input of the quantized model is NaN or infinite, or its square is.
         """
         seen = self._columns(x, self.linear.input_quantization)
-        self._gram.add(seen)
-        if self._cross is not None and original is not None:
-            # The relative error of bfloat16 counts only against the small difference.
-            dtype = fast_dtype(seen.device)
-            difference = (self._columns(original, None) - seen).to(dtype)
-            self._cross += difference.T @ seen.to(dtype)
+        wanted = None if original is None else self._columns(original, None)
+        size = -(-len(seen) // len(self._sums))
+        for index, sums in enumerate(self._sums):
+            part = slice(index * size, (index + 1) * size)
+            sums.add(seen[part], None if wanted is None else wanted[part])
 
     def _columns(self, x: torch.Tensor, quantization: InputQuantization | None) -> torch.Tensor:
         outlier, residual = split_input(x, self.linear.split)
@@ -84,12 +83,15 @@ class InputMoments:
     @property
     def tokens(self) -> int:
         """Number of inputs added."""
-        return self._gram.tokens
+        return sum(sums.gram.tokens for sums in self._sums)
 
     @property
     def hessian(self) -> torch.Tensor:
         """Mean of x_seen x_seen^T, `[n, n]`, float64."""
-        return self._gram.mean()
+        seen = [sums for sums in self._sums if sums.gram.tokens]
+        if len(seen) < 2:
+            return (seen or self._sums)[0].gram.mean()
+        return sum((sums.gram.mean() * (sums.gram.tokens / self.tokens) for sums in seen), start=torch.zeros(()))
 
     @property
     def drift(self) -> torch.Tensor | None:
@@ -98,11 +100,35 @@ class InputMoments:
         Raises:
             ValueError: if an input of the original model is NaN or infinite, or its products are.
         """
-        if self._cross is None:
+        crosses = [sums.cross for sums in self._sums if sums.cross is not None]
+        if not crosses:
             return None
-        if not torch.isfinite(self._cross).all():
+        total = crosses[0] if len(crosses) == 1 else crosses[0] + crosses[1]
+        if not torch.isfinite(total).all():
             raise ValueError("its inputs in the original model are NaN, infinite, or too large to be multiplied")
-        return self._cross / self._gram.tokens
+        return total / self.tokens
+
+    @property
+    def halves(self) -> list[Moments]:
+        """Moments of both halves of the tokens; fewer if they were not kept, or one half has no token."""
+        kept = [(sums.gram, sums.cross) for sums in self._sums]
+        return [Moments(gram.mean(), cross / gram.tokens) for gram, cross in kept if gram.tokens and cross is not None]
+
+
+class _Sums:
+    """Sums over some of the tokens."""
+
+    def __init__(self, size: int, device: torch.device, error_correction: bool) -> None:
+        self.gram = StreamingGram(size, device)
+        self.cross = torch.zeros(size, size, dtype=torch.float64, device=device) if error_correction else None
+
+    def add(self, seen: torch.Tensor, wanted: torch.Tensor | None) -> None:
+        """Adds inputs of the quantized and of the original model, `[n, size]` each."""
+        self.gram.add(seen)
+        if self.cross is not None and wanted is not None:
+            # The relative error of bfloat16 counts only against the small difference.
+            dtype = fast_dtype(seen.device)
+            self.cross += (wanted - seen).to(dtype).T @ seen.to(dtype)
 
 
 @dataclass
@@ -221,7 +247,10 @@ def _gptq(
     scale_dtype: torch.dtype,
 ) -> GptqResult:
     hessian, drift = moments.hessian, moments.drift
-    target = weight if drift is None else _corrected(weight, hessian, drift, columns, settings)
+    target = weight
+    if drift is not None:
+        correction = _correction(weight, columns, moments, settings)
+        target = corrected(weight, Moments(hessian, drift), columns, correction)
     base = _initial_scales(target[:, :columns], hessian.diagonal()[:columns], settings, scale_dtype)
     best: GptqResult | None = None
     for candidate in settings.scale_candidates:
@@ -240,23 +269,11 @@ def _gptq(
     return best
 
 
-def _corrected(
-    weight: torch.Tensor, hessian: torch.Tensor, drift: torch.Tensor, columns: int, settings: WeightQuantization
-) -> torch.Tensor:
-    """Weight that best reproduces the original model's output from the quantized model's input.
-
-    argmin_V E |W x_original - V x_seen|^2 = W + W E[(x_original - x_seen) x_seen^T] E[x_seen x_seen^T]^-1, damped, and
-    taken only in part (`error_correction`), because the moments come from a sample.
-    """
-    # Outliers first: the other way round, what is left of them after many small columns is rounding error in float32.
-    right = (weight @ drift.to(weight)).flip(1).T
-    for found in factorizations(hessian.flip(0, 1), input_level(hessian, columns), settings.damping):
-        lower = found.lower.to(weight)
-        half = torch.linalg.solve_triangular(lower, right, upper=False)
-        change = torch.linalg.solve_triangular(lower.T, half, upper=True).T.flip(1)
-        if change.norm() <= weight.norm():  # not if NaN; a larger one fits the rounding errors of inputs that are alike
-            return weight + settings.error_correction * change
-    return weight
+def _correction(weight: torch.Tensor, columns: int, moments: InputMoments, settings: WeightQuantization) -> Correction:
+    if settings.error_correction != "auto":
+        return Correction(settings.error_correction, settings.damping)
+    halves = moments.halves
+    return cross_fitted(weight, halves, columns) if len(halves) == 2 else Correction(0.0, settings.damping)
 
 
 def _better_rows(first: GptqResult, second: GptqResult) -> GptqResult:

@@ -128,29 +128,46 @@ def test_bad_moments_name_the_linears() -> None:
         moments.add(x, None)
 
 
+@pytest.mark.parametrize("split", SPLITS.values(), ids=SPLITS)
+def test_moments_of_halves_are_those_of_the_whole(split: InputSplit) -> None:
+    linear = make_linears(split)[0]
+    whole, halved = InputMoments(linear, True), InputMoments(linear, True, halves=True)
+    for tokens in (7, 1, 20):
+        x = inputs(tokens)
+        whole.add(x, 1.1 * x)
+        halved.add(x, 1.1 * x)
+    assert halved.tokens == whole.tokens == 28
+    torch.testing.assert_close(halved.hessian, whole.hessian, rtol=1e-4, atol=1e-4)
+    assert (halved.drift - whole.drift).norm() < 1e-2 * whole.drift.norm()  # products may be bfloat16
+    assert len(halved.halves) == 2
+    assert len(whole.halves) == 1
+
+
+@pytest.mark.parametrize("share", [0.5, "auto"])
 @pytest.mark.parametrize("damping", [0.0, 0.01])
 @pytest.mark.parametrize("split", SPLITS.values(), ids=SPLITS)
-def test_dead_inputs_with_error_correction(split: InputSplit, damping: float) -> None:
+def test_dead_inputs_with_error_correction(split: InputSplit, damping: float, share: float | str) -> None:
     linears = make_linears(split)
     wanted = [linear.residual.weight.clone() for linear in linears]
-    moments = InputMoments(linears[0], True)
+    moments = InputMoments(linears[0], True, halves=share == "auto")
     moments.add(torch.zeros(100, WIDTH), torch.zeros(100, WIDTH))
-    settings = WeightQuantization(IntegerGrid(8), damping=damping, sweeps=1, error_correction=0.5)
+    settings = WeightQuantization(IntegerGrid(8), damping=damping, sweeps=1, error_correction=share)
     _, report = quantize_group(linears, moments, settings, torch.float32, "dead")
     assert report.error == 0
     for linear, weight in zip(linears, wanted, strict=True):
         torch.testing.assert_close(linear.residual.weight, weight, rtol=0, atol=5e-3)
 
 
-def test_tokens_that_are_alike_do_not_blow_up_the_weights() -> None:
+@pytest.mark.parametrize("share", [0.5, "auto"])
+def test_tokens_that_are_alike_do_not_blow_up_the_weights(share: float | str) -> None:
     """Moments of one direction: everything else in them is rounding error, which error correction must not fit."""
     linears = make_linears(SPLITS["U-type"])
     before = max(float(linear.outlier.weight.abs().max()) for linear in linears)
     x = inputs(1).expand(200, WIDTH).clone()
     x[:, RANK:] *= 1e-7
-    moments = InputMoments(linears[0], True)
+    moments = InputMoments(linears[0], True, halves=share == "auto")
     moments.add(x, x + 1e-7 * torch.randn(x.shape, generator=torch.Generator().manual_seed(3)))
-    settings = WeightQuantization(IntegerGrid(4), sweeps=1, error_correction=0.5)
+    settings = WeightQuantization(IntegerGrid(4), sweeps=1, error_correction=share)
     quantize_group(linears, moments, settings, torch.float32, "alike")
     assert max(float(linear.outlier.weight.abs().max()) for linear in linears) < 3 * before
 
