@@ -12,7 +12,7 @@ SINGLE_NAME = "model.safetensors"
 _MAX_HEADER = 100 * 2**20  # bytes; the limit of safetensors itself
 _KINDS = {  # by the names of tensors, of every architecture; the first that fits counts
     "embedding": re.compile(r"embed_tokens"),
-    "head": re.compile(r"lm_head"),
+    "head": re.compile(r"lm_head|head_transform"),
     "packed": re.compile(r"(^|\.)weight_(packed|shape|zero_point)[^.]*$"),
     "scale": re.compile(r"(^|\.)weight_scale$"),
     "outlier": re.compile(r"\.outlier\.weight$"),
