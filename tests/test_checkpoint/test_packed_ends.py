@@ -169,6 +169,22 @@ def test_edited_sections_are_refused(change, message, packed) -> None:
         read_format({**quad_section(packed.folder), **change})
 
 
+@pytest.mark.parametrize(
+    ("tied", "section", "message"),
+    [(True, {"rank": 1}, "'head_transform' has no fields, not rank"), (False, {}, "a head with a tensor of its own")],
+)
+def test_a_damaged_shared_table_is_refused(tied, section, message, compress_toy, tmp_path) -> None:
+    made = compress_toy(f"quad_stage:\n  quad_modifiers:\n    {KEEPING}\n", tie_word_embeddings=True)
+    folder = shutil.copytree(made.folder, tmp_path / "copy")
+    config = json.loads((folder / "config.json").read_text())
+    assert config["quantization_config"]["quad"]["sections"] == {"head_transform": {}}
+    config["tie_word_embeddings"] = tied
+    config["quantization_config"]["quad"]["sections"]["head_transform"] = section
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match=message):
+        AutoModelForCausalLM.from_pretrained(folder)
+
+
 def test_half_tied_is_refused(packed, tmp_path) -> None:
     folder = shutil.copytree(packed.folder, tmp_path / "copy")
     config = json.loads((folder / "config.json").read_text())

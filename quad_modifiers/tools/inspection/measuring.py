@@ -196,8 +196,8 @@ def _subject(
 ) -> Subject:
     config, linears = opened.config, [linear.module for linear in decoder.linears()]
     inside = sum(linear.in_features * linear.out_features for linear in linears)
-    ends, model_type = 2 * config.vocab_size * hidden, opened.architecture.model_type
-    layers = config.num_hidden_layers
+    ends = config.vocab_size * hidden * (1 if config.tie_word_embeddings else 2)
+    layers, model_type = config.num_hidden_layers, opened.architecture.model_type
     groups = {group.name: group.writes_stream for group in opened.architecture.roles().values()}
     return Subject(opened.name, kind, model_type, layers, hidden, inside, ends, rank, basis, recipe, groups=groups)
 

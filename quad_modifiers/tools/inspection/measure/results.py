@@ -27,7 +27,7 @@ class Subject:
     layers: int
     hidden: int
     linear_parameters: int  # weights of the decoder's linears
-    end_parameters: int  # weights of embedding and head, each counted: a projection unties them
+    end_parameters: int  # weights of embedding and head; of a table that they share once
     # rank, basis: rank and basis of the projection; 0 and None without one
     rank: int
     basis: str | None
