@@ -24,7 +24,7 @@ def noted(compress: Compress) -> Compressed:
 
 
 def test_it_is_saved_loaded_and_saved_again(noted: Compressed, tmp_path: Path) -> None:
-    assert noted.quad["sections"] == {"method_note": {"length": len(TEXT.encode())}}
+    assert noted.quad["sections"] == {"head_transform": {}, "method_note": {"length": len(TEXT.encode())}}
     loaded = AutoModelForCausalLM.from_pretrained(noted.folder)
     assert bytes(loaded.method_note.tolist()).decode() == TEXT
     assert torch.equal(logits_of(loaded), noted.logits)
