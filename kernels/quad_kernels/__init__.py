@@ -1,6 +1,6 @@
 """Operations that a QUAD checkpoint needs at run time; imports neither `quad_modifiers` nor `quad_peft`.
 
-`quad_linear` is the complete layer, `functional` holds the operations that it is made of; `column_rounding` is for
+`quad_linear` is the complete layer, `functional` holds the operations that it is made of; `rounding` is for
 compression. Each operation has a folder with a plain PyTorch `reference.py`, which is the truth, and faster
 implementations, among which `quad_kernels.backends` chooses.
 """
@@ -9,7 +9,6 @@ from typing import Any
 
 from quad_kernels._renamed import renamed
 from quad_kernels.backends import Backend, BackendError, backends, choose_backend, register_backend
-from quad_kernels.column_rounding import descend_columns, round_columns, rounding_errors
 from quad_kernels.formats import InputQuantization, InputSplit, KVEntries, QuantizedActivations, RMSNorm
 from quad_kernels.functional import (
     apply_hadamard,
@@ -26,6 +25,7 @@ from quad_kernels.functional import (
 from quad_kernels.integer_linear.operands import LinearOperands
 from quad_kernels.layouts import WeightLayout
 from quad_kernels.quad_linear import quad_linear
+from quad_kernels.rounding import descend_columns, round_columns, rounding_errors
 from quad_kernels.weight import QuantizedWeight
 
 __all__ = [

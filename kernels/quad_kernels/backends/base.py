@@ -13,9 +13,9 @@ from quad_kernels.integer_linear import reference as linear_reference
 from quad_kernels.integer_linear.operands import LinearOperands
 from quad_kernels.layouts import WeightLayout
 from quad_kernels.quantize_activations import reference as quantize_reference
-from quad_kernels.round_columns import reference as round_reference
 from quad_kernels.table_product import reference as table_reference
 from quad_kernels.weight import QuantizedWeight
+from quad_kernels.weight_rounding import reference as round_reference
 
 
 class Backend:
