@@ -3,6 +3,7 @@
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import nn
 
 from quad_modifiers.model.decoder import Decoder
@@ -29,13 +30,14 @@ class CheckpointSection:
         raise NotImplementedError(f"{cls.__name__} has no `install`")
 
     @classmethod
-    def fold(cls, decoder: Decoder) -> None:
+    def fold(cls, decoder: Decoder, dtype: torch.dtype) -> None:
         """Folds what the section brought into the weights, so that the model is one of the stock class.
 
         A section without this method has no plain form: its checkpoints cannot be dequantized or made dense.
 
         Args:
             decoder: the model with its weights, on which `install` was called.
+            dtype: of new weights; float64 if they are to be rounded later.
         """
         raise NotImplementedError(f"{cls.__name__} has no `fold`")
 

@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM
 from transformers.utils.quantization_config import CompressedTensorsConfig
 
 from quad_modifiers.checkpoint.exported_folder import DAMAGED, check_finite, write_export
-from quad_modifiers.checkpoint.installed_sections import check_plain_form
+from quad_modifiers.checkpoint.installed_sections import lasting_sections
 from quad_modifiers.checkpoint.opened import Opened, open_checkpoint
 from quad_modifiers.checkpoint.tensors import tied_names
 from quad_modifiers.checkpoint.transforms import transforms_of
@@ -64,10 +64,9 @@ def export_dense(source_folder: str | Path, target_folder: str | Path, dtype: st
 
 def _check_has_plain_form(opened: Opened) -> None:
     if opened.quad is not None:
-        try:
-            check_plain_form(opened.quad)
-        except ValueError as error:
-            raise ValueError(f"{opened.name}: {error}") from error
+        lasting = lasting_sections(opened.quad)
+        if lasting:
+            raise ValueError(f"{opened.name}: a model with {', '.join(lasting)} has no plain form")
         return
     if opened.quantized != "compressed-tensors":
         what = "not quantized" if opened.quantized is None else f"quantized by {opened.quantized!r}"

@@ -22,6 +22,7 @@ from quad_modifiers.model.decoder import Decoder
 from quad_modifiers.nn.native_block import remove_native_blocks
 from quad_modifiers.nn.native_decode import remove_native_decode
 from quad_modifiers.nn.packed_table import dense_table
+from quad_modifiers.nn.plain_linear import plain_linear
 from quad_modifiers.nn.quad_linear import QuadLinear
 
 
@@ -47,7 +48,7 @@ def dequantize_model(
     remove_native_blocks(model)
     dtype, decoder = dtype or model.dtype, Decoder(model, architecture)
     if quad is not None:
-        fold_sections(decoder, quad)
+        fold_sections(decoder, quad, torch.float64)  # rounded once, with all other weights
     config = _stock_config(model.config, architecture)
     width, stock_width = model.config.hidden_size, config.hidden_size
     # A stock RMSNorm divides by the new width; the factor goes into readers and writers, as in the projection.
@@ -63,7 +64,7 @@ def dequantize_model(
                 bias = None if bias is None else gain * nn.functional.pad(bias.double(), (0, fill))
             else:
                 weight = nn.functional.pad(weight, (0, fill)) / gain
-            linear.replace(_linear(weight, bias, dtype))
+            linear.replace(plain_linear(weight, bias, dtype))
         for norm in block.norms():
             _widen_norm(norm, fill)
     _widen_norm(decoder.final_norm, fill)
@@ -110,14 +111,6 @@ def _undo_hadamard(weight: torch.Tensor) -> torch.Tensor:
     return y.reshape(weight.shape)
 
 
-def _linear(weight: torch.Tensor, bias: torch.Tensor | None, dtype: torch.dtype) -> nn.Linear:
-    linear = nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None, device="meta")
-    linear.weight = nn.Parameter(weight.to(dtype).contiguous())
-    if bias is not None:
-        linear.bias = nn.Parameter(bias.to(dtype))
-    return linear
-
-
 def _widen_norm(norm: Any, fill: int) -> None:
     norm.weight = nn.Parameter(nn.functional.pad(norm.weight, (0, fill), value=1.0))
 
@@ -128,7 +121,8 @@ def _replace_ends(decoder: Decoder, gain: float, fill: int, dtype: torch.dtype) 
     table = gain * nn.functional.pad(dense_table(old_embedding), (0, fill))
     embedding = nn.Embedding(*table.shape, padding_idx=model.config.pad_token_id, device="meta")
     embedding.weight = nn.Parameter(table.to(dtype).contiguous())
-    head = _linear(nn.functional.pad(dense_table(old_head), (0, fill)) / gain, getattr(old_head, "bias", None), dtype)
+    weight = nn.functional.pad(dense_table(old_head), (0, fill)) / gain
+    head = plain_linear(weight, getattr(old_head, "bias", None), dtype)
     if model.config.tie_word_embeddings:
         head.weight = embedding.weight
     decoder.replace_embedding(embedding)

@@ -19,7 +19,7 @@ from quad_modifiers.checkpoint.dequantize import dense_weight
 from quad_modifiers.checkpoint.describe import RoleFormats, config_groups
 from quad_modifiers.checkpoint.exported_folder import DAMAGED, check_finite, write_export
 from quad_modifiers.checkpoint.format import LinearFormat, QuadFormat
-from quad_modifiers.checkpoint.installed_sections import fold_sections
+from quad_modifiers.checkpoint.installed_sections import fold_sections, lasting_sections
 from quad_modifiers.checkpoint.models import TRIPWIRE_FIELD
 from quad_modifiers.checkpoint.opened import Opened, open_checkpoint
 from quad_modifiers.checkpoint.transforms import FIELD as TRANSFORM_FIELD
@@ -35,7 +35,6 @@ from quad_modifiers.nn.packed_linear import PackedLinear
 from quad_modifiers.nn.packed_table import PackedHead, PackedTable
 from quad_modifiers.nn.quad_linear import QuadLinear
 from quad_modifiers.output_folder import check_target, user_path
-from quad_modifiers.plugins.checkpoint_parts import load_section
 from quad_modifiers.quantization.grid import IntegerGrid, round_to_grid, search_clip
 from quad_modifiers.records.export_record import Export
 from quad_modifiers.records.inventory import read_json
@@ -83,7 +82,7 @@ def export_compressed_tensors(
         raise ValueError(f"{source} has no online Hadamards to write; leave online_hadamard (--online-hadamard) out")
     model = opened.load()
     check_finite(model, DAMAGED)
-    fold_sections(Decoder(model, opened.architecture), quad)
+    fold_sections(Decoder(model, opened.architecture), quad, model.dtype)
     tensors, formats = _tensors(model, opened.architecture, quad, size)
     content = _config(read_json(source / "config.json"), opened.architecture, quad, formats, model)
     if online_hadamard:
@@ -139,9 +138,8 @@ def _problems(quad: QuadFormat, size: int, online_hadamard: bool) -> list[str]:
     found: dict[str, list[str]] = {}
     if quad.residual_basis is not None and quad.residual_basis.basis == "extended" and quad.residual_basis.rank:
         found["the extended basis has a hidden size of its own, only basis: square can be written"] = []
-    for name in quad.sections:
-        if not load_section(name).has_plain_form():
-            found[f"the section {name!r} has no place in the format"] = []
+    for name in lasting_sections(quad):
+        found[f"the section {name!r} has no place in the format"] = []
     for role, linear in quad.linears.items():
         for problem in _linear_problems(linear, size, online_hadamard):
             found.setdefault(problem, []).append(role)
@@ -179,11 +177,11 @@ def _tensors(
     model: Any, architecture: Architecture, quad: QuadFormat, size: int
 ) -> tuple[dict[str, torch.Tensor], RoleFormats]:
     """All tensors under their stock names, and the format of each role."""
-    containers, dtype = _containers(model), model.get_submodule(architecture.final_norm).weight.dtype
+    containers = _containers(model)
     tensors: dict[str, torch.Tensor] = {}
     for name, tensor in model.state_dict().items():
         if not any(name.startswith(f"{container}.") for container in containers):
-            tensors[name] = tensor.to(dtype) if tensor.dtype == torch.float64 else tensor  # what was folded
+            tensors[name] = tensor
     # Stock transformers cannot load a packed embedding.
     embedding = model.get_submodule(architecture.embedding)
     if isinstance(embedding, PackedTable):
@@ -192,6 +190,7 @@ def _tensors(
     if model.config.tie_word_embeddings:
         tensors = _without(tensors, architecture.head)
     for name, container in containers.items():
+        dtype = model.get_submodule(architecture.final_norm).weight.dtype
         if quad.linears[container.role].weight is None:
             tensors[f"{name}.weight"] = dense_weight(container).to(dtype)
         else:

@@ -2,11 +2,12 @@
 
 from typing import Any
 
-from torch import nn
+import torch
 
 from quad_modifiers.checkpoint.contribute import CheckpointSection
 from quad_modifiers.model.decoder import Decoder
 from quad_modifiers.nn.packed_table import dense_table
+from quad_modifiers.nn.plain_linear import plain_linear
 from quad_modifiers.nn.transformed_norm import add_head_transform, remove_head_transform
 
 NAME = "head_transform"
@@ -32,13 +33,9 @@ class HeadTransform(CheckpointSection):
         add_head_transform(decoder.final_norm, weight.new_empty(len(weight), len(weight)))
 
     @classmethod
-    def fold(cls, decoder: Decoder) -> None:
+    def fold(cls, decoder: Decoder, dtype: torch.dtype) -> None:
         """Gives the head a table of its own, in floating point, and makes the norm a stock one."""
-        matrix, old = remove_head_transform(decoder.final_norm), decoder.head
-        table = dense_table(old) @ matrix.double()
-        head = nn.Linear(table.shape[1], table.shape[0], bias=old.bias is not None, device="meta")
-        head.weight = nn.Parameter(table, requires_grad=False)
-        if old.bias is not None:
-            head.bias = old.bias
-        decoder.replace_head(head)
+        matrix = remove_head_transform(decoder.final_norm)
+        table = dense_table(decoder.head) @ matrix.double()
+        decoder.replace_head(plain_linear(table, decoder.head.bias, dtype))
         decoder.model.config.tie_word_embeddings = False

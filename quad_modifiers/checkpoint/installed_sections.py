@@ -1,5 +1,7 @@
 """The sections of a checkpoint, of this project and of plugins: installed on a stock model, and folded away again."""
 
+import torch
+
 from quad_modifiers.checkpoint.format import QuadFormat
 from quad_modifiers.model.decoder import Decoder
 from quad_modifiers.plugins.checkpoint_parts import load_section
@@ -16,18 +18,12 @@ def install_sections(decoder: Decoder, quad: QuadFormat) -> None:
         load_section(name).install(decoder, content)
 
 
-def fold_sections(decoder: Decoder, quad: QuadFormat) -> None:
-    """Folds the sections into the weights; new ones are float64, to be rounded once by the caller."""
+def fold_sections(decoder: Decoder, quad: QuadFormat, dtype: torch.dtype) -> None:
+    """Folds the sections, none of which is a lasting one, into the weights; new weights are of `dtype`."""
     for name in quad.sections:
-        load_section(name).fold(decoder)
+        load_section(name).fold(decoder, dtype)
 
 
-def check_plain_form(quad: QuadFormat) -> None:
-    """Checks that every section can be folded.
-
-    Raises:
-        ValueError: naming those that cannot.
-    """
-    lasting = [name for name in quad.sections if not load_section(name).has_plain_form()]
-    if lasting:
-        raise ValueError(f"a model with {', '.join(lasting)} has no plain form; load it without dequantize")
+def lasting_sections(quad: QuadFormat) -> list[str]:
+    """Returns the sections that cannot be folded, by name: with them a model has no plain form."""
+    return [name for name in quad.sections if not load_section(name).has_plain_form()]

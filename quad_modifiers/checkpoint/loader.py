@@ -19,7 +19,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from quad_modifiers.checkpoint.dequantize import dequantize_model
 from quad_modifiers.checkpoint.format import QUANT_METHOD, QuadFormat, read_format
-from quad_modifiers.checkpoint.installed_sections import check_plain_form, install_sections
+from quad_modifiers.checkpoint.installed_sections import install_sections, lasting_sections
 from quad_modifiers.checkpoint.models import publish_by, quad_model_type, register_models
 from quad_modifiers.checkpoint.native_runtime import use_native_blocks
 from quad_modifiers.checkpoint.opened import stored_architecture
@@ -122,7 +122,9 @@ class QuadHfQuantizer(HfQuantizer):
         if isinstance(dtype, str):  # a model that was saved has the name in its config
             dtype = getattr(torch, dtype)
         quad = read_format(self.quantization_config.content.get("quad"))
-        check_plain_form(quad)
+        lasting = lasting_sections(quad)
+        if lasting:
+            raise ValueError(f"a model with {', '.join(lasting)} has no plain form; load it without dequantize")
         return dequantize_model(model, stored_architecture(quad), dtype, quad)
 
     def is_serializable(self, *args: Any, **kwargs: Any) -> bool:

@@ -38,6 +38,12 @@ class StreamingGram:
             self.total[start : start + _BLOCK, start:] += product
         self.tokens += x.shape[0]
 
+    def joined(self, other: "StreamingGram") -> "StreamingGram":
+        """Returns the sum over the tokens of both."""
+        both = StreamingGram(0, self.total.device)
+        both.total, both.tokens = self.total + other.total, self.tokens + other.tokens
+        return both
+
     def mean(self) -> torch.Tensor:
         """Returns X^T X / tokens, `[d, d]`, float64.
 

@@ -146,6 +146,11 @@ class Decoder:
         return self.model.get_submodule(self.architecture.head)
 
     @property
+    def is_tied(self) -> bool:
+        """Whether head and embedding share one parameter."""
+        return self.head.weight is self.embedding.weight
+
+    @property
     def final_norm(self) -> Any:
         """The norm before the head."""
         return self.model.get_submodule(self.architecture.final_norm)

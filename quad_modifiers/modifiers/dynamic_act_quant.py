@@ -7,7 +7,8 @@ from typing import Annotated, ClassVar, Literal
 from pydantic import Field, model_validator
 from quad_kernels import InputQuantization
 
-from quad_modifiers.model.decoder import Decoder, PlacedLinear
+from quad_modifiers.model.architecture import Group
+from quad_modifiers.model.decoder import Decoder
 from quad_modifiers.modifiers.base import Batches, QuadModifier
 from quad_modifiers.passes.clip_ratios import choose_clip_ratios
 
@@ -66,7 +67,7 @@ class DynamicActQuant(QuadModifier):
         """Sets the input quantization of every linear in the decoder blocks."""
         for linear in decoder.linears():
             bits = self.d_type_bits if linear.group.writes_stream else self.u_type_bits
-            clip = self._clip_ratio(linear)
+            clip = self._clip_ratio(linear.group)
             given = 1.0 if clip == "auto" else clip
             quantization = None if bits is None else InputQuantization(bits, given, self.group_size)
             linear.module.input_quantization = quantization
@@ -95,12 +96,13 @@ class DynamicActQuant(QuadModifier):
         for linear in decoder.linears():
             linear.module.quantize_input = True
 
-    def _clip_ratio(self, linear: PlacedLinear) -> float | Literal["auto"]:
-        return self.d_type_clip_ratio if linear.group.writes_stream else self.u_type_clip_ratio
+    def _clip_ratio(self, group: Group) -> float | Literal["auto"]:
+        return self.d_type_clip_ratio if group.writes_stream else self.u_type_clip_ratio
 
     def _choose(self, decoder: Decoder, batches: Batches) -> None:
-        open_roles = {each.role for each in decoder.linears() if self._clip_ratio(each) == "auto"}
-        found = {r: ratio for r, ratio in choose_clip_ratios(decoder, batches()).items() if r in open_roles}
+        found = choose_clip_ratios(
+            decoder, batches(), lambda group: group.quantized and self._clip_ratio(group) == "auto"
+        )
         for linear in decoder.linears():
             quantization = linear.module.input_quantization
             if linear.role in found and quantization is not None:

@@ -12,7 +12,6 @@ from quad_modifiers.model.architecture import Architecture
 from quad_modifiers.model.decoder import Decoder
 from quad_modifiers.modifiers.base import Batches, QuadModifier, recipe_modifiers
 from quad_modifiers.nn.packed_table import PackedEmbedding, PackedHead, PackedTable
-from quad_modifiers.projection.apply import is_tied
 from quad_modifiers.quantization.table_rows import quantize_rows
 from quad_modifiers.recipe.order import unties_head
 
@@ -58,7 +57,7 @@ class EmbeddingHeadQuant(QuadModifier):
                 f"EmbeddingHeadQuant needs a plain Embedding and a plain Linear as head; {names.embedding} is a "
                 f"{type(embedding).__name__}, {names.head} a {type(head).__name__}: start from the original"
             )
-        if is_tied(decoder) and not any(unties_head(each) for each in recipe_modifiers()):
+        if decoder.is_tied and not any(unties_head(each) for each in recipe_modifiers()):
             self._check_shared(names)
         if head.bias is not None and "lm_head" in self.targets:
             raise ValueError(f"{names.head} has a bias, which a packed head cannot hold; write targets: [embed_tokens]")
@@ -70,7 +69,7 @@ class EmbeddingHeadQuant(QuadModifier):
             ValueError: if the two share one tensor and only one of them is a target.
         """
         embedding, head, names = decoder.embedding, decoder.head, decoder.architecture
-        shared = is_tied(decoder)
+        shared = decoder.is_tied
         if shared:
             self._check_shared(names)
         if "embed_tokens" in self.targets:

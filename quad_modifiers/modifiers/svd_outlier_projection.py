@@ -12,7 +12,7 @@ from quad_modifiers.model.decoder import Decoder
 from quad_modifiers.modifiers.base import Batches, QuadModifier
 from quad_modifiers.nn.from_compressed_tensors import reallocate_parameters
 from quad_modifiers.passes.statistics import ActivationStatistics, collect_statistics
-from quad_modifiers.projection.apply import apply_projection, is_tied
+from quad_modifiers.projection.apply import apply_projection
 from quad_modifiers.projection.plan import Projection, ProjectionSettings, outlier_energy, plan_projection
 
 logger = logging.getLogger(__name__)
@@ -90,13 +90,13 @@ class SVDOutlierProjection(QuadModifier):
             ValueError: if a rank leaves nothing to quantize.
         """
         self.settings().check(decoder)
-        if self.keep_tied and not is_tied(decoder):
+        if self.keep_tied and not decoder.is_tied:
             logger.warning("keep_tied has no effect: head and embedding of this model are two tensors already")
 
     def run(self, decoder: Decoder, batches: Batches) -> None:
         """Plans the projection and rewrites the model."""
         projection = self.plan(decoder, batches)
-        keep_tied = is_tied(decoder) and not self.unties_head
+        keep_tied = decoder.is_tied and not self.unties_head
         apply_projection(decoder, projection, keep_tied)
         self.contribute(decoder, basis=projection.origin, sections={HEAD_TRANSFORM: {}} if keep_tied else None)
         reallocate_parameters(decoder.model)

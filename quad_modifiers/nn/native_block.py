@@ -29,7 +29,7 @@ from quad_modifiers.nn.cache_argument import cache_argument
 from quad_modifiers.nn.class_change import become
 from quad_modifiers.nn.packed_linear import PackedLinear
 from quad_modifiers.nn.quad_linear import QuadLinear
-from quad_modifiers.nn.transformed_norm import TransformedNorm, transformed_class
+from quad_modifiers.nn.transformed_norm import TransformedNorm, norm_class, transformed_class
 
 logger = logging.getLogger(__name__)
 
@@ -159,8 +159,8 @@ def install_native_blocks(layers: list[nn.Module], head: nn.Module, final_norm: 
             become(module, _native_class(NativeBlock, type(module)))
         elif name in STOCK_NORMS:
             become(module, _native_class(NativeNorm, type(module)))
-        elif isinstance(module, TransformedNorm) and type(module).__bases__[1].__name__ in STOCK_NORMS:
-            become(module, transformed_class(_native_class(NativeNorm, type(module).__bases__[1])))
+        elif isinstance(module, TransformedNorm) and norm_class(module).__name__ in STOCK_NORMS:
+            become(module, transformed_class(_native_class(NativeNorm, norm_class(module))))
         elif name in STOCK_ACTIVATIONS:
             become(module, _native_class(NativeSiLU, type(module)))
         elif module is head and type(module) is nn.Linear:
@@ -174,7 +174,7 @@ def remove_native_blocks(model: nn.Module) -> None:
         if type(module) is NativeHead:
             become(module, nn.Linear)
         elif isinstance(module, NativeNorm) and isinstance(module, TransformedNorm):
-            become(module, transformed_class(type(module).__bases__[1].__bases__[1]))
+            become(module, transformed_class(norm_class(module).__bases__[1]))
         elif isinstance(module, NativeBlock | NativeNorm | NativeSiLU):
             become(module, type(module).__bases__[1])
 

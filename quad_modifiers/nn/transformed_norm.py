@@ -1,8 +1,8 @@
 """A final norm behind which a head may share the embedding's table, although the stream has changed its basis.
 
 The embedding writes to the stream and the head reads the normalized stream: after a projection they need two different
-tables, T and T M. M is square in the width of the stream, a few thousandths of a table; the norm multiplies by it, and
-the head reads T itself. docs/concepts/projection.md has the derivation.
+tables, T and T M. M is square in the width of the stream and small beside a table, which has a row for each entry of
+the vocabulary; the norm multiplies by M, and the head reads T itself. docs/concepts/projection.md has the derivation.
 """
 
 from typing import Any
@@ -33,7 +33,7 @@ class TransformedNorm(nn.Module):
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
         """For pickles and copies: the class is made when it is needed, and no module has it by name."""
-        return _unset, (type(self).__bases__[1],), self.__dict__
+        return _unset, (norm_class(self),), self.__dict__
 
 
 def transformed_class(norm: type[nn.Module]) -> type[nn.Module]:
@@ -44,6 +44,11 @@ def transformed_class(norm: type[nn.Module]) -> type[nn.Module]:
     return _classes[norm]
 
 
+def norm_class(module: TransformedNorm) -> type[nn.Module]:
+    """Returns the class that the norm has without M."""
+    return type(module).__bases__[1]
+
+
 def add_head_transform(norm: nn.Module, matrix: torch.Tensor) -> None:
     """Makes a norm multiply by `matrix`, `[width, width]`, in the dtype and on the device of its weight."""
     weight: Any = norm.weight
@@ -51,11 +56,11 @@ def add_head_transform(norm: nn.Module, matrix: torch.Tensor) -> None:
     norm.head_transform = nn.Parameter(matrix.to(weight), requires_grad=False)
 
 
-def remove_head_transform(norm: nn.Module) -> torch.Tensor:
+def remove_head_transform(norm: TransformedNorm) -> torch.Tensor:
     """Makes a `TransformedNorm` what it was, and returns its matrix."""
-    matrix: torch.Tensor = norm.head_transform.detach()
+    matrix = norm.head_transform.detach()
     del norm.head_transform
-    become(norm, type(norm).__bases__[1])
+    become(norm, norm_class(norm))
     return matrix
 
 

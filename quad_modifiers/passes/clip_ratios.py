@@ -1,35 +1,43 @@
 """Chooses the clip ratio of input grids by what the linears make of the rounding error."""
 
+from collections.abc import Callable
 from dataclasses import replace
+from itertools import accumulate
 
 import torch
 from quad_kernels import fake_quantize, split_input
 
+from quad_modifiers.model.architecture import Group
 from quad_modifiers.model.decoder import Decoder, PlacedGroup
 from quad_modifiers.passes.calibration_stream import CalibrationBatch, first_block_inputs, in_float32
 from quad_modifiers.passes.runners import runner_of
 from quad_modifiers.reporting import layer_progress
 
 CANDIDATES = tuple(round(1 - 0.02 * step, 2) for step in range(31))  # 1.0 to 0.4
-_BATCHES = 1  # of up to 2048 tokens: the errors of all blocks are summed, so that few will do
-_TOKENS = 256  # of a batch, spread over it
+_TOKENS = 2048  # that pass through the model: the errors of all blocks are summed, so that few will do
+_MEASURED = 256  # of a batch, spread over it
 
 
 @torch.no_grad()
-def choose_clip_ratios(decoder: Decoder, batches: list[dict[str, torch.Tensor]]) -> dict[str, float]:
-    """Returns the clip ratio of least output error for each role of linears whose inputs are to be quantized.
+def choose_clip_ratios(
+    decoder: Decoder, batches: list[dict[str, torch.Tensor]], wanted: Callable[[Group], bool]
+) -> dict[str, float]:
+    """Returns the clip ratio of least output error for each role of the wanted groups whose inputs are to be quantized.
 
     The error is |(x_q - x) W^T|^2 over |x W^T|^2 on calibration tokens, summed over the blocks. Linears that share
     their input share their ratio, and all blocks do: the checkpoint has one per role.
 
     Args:
         decoder: with linears whose `input_quantization` is set and not switched on yet; its ratio does not count.
-        batches: `input_ids` and optional `attention_mask`.
+        batches: `input_ids` and optional `attention_mask`; the first ones are used.
+        wanted: tells the groups to choose for.
     """
-    stream = first_block_inputs(decoder, batches)[:_BATCHES]
+    before = accumulate((batch["input_ids"].numel() for batch in batches), initial=0)
+    few = [batch for batch, tokens in zip(batches, before, strict=False) if tokens < _TOKENS]
+    stream = first_block_inputs(decoder, few)
     total: dict[tuple[str, ...], torch.Tensor] = {}
     for block in layer_progress(decoder.blocks, "choosing clip ratios"):
-        errors = _BlockErrors()
+        errors = _BlockErrors(wanted)
         with in_float32(block.module):
             runner = runner_of(block, decoder.architecture)
             for batch in stream:
@@ -45,17 +53,18 @@ class _BlockErrors:
 
     batch: CalibrationBatch
 
-    def __init__(self) -> None:
+    def __init__(self, wanted: Callable[[Group], bool]) -> None:
+        self.wanted = wanted
         self.errors: dict[tuple[str, ...], torch.Tensor] = {}  # of each candidate
         self.outputs: dict[tuple[str, ...], torch.Tensor] = {}
 
     def see(self, group: PlacedGroup, x: torch.Tensor) -> None:
         """Adds the input of a group."""
         linears = [linear.module for linear in group.linears]
-        if not group.group.quantized or linears[0].input_quantization is None or not x.numel():
+        if not self.wanted(group.group) or linears[0].input_quantization is None or not x.numel():
             return
         x = self.batch.tokens(x)
-        x = x[:: max(1, len(x) // _TOKENS)].float()
+        x = x[:: max(1, len(x) // _MEASURED)].float()
         _, residual = split_input(x, linears[0].split)
         weight = torch.cat([linear.residual.weight for linear in linears])
         grids = [replace(linears[0].input_quantization, clip_ratio=ratio) for ratio in CANDIDATES]

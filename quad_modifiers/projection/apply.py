@@ -34,16 +34,7 @@ def apply_projection(decoder: Decoder, projection: Projection, keep_tied: bool =
     """
     _refuse_terms(decoder)
     geometry, config = decoder.geometry, decoder.model.config  # the sizes of before are read before they change
-    if is_tied(decoder) and keep_tied:
-        add_head_transform(decoder.final_norm, projection.residual.between_ends(decoder.final_norm.weight))
-        _project_embedding(decoder, projection.residual)
-        decoder.head.weight = decoder.embedding.weight
-    else:
-        _untie_head(decoder)
-        _set(decoder.head, "weight", projection.residual.read(decoder.head.weight, decoder.final_norm.weight))
-        _project_embedding(decoder, projection.residual)
-    decoder.head.in_features = projection.residual.width
-    _set(decoder.final_norm, "weight", torch.ones(projection.residual.width))
+    _project_ends(decoder, projection.residual, keep_tied and decoder.is_tied)
     for block in layer_progress(decoder.blocks, "projecting"):
         _project_block(block, projection, geometry.sizes())
     _check_representable(decoder)
@@ -69,23 +60,19 @@ def _refuse_terms(decoder: Decoder) -> None:
             )
 
 
-def is_tied(decoder: Decoder) -> bool:
-    """Returns whether head and embedding share one tensor."""
-    return decoder.head.weight is decoder.embedding.weight
-
-
-def _untie_head(decoder: Decoder) -> None:
-    """Gives the head its own weight if it shares the embedding's; the config says so afterwards."""
-    head, embedding = decoder.head, decoder.embedding
-    if is_tied(decoder):
-        head.weight = nn.Parameter(embedding.weight.detach().clone(), requires_grad=False)
-    decoder.model.config.tie_word_embeddings = False
-
-
-def _project_embedding(decoder: Decoder, basis: ResidualBasis) -> None:
-    embedding = decoder.embedding
+def _project_ends(decoder: Decoder, basis: ResidualBasis, shared: bool) -> None:
+    """Rewrites embedding, final norm and head; the config says whether the two read one `shared` table."""
+    embedding, head, norm = decoder.embedding, decoder.head, decoder.final_norm
+    if shared:
+        add_head_transform(norm, basis.between_ends(norm.weight))
+    else:
+        _set(head, "weight", basis.read(head.weight, norm.weight))
     _set(embedding, "weight", basis.write(embedding.weight.T).T.contiguous())
-    embedding.embedding_dim = basis.width
+    if shared:
+        head.weight = embedding.weight
+    embedding.embedding_dim = head.in_features = basis.width
+    _set(norm, "weight", torch.ones(basis.width))
+    decoder.model.config.tie_word_embeddings = shared
 
 
 def _project_block(block: Block, projection: Projection, sizes: dict[Space, int]) -> None:

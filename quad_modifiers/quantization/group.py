@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import dataclass
+from functools import reduce
 from typing import Literal
 
 import torch
@@ -88,10 +89,7 @@ class InputMoments:
     @property
     def hessian(self) -> torch.Tensor:
         """Mean of x_seen x_seen^T, `[n, n]`, float64."""
-        seen = [sums for sums in self._sums if sums.gram.tokens]
-        if len(seen) < 2:
-            return (seen or self._sums)[0].gram.mean()
-        return sum((sums.gram.mean() * (sums.gram.tokens / self.tokens) for sums in seen), start=torch.zeros(()))
+        return reduce(StreamingGram.joined, (sums.gram for sums in self._sums)).mean()
 
     @property
     def drift(self) -> torch.Tensor | None:
@@ -103,7 +101,7 @@ class InputMoments:
         crosses = [sums.cross for sums in self._sums if sums.cross is not None]
         if not crosses:
             return None
-        total = crosses[0] if len(crosses) == 1 else crosses[0] + crosses[1]
+        total = reduce(torch.add, crosses)
         if not torch.isfinite(total).all():
             raise ValueError("its inputs in the original model are NaN, infinite, or too large to be multiplied")
         return total / self.tokens

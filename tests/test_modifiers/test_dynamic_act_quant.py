@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from quad_kernels import InputQuantization
+from quad_kernels import InputQuantization, fake_quantize, split_input
 
 from quad_modifiers.nn.quad_linear import QuadLinear
 
@@ -49,8 +49,32 @@ def test_bits_and_clip_ratio_per_role(make_toy, compress) -> None:
         assert found[role] == InputQuantization(8, 1.0)
 
 
-def test_clip_ratios_of_least_error(make_toy, compress) -> None:
-    """Each chosen ratio is, of all candidates, the one that changes the outputs of its linears least."""
+def test_the_chosen_ratio_has_the_least_error(make_toy, compress, token_ids) -> None:
+    """Measured on the inputs of a layer that is projected and not quantized, of the tokens that calibrate."""
+    plain = compress(make_toy(num_hidden_layers=1), SVDOutlierProjection(rank=8))
+    automatic = DynamicActQuant(u_type_clip_ratio="auto", d_type_clip_ratio="auto")
+    found = settings_by_role(compress(make_toy(num_hidden_layers=1), SVDOutlierProjection(rank=8), automatic))
+    inputs: dict[str, torch.Tensor] = {}
+    linears = {module.role: module for module in plain.modules() if isinstance(module, QuadLinear)}
+    groups = {"q_proj": ("q_proj", "k_proj", "v_proj"), "down_proj": ("down_proj",)}
+    for role in groups:
+        linears[role].register_forward_pre_hook(lambda _, args, role=role: inputs.update({role: args[0]}))
+    with torch.no_grad():
+        plain(token_ids())
+    for role, members in groups.items():
+        _, residual = split_input(inputs[role].flatten(0, 1).float(), linears[role].split)
+        weight = torch.cat([linears[member].residual.weight for member in members])
+        errors = {
+            ratio: float(((fake_quantize(residual, InputQuantization(4, ratio)) - residual) @ weight.T).square().sum())
+            for ratio in CANDIDATES
+        }
+        least = min(errors.values())
+        print(role, found[role].clip_ratio, errors[found[role].clip_ratio] / least)
+        assert errors[found[role].clip_ratio] <= 1.001 * least  # neighbours may be alike
+        assert errors[1.0] > 1.05 * least
+
+
+def test_who_gets_a_ratio_of_its_own(make_toy, compress) -> None:
     projection = SVDOutlierProjection(rank=8)
     automatic = DynamicActQuant(u_type_clip_ratio="auto", d_type_clip_ratio="auto")
     found = settings_by_role(compress(make_toy(), projection, automatic))

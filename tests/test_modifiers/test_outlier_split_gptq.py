@@ -38,6 +38,7 @@ def relative(got: torch.Tensor, wanted: torch.Tensor) -> float:
         {"bits": 8, "symmetric": False},
         {"bits": 2, "group_size": 16, "symmetric": False},
         {"sweeps": 1, "error_correction": 0.5, "scale_candidates": [0.95, 1.0]},
+        {"error_correction": "auto"},
         {"activation_order": False, "block_size": 16, "clip_search": False},
     ],
     ids=lambda fields: ",".join(f"{k}={v}" for k, v in fields.items()) or "default",
@@ -138,3 +139,17 @@ def test_the_integers_in_place_are_those_on_disk(dtype, bits, symmetric, make_to
         words = stored[f"{name}.residual.weight_packed"]
         assert torch.equal(unpack_int32(words, bits, weight.in_features), weight.integers), name
         assert weight.scale.dtype == dtype
+
+
+def test_a_share_that_is_found(make_toy, compress) -> None:
+    """Inputs of few bits give the weights something to make up for, and the halves of the tokens agree on it."""
+
+    def integers(share: float | str) -> list[torch.Tensor]:
+        inputs = DynamicActQuant(u_type_bits=2, d_type_bits=2)
+        model = compress(make_toy(), SVDOutlierProjection(rank=8), inputs, OutlierSplitGPTQ(error_correction=share))
+        return [module.residual.quantized_weight().integers for module in containers(model).values()]
+
+    none, found = integers(0.0), integers("auto")
+    assert any(not torch.equal(a, b) for a, b in zip(none, found, strict=True))
+    with pytest.raises(ValueError, match="error_correction"):
+        OutlierSplitGPTQ(error_correction="best")
