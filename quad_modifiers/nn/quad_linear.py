@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import chain
 
 import torch
 from quad_kernels import InputQuantization, InputSplit, QuantizedWeight
@@ -57,6 +58,8 @@ class QuadLinear(nn.Module):
         """
         if term.kind in RESERVED_KINDS:
             raise ValueError(f"a term cannot be of the kind {term.kind!r}, which is a part of every linear; rename it")
+        for tensor in chain(term.parameters(), term.buffers()):
+            tensor.data = tensor.data.contiguous()  # as a checkpoint holds it: the order in memory may change sums
         self.add_module(term.kind, term)
         self._has_terms = True
 
