@@ -5,6 +5,7 @@ from quad_kernels import InputQuantization, QuantizedWeight, choose_backend, pre
 
 from quad_modifiers.checkpoint.format import LinearFormat
 from quad_modifiers.vllm_plugin.weight_only import instructions as weight_only_instructions
+from quad_modifiers.vllm_plugin.weight_only import is_available
 
 
 def backend_name(device: torch.device) -> str:
@@ -18,9 +19,13 @@ def kernel_key(device: torch.device) -> str:
     scale = torch.ones(64, 1, device=device)
     sample = prepare_weight(words, scale, bits=4, in_features=64, quantization=InputQuantization())
     stored = sample.integers
-    weight_only = "packed, " + weight_only_instructions(torch.bfloat16) if device.type == "cpu" else "expanded"
+    weight_only = "packed, " + _instructions() if device.type == "cpu" else "expanded"
     layout = f"{sample.layout} {stored.dtype} {stored.layout} {list(stored.shape)}"
     return f"{backend_name(device)} {layout}; weight-only {weight_only}"
+
+
+def _instructions() -> str:
+    return weight_only_instructions(torch.bfloat16) if is_available() else "without an operator of vLLM"
 
 
 def prepare_rows(linear: LinearFormat, stored: dict[str, torch.Tensor]) -> QuantizedWeight | torch.Tensor:

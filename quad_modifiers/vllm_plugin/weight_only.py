@@ -15,11 +15,19 @@ _BLOCK = 16  # output channels that lie together
 _PER_WORD = 8
 
 
+def is_available() -> bool:
+    """Returns whether this vLLM has the operator: its build for processors without AVX-512 leaves it out."""
+    from vllm import _custom_ops  # noqa: F401  its import loads the operators
+
+    return hasattr(torch.ops._C, "cpu_gemm_wna16")
+
+
 def fits(weight: QuantizedWeight) -> bool:
-    """Returns whether the operator computes with a weight; its scales have the dtype of the inputs."""
+    """Returns whether the operator is there and computes with a weight; its scales have the dtype of the inputs."""
     group = weight.in_features // weight.scale.shape[1]
     return (
         weight.scale.device.type == "cpu"
+        and is_available()
         and weight.bits == 4
         and weight.scale.dtype in (torch.bfloat16, torch.float16)
         and weight.in_features % _WIDTH == 0
