@@ -9,7 +9,7 @@ from typing import Any
 
 from quad_kernels._renamed import renamed
 from quad_kernels.backends import Backend, BackendError, backends, choose_backend, register_backend
-from quad_kernels.formats import InputQuantization, InputSplit, KVEntries, QuantizedActivations, RMSNorm
+from quad_kernels.formats import InputQuantization, InputSplit, IntegerGrid, KVEntries, QuantizedActivations, RMSNorm
 from quad_kernels.functional import (
     apply_hadamard,
     dequantize_kv,
@@ -33,6 +33,7 @@ __all__ = [
     "BackendError",
     "InputQuantization",
     "InputSplit",
+    "IntegerGrid",
     "KVEntries",
     "LinearOperands",
     "QuantizedActivations",

@@ -64,6 +64,61 @@ class InputSplit:
 
 
 @dataclass(frozen=True)
+class IntegerGrid:
+    """What a weight is rounded to; see docs/concepts/two-level.md for sub-scales.
+
+    Attributes:
+        bits: bits of an integer, 2 to 8.
+        group_size: input coordinates per scale, None for one scale per output channel.
+        symmetric: False adds an integer zero point per scale.
+        sub_scale_bits: bits of an integer factor per group, with one floating-point scale per output channel; None for
+            a floating-point scale per group.
+
+    Raises:
+        ValueError: for sub-scales without groups, with zero points, or whose products leave 8 bits.
+    """
+
+    bits: int = 4
+    group_size: int | None = None
+    symmetric: bool = True
+    sub_scale_bits: int | None = None
+
+    def __post_init__(self) -> None:
+        problem = sub_scale_problem(self.bits, self.group_size, self.sub_scale_bits)
+        if self.sub_scale_bits is not None and not self.symmetric:
+            problem = "sub_scale_bits goes with symmetric integers, not with zero points"
+        if problem is not None:
+            raise ValueError(problem)
+
+    @property
+    def low(self) -> int:
+        """Smallest integer."""
+        return -(2 ** (self.bits - 1))
+
+    @property
+    def high(self) -> int:
+        """Largest integer."""
+        return 2 ** (self.bits - 1) - 1
+
+    def groups(self, columns: int) -> int:
+        """Number of groups per output channel.
+
+        Raises:
+            ValueError: if `columns` is not a multiple of `group_size`.
+        """
+        if self.group_size is None:
+            return 1
+        if columns % self.group_size:
+            raise ValueError(f"group_size ({self.group_size}) must divide the input width ({columns})")
+        return columns // self.group_size
+
+    def scales(self, columns: int) -> int:
+        """Number of floating-point scales per output channel; ValueError as from `groups`."""
+        groups = self.groups(columns)
+        return groups if self.sub_scale_bits is None else 1
+
+
+@dataclass(frozen=True)
 class InputQuantization:
     """Dynamic symmetric integer quantization of the residual part of an input.
 
@@ -71,15 +126,54 @@ class InputQuantization:
         bits: width of the integers, 2 to 8.
         clip_ratio: share of the largest magnitude that the grid covers; 1.0 is the grid of compressed-tensors.
         group_size: coordinates per scale, None for one scale per token.
+        sub_scale_bits: bits of an integer factor per group, with one floating-point scale per token; None for a
+            floating-point scale per group.
+
+    Raises:
+        ValueError: for sub-scales without groups, or whose products leave 8 bits.
     """
 
     bits: int = 4
     clip_ratio: float = 1.0
     group_size: int | None = None
+    sub_scale_bits: int | None = None
+
+    def __post_init__(self) -> None:
+        problem = sub_scale_problem(self.bits, self.group_size, self.sub_scale_bits)
+        if problem is not None:
+            raise ValueError(problem)
+
+    @property
+    def largest_sub_scale(self) -> int:
+        """Largest factor of a group, 0 without sub-scales."""
+        return 0 if self.sub_scale_bits is None else 2**self.sub_scale_bits - 1
+
+    @property
+    def integer_bits(self) -> int:
+        """Width of the integers that kernels multiply; those with sub-scales are products."""
+        return self.bits if self.sub_scale_bits is None else 8
 
     def groups(self, width: int) -> int:
-        """Scales per token of `width` coordinates."""
+        """Groups per token of `width` coordinates."""
         return 1 if self.group_size is None else width // self.group_size
+
+    def scales(self, width: int) -> int:
+        """Floating-point scales per token of `width` coordinates."""
+        return self.groups(width) if self.sub_scale_bits is None else 1
+
+
+def sub_scale_problem(bits: int, group_size: int | None, sub_scale_bits: int | None) -> str | None:
+    """Returns what is wrong with such sub-scales, None if nothing is."""
+    if sub_scale_bits is None:
+        return None
+    if group_size is None:
+        return "sub_scale_bits needs a group_size: a sub-scale belongs to a group"
+    if sub_scale_bits < 1 or 2 ** (bits - 1) * (2**sub_scale_bits - 1) > 127:
+        return (
+            f"integers of {bits} bits times sub-scales of {sub_scale_bits} bits do not fit into 8 bits; use 4 and 4, "
+            "or fewer"
+        )
+    return None
 
 
 @dataclass(frozen=True)
@@ -109,8 +203,9 @@ class QuantizedActivations(NamedTuple):
 
     Attributes:
         outlier: full-precision coordinates, `[..., rank]`, dtype of the input; None for rank 0.
-        integers: `[..., n]`, int8, or packed in bytes, `[..., nibble_bytes(n)]`, uint8.
-        scale: `[..., groups]`, float32.
+        integers: `[..., n]`, int8, or packed in bytes, `[..., nibble_bytes(n)]`, uint8; with sub-scales the products of
+            integers and the sub-scales of their groups.
+        scale: `[..., scales]`, float32.
     """
 
     outlier: torch.Tensor | None

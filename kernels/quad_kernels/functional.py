@@ -38,6 +38,9 @@ def quantize_activations(
     integers from -2^(bits-1) to 2^(bits-1) - 1, round to nearest even. A clip ratio of 1 is the grid of
     compressed-tensors; the "0.9 of absmax / 7" of the QUAD paper (section 4.1) is 0.964 here.
 
+    With sub-scales a token has one scale, the largest step of its groups over the largest factor; the step of a group
+    is an integer factor times that, and the integers returned are products with the factor.
+
     Args:
         x: `[..., width]`, float32, bfloat16 or float16.
         quantization: bits, clip ratio and group size; a group size divides the residual width.
@@ -52,7 +55,7 @@ def quantize_activations(
 
     Raises:
         ValueError: for a group size that does not divide the residual, a width that is not the split's, or `packed`
-            with more than 4 bits.
+            with more than 4 bits or sub-scales.
 
     Example:
         >>> x = torch.tensor([[100.0, 3.0, -7.5, 1.0]])
@@ -67,13 +70,14 @@ def quantize_activations(
     group = quantization.group_size
     if group is not None and split.residual_width % group:
         raise ValueError(f"group_size ({group}) must divide the width of the activations ({split.residual_width})")
-    if packed and quantization.bits > 4:
-        raise ValueError(f"only integers of up to 4 bits can be packed, not {quantization.bits}")
+    if packed and quantization.integer_bits > 4:
+        raise ValueError(f"only integers of up to 4 bits can be packed, not {quantization.integer_bits}")
     outlier, integers, scale = ops.quantize_activations(
         x.reshape(-1, width),
         quantization.bits,
         quantization.clip_ratio,
         group or 0,
+        quantization.sub_scale_bits or 0,
         split.outliers,
         split.block,
         split.keep_width,
@@ -140,6 +144,7 @@ def prepare_weight(
     in_features: int,
     quantization: InputQuantization | None,
     zero_point: torch.Tensor | None = None,
+    sub_scale: torch.Tensor | None = None,
     backend: str | None = None,
 ) -> QuantizedWeight:
     """Returns the weight of a checkpoint in the layout that the backend of its device reads; done once, at load.
@@ -151,6 +156,7 @@ def prepare_weight(
         in_features: input width.
         quantization: quantization of the inputs of the layer, None if they stay floating point.
         zero_point: zero points, packed along the output channels, `[ceil(out * bits / 32), groups]`, int32, or None.
+        sub_scale: sub-scales less 8, packed along the output channels, `[ceil(out / 8), groups]`, int32, or None.
         backend: name of a backend; by default as in `quad_kernels.choose_backend`.
 
     Raises:
@@ -165,7 +171,7 @@ def prepare_weight(
         >>> weight.layout, weight.dequantized(torch.float32)
         ('nibbles', tensor([[ 0.5000, -1.0000,  3.5000, -4.0000]]))
     """
-    weight = QuantizedWeight.from_words(weight_packed, weight_scale, bits, in_features, zero_point)
+    weight = QuantizedWeight.from_words(weight_packed, weight_scale, bits, in_features, zero_point, sub_scale)
     return choose_backend(weight_packed.device, backend).prepare_weight(weight, quantization)
 
 
@@ -232,9 +238,10 @@ def integer_linear(
         weight.integers,
         weight.scale,
         weight.zero_point,
+        None if weight.folded else weight.sub_scale,
         inputs,
         outputs,
-        weight.bits,
+        weight.integer_bits,
         weight.layout,
         None if outlier is None else outlier.reshape(-1, outlier.shape[-1]),
         outlier_weight,

@@ -34,8 +34,16 @@ class WeightForm(Protocol):
         """Number of output channels."""
 
     @property
-    def bits(self) -> int:
-        """Width of the integers."""
+    def integer_bits(self) -> int:
+        """Width of the integers to store."""
+
+    @property
+    def sub_scale(self) -> torch.Tensor | None:
+        """Integer factors of the groups, `[groups, out]`, int8, or None."""
+
+    @property
+    def folded(self) -> bool:
+        """True if the integers are products with their sub-scales."""
 
 
 @dataclass(frozen=True)
@@ -62,7 +70,7 @@ _layouts = {
     "int8": WeightLayout(
         pack=lambda integers: integers, unpack=lambda stored, in_features: stored, accepts=lambda weight: True
     ),
-    "nibbles": WeightLayout(pack=pack_nibbles, unpack=unpack_nibbles, accepts=lambda weight: weight.bits <= 4),
+    "nibbles": WeightLayout(pack=pack_nibbles, unpack=unpack_nibbles, accepts=lambda weight: weight.integer_bits <= 4),
 }
 
 

@@ -49,6 +49,7 @@ def _custom_op(shapes: Callable[..., Any]) -> Callable[[Callable[..., Any]], Any
 def _quantized_shapes(
     x: torch.Tensor,
     group_size: int,
+    sub_scale_bits: int,
     outliers: int,
     block: int,
     keep_width: bool,
@@ -57,7 +58,7 @@ def _quantized_shapes(
     split = InputSplit(x.shape[-1], outliers, block, keep_width)
     tokens, width = x.shape[0], split.residual_width
     columns, dtype = (nibble_bytes(width), torch.uint8) if packed else (width, torch.int8)
-    groups = width // group_size if group_size else 1
+    groups = width // group_size if group_size and not sub_scale_bits else 1
     return (
         x.new_empty(tokens, split.rank),
         x.new_empty(tokens, columns, dtype=dtype),
@@ -71,6 +72,7 @@ def quantize_activations(
     bits: int,
     clip_ratio: float,
     group_size: int,
+    sub_scale_bits: int,
     outliers: int,
     block: int,
     keep_width: bool,
@@ -80,10 +82,10 @@ def quantize_activations(
     packed: bool,
     backend: str,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """See `quad_kernels.quantize_activations`; group size 0 and a negative eps stand for none."""
+    """See `quad_kernels.quantize_activations`; group size 0, 0 bits of sub-scales and a negative eps stand for none."""
     outlier, integers, scale = choose_backend(x.device, backend).quantize_activations(
         x,
-        _input_quantization(bits, clip_ratio, group_size or None),
+        _input_quantization(bits, clip_ratio, group_size or None, sub_scale_bits or None),
         _input_split(x.shape[-1], outliers, block, keep_width, hadamard),
         None if norm_eps < 0 else RMSNorm(norm_weight, norm_eps),
         packed,
@@ -104,6 +106,7 @@ def integer_linear(
     weight: torch.Tensor,
     weight_scale: torch.Tensor,
     weight_zero_point: torch.Tensor | None,
+    weight_sub_scale: torch.Tensor | None,
     in_features: int,
     out_features: int,
     bits: int,
@@ -115,7 +118,9 @@ def integer_linear(
     backend: str,
 ) -> torch.Tensor:
     """See `quad_kernels.integer_linear`; the fields of the `QuantizedWeight` one by one."""
-    stored = QuantizedWeight(weight, weight_scale, weight_zero_point, in_features, out_features, bits, layout)
+    stored = QuantizedWeight(
+        weight, weight_scale, weight_zero_point, in_features, out_features, bits, layout, weight_sub_scale
+    )
     operands = LinearOperands(x, x_scale, stored, outlier, outlier_weight, bias, out_dtype)
     y = choose_backend(x.device, backend).integer_linear(operands)
     return y.contiguous()  # callers of a compiled graph rely on the strides of the fake kernel

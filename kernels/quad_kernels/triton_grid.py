@@ -49,8 +49,21 @@ def magnitude_bits(x: tl.tensor) -> tl.tensor:
 def scale_of(largest: tl.tensor, clip_ratio: tl.tensor, BITS: tl.constexpr) -> tl.tensor:
     """Scale of a token from its largest `magnitude_bits`; 0 if it is not a normal number, NaN and inf stay."""
     HALF_RANGE: tl.constexpr = (2**BITS - 1) / 2
-    scale = tl.div_rn(largest.to(tl.float32, bitcast=True) * clip_ratio, HALF_RANGE)
+    return _normal(tl.div_rn(largest.to(tl.float32, bitcast=True) * clip_ratio, HALF_RANGE))
+
+
+@triton.jit
+def _normal(scale: tl.tensor) -> tl.tensor:
     return tl.where(scale < 1.1754943508222875e-38, 0.0, scale)
+
+
+@triton.jit
+def common_scale(widest: tl.tensor, steps: tl.tensor, MOST: tl.constexpr) -> tuple[tl.tensor, tl.tensor]:
+    """One scale for all steps, of which `widest` is the largest, and the integer factors, 1 to MOST, that bring it
+    close to each; 0 for a scale of 0, inf or NaN.
+    """
+    scale = _normal(tl.div_rn(widest, MOST * 1.0))
+    return scale, round_to_grid(steps, scale + steps * 0.0, 1.0, MOST * 1.0) & 0xFF
 
 
 @triton.jit

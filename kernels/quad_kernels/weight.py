@@ -7,6 +7,9 @@ import torch
 from quad_kernels.layouts import find_layout
 from quad_kernels.packing import pack_int32, unpack_int32
 
+SUB_SCALE_BITS = 4  # in a checkpoint
+SUB_SCALE_OFFSET = 8  # packed integers are signed
+
 
 @dataclass(frozen=True)
 class QuantizedWeight:
@@ -14,12 +17,15 @@ class QuantizedWeight:
 
     Attributes:
         integers: integers as `layout` stores them; `[out, in]`, int8, in layout int8.
-        scale: scales, `[out, groups]`, floating point.
+        scale: scales, `[out, groups]`, floating point; `[out, 1]` with sub-scales.
         zero_point: zero points, `[out, groups]`, int8, or None on a symmetric grid.
         in_features: input width.
         out_features: number of output channels.
-        bits: width of the integers, 2 to 8.
+        bits: width of the integers that a checkpoint stores, 2 to 8.
         layout: name of the layout of `integers`, one of `quad_kernels.layouts`.
+        sub_scale: integer factors of the groups, `[groups, out]`, int8, at least 1; None without. The weight is scale *
+            sub_scale * integer.
+        folded: True if `integers` are the products of the integers and their sub-scales, 8 bits wide.
 
     Example:
         >>> integers = torch.tensor([[1, -2], [7, -8]], dtype=torch.int8)
@@ -38,6 +44,8 @@ class QuantizedWeight:
     out_features: int
     bits: int
     layout: str = "int8"
+    sub_scale: torch.Tensor | None = None
+    folded: bool = False
 
     @classmethod
     def from_words(
@@ -47,6 +55,7 @@ class QuantizedWeight:
         bits: int,
         in_features: int,
         zero_point_words: torch.Tensor | None = None,
+        sub_scale_words: torch.Tensor | None = None,
     ) -> "QuantizedWeight":
         """Returns the weight that a checkpoint stores, in layout int8.
 
@@ -56,6 +65,7 @@ class QuantizedWeight:
             bits: 2, 4 or 8.
             in_features: input width.
             zero_point_words: packed along the output channels, `[ceil(out * bits / 32), groups]`, int32, or None.
+            sub_scale_words: sub-scales less 8, packed likewise with 4 bits, `[ceil(out / 8), groups]`, int32, or None.
 
         Raises:
             ValueError: if the shapes contradict each other.
@@ -74,12 +84,42 @@ class QuantizedWeight:
         zero_point = None
         if zero_point_words is not None:
             zero_point = unpack_int32(zero_point_words.T.contiguous(), bits, out_features).T.contiguous()
+        sub_scale = None
+        if sub_scale_words is not None:
+            if weight_scale.shape[1] != 1 or in_features % sub_scale_words.shape[1]:
+                raise ValueError(
+                    f"sub-scales of {sub_scale_words.shape[1]} groups do not fit {in_features} inputs and weight_scale "
+                    f"{list(weight_scale.shape)}"
+                )
+            sub_scale = unpack_int32(sub_scale_words.T.contiguous(), SUB_SCALE_BITS, out_features) + SUB_SCALE_OFFSET
         integers = unpack_int32(weight_packed, bits, in_features)
-        return cls(integers, weight_scale, zero_point, in_features, out_features, bits)
+        return cls(integers, weight_scale, zero_point, in_features, out_features, bits, sub_scale=sub_scale)
+
+    @property
+    def integer_bits(self) -> int:
+        """Width of `integers`."""
+        return 8 if self.folded else self.bits
+
+    def stored(self) -> torch.Tensor:
+        """Returns the integers as a checkpoint has them, `[out, in]`, int8: without their sub-scales."""
+        integers = find_layout(self.layout).unpack(self.integers, self.in_features)[: self.out_features]
+        if self.sub_scale is None or not self.folded:
+            return integers
+        return torch.div(integers, self._factors(self.sub_scale.clamp(min=1)), rounding_mode="trunc")  # without a rest
 
     def unpacked(self) -> torch.Tensor:
-        """Returns the integers, `[out, in]`, int8."""
-        return find_layout(self.layout).unpack(self.integers, self.in_features)[: self.out_features]
+        """Returns the integers, `[out, in]`, int8, times their sub-scales."""
+        integers = find_layout(self.layout).unpack(self.integers, self.in_features)[: self.out_features]
+        return integers if self.sub_scale is None or self.folded else integers * self._factors(self.sub_scale)
+
+    def _factors(self, sub_scale: torch.Tensor) -> torch.Tensor:
+        return expand_scales(sub_scale.T, self.in_features)
+
+    def with_products(self) -> "QuantizedWeight":
+        """Returns the same weight with products in the place of integers and sub-scales, for kernels that know none."""
+        if self.sub_scale is None or self.folded:
+            return self
+        return replace(self, integers=self.unpacked(), layout="int8", folded=True)
 
     def dequantized(self, dtype: torch.dtype) -> torch.Tensor:
         """Returns the weight as floating point, `[out, in]`, computed in float32, for float64 in float64."""
@@ -99,11 +139,18 @@ class QuantizedWeight:
             name = "int8"
         if name == self.layout:
             return self
-        return replace(self, integers=find_layout(name).pack(self.unpacked()), layout=name)
+        integers = find_layout(self.layout).unpack(self.integers, self.in_features)[: self.out_features]
+        return replace(self, integers=find_layout(name).pack(integers), layout=name)
 
     def to_words(self) -> torch.Tensor:
         """Returns the integers as a checkpoint stores them, `[out, ceil(in * bits / 32)]`, int32."""
-        return pack_int32(self.unpacked(), self.bits)
+        return pack_int32(self.stored(), self.bits)
+
+    def sub_scale_words(self) -> torch.Tensor | None:
+        """Returns the sub-scales as a checkpoint stores them, `[ceil(out / 8), groups]`, int32, or None."""
+        if self.sub_scale is None:
+            return None
+        return pack_int32(self.sub_scale - SUB_SCALE_OFFSET, SUB_SCALE_BITS).T.contiguous()
 
     def zero_point_words(self) -> torch.Tensor | None:
         """Returns the zero points as a checkpoint stores them, `[ceil(out * bits / 32), groups]`, int32, or None."""
@@ -112,7 +159,7 @@ class QuantizedWeight:
         return pack_int32(self.zero_point.T.contiguous(), self.bits).T.contiguous()
 
     def rows(self, part: slice) -> "QuantizedWeight":
-        """Returns some of the output channels, as views.
+        """Returns some of the output channels, as views but for sub-scales.
 
         Raises:
             ValueError: in another layout than int8, whose rows need not be those of the weight.
@@ -122,7 +169,12 @@ class QuantizedWeight:
         integers = self.integers[part]
         zero_point = None if self.zero_point is None else self.zero_point[part]
         return replace(
-            self, integers=integers, scale=self.scale[part], zero_point=zero_point, out_features=len(integers)
+            self,
+            integers=integers,
+            scale=self.scale[part],
+            zero_point=zero_point,
+            out_features=len(integers),
+            sub_scale=None if self.sub_scale is None else self.sub_scale[:, part].contiguous(),
         )
 
 
@@ -133,4 +185,4 @@ def expand_scales(scale: torch.Tensor, columns: int) -> torch.Tensor:
     return scale.repeat_interleave(columns // scale.shape[-1], dim=-1)
 
 
-__all__ = ["QuantizedWeight", "expand_scales"]
+__all__ = ["SUB_SCALE_BITS", "SUB_SCALE_OFFSET", "QuantizedWeight", "expand_scales"]

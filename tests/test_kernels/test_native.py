@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import subprocess
 import sys
 import weakref
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 
 import pytest
 import torch
@@ -56,6 +58,15 @@ def random_weight(
     scale = torch.ones(out, groups) if unit else torch.rand(out, groups, generator=generator) + 0.5
     zero_point = torch.randint(-half, half, (out, groups), generator=generator, dtype=torch.int8)
     return QuantizedWeight(integers, scale, zero_point if zero_points else None, width, out, bits)
+
+
+def random_sub_scaled(out: int, width: int, group_size: int, bits: int = 4, unit: bool = False) -> QuantizedWeight:
+    """A weight of two levels; the sub-scales of its first channel are all 15."""
+    weight = random_weight(out, width, bits, seed=group_size, unit=unit)
+    generator = torch.Generator().manual_seed(width)
+    sub_scale = torch.randint(1, 16, (width // group_size, out), generator=generator, dtype=torch.int8)
+    sub_scale[:, 0] = 15
+    return replace(weight, sub_scale=sub_scale)
 
 
 def in_lines(weight: QuantizedWeight) -> QuantizedWeight:
@@ -132,6 +143,58 @@ def test_groups_are_those_of_the_reference(
         torch.testing.assert_close(y.double(), truth, rtol=1e-5, atol=1e-3)
 
 
+@pytest.mark.parametrize("x_bits", [4, 8])
+@pytest.mark.parametrize(
+    ("out", "width", "group_size"),
+    [
+        (48, 512, 32),
+        (33, 192, 64),
+        (1, 8, 8),
+        (16, 2592, 96),
+        (50, 576, 192),
+        (20, 160, 16),
+        (17, 120, 24),
+        (70, 1088, 32),
+    ],
+)
+def test_sums_of_two_levels_are_exact(instruction_set: str, x_bits: int, out: int, width: int, group_size: int) -> None:
+    half = 2 ** (x_bits - 1)
+    generator = torch.Generator().manual_seed(width)
+    weight = random_sub_scaled(out, width, group_size, unit=True)
+    stored = in_lines(weight)
+    assert stored.layout == "lines4"
+    for tokens in TOKENS:
+        x = torch.randint(-half, half, (tokens, width), generator=generator, dtype=torch.int8)
+        y = integer_linear(x, torch.ones(tokens, 1), stored, backend="native")
+        assert torch.equal(y, exact(x, weight).float()), tokens
+
+
+def test_sums_of_the_largest_products_are_exact(instruction_set: str) -> None:
+    width = 512
+    for w in (-8, 7):
+        for first, second in itertools.product((-128, 127), repeat=2):
+            integers = torch.full((20, width), w, dtype=torch.int8)
+            integers[:, 2::4] = integers[:, 3::4] = -1 - w  # of each four inputs two are summed apart
+            sub_scale = torch.full((width // 32, 20), 15, dtype=torch.int8)
+            weight = QuantizedWeight(integers, torch.ones(20, 1), None, width, 20, 4, sub_scale=sub_scale)
+            for tokens in (1, 4, 40):
+                x = torch.full((tokens, width), first, dtype=torch.int8)
+                x[:, 2::4] = x[:, 3::4] = second
+                y = integer_linear(x, torch.ones(tokens, 1), in_lines(weight), backend="native")
+                assert torch.equal(y, exact(x, weight).float())
+
+
+@pytest.mark.parametrize("group_size", [20, 4])
+def test_groups_that_are_no_whole_lines_become_products(group_size: int) -> None:
+    weight = random_sub_scaled(12, 80, group_size)
+    x = torch.randint(-8, 8, (5, 80), dtype=torch.int8)
+    native = choose_backend("cpu", "native").prepare_weight(weight, InputQuantization(4))
+    assert (native.layout, native.folded) == ("lines8", True)
+    y = integer_linear(x, torch.ones(5, 1), native, backend="native")
+    torch.testing.assert_close(y, integer_linear(x, torch.ones(5, 1), weight, backend="reference"))
+    assert torch.equal(native.to_words(), weight.to_words())
+
+
 SPLITS = {
     "whole": InputSplit(96),
     "stream": InputSplit(104, 8),
@@ -140,19 +203,22 @@ SPLITS = {
     "odd": InputSplit(77, 5),
     "wide": InputSplit(1100, 76),
 }
+QUANTIZATIONS = [InputQuantization(bits, clip) for bits in (2, 4, 8) for clip in (1.0, 0.86)]
+QUANTIZATIONS += [InputQuantization(4, 0.92, 8, 4), InputQuantization(3, 1.0, 24, 4), InputQuantization(2, 0.86, 8, 6)]
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("split", SPLITS.values(), ids=SPLITS)
-@pytest.mark.parametrize("bits", [2, 4, 8])
-@pytest.mark.parametrize("clip_ratio", [1.0, 0.86])
+@pytest.mark.parametrize("quantization", QUANTIZATIONS, ids=str)
 def test_inputs_are_quantized_as_by_the_reference(
-    instruction_set: str, dtype: torch.dtype, split: InputSplit, bits: int, clip_ratio: float
+    instruction_set: str, dtype: torch.dtype, split: InputSplit, quantization: InputQuantization
 ) -> None:
-    generator = torch.Generator().manual_seed(bits)
+    if split.residual_width % (quantization.group_size or 1):
+        pytest.skip("the groups do not divide the width")
+    generator = torch.Generator().manual_seed(quantization.bits)
     for tokens in (0, 1, 7):
         x = (torch.randn(tokens, split.width, generator=generator) * 3).to(dtype)
-        quantization = InputQuantization(bits, clip_ratio)
+        x[:, : split.width // 3] *= 0.01  # groups of very different steps
         own = quantize_activations(x, quantization, split, backend="native")
         truth = quantize_reference(x, quantization, split, None, False)
         for a, b in zip(own, truth, strict=True):
@@ -169,7 +235,15 @@ def test_ties_zeros_and_numbers_that_are_none(instruction_set: str) -> None:
     truth = quantize_reference(x, quantization, InputSplit(31), None, False)
     assert torch.equal(own.integers, truth[1])
     assert torch.equal(own.scale, truth[2])
+    sub_scaled = InputQuantization(4, 1.0, 31, 4)
+    own = quantize_activations(x, sub_scaled, backend="native")
+    truth = quantize_reference(x, sub_scaled, InputSplit(31), None, False)
+    assert torch.equal(own.integers, truth[1])
+    assert torch.equal(own.scale, truth[2])
     x[2, 5], x[3, 7] = float("nan"), float("inf")
+    integers, scale = quantize_activations(x, sub_scaled, backend="native")[1:]
+    assert not scale[2:4].isfinite().any()
+    assert not integers[2:4].any()
     y = quad_linear(x, in_lines(random_weight(20, 31, 4)), InputSplit(31), quantization, backend="native")
     assert y[2:4].isnan().all()
     assert y[:2].eq(0).all()
@@ -194,6 +268,12 @@ LAYERS = {
     "odd rank": (InputSplit(203, 3), InputQuantization(4)),
     "groups": (InputSplit(512), InputQuantization(4, group_size=32)),
     "wide groups": (InputSplit(576, 64), InputQuantization(4, group_size=128)),
+    "two levels": (InputSplit(576, 64), InputQuantization(4, 0.92, 32, 4)),
+    "two levels behind a Hadamard": (
+        InputSplit(1536, 16, keep_width=True, hadamard=True),
+        InputQuantization(4, 1.0, 32, 4),
+    ),
+    "two levels of the weight": (InputSplit(576, 64), InputQuantization(8)),
 }
 
 
@@ -201,10 +281,12 @@ def layer_tensors(
     split: InputSplit, quantization: InputQuantization, dtype: torch.dtype, tokens: int, out: int = 50, bits: int = 4
 ) -> dict:
     generator = torch.Generator().manual_seed(tokens)
-    groups = split.residual_width // (quantization.group_size or split.residual_width)
-    weight = random_weight(out, split.residual_width, bits, groups)
-    scale = (weight.scale * 0.01).to(dtype)
-    weight = QuantizedWeight(weight.integers, scale, None, weight.in_features, out, bits)
+    width = split.residual_width
+    if bits == 4 and (quantization.sub_scale_bits or quantization == InputQuantization(8)):
+        weight = random_sub_scaled(out, width, 32)
+    else:
+        weight = random_weight(out, width, bits, quantization.scales(width))
+    weight = replace(weight, scale=(weight.scale * (0.01 if weight.sub_scale is None else 0.001)).to(dtype))
     outlier_weight = torch.randn(out, split.rank, generator=generator).to(dtype) if split.rank else None
     return {
         "x": torch.randn(tokens, split.width, generator=generator).to(dtype),

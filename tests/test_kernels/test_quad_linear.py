@@ -176,7 +176,7 @@ def test_ops_are_declared_rightly(name: str, packed: bool, tokens: int) -> None:
     split = SPLITS[name]
     x = draw(tokens, split.width)
     ops = torch.ops.quad_kernels
-    arguments = (x, 4, 0.9, 0, split.outliers, split.block, split.keep_width, split.hadamard, None, -1.0, packed, "")
+    arguments = (x, 4, 0.9, 0, 0, split.outliers, split.block, split.keep_width, split.hadamard, None, -1.0, packed, "")
     checked = torch.library.opcheck(ops.quantize_activations.default, arguments)
     assert set(checked.values()) == {"SUCCESS"}
     outlier, integers, scale = ops.quantize_activations(*arguments)
@@ -185,7 +185,7 @@ def test_ops_are_declared_rightly(name: str, packed: bool, tokens: int) -> None:
     sizes, dtype = (split.residual_width, OUT, 4, weight.layout), torch.bfloat16
     checked = torch.library.opcheck(
         ops.integer_linear.default,
-        (integers, scale, weight.integers, weight.scale, None, *sizes, outlier, outlier_weight, None, dtype, ""),
+        (integers, scale, weight.integers, weight.scale, None, None, *sizes, outlier, outlier_weight, None, dtype, ""),
     )
     assert set(checked.values()) == {"SUCCESS"}
     for x in (draw(tokens, split.width), draw(split.width, tokens).T):

@@ -52,6 +52,38 @@ def test_definition(bits: int, clip_ratio: float, group_size: int | None) -> Non
     assert int(integers.max()) <= high
 
 
+@pytest.mark.parametrize(("bits", "sub_scale_bits"), [(4, 4), (3, 4), (4, 3), (2, 6)])
+@pytest.mark.parametrize("clip_ratio", [1.0, 0.92])
+def test_steps_of_groups_are_multiples_of_one_scale(bits: int, sub_scale_bits: int, clip_ratio: float) -> None:
+    x = activations(3, 5, 48) * torch.logspace(-2, 1, 48)
+    x[0, 0] = 0
+    x[0, 1, :16] = 0
+    quantization = InputQuantization(bits, clip_ratio, 8, sub_scale_bits)
+    _, integers, scale = public_quantize_activations(x, quantization)
+    assert scale.shape == (3, 5, 1)
+    parts = x.double().reshape(3, 5, 6, 8)
+    most = 2**sub_scale_bits - 1
+    steps = clip_ratio * parts.abs().amax(-1) / ((2**bits - 1) / 2)
+    wanted_scale = steps.amax(-1, keepdim=True) / most
+    torch.testing.assert_close(scale.double(), wanted_scale, rtol=1e-6, atol=0)
+    assert not integers[0, 0].any()
+    factors = (steps / wanted_scale.clamp(min=1e-30)).round().clamp(1, most).unsqueeze(-1)
+    exact = parts / (factors * wanted_scale.clamp(min=1e-30).unsqueeze(-1))
+    wanted = exact.round().clamp(-(2 ** (bits - 1)), 2 ** (bits - 1) - 1) * factors
+    tie = (exact - exact.floor() - 0.5).abs() < 1e-4
+    assert torch.equal(integers.reshape(parts.shape)[~tie].double(), wanted[~tie])
+    assert int(integers.abs().max()) <= 2 ** (bits - 1) * most
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [((4, 1.0, None, 4), "needs a group_size"), ((5, 1.0, 8, 4), "do not fit into 8 bits"), ((4, 1.0, 8, 0), "8 bits")],
+)
+def test_sub_scales_that_make_no_sense_are_refused(arguments: tuple, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        InputQuantization(*arguments)
+
+
 @pytest.mark.parametrize("bits", [4, 8])
 def test_scale_is_that_of_compressed_tensors(bits: int) -> None:
     from compressed_tensors.quantization import QuantizationArgs, QuantizationStrategy

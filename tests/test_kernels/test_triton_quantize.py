@@ -25,6 +25,10 @@ CASES = {
     "groups of 128": (InputSplit(384), InputQuantization(4, 1.0, 128)),
     "odd groups": (InputSplit(96, 4, 24), InputQuantization(8, 1.0, 20)),
     "groups of 1": (InputSplit(8), InputQuantization(4, 1.0, 1)),
+    "sub-scales": (InputSplit(256 + 16, 16), InputQuantization(4, 0.9, 32, 4)),
+    "sub-scales of odd groups": (InputSplit(96, 4, 24), InputQuantization(3, 1.0, 20, 4)),
+    "sub-scales of wide groups": (InputSplit(576), InputQuantization(4, 1.0, 192, 4)),
+    "sub-scales, one group": (InputSplit(64, 4, 16, keep_width=True), InputQuantization(4, 0.9, 64, 4)),
 }
 
 
@@ -60,7 +64,7 @@ def test_equals_the_reference(device: torch.device, tokens: int, case: str, dtyp
 
 
 @pytest.mark.usefixtures("poisoned")
-@pytest.mark.parametrize("case", [name for name, (_, quantization) in CASES.items() if quantization.bits <= 4])
+@pytest.mark.parametrize("case", [name for name, (_, quantization) in CASES.items() if quantization.integer_bits <= 4])
 def test_packed_equals_the_reference(device: torch.device, case: str) -> None:
     split, quantization = CASES[case]
     check_exact(device, activations(5, split.width, torch.bfloat16), quantization, split, packed=True)
@@ -193,10 +197,11 @@ def test_operator_contract(device: torch.device, dtype: torch.dtype) -> None:
     x = activations(3, 48, dtype).to(device)
     tail = (8, 0, False, False, None, -1.0)
     for arguments in (
-        (x, 4, 0.9, 0, *tail, False, "triton"),
-        (x, 4, 0.9, 0, *tail, True, "triton"),
-        (x, 4, 0.9, 20, *tail, False, "triton"),
-        (x, 4, 0.9, 0, 4, 24, True, False, None, 1e-6, False, "triton"),
+        (x, 4, 0.9, 0, 0, *tail, False, "triton"),
+        (x, 4, 0.9, 0, 0, *tail, True, "triton"),
+        (x, 4, 0.9, 20, 0, *tail, False, "triton"),
+        (x, 4, 0.9, 20, 4, *tail, False, "triton"),
+        (x, 4, 0.9, 0, 0, 4, 24, True, False, None, 1e-6, False, "triton"),
     ):
         assert set(torch.library.opcheck(ops.quantize_activations, arguments).values()) == {"SUCCESS"}, arguments
 

@@ -38,11 +38,11 @@ class NativeBackend(OneDnnBackend):
 
     def prepare_weight(self, weight: QuantizedWeight, quantization: InputQuantization | None) -> QuantizedWeight:
         """Returns it in lines, where the inputs are quantized in a way that the kernels take."""
-        name = "lines4" if weight.bits <= 4 else "lines8"
-        width, groups = weight.in_features, weight.scale.shape[1]
-        if quantization is None or not lines.fits(name, width, groups, quantization.groups(width)):
-            return super().prepare_weight(weight, quantization)
-        return weight.to_layout(name)
+        for form in (weight, weight.with_products()):
+            name = "lines4" if form.integer_bits <= 4 else "lines8"
+            if quantization is not None and lines.fits(name, form, quantization.scales(weight.in_features)):
+                return form.to_layout(name)
+        return super().prepare_weight(weight, quantization)
 
     def hadamard(self, x: torch.Tensor) -> torch.Tensor:
         """Returns the transform by butterflies."""

@@ -30,7 +30,7 @@ class OneDnnBackend(Backend):
 
     def prepare_weight(self, weight: QuantizedWeight, quantization: InputQuantization | None) -> QuantizedWeight:
         """Returns it in oneDNN's own order where its product can compute the layer, plain int8 otherwise."""
-        return weight.to_layout(onednn.best_layout(weight, quantization))
+        return weight.with_products().to_layout(onednn.best_layout(weight, quantization))
 
     def hadamard(self, x: torch.Tensor) -> torch.Tensor:
         """Returns the transform, computed with smaller factors than the reference's."""

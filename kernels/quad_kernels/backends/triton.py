@@ -46,7 +46,9 @@ class TritonBackend(Backend):
         from quad_kernels.hadamard import launch
         from quad_kernels.quantize_activations import kernel
 
-        if (quantization.group_size or split.residual_width) > kernel.MAX_COLUMNS or x.dtype == torch.float64:
+        one_scale = quantization.scales(split.residual_width) == 1
+        columns = split.residual_width if one_scale else quantization.group_size or split.residual_width
+        if columns > kernel.MAX_COLUMNS or x.dtype == torch.float64:
             return super().quantize_activations(x, quantization, split, norm, packed)
         with torch.cuda.device_of(x):
             if not split.hadamard:

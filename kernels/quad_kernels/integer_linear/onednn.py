@@ -26,14 +26,14 @@ _MOST_SINGLE_TOKENS = 4  # up to here one matrix-vector product of _int_mm per t
 
 def integer_linear(operands: LinearOperands) -> torch.Tensor:
     """Returns `[tokens, out]`; see `quad_kernels.integer_linear`."""
-    weight = operands.weight
+    weight = operands.weight.with_products()
     groups = math.lcm(operands.x_scale.shape[1], weight.scale.shape[1])
     if weight.in_features // groups < _SMALLEST_WIDTH:
         return reference.integer_linear(operands)
     x = unpack_integers(operands.x, weight.in_features)
     if groups > 1 or weight.layout != "onednn" or not (_exact_bits() == 8 or _fits_four_bits(x)):
         weight = weight.to_layout("int8")
-        if weight.bits > 4 and not _int_mm_is_exact():
+        if weight.integer_bits > 4 and not _int_mm_is_exact():
             return reference.integer_linear(operands)
     y = x.new_empty(x.shape[0], weight.out_features, dtype=operands.out_dtype)
     for start in range(0, x.shape[0], _TOKENS_AT_ONCE):
@@ -66,7 +66,7 @@ def _rows(operands: LinearOperands, rows: slice, x: torch.Tensor, weight: Quanti
 
 def best_layout(weight: QuantizedWeight, quantization: InputQuantization | None) -> str:
     """Returns the layout of the fastest product with such inputs; oneDNN's is undone where it has no product."""
-    if quantization is None or quantization.groups(weight.in_features) > 1 or quantization.bits > _exact_bits():
+    if quantization is None or quantization.scales(weight.in_features) > 1 or quantization.integer_bits > _exact_bits():
         return "int8"
     return "onednn" if onednn_takes(weight) else "int8"
 

@@ -36,14 +36,15 @@ def takes(groups: Sequence[Sequence[BlockLinear]], dtype: torch.dtype) -> bool:
         first = group[0]
         for linear in group:
             weight, outlier = linear.weight, linear.outlier_weight
-            x_groups = linear.quantization.groups(weight.in_features)
-            if not lines.takes(weight, x_groups, outlier, linear.bias) or dtype not in lines.DTYPES:
+            x_scales = linear.quantization.scales(weight.in_features)
+            if not lines.takes(weight, x_scales, outlier, linear.bias) or dtype not in lines.DTYPES:
                 return False
             alike = (linear.split, linear.quantization) == (first.split, first.quantization)
             ranks = (None if t is None else (t.dtype, t.shape[1]) for t in (outlier, first.outlier_weight))
-            if not alike or len(set(ranks)) > 1 or weight.scale.shape[1] != first.weight.scale.shape[1]:
+            if not alike or len(set(ranks)) > 1 or _groups(weight) != _groups(first.weight):
                 return False
-            if not all(t is None or t.is_contiguous() for t in (weight.scale, weight.zero_point, *linear[3:])):
+            _, scale, zero_point, sub_scale, *_ = lines.operands(weight)
+            if not all(t is None or t.is_contiguous() for t in (scale, zero_point, sub_scale, *linear[3:])):
                 return False
     return True
 
@@ -175,13 +176,18 @@ class Blocks:
         )
 
 
+def _groups(weight: QuantizedWeight) -> tuple[int, int]:
+    """Groups of scales and of sub-scales."""
+    return weight.scale.shape[1], 0 if weight.sub_scale is None or weight.folded else len(weight.sub_scale)
+
+
 def _append(group: Sequence[BlockLinear], parts: list[torch.Tensor], numbers: list[int]) -> float:
     """Appends what the operators need of linears that share an input; returns its clip ratio."""
     bits, clip_ratio, *rest = lines.settings(group[0].quantization, group[0].split)
     numbers += [bits, *rest]
     for weight, _, _, outlier_weight, bias in group:
-        integers, scale, zero_point, in_features, out_features, wide = lines.operands(weight)
-        numbers += [in_features, out_features, wide]
+        integers, scale, zero_point, sub_scale, *sizes = lines.operands(weight)
+        numbers += sizes
         parts += [integers, scale]
-        parts += [_ABSENT if tensor is None else tensor for tensor in (zero_point, outlier_weight, bias)]
+        parts += [_ABSENT if tensor is None else tensor for tensor in (zero_point, sub_scale, outlier_weight, bias)]
     return clip_ratio

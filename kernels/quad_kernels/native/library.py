@@ -21,7 +21,7 @@ logger = logging.getLogger(__name__)
 ENVIRONMENT_VARIABLE = "QUAD_KERNELS_ISA"
 INSTRUCTION_SETS = ("amx", "avx512vnni", "avxvnni", "avx2")
 LIBRARY_VARIABLE = "QUAD_KERNELS_LIBRARY"
-_NEWEST_OPERATORS = ("rounding_errors",)  # an editable installation may hold an older library
+_INTERFACE = 2  # of the operators; an editable installation may hold an older library
 _BUILT = Path(__file__).with_name("_kernels.so")
 
 
@@ -52,9 +52,8 @@ def load() -> ctypes.CDLL:
         library = ctypes.CDLL(str(path))
     except OSError as error:
         raise NativeLibraryError(f"their library does not load ({error}); build it again with this torch") from error
-    missing = [name for name in _NEWEST_OPERATORS if not hasattr(torch.ops.quad_native, name)]
-    if missing:
-        raise NativeLibraryError(f"they were built from an older version, without {missing[0]}; install it again")
+    if not hasattr(library, "quad_interface") or library.quad_interface() != _INTERFACE:
+        raise NativeLibraryError("they were built from another version; install it again")
     _register_shapes()
     library.quad_supported.restype = library.quad_chosen.restype = ctypes.c_char_p
     library.quad_set_planner(_planner)
@@ -74,12 +73,12 @@ def _register_shapes() -> None:
 
     @torch.library.register_fake(ops.linear.default)
     def _(x: torch.Tensor, *arguments: Any) -> torch.Tensor:
-        return x.new_empty(*x.shape[:-1], arguments[11])  # out_features
+        return x.new_empty(*x.shape[:-1], arguments[13])  # out_features
 
     @torch.library.register_fake(ops.block_in.default)
     def _(x: torch.Tensor, *arguments: Any) -> list[torch.Tensor]:
         numbers = arguments[6]
-        return [x.new_empty(*x.shape[:-1], out_features) for out_features in numbers[7:14:3]]
+        return [x.new_empty(*x.shape[:-1], out_features) for out_features in numbers[8:15:3]]
 
     @torch.library.register_fake(ops.block_out.default)
     def _(attention: torch.Tensor, residual: torch.Tensor, *arguments: Any) -> torch.Tensor:

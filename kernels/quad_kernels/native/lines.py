@@ -55,31 +55,38 @@ def _unpack8(stored: torch.Tensor, in_features: int) -> torch.Tensor:
     return (rows[:, :in_features] ^ 128).contiguous().view(torch.int8)
 
 
-def fits(layout: str, in_features: int, weight_groups: int, x_groups: int) -> bool:
-    """Returns whether inputs that share both scales are a whole number of lines of `layout`, or all inputs."""
+def fits(layout: str, weight: WeightForm, x_scales: int) -> bool:
+    """Returns whether inputs that share all scales are a whole number of lines of `layout`, or all inputs.
+
+    Sub-scales multiply sums over inputs that share both scales, all of them, or are in the integers.
+    """
     if layout not in LAYOUTS:
         return False
-    groups = math.lcm(weight_groups, x_groups)
-    return groups == 1 or in_features // groups % (8 if layout == "lines4" else 4) == 0
+    scales = math.lcm(weight.scale.shape[1], x_scales)
+    per_line = 8 if layout == "lines4" else 4
+    if weight.sub_scale is not None and not weight.folded:
+        return layout == "lines4" and scales == 1 and weight.in_features // weight.sub_scale.shape[0] % per_line == 0
+    return scales == 1 or weight.in_features // scales % per_line == 0
 
 
 def _accepts(layout: str, weight: WeightForm) -> bool:
-    narrow = layout == "lines8" or weight.bits <= 4
-    return narrow and weight.scale.is_cpu and fits(layout, weight.in_features, weight.scale.shape[1], 1)
+    narrow = layout == "lines8" or weight.integer_bits <= 4
+    return narrow and weight.scale.is_cpu and fits(layout, weight, 1)
 
 
-def takes(weight: QuantizedWeight, x_groups: int, *tensors: torch.Tensor | None) -> bool:
+def takes(weight: QuantizedWeight, x_scales: int, *tensors: torch.Tensor | None) -> bool:
     """Returns whether the kernels multiply a weight by inputs of so many scales, given these other tensors."""
     known = all(tensor is None or tensor.dtype in DTYPES for tensor in (weight.scale, *tensors))
-    return known and fits(weight.layout, weight.in_features, weight.scale.shape[1], x_groups)
+    return known and fits(weight.layout, weight, x_scales)
 
 
-def settings(quantization: InputQuantization, split: InputSplit) -> tuple[int, float, int, int, int, bool, bool]:
+def settings(quantization: InputQuantization, split: InputSplit) -> tuple[int, float, int, int, int, int, bool, bool]:
     """Returns the arguments of the operators that describe the input."""
     return (
         quantization.bits,
         quantization.clip_ratio,
         quantization.groups(split.residual_width),
+        quantization.largest_sub_scale,
         split.outliers,
         split.block,
         split.keep_width,
@@ -87,10 +94,19 @@ def settings(quantization: InputQuantization, split: InputSplit) -> tuple[int, f
     )
 
 
-def operands(weight: QuantizedWeight) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None, int, int, bool]:
+def operands(
+    weight: QuantizedWeight,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None, torch.Tensor | None, int, int, bool]:
     """Returns the arguments of the operators that describe a weight in lines."""
-    wide = weight.layout == "lines8"
-    return weight.integers, weight.scale, weight.zero_point, weight.in_features, weight.out_features, wide
+    return (
+        weight.integers,
+        weight.scale,
+        weight.zero_point,
+        None if weight.folded else weight.sub_scale,
+        weight.in_features,
+        weight.out_features,
+        weight.layout == "lines8",
+    )
 
 
 def linear(
@@ -102,7 +118,7 @@ def linear(
     bias: torch.Tensor | None,
 ) -> torch.Tensor | None:
     """Returns a whole layer of `x`, `[..., width]`, as `[..., out]`, dtype of `x`; None if they do not take it."""
-    if not takes(weight, quantization.groups(weight.in_features), x, outlier_weight, bias):
+    if not takes(weight, quantization.scales(weight.in_features), x, outlier_weight, bias):
         return None
     return torch.ops.quad_native.linear(x, *settings(quantization, split), *operands(weight), outlier_weight, bias)
 

@@ -8,6 +8,7 @@ from quad_kernels.formats import InputQuantization, InputSplit
 from quad_kernels.functional import integer_linear, quantize_activations, split_input
 from quad_kernels.hadamard import plan_hadamard, reference
 from quad_kernels.quad_linear.memo import quantize_once
+from quad_kernels.quantize_activations import reference as quantize_reference
 from quad_kernels.weight import QuantizedWeight, expand_scales
 
 
@@ -79,7 +80,7 @@ def _input_gradient(
     split = ctx.split
     gradient = _residual_gradient(ctx.weight, grad)
     if ctx.quantization.clip_ratio < 1:
-        gradient.masked_fill_(_clipped(x, x_scale, split, ctx.quantization.bits), 0.0)
+        gradient.masked_fill_(_clipped(x, x_scale, split, ctx.quantization), 0.0)
     if split.hadamard:
         gradient = reference.apply_hadamard(gradient, plan_hadamard(gradient.shape[-1]), transpose=True)
     if split.keep_width:
@@ -103,10 +104,15 @@ def _residual_gradient(weight: QuantizedWeight, grad: torch.Tensor) -> torch.Ten
     return (grad * weight.scale.T.to(grad.dtype)) @ weight.unpacked().to(grad.dtype)
 
 
-def _clipped(x: torch.Tensor, x_scale: torch.Tensor, split: InputSplit, bits: int) -> torch.Tensor:
+def _clipped(
+    x: torch.Tensor, x_scale: torch.Tensor, split: InputSplit, quantization: InputQuantization
+) -> torch.Tensor:
     """True where the residual input lies beyond the grid, whose cells end half a step after its outer points."""
     _, residual = split_input(x, split)
-    half = 2 ** (bits - 1)
+    half = 2 ** (quantization.bits - 1)
+    if quantization.largest_sub_scale:
+        _, factors = quantize_reference.grids(residual, quantization)
+        x_scale = x_scale if factors is None else x_scale * factors
     step = x_scale if x_scale.shape[1] == 1 else expand_scales(x_scale, residual.shape[1])
     return (residual > step * (half - 0.5)) | (residual < step * -(half + 0.5))
 

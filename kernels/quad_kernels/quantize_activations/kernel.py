@@ -8,6 +8,7 @@ from quad_kernels.formats import InputQuantization, InputSplit, RMSNorm
 from quad_kernels.packing import nibble_bytes, pack_nibbles
 from quad_kernels.packing.nibbles import CHUNK
 from quad_kernels.triton_grid import (
+    common_scale,
     drop_outliers,
     magnitude_bits,
     outlier_source,
@@ -74,7 +75,7 @@ def quantize_kernel(
     norm_weight_ptr: tl.tensor,  # [WIDTH] or None
     outlier_ptr: tl.tensor,  # [tokens, outliers of all blocks]
     integers_ptr: tl.tensor,  # [tokens, COLUMNS] int8, or PACKED: [tokens, nibble_bytes(COLUMNS)] uint8
-    scale_ptr: tl.tensor,  # [tokens, COLUMNS // GROUP] float32
+    scale_ptr: tl.tensor,  # [tokens, COLUMNS // GROUP] float32, with MOST [tokens]
     rows: tl.tensor,  # tokens * groups
     clip_ratio: tl.tensor,
     eps: tl.tensor,
@@ -86,6 +87,7 @@ def quantize_kernel(
     COLUMNS: tl.constexpr,
     GROUP: tl.constexpr,
     BITS: tl.constexpr,
+    MOST: tl.constexpr,
     NORM: tl.constexpr,
     PACKED: tl.constexpr,
     ROWS: tl.constexpr,
@@ -93,10 +95,18 @@ def quantize_kernel(
     SECOND: tl.constexpr,
     RANK: tl.constexpr,
 ) -> None:
-    """ROWS rows of one group of one token each, as two tiles of FIRST and SECOND columns; see `_tiles`."""
+    """ROWS rows of one group of one token each, as two tiles of FIRST and SECOND columns; see `_tiles`.
+
+    With sub-scales up to MOST, which is 0 without, the rows are all groups of one token.
+    """
     GROUPS: tl.constexpr = COLUMNS // GROUP
-    row = (tl.program_id(0) * ROWS + tl.arange(0, ROWS))[:, None]
-    in_rows = row < rows
+    local = tl.arange(0, ROWS)[:, None]
+    if MOST > 0:
+        row = tl.program_id(0) * GROUPS + local
+        in_rows = local < GROUPS
+    else:
+        row = tl.program_id(0) * ROWS + local
+        in_rows = row < rows
     token = (row // GROUPS).to(tl.int64)
     start = row % GROUPS * GROUP
     x_row = x_ptr + token * X_STRIDE
@@ -132,7 +142,12 @@ def quantize_kernel(
         x_2 = drop_outliers(x_2, start + column_2, OUTLIERS, BLOCK, KEEP_WIDTH)
         largest = tl.maximum(largest, tl.max(magnitude_bits(x_2), 1, keep_dims=True))
     scale = scale_of(largest, clip_ratio, BITS)
-    tl.store(scale_ptr + row, scale, mask=in_rows)
+    if MOST > 0:
+        common, factor = common_scale(tl.max(scale, 0, keep_dims=True), scale, MOST)
+        tl.store(scale_ptr + token, common + scale * 0.0, mask=local == 0)
+        scale = common * factor
+    else:
+        tl.store(scale_ptr + row, scale, mask=in_rows)
 
     SMALLEST: tl.constexpr = -(2.0 ** (BITS - 1))
     LARGEST: tl.constexpr = 2.0 ** (BITS - 1) - 1.0
@@ -143,9 +158,15 @@ def quantize_kernel(
         tl.store(integers_ptr + row.to(tl.int64) * BYTES + index, integer.to(tl.uint8), mask=in_rows & (index < BYTES))
     else:
         out_row = integers_ptr + token * COLUMNS + start
-        tl.store(out_row + column, integer.to(tl.int8), mask=valid)
+        integer = integer.to(tl.int8)
+        if MOST > 0:
+            integer = (integer * factor).to(tl.int8)
+        tl.store(out_row + column, integer, mask=valid)
         if SECOND > 0:
-            tl.store(out_row + column_2, round_to_grid(x_2, scale, SMALLEST, LARGEST).to(tl.int8), mask=valid_2)
+            integer_2 = round_to_grid(x_2, scale, SMALLEST, LARGEST).to(tl.int8)
+            if MOST > 0:
+                integer_2 = (integer_2 * factor).to(tl.int8)
+            tl.store(out_row + column_2, integer_2, mask=valid_2)
 
 
 def _tiles(columns: int, packed: bool) -> tuple[int, int]:
@@ -169,7 +190,9 @@ def quantize_activations(
     norm: RMSNorm | None,
     packed: bool,
 ) -> tuple[torch.Tensor | None, torch.Tensor, torch.Tensor]:
-    """See `quad_kernels.quantize_activations`, without the Hadamard; groups or rows of up to `MAX_COLUMNS`."""
+    """See `quad_kernels.quantize_activations`, without the Hadamard; groups, or rows without groups or with sub-scales,
+    of up to `MAX_COLUMNS`.
+    """
     columns = split.residual_width
     group = quantization.group_size or columns
     if norm is not None and (group != columns or (norm.weight is not None and norm.weight.dtype != x.dtype)):
@@ -183,12 +206,15 @@ def quantize_activations(
     outlier = torch.empty(tokens, split.rank, dtype=x.dtype, device=x.device) if split.rank else None
     width, dtype = (nibble_bytes(columns), torch.uint8) if packed else (columns, torch.int8)
     integers = torch.empty(tokens, width, dtype=dtype, device=x.device)
-    scale = torch.empty(tokens, groups, dtype=torch.float32, device=x.device)
+    most = quantization.largest_sub_scale
+    scale = torch.empty(tokens, 1 if most else groups, dtype=torch.float32, device=x.device)
     if tokens:
         first, second = _tiles(group, packed)
         rows = max(1, _ELEMENTS_PER_PROGRAM // triton.next_power_of_2(first + second))
+        if most:
+            rows = triton.next_power_of_2(groups)
         warps = max(1, min(32, triton.next_power_of_2(rows * (first + second)) // (32 * _ELEMENTS_PER_THREAD)))
-        quantize_kernel[(triton.cdiv(tokens * groups, rows),)](
+        quantize_kernel[(tokens if most else triton.cdiv(tokens * groups, rows),)](
             x,
             None if norm is None else norm.weight,
             x if outlier is None else outlier,
@@ -205,6 +231,7 @@ def quantize_activations(
             COLUMNS=columns,
             GROUP=group,
             BITS=quantization.bits,
+            MOST=most,
             NORM=norm is not None,
             PACKED=packed,
             ROWS=rows,

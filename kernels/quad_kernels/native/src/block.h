@@ -118,6 +118,7 @@ struct PanelMemory {
 struct Block {
     int64_t first;      // channel
     int64_t channels;   // 16, fewer in the last block
+    SubScales sub_scales;   // unless that of the weight is null
     const float* scale;     // [groups][16]
     const int32_t* offset;  // [groups][16]: what was added to the integers, to be taken off as often as the inputs' sum
     Panel outlier;
@@ -127,18 +128,21 @@ struct Block {
 struct BlockMemory {
     Buffer<float> scale, bias;
     Buffer<int32_t> offset;
+    Buffer<int8_t> sub_scale;
     PanelMemory outlier;
 
-    Block prepare(const Weight& weight, const Rest& rest, int64_t index, int64_t rank) {
+    // `added` is what the products find added to the weight's integers.
+    Block prepare(const Weight& weight, const Rest& rest, int64_t index, const Tokens& tokens, int32_t added) {
         Block block{};
         block.first = index * kChannels;
         block.channels = smaller(kChannels, weight.out_features - block.first);
         block.scale = scales(weight, block);
-        block.offset = offsets(weight, block);
+        block.offset = offsets(weight, block, added);
+        if (weight.sub_scale) block.sub_scales = sub_scales(weight, block, tokens);
         if (rest.outlier_weight) {
             Dtype dtype = rest.outlier_weight_dtype;
             const void* rows = element(rest.outlier_weight, dtype, block.first * rest.rank);
-            block.outlier = outlier.of(rows, dtype, block.channels, rest.rank, rank);
+            block.outlier = outlier.of(rows, dtype, block.channels, rest.rank, tokens.rank);
         }
         float* b = bias.at_least(kChannels);
         for (int64_t c = 0; c < kChannels; ++c)
@@ -163,13 +167,28 @@ struct BlockMemory {
         return s;
     }
 
-    const int32_t* offsets(const Weight& weight, const Block& block) {
+    // The last block may have fewer channels: its sub-scales are copied to a place where 16 may be read.
+    SubScales sub_scales(const Weight& weight, const Block& block, const Tokens& tokens) {
+        const int8_t* values = weight.sub_scale + block.first;
+        int64_t stride = weight.out_features;
+        if (block.channels < kChannels) {
+            int8_t* copy = sub_scale.at_least(weight.sub_groups * kChannels);
+            std::memset(copy, 0, weight.sub_groups * kChannels);
+            for (int64_t g = 0; g < weight.sub_groups; ++g)
+                std::memcpy(copy + g * kChannels, values + g * stride, block.channels);
+            values = copy;
+            stride = kChannels;
+        }
+        return {values, stride, weight.in_features / weight.sub_groups, weight.in_features / tokens.parts,
+                tokens.parts, tokens.part};
+    }
+
+    const int32_t* offsets(const Weight& weight, const Block& block, int32_t added) {
         int32_t* o = offset.at_least(weight.groups * kChannels);
         for (int64_t g = 0; g < weight.groups; ++g)
             for (int64_t c = 0; c < kChannels; ++c) {
                 bool zero = weight.zero_point && c < block.channels;
-                o[g * kChannels + c] = (weight.wide ? 128 : 8) +
-                                       (zero ? weight.zero_point[(block.first + c) * weight.groups + g] : 0);
+                o[g * kChannels + c] = added + (zero ? weight.zero_point[(block.first + c) * weight.groups + g] : 0);
             }
         return o;
     }

@@ -30,11 +30,13 @@ struct Input {
     const Hadamard* hadamard;  // null for none
     int32_t bits;
     float clip_ratio;
-    int64_t groups;  // scales per token
+    int64_t groups;             // per token
+    int32_t largest_sub_scale;  // of a group, where a token has one scale; 0 where a group has
 
     // Inlined everywhere: a copy that the linker shares would be compiled for one instruction set.
     __attribute__((always_inline)) int64_t rank() const { return outliers * (width / block); }
     __attribute__((always_inline)) int64_t residual() const { return keep_width ? width : width - rank(); }
+    __attribute__((always_inline)) int64_t scales() const { return largest_sub_scale ? 1 : groups; }
 };
 
 // A weight in layout lines4 or lines8 with its scales; see lines.py.
@@ -45,8 +47,10 @@ struct Weight {
     const int8_t* zero_point;  // [out, groups], or null
     int64_t in_features;
     int64_t out_features;
-    int64_t groups;
+    int64_t groups;  // of scales
     bool wide;  // one byte per integer instead of half a byte
+    const int8_t* sub_scale;  // [sub_groups, out], or null
+    int64_t sub_groups;
 };
 
 // Inputs that are integers already, [tokens, in], with scales [tokens, groups].
@@ -150,7 +154,7 @@ struct Kernels {
     // given. Members have the same input width, groups, rank and dtype of outlier weights.
     void (*linear)(const Input* input, const Integers* integers, const Member* members, int64_t count,
                    ParallelFor parallel_for);
-    // Writes outliers [tokens, rank] in the dtype of the input, integers [tokens, residual] and scales [tokens, groups].
+    // Writes outliers [tokens, rank] in the dtype of the input, integers [tokens, residual] and scales [tokens, scales].
     void (*quantize)(const Input& input, void* outlier, int8_t* integers, float* scale, ParallelFor parallel_for);
     // Transforms rows [tokens, plan.size] of `data` into `output`, both of `dtype`.
     void (*hadamard)(const void* data, void* output, Dtype dtype, int64_t tokens, const Hadamard& plan,

@@ -14,12 +14,15 @@ constexpr int64_t kBatch = 512;  // tokens at a time, at most: memory does not g
 constexpr int64_t kBatchBytes = 1 << 20;  // of their integers, which each thread reads again for each block of channels
 constexpr int64_t kBytesPerThread = 64 * 1024;  // of weights read for one token; a thread less would start in vain
 
+constexpr int64_t kPartInputs = 32;  // whose products a sub-scale multiplies at once, at most
+
 constexpr int64_t kFirst = 4096;  // bytes of weights that are asked for while a token is quantized
 
 struct CallMemory {
     Buffer<int8_t> integers;
     Buffer<float> scale, outlier;
     Buffer<int32_t> sum;
+    Buffer<int16_t> part;
     Buffer<uint16_t> outlier16;
     BlockMemory block[2];
     Buffer<uint8_t> panel;
@@ -51,6 +54,7 @@ struct Call {
     int64_t stretch() const { return weight->in_features / tokens.sums; }
     int64_t lines() const { return round_up(weight->in_features, kChunk) / per_line(); }
     int64_t per_line() const { return weight->wide ? 4 : 8; }
+    Form form() const { return weight->wide ? Form::bytes : weight->sub_scale ? Form::products : Form::nibbles; }
     const uint8_t* block_lines(int64_t index) const { return weight->lines + index * lines() * kLine; }
     void select(const Member& member) {
         weight = &member.weight;
@@ -61,16 +65,21 @@ struct Call {
 
 Tokens make_room(CallMemory& memory, const Call& call, int64_t count) {
     int64_t rank = call.rest->outlier_weight ? round_up(call.rest->rank, kRank) : 0;
-    int64_t scales = call.input ? call.input->groups : call.integers->groups;
+    int64_t scales = call.input ? call.input->scales() : call.integers->groups;
     int64_t sums = scales / greatest_divisor(scales, call.weight->groups) * call.weight->groups;
+    const Weight& weight = *call.weight;
+    int64_t parts =
+        weight.sub_scale ? weight.in_features / greatest_divisor(kPartInputs, weight.in_features / weight.sub_groups) : 0;
     Tokens tokens{};
     tokens.integers = memory.integers.at_least(round_up(call.weight->in_features, kChunk) * count);
     tokens.scale = memory.scale.at_least(scales * count);
     tokens.sum = memory.sum.at_least(sums * count);
+    tokens.part = memory.part.at_least(larger(1, parts * count));
     tokens.outlier = memory.outlier.at_least(larger(1, rank * count));
     tokens.count = count;
     tokens.scales = scales;
     tokens.sums = sums;
+    tokens.parts = parts;
     tokens.rank = rank;
     return tokens;
 }
@@ -113,28 +122,35 @@ void fetch_outliers(const Call& call, int64_t index) {
     fetch(element(call.rest->outlier_weight, dtype, index * count), count * size_of(dtype));
 }
 
-template <int T, bool Wide>
+// What is added to the integers of a weight that is read as it is stored; products begin at the sum that takes it off.
+constexpr int32_t offset_of(Form form) { return form == Form::bytes ? 128 : form == Form::nibbles ? 8 : 0; }
+
+template <int T, Form F>
 void direct_block(const Call& call, int64_t index, CallMemory& memory) {
     const Tokens& tokens = call.tokens;
-    Block block = memory.block[0].prepare(*call.weight, *call.rest, index, tokens.rank);
+    Block block = memory.block[0].prepare(*call.weight, *call.rest, index, tokens, offset_of(F));
     fetch_outliers(call, index + 1);
     alignas(64) int32_t total[T * kChannels];
     alignas(64) float y[T * kChannels] = {};
     int64_t end = ceil_div(call.weight->in_features, call.per_line()), step = call.stretch() / call.per_line();
     for (int64_t s = 0; s < tokens.sums; ++s) {
         int64_t begin = s * step, stop = s + 1 == tokens.sums ? end : begin + step;
-        Product::direct<T, Wide>(call.block_lines(index), begin, stop, tokens.integers, tokens.count * kChunk,
-                                 call.small, total);
+        if constexpr (F == Form::products)
+            Product::direct_products<T>(call.block_lines(index), tokens.integers, tokens.count * kChunk,
+                                        block.sub_scales, total);
+        else
+            Product::direct<T, F>(call.block_lines(index), begin, stop, tokens.integers, tokens.count * kChunk,
+                                  call.small, total);
         add_stretch(block, call.weight->groups, tokens, 0, T, s, total, y);
     }
     end_block(call, block, 0, T, y);
 }
 
-template <bool Wide, int T = Product::kDirect>
+template <Form F, int T = Product::kDirect>
 void direct_blocks(const Call& call, int64_t begin, int64_t end, CallMemory& memory) {
     if constexpr (T > 0) {
-        if (call.count != T) return direct_blocks<Wide, T - 1>(call, begin, end, memory);
-        for (int64_t b = begin; b < end; ++b) direct_block<T, Wide>(call, b, memory);
+        if (call.count != T) return direct_blocks<F, T - 1>(call, begin, end, memory);
+        for (int64_t b = begin; b < end; ++b) direct_block<T, F>(call, b, memory);
     }
 }
 
@@ -169,33 +185,53 @@ void direct(Call& whole, int64_t grain, ParallelFor parallel_for) {
         });
         for (int64_t i = 0; i < call.count; ++i) place(call, i);
         for_members(call, kChannels, begin, end, [&](int64_t from, int64_t to) {
-            if (call.weight->wide) direct_blocks<true>(call, from, to, memory);
-            else direct_blocks<false>(call, from, to, memory);
+            switch (call.form()) {
+                case Form::bytes: return direct_blocks<Form::bytes>(call, from, to, memory);
+                case Form::products: return direct_blocks<Form::products>(call, from, to, memory);
+                default: return direct_blocks<Form::nibbles>(call, from, to, memory);
+            }
         });
     };
     parallel_for(0, count_units(whole, kChannels), grain, body, &whole);
 }
 
-template <bool Wide, int T = Product::kTile>
-void tiles(const Call& call, const uint8_t* panel, int64_t rows, int64_t first, bool add, int64_t t, int32_t* total) {
+template <Form F, int T = Product::kTile>
+void tiles(const Call& call, const Block& block, const uint8_t* panel, int64_t rows, int64_t first, bool add, int64_t t,
+           int32_t* total) {
     if constexpr (T > 0) {
         const Tokens& tokens = call.tokens;
         alignas(64) int32_t sums[T * kChannels];
         for (; t + T <= call.count; t += T) {
-            Product::tile<T, Wide>(panel, rows, tokens.integers + t * kChunk, tokens.count * kChunk, first, call.small,
-                                   sums);
+            const int8_t* x = tokens.integers + t * kChunk;
+            if constexpr (F == Form::products)
+                Product::tile_products<T>(panel, rows, x, tokens.count * kChunk, first, block.sub_scales.from_token(t),
+                                          sums);
+            else
+                Product::tile<T, F>(panel, rows, x, tokens.count * kChunk, first, call.small, sums);
             int32_t* target = total + t * kChannels;
             if (add) for (int i = 0; i < T * kChannels; ++i) target[i] += sums[i];
             else std::memcpy(target, sums, sizeof(sums));
         }
-        if (t < call.count) tiles<Wide, T - 1>(call, panel, rows, first, add, t, total);
+        if (t < call.count) tiles<F, T - 1>(call, block, panel, rows, first, add, t, total);
     }
 }
 
-template <bool Wide>
+// What is added to the integers of an unpacked panel.
+constexpr int32_t panel_offset_of(Form form) {
+    return form == Form::products ? Product::kProductsOffset : offset_of(form);
+}
+
+template <Form F>
+const uint8_t* unpacked(const Call& call, const Block& block, int64_t index, int64_t begin, int64_t end, uint8_t* panel) {
+    const uint8_t* lines = call.block_lines(index);
+    if constexpr (F == Form::products) return Product::unpack_products(lines, begin, end, panel, block.sub_scales);
+    else return Product::unpack<F>(lines, begin, end, panel);
+}
+
+template <Form F>
 void tiled_block(const Call& call, int64_t index, CallMemory& memory) {
     const Tokens& tokens = call.tokens;
-    Block block = memory.block[0].prepare(*call.weight, *call.rest, index, tokens.rank);
+    Block block = memory.block[0].prepare(*call.weight, *call.rest, index, tokens, panel_offset_of(F));
     uint8_t* panel = memory.panel.at_least(Product::kPanel * kChannels * Product::kPlanes);
     int32_t* total = memory.total.at_least(call.count * kChannels);
     float* y = memory.y.at_least(call.count * kChannels);
@@ -206,8 +242,8 @@ void tiled_block(const Call& call, int64_t index, CallMemory& memory) {
         int64_t begin = s * step, stop = s + 1 == tokens.sums ? all : begin + step;
         for (int64_t l = begin; l < stop; l += lines_at_once) {
             int64_t end = smaller(stop, l + lines_at_once);
-            const uint8_t* rows = Product::unpack<Wide>(call.block_lines(index), l, end, panel);
-            tiles<Wide>(call, rows, (end - l) * call.per_line() / 4, l * call.per_line(), l > begin, 0, total);
+            const uint8_t* rows = unpacked<F>(call, block, index, l, end, panel);
+            tiles<F>(call, block, rows, (end - l) * call.per_line() / 4, l * call.per_line(), l > begin, 0, total);
         }
         add_stretch(block, call.weight->groups, tokens, 0, call.count, s, total, y);
     }
@@ -222,18 +258,18 @@ uint16_t* room_for_outlier16(CallMemory&, const Call&) { return nullptr; }
 void place_outlier16(const Call&, int64_t) {}
 #endif
 
-template <bool Wide>
+template <Form F>
 void units(const Call& call, int64_t begin, int64_t end) {
     CallMemory& memory = call_memory();
 #ifdef QUAD_AMX
     if (takes_amx(call)) {
         TileSession session;
-        for (int64_t u = begin; u < end; ++u) amx_unit<Wide>(call, u, memory);
+        for (int64_t u = begin; u < end; ++u) amx_unit<F>(call, u, memory);
         return;
     }
 #endif
     int64_t blocks = ceil_div(call.weight->out_features, kChannels);
-    for (int64_t b = begin * kUnit; b < smaller(blocks, end * kUnit); ++b) tiled_block<Wide>(call, b, memory);
+    for (int64_t b = begin * kUnit; b < smaller(blocks, end * kUnit); ++b) tiled_block<F>(call, b, memory);
 }
 
 // Many tokens: they are quantized first, on all threads; then each thread takes channels.
@@ -253,8 +289,11 @@ void blocked(Call& call, ParallelFor parallel_for) {
         [](int64_t begin, int64_t end, void* context) {
             Call call = *static_cast<const Call*>(context);
             for_members(call, kUnit * kChannels, begin, end, [&](int64_t from, int64_t to) {
-                if (call.weight->wide) units<true>(call, from, to);
-                else units<false>(call, from, to);
+                switch (call.form()) {
+                    case Form::bytes: return units<Form::bytes>(call, from, to);
+                    case Form::products: return units<Form::products>(call, from, to);
+                    default: return units<Form::nibbles>(call, from, to);
+                }
             });
         },
         &call);
@@ -272,7 +311,7 @@ bool all_small(const Integers& x, int64_t width) {
 void linear(const Input* input, const Integers* integers, const Member* members, int64_t count,
             ParallelFor parallel_for) {
     int64_t tokens = input ? input->tokens : integers->tokens, width = members->weight.in_features;
-    bool small = input ? input->bits <= 4 : all_small(*integers, width);
+    bool small = input ? input->bits <= 4 && !input->largest_sub_scale : all_small(*integers, width);
     int64_t batch = larger(64, smaller(kBatch, kBatchBytes / width / 32 * 32));
     for (int64_t first = 0; first < tokens; first += batch) {
         Call call{};
@@ -309,7 +348,7 @@ void quantize(const Input& input, void* outlier, int8_t* integers, float* scale,
             Buffer<float>& wide = call_memory().outlier;
             for (int64_t t = begin; t < end; ++t) {
                 float* row = wide.at_least(larger(1, rank));
-                quantize_token(c.input, t, row, c.integers + t * width, c.scale + t * c.input.groups);
+                quantize_token(c.input, t, row, c.integers + t * width, c.scale + t * c.input.scales());
                 if (rank)
                     store_row(const_cast<void*>(element(c.outlier, c.input.dtype, t * rank)), c.input.dtype, rank, row);
             }

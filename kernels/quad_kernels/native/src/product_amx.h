@@ -121,14 +121,14 @@ void end_unit(const Call& call, const Block* block, int blocks, int64_t t, int64
     }
 }
 
-template <bool Wide>
+template <Form F>
 void amx_unit(const Call& call, int64_t index, CallMemory& memory) {
     const Tokens& tokens = call.tokens;
     const int blocks = (2 * index + 1) * kChannels < call.weight->out_features ? 2 : 1;
     const int64_t per = kChunk / call.per_line();  // lines in a chunk
     Block block[2];
     for (int h = 0; h < blocks; ++h)
-        block[h] = memory.block[h].prepare(*call.weight, *call.rest, 2 * index + h, tokens.rank);
+        block[h] = memory.block[h].prepare(*call.weight, *call.rest, 2 * index + h, tokens, panel_offset_of(F));
     if (blocks == 1) block[1] = block[0];
     uint8_t* room = memory.panel.at_least(2 * kAtOnce * 1024);
     int32_t* total = memory.total.at_least(2 * tokens.count * kChannels);
@@ -141,8 +141,8 @@ void amx_unit(const Call& call, int64_t index, CallMemory& memory) {
             bool first = begin == s * step, last = end == (s + 1) * step;
             const uint8_t* panel[2];
             for (int h = 0; h < 2; ++h)
-                panel[h] = h < blocks ? Product::unpack<Wide>(call.block_lines(2 * index + h), begin * per, end * per,
-                                                              room + h * kAtOnce * 1024)
+                panel[h] = h < blocks ? unpacked<F>(call, block[h], 2 * index + h, begin * per, end * per,
+                                                    room + h * kAtOnce * 1024)
                                       : panel[0];
             for (int64_t t = 0; t < call.count; t += kTokens) {
                 int64_t count = smaller(kTokens, call.count - t);

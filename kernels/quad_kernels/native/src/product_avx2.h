@@ -5,6 +5,7 @@
 
 #include <cstring>
 
+#include "form.h"
 #include "memory.h"
 
 namespace {
@@ -13,6 +14,7 @@ struct Product {
     static constexpr int kDirect = 4;
     static constexpr int kTile = 3;
     static constexpr int64_t kPanel = 512;
+    static constexpr int32_t kProductsOffset = 0;  // sub-scales multiply sums, which begin at what takes the 8 off
     static constexpr int kPlanes = 2;  // a panel of whole bytes is two of nibbles: 255 x 127 x 2 overflows 16 bits
 
     static __m256i broadcast(const int8_t* a) {
@@ -27,13 +29,28 @@ struct Product {
         __m256i wide = _mm256_setzero_si256();
         void add(__m256i weights, __m256i inputs) { wide = _mm256_dpbusd_avx_epi32(wide, weights, inputs); }
         __m256i take() { return wide; }
+        // Begins at -8 times `inputs`.
+        static Sum less_8_times(int32_t inputs) { return {_mm256_set1_epi32(-8 * inputs)}; }
+        __m256i times(__m256i factors) { return _mm256_mullo_epi32(wide, factors); }
+        static __m256i factors(const int8_t* eight) { return as_32_bits(eight); }
 #else
         __m256i narrow = _mm256_setzero_si256();
         void add(__m256i weights, __m256i inputs) {
             narrow = _mm256_add_epi16(narrow, _mm256_maddubs_epi16(weights, inputs));
         }
-        __m256i take() { return _mm256_madd_epi16(narrow, _mm256_set1_epi16(1)); }
+        __m256i take() { return times(_mm256_set1_epi16(1)); }
+        // Begins at -8 times `inputs`, half of it in each 16 bits. Of up to 32 inputs the end fits: at most
+        // 16 x 15 x 127 + 4 x 16; on the way sums wrap.
+        static Sum less_8_times(int32_t inputs) { return {_mm256_set1_epi16(int16_t(-4 * inputs))}; }
+        __m256i times(__m256i factors) { return _mm256_madd_epi16(narrow, factors); }
+        static __m256i factors(const int8_t* eight) {
+            __m256i wide = as_32_bits(eight);
+            return _mm256_or_si256(wide, _mm256_slli_epi32(wide, 16));
+        }
 #endif
+        static __m256i as_32_bits(const int8_t* eight) {
+            return _mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(eight)));
+        }
     };
 
     // Products that fit into 16 bits before the sums must be widened: 2 x 15 x 8 each for 4-bit inputs, 2 x 15 x 128 else.
@@ -52,30 +69,35 @@ struct Product {
         _mm256_storeu_si256(p, first ? sum : _mm256_add_epi32(_mm256_loadu_si256(p), sum));
     }
 
+    // Adds the products of a line and T tokens; of whole bytes the high halves go to `high`, else all goes to `low`.
     template <int T, bool Wide>
+    __attribute__((always_inline)) static void add_line(const uint8_t* line, const int8_t* x, Sum (*low)[2], Sum (*high)[2]) {
+        const __m256i nibble = _mm256_set1_epi8(15);
+        _mm_prefetch(reinterpret_cast<const char*>(line + 3072), _MM_HINT_T0);
+        for (int h = 0; h < 2; ++h) {
+            __m256i w = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(line + 32 * h));
+            __m256i first = _mm256_and_si256(w, nibble);
+            __m256i second = _mm256_and_si256(_mm256_srli_epi16(w, 4), nibble);
+            for (int t = 0; t < T; ++t) {
+                low[t][h].add(first, broadcast(x + t * kLine));
+                if constexpr (Wide) high[t][h].add(second, broadcast(x + t * kLine));
+                else low[t][h].add(second, broadcast(x + t * kLine + 4));
+            }
+        }
+    }
+
+    template <int T, Form F>
     static void direct(const uint8_t* lines, int64_t begin, int64_t end, const int8_t* a, int64_t chunk, bool small,
                        int32_t* total) {
+        constexpr bool Wide = F == Form::bytes;
         constexpr int kPer = Wide ? 16 : 8;
         const int64_t flush = Wide ? steps(small) : steps(small) / 2;
-        const __m256i nibble = _mm256_set1_epi8(15);
         std::memset(total, 0, T * 16 * sizeof(int32_t));
         for (int64_t start = begin; start < end; start += flush) {
             int64_t stop = smaller(end, start + flush);
-            Sum low[T][2], high[T][2];  // of whole bytes: their low and high halves; else both into `low`
-            for (int64_t l = start; l < stop; ++l) {
-                const int8_t* x = a + l / kPer * chunk + l % kPer * (64 / kPer);
-                _mm_prefetch(reinterpret_cast<const char*>(lines + l * kLine + 3072), _MM_HINT_T0);
-                for (int h = 0; h < 2; ++h) {
-                    __m256i w = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(lines + l * kLine + 32 * h));
-                    __m256i first = _mm256_and_si256(w, nibble);
-                    __m256i second = _mm256_and_si256(_mm256_srli_epi16(w, 4), nibble);
-                    for (int t = 0; t < T; ++t) {
-                        low[t][h].add(first, broadcast(x + t * kLine));
-                        if constexpr (Wide) high[t][h].add(second, broadcast(x + t * kLine));
-                        else low[t][h].add(second, broadcast(x + t * kLine + 4));
-                    }
-                }
-            }
+            Sum low[T][2], high[T][2];
+            for (int64_t l = start; l < stop; ++l)
+                add_line<T, Wide>(lines + l * kLine, a + l / kPer * chunk + l % kPer * (64 / kPer), low, high);
             for (int t = 0; t < T; ++t)
                 for (int h = 0; h < 2; ++h) {
                     accumulate(total + 16 * t + 8 * h, low[t][h].take(), 0, false);
@@ -84,8 +106,39 @@ struct Product {
         }
     }
 
-    template <bool Wide>
+    // All lines of 16 channels, whose sums of parts are multiplied by sub-scales.
+    template <int T>
+    static void direct_products(const uint8_t* lines, const int8_t* a, int64_t chunk, const SubScales& sub_scales,
+                                int32_t* total) {
+        std::memset(total, 0, T * 16 * sizeof(int32_t));
+        PartCursor parts(sub_scales, 0);
+        const int64_t step = sub_scales.part / 8, end = step * sub_scales.parts;
+        for (int64_t start = 0; start < end; start += step, parts.next()) {
+            Sum sum[T][2];
+            for (int t = 0; t < T; ++t) sum[t][0] = sum[t][1] = Sum::less_8_times(parts.sum(t));
+            for (int64_t l = start; l < start + step; ++l)
+                add_line<T, false>(lines + l * kLine, a + l / 8 * chunk + l % 8 * 8, sum, nullptr);
+            add_times<T>(sum, parts.values(), total);
+        }
+    }
+
+    template <int T>
+    __attribute__((always_inline)) static void add_times(Sum (*sum)[2], const int8_t* sub_scales, int32_t* total) {
+        for (int h = 0; h < 2; ++h) {
+            __m256i factors = Sum::factors(sub_scales + 8 * h);
+            for (int t = 0; t < T; ++t) accumulate(total + 16 * t + 8 * h, sum[t][h].times(factors), 0, false);
+        }
+    }
+
+    // A panel of two levels holds the stored integers: multiplied by sub-scales they would be two planes.
+    static const uint8_t* unpack_products(const uint8_t* lines, int64_t begin, int64_t end, uint8_t* panel,
+                                          const SubScales&) {
+        return unpack<Form::nibbles>(lines, begin, end, panel);
+    }
+
+    template <Form F>
     static const uint8_t* unpack(const uint8_t* lines, int64_t begin, int64_t end, uint8_t* panel) {
+        constexpr bool Wide = F == Form::bytes;
         const __m256i nibble = _mm256_set1_epi8(15);
         int64_t plane = Wide ? (end - begin) * kLine : kLine;  // distance of the two halves
         uint8_t* target = panel;
@@ -99,6 +152,24 @@ struct Product {
         return panel;
     }
 
+    // Adds the products of rows of a panel, which are inputs from `k` to `end`, and T tokens.
+    template <int T>
+    __attribute__((always_inline)) static void add_rows(const uint8_t* rows, int64_t k, int64_t end, const int8_t* a, int64_t chunk, Sum (*sum)[2]) {
+        auto w = reinterpret_cast<const __m256i*>(rows);
+        while (k < end) {
+            const int8_t* x = a + k / 64 * chunk + k % 64;
+            int64_t last = smaller(end, k / 64 * 64 + 64);
+            for (; k < last; k += 4, x += 4, w += 2) {
+                __m256i left = _mm256_load_si256(w), right = _mm256_load_si256(w + 1);
+                for (int t = 0; t < T; ++t) {
+                    __m256i inputs = broadcast(x + t * kLine);
+                    sum[t][0].add(left, inputs);
+                    sum[t][1].add(right, inputs);
+                }
+            }
+        }
+    }
+
     template <int T>
     static void plane(const uint8_t* panel, int64_t rows, const int8_t* a, int64_t chunk, int64_t first, bool small,
                       int shift, int32_t* total) {
@@ -106,30 +177,31 @@ struct Product {
         for (int64_t start = 0; start < rows; start += flush) {
             int64_t stop = smaller(rows, start + flush);
             Sum sum[T][2];
-            auto w = reinterpret_cast<const __m256i*>(panel + start * kLine);
-            for (int64_t k = first + 4 * start, end = first + 4 * stop; k < end;) {
-                const int8_t* x = a + k / 64 * chunk + k % 64;
-                int64_t last = smaller(end, k / 64 * 64 + 64);
-                for (; k < last; k += 4, x += 4, w += 2) {
-                    __m256i left = _mm256_load_si256(w), right = _mm256_load_si256(w + 1);
-                    for (int t = 0; t < T; ++t) {
-                        __m256i inputs = broadcast(x + t * kLine);
-                        sum[t][0].add(left, inputs);
-                        sum[t][1].add(right, inputs);
-                    }
-                }
-            }
+            add_rows<T>(panel + start * kLine, first + 4 * start, first + 4 * stop, a, chunk, sum);
             for (int t = 0; t < T; ++t)
                 for (int h = 0; h < 2; ++h) accumulate(total + 16 * t + 8 * h, sum[t][h].take(), shift, false);
         }
     }
 
-    template <int T, bool Wide>
+    template <int T>
+    static void tile_products(const uint8_t* panel, int64_t rows, const int8_t* a, int64_t chunk, int64_t first,
+                              const SubScales& sub_scales, int32_t* total) {
+        std::memset(total, 0, T * 16 * sizeof(int32_t));
+        PartCursor parts(sub_scales, first);
+        for (int64_t k = first, end = first + 4 * rows; k < end; k += sub_scales.part, parts.next()) {
+            Sum sum[T][2];
+            for (int t = 0; t < T; ++t) sum[t][0] = sum[t][1] = Sum::less_8_times(parts.sum(t));
+            add_rows<T>(panel + (k - first) / 4 * kLine, k, k + sub_scales.part, a, chunk, sum);
+            add_times<T>(sum, parts.values(), total);
+        }
+    }
+
+    template <int T, Form F>
     static void tile(const uint8_t* panel, int64_t rows, const int8_t* a, int64_t chunk, int64_t first, bool small,
                      int32_t* total) {
         std::memset(total, 0, T * 16 * sizeof(int32_t));
         plane<T>(panel, rows, a, chunk, first, small, 0, total);
-        if constexpr (Wide) plane<T>(panel + rows * kLine, rows, a, chunk, first, small, 4, total);
+        if constexpr (F == Form::bytes) plane<T>(panel + rows * kLine, rows, a, chunk, first, small, 4, total);
     }
 };
 

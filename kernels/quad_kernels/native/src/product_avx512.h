@@ -5,6 +5,7 @@
 
 #include <cstring>
 
+#include "form.h"
 #include "memory.h"
 
 namespace {
@@ -13,6 +14,7 @@ struct Product {
     static constexpr int kDirect = 8;   // tokens up to which weights are unpacked in registers
     static constexpr int kTile = 12;    // tokens that share an unpacked weight
     static constexpr int64_t kPanel = 2048;  // inputs unpacked at a time
+    static constexpr int32_t kProductsOffset = 128;  // a panel holds integers times sub-scales, as lines of bytes do
     static constexpr int kPlanes = 1;
 
     static __m512i broadcast(const int8_t* a) {
@@ -22,9 +24,10 @@ struct Product {
     }
 
     // Sums [T][16] over lines [begin, end) of 16 channels, for T tokens 64 bytes apart in each chunk.
-    template <int T, bool Wide>
+    template <int T, Form F>
     static void direct(const uint8_t* lines, int64_t begin, int64_t end, const int8_t* a, int64_t chunk, bool,
                        int32_t* total) {
+        constexpr bool Wide = F == Form::bytes;
         constexpr int kPer = Wide ? 16 : 8;  // lines in a chunk of inputs
         constexpr int kChains = T == 1 ? 4 : T == 2 ? 2 : 1;
         __m512i sum[T][kChains][2];
@@ -63,10 +66,78 @@ struct Product {
         }
     }
 
+    static __m512i factors(const int8_t* sixteen) {
+        return _mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(sixteen)));
+    }
+
+    // All lines of 16 channels, whose sums of parts are multiplied by sub-scales.
+    template <int T>
+    static void direct_products(const uint8_t* lines, const int8_t* a, int64_t chunk, const SubScales& sub_scales,
+                                int32_t* total) {
+        const __m512i nibble = _mm512_set1_epi8(15);
+        __m512i all[T];
+        for (int t = 0; t < T; ++t) all[t] = _mm512_setzero_si512();
+        PartCursor parts(sub_scales, 0);
+        const int64_t step = sub_scales.part / 8, end = step * sub_scales.parts;
+        for (int64_t start = 0; start < end; start += step, parts.next()) {
+            __m512i sum[T][2];
+            for (int t = 0; t < T; ++t) {
+                sum[t][0] = _mm512_set1_epi32(-8 * parts.sum(t));
+                sum[t][1] = _mm512_setzero_si512();
+            }
+            for (int64_t l = start; l < start + step; ++l) {
+                _mm_prefetch(reinterpret_cast<const char*>(lines + l * kLine + 4096), _MM_HINT_T0);
+                const int8_t* x = a + l / 8 * chunk + l % 8 * 8;
+                __m512i w = _mm512_loadu_si512(lines + l * kLine);
+                __m512i low = _mm512_and_si512(w, nibble), high = _mm512_and_si512(_mm512_srli_epi16(w, 4), nibble);
+                for (int t = 0; t < T; ++t) {
+                    sum[t][0] = _mm512_dpbusd_epi32(sum[t][0], low, broadcast(x + t * kLine));
+                    sum[t][1] = _mm512_dpbusd_epi32(sum[t][1], high, broadcast(x + t * kLine + 4));
+                }
+            }
+            __m512i sub_scale = factors(parts.values());
+            for (int t = 0; t < T; ++t)
+                all[t] = _mm512_add_epi32(
+                    all[t], _mm512_mullo_epi32(_mm512_add_epi32(sum[t][0], sum[t][1]), sub_scale));
+        }
+        for (int t = 0; t < T; ++t) _mm512_storeu_si512(total + 16 * t, all[t]);
+    }
+
+    // Unpacks lines, of which the first is that of a part, to rows as below, of integers times sub-scales plus 128.
+    static const uint8_t* unpack_products(const uint8_t* lines, int64_t begin, int64_t end, uint8_t* panel,
+                                          const SubScales& sub_scales) {
+        const __m512i nibble = _mm512_set1_epi8(15);
+        PartCursor parts(sub_scales, begin * 8);
+        const int64_t step = sub_scales.part / 8, last = smaller(end, step * sub_scales.parts);
+        uint8_t* row = panel;
+        for (int64_t start = begin; start < last; start += step, parts.next()) {
+            __m512i wide = factors(parts.values());
+            __m512i factor = _mm512_or_si512(wide, _mm512_slli_epi32(wide, 16));
+            // 128 - 8 times the sub-scale, in each byte of its channel
+            __m512i offset = _mm512_sub_epi32(_mm512_set1_epi32(128), _mm512_slli_epi32(wide, 3));
+            offset = _mm512_mullo_epi32(offset, _mm512_set1_epi32(0x01010101));
+            for (int64_t l = start; l < start + step; ++l, row += 2 * kLine) {
+                __m512i w = _mm512_loadu_si512(lines + l * kLine);
+                __m512i low = _mm512_and_si512(w, nibble), high = _mm512_and_si512(_mm512_srli_epi16(w, 4), nibble);
+                // Two bytes at once: their products are below 226, so the lower carries nothing into the upper.
+                _mm512_store_si512(row, _mm512_add_epi8(_mm512_mullo_epi16(low, factor), offset));
+                _mm512_store_si512(row + kLine, _mm512_add_epi8(_mm512_mullo_epi16(high, factor), offset));
+            }
+        }
+        std::memset(row, 128, panel + (end - begin) * 2 * kLine - row);  // what fills the inputs up is 0
+        return panel;
+    }
+
+    template <int T>
+    static void tile_products(const uint8_t* panel, int64_t rows, const int8_t* a, int64_t chunk, int64_t first,
+                              const SubScales&, int32_t* total) {
+        tile<T, Form::bytes>(panel, rows, a, chunk, first, true, total);
+    }
+
     // Unpacks lines to rows of 16 channels x 4 inputs and returns the panel; lines of whole bytes are such rows.
-    template <bool Wide>
+    template <Form F>
     static const uint8_t* unpack(const uint8_t* lines, int64_t begin, int64_t end, uint8_t* panel) {
-        if (Wide) return lines + begin * kLine;
+        if (F == Form::bytes) return lines + begin * kLine;
         const __m512i nibble = _mm512_set1_epi8(15);
         for (int64_t l = begin; l < end; ++l, panel += 2 * kLine) {
             __m512i w = _mm512_loadu_si512(lines + l * kLine);
@@ -77,7 +148,7 @@ struct Product {
     }
 
     // Sums [T][16] over rows [0, rows) of an unpacked panel; input `first` is the first row's.
-    template <int T, bool Wide>
+    template <int T, Form F>
     static void tile(const uint8_t* panel, int64_t rows, const int8_t* a, int64_t chunk, int64_t first, bool,
                      int32_t* total) {
         __m512i sum[T];

@@ -13,10 +13,12 @@ struct Tokens {
     int8_t* integers;   // [chunks][count][64]
     float* scale;       // [count][scales]
     int32_t* sum;       // [count][sums], of the integers of a stretch that has one scale on either side
+    int16_t* part;      // [count][parts], of the integers of a part that a sub-scale multiplies
     float* outlier;     // [count][rank]
     int64_t count;      // with padding
     int64_t scales;
     int64_t sums;
+    int64_t parts;      // 0 without sub-scales
     int64_t rank;       // with padding: a multiple of 32
 };
 
@@ -26,6 +28,7 @@ constexpr int64_t kRank = 32;  // outlier columns at a time
 struct QuantizeMemory {
     Buffer<float> row;
     Buffer<float> tables;
+    Buffer<float> steps;
     Buffer<int8_t> integers;
 };
 
@@ -74,7 +77,31 @@ void split_row(const Input& input, float* row, float* outlier) {
     }
 }
 
-// Quantizes token `t` of the input: outliers [rank], float32; integers [residual]; scale [groups].
+float normal(float scale) { return scale < 1.17549435e-38f ? 0.0f : scale; }
+
+// False for a token of zeros, and for one with a NaN or an infinity, whose scale makes the output NaN.
+bool usable(float scale) { return scale > 0 && scale <= 3.402823466e38f; }
+
+// Quantizes groups of `size` numbers to multiples of one scale, integers times the sub-scale of their group.
+void quantize_groups(const Input& input, const float* row, int64_t size, float* steps, int8_t* integers, float* scale) {
+    const float most = float(input.largest_sub_scale), magic = 12582912.0f;
+    float common = normal(largest_magnitude(steps, input.groups) / most);
+    *scale = common;
+    if (!usable(common)) {
+        std::memset(integers, 0, size * input.groups);
+        return;
+    }
+    for (int64_t g = 0; g < input.groups; ++g, integers += size) {
+        float factor = (steps[g] / common + magic) - magic;
+        factor = factor < 1.0f ? 1.0f : factor;
+        factor = factor > most ? most : factor;
+        round_to_grid(row + g * size, size, common * factor, input.bits, integers);
+        int32_t whole = int32_t(factor);
+        for (int64_t i = 0; i < size; ++i) integers[i] = int8_t(integers[i] * whole);
+    }
+}
+
+// Quantizes token `t` of the input: outliers [rank], float32; integers [residual]; scale [scales].
 void quantize_token(const Input& input, int64_t t, float* outlier, int8_t* integers, float* scale) {
     QuantizeMemory& memory = quantize_memory();
     float* row = memory.row.at_least(input.width);
@@ -87,15 +114,13 @@ void quantize_token(const Input& input, int64_t t, float* outlier, int8_t* integ
     }
     const float levels = (float(1 << input.bits) - 1) / 2;
     int64_t size = width / input.groups;
+    float* steps = input.largest_sub_scale ? memory.steps.at_least(input.groups) : scale;
+    for (int64_t g = 0; g < input.groups; ++g)
+        steps[g] = normal(largest_magnitude(row + g * size, size) * input.clip_ratio / levels);
+    if (input.largest_sub_scale) return quantize_groups(input, row, size, steps, integers, scale);
     for (int64_t g = 0; g < input.groups; ++g) {
-        float step = largest_magnitude(row + g * size, size) * input.clip_ratio / levels;
-        if (step < 1.17549435e-38f) step = 0;
-        scale[g] = step;
-        if (step > 0 && step <= 3.402823466e38f) {
-            round_to_grid(row + g * size, size, step, input.bits, integers + g * size);
-        } else {  // a token of zeros, or one with a NaN or an infinity, whose scale makes the output NaN
-            std::memset(integers + g * size, 0, size);
-        }
+        if (usable(steps[g])) round_to_grid(row + g * size, size, steps[g], input.bits, integers + g * size);
+        else std::memset(integers + g * size, 0, size);
     }
 }
 
@@ -112,6 +137,13 @@ void place_token(const Tokens& tokens, int64_t t, const int8_t* integers, int64_
         int32_t sum = 0;
         for (int64_t i = 0; i < size; ++i) sum += integers[s * size + i];
         tokens.sum[t * tokens.sums + s] = sum;
+    }
+    if (!tokens.parts) return;
+    size = width / tokens.parts;
+    for (int64_t p = 0; p < tokens.parts; ++p) {
+        int32_t sum = 0;
+        for (int64_t i = 0; i < size; ++i) sum += integers[p * size + i];
+        tokens.part[t * tokens.parts + p] = int16_t(sum);
     }
 }
 

@@ -101,8 +101,16 @@ const quad::Hadamard& plan_for(int64_t size) {
     return *plan;
 }
 
-quad::Input input_of(const Tensor& x, int64_t bits, double clip_ratio, int64_t groups, int64_t outliers, int64_t block,
-                     bool keep_width, bool hadamard) {
+// How an input is split and quantized, as the operators get it: see `settings` in lines.py.
+struct Settings {
+    int64_t bits;
+    double clip_ratio;
+    int64_t groups, largest_sub_scale, outliers, block;
+    bool keep_width, hadamard;
+};
+
+quad::Input input_of(const Tensor& x, const Settings& settings) {
+    const auto& [bits, clip_ratio, groups, largest_sub_scale, outliers, block, keep_width, hadamard] = settings;
     quad::Input input{};
     input.data = x.const_data_ptr();
     input.dtype = dtype_of(x, "x");
@@ -114,15 +122,18 @@ quad::Input input_of(const Tensor& x, int64_t bits, double clip_ratio, int64_t g
     input.bits = int32_t(bits);
     input.clip_ratio = float(clip_ratio);
     input.groups = groups;
+    input.largest_sub_scale = int32_t(largest_sub_scale);
     STD_TORCH_CHECK(block > 0 && input.width % block == 0 && outliers >= 0 && outliers < block, "the split does not fit x");
     STD_TORCH_CHECK(groups > 0 && input.residual() % groups == 0, "the groups do not divide the residual");
     STD_TORCH_CHECK(bits >= 2 && bits <= 8, "the input must be quantized to 2 to 8 bits");
+    STD_TORCH_CHECK(largest_sub_scale >= 0 && (largest_sub_scale << (bits - 1)) < 128,
+                    "the input's integers times their sub-scales must fit into 8 bits");
     if (hadamard) input.hadamard = &plan_for(input.residual());
     return input;
 }
 
-quad::Weight weight_of(const Tensor& lines, const Tensor& scale, const MaybeTensor& zero_point, int64_t in_features,
-                       int64_t out_features, bool wide) {
+quad::Weight weight_of(const Tensor& lines, const Tensor& scale, const MaybeTensor& zero_point,
+                       const MaybeTensor& sub_scale, int64_t in_features, int64_t out_features, bool wide) {
     int64_t per_line = wide ? 4 : 8, count = (in_features + 63) / 64 * (64 / per_line);
     STD_TORCH_CHECK(lines.is_contiguous() && lines.scalar_type() == ScalarType::Byte &&
                         lines.numel() == (out_features + 15) / 16 * count * 64,
@@ -141,6 +152,14 @@ quad::Weight weight_of(const Tensor& lines, const Tensor& scale, const MaybeTens
         STD_TORCH_CHECK(zero_point->numel() == scale.numel() && zero_point->scalar_type() == ScalarType::Char,
                         "the zero points do not fit");
         weight.zero_point = static_cast<const int8_t*>(zero_point->const_data_ptr());
+    }
+    if (sub_scale) {
+        weight.sub_groups = sub_scale->size(0);
+        STD_TORCH_CHECK(sub_scale->scalar_type() == ScalarType::Char && sub_scale->is_contiguous() &&
+                            sub_scale->numel() == weight.sub_groups * out_features && weight.sub_groups > 0 &&
+                            in_features % (8 * weight.sub_groups) == 0 && scale.size(1) == 1 && !wide && !zero_point,
+                        "the sub-scales do not fit");
+        weight.sub_scale = static_cast<const int8_t*>(sub_scale->const_data_ptr());
     }
     return weight;
 }
@@ -161,16 +180,17 @@ quad::Rest rest_of(const MaybeTensor& outlier_weight, const MaybeTensor& bias, i
     return rest;
 }
 
-Tensor linear(const Tensor& x_, int64_t bits, double clip_ratio, int64_t groups, int64_t outliers, int64_t block,
-              bool keep_width, bool hadamard, const Tensor& lines, const Tensor& scale_, const MaybeTensor& zero_point_,
-              int64_t in_features, int64_t out_features, bool wide, const MaybeTensor& outlier_weight_,
-              const MaybeTensor& bias_) {
+Tensor linear(const Tensor& x_, int64_t bits, double clip_ratio, int64_t groups, int64_t largest_sub_scale,
+              int64_t outliers, int64_t block, bool keep_width, bool hadamard, const Tensor& lines, const Tensor& scale_,
+              const MaybeTensor& zero_point_, const MaybeTensor& sub_scale_, int64_t in_features, int64_t out_features,
+              bool wide, const MaybeTensor& outlier_weight_, const MaybeTensor& bias_) {
     Tensor x = dense(x_), scale = dense(scale_);
-    MaybeTensor zero_point = dense(zero_point_), outlier_weight = dense(outlier_weight_);
-    MaybeTensor bias = dense(bias_);
-    quad::Input input = input_of(x, bits, clip_ratio, groups, outliers, block, keep_width, hadamard);
+    MaybeTensor zero_point = dense(zero_point_), sub_scale = dense(sub_scale_);
+    MaybeTensor outlier_weight = dense(outlier_weight_), bias = dense(bias_);
+    quad::Input input =
+        input_of(x, {bits, clip_ratio, groups, largest_sub_scale, outliers, block, keep_width, hadamard});
     STD_TORCH_CHECK(input.residual() == in_features, "the weight does not fit the residual");
-    quad::Weight weight = weight_of(lines, scale, zero_point, in_features, out_features, wide);
+    quad::Weight weight = weight_of(lines, scale, zero_point, sub_scale, in_features, out_features, wide);
     quad::Rest rest = rest_of(outlier_weight, bias, input.rank(), out_features);
     Tensor y = empty(sizes_with(x, out_features), torch_dtype(input.dtype));
     quad::Member member{weight, rest, {y.mutable_data_ptr(), input.dtype}};
@@ -179,18 +199,18 @@ Tensor linear(const Tensor& x_, int64_t bits, double clip_ratio, int64_t groups,
 }
 
 Tensor integer_linear(const Tensor& x_, const Tensor& x_scale_, const Tensor& lines, const Tensor& scale_,
-                      const MaybeTensor& zero_point_, int64_t in_features, int64_t out_features, bool wide,
-                      const MaybeTensor& outlier_, const MaybeTensor& outlier_weight_, const MaybeTensor& bias_,
-                      int64_t out_dtype) {
+                      const MaybeTensor& zero_point_, const MaybeTensor& sub_scale_, int64_t in_features,
+                      int64_t out_features, bool wide, const MaybeTensor& outlier_, const MaybeTensor& outlier_weight_,
+                      const MaybeTensor& bias_, int64_t out_dtype) {
     Tensor x = dense(x_), x_scale = dense(x_scale_), scale = dense(scale_);
     MaybeTensor zero_point = dense(zero_point_), outlier = dense(outlier_), bias = dense(bias_);
-    MaybeTensor outlier_weight = dense(outlier_weight_);
+    MaybeTensor outlier_weight = dense(outlier_weight_), sub_scale = dense(sub_scale_);
     STD_TORCH_CHECK(x.dim() == 2 && x.size(1) == in_features && x.scalar_type() == ScalarType::Char, "x does not fit");
     STD_TORCH_CHECK(x_scale.dim() == 2 && x_scale.size(0) == x.size(0) && x_scale.scalar_type() == ScalarType::Float,
                     "the scales of x do not fit");
     quad::Integers integers{static_cast<const int8_t*>(x.const_data_ptr()),
                             static_cast<const float*>(x_scale.const_data_ptr()), x.size(0), x_scale.size(1)};
-    quad::Weight weight = weight_of(lines, scale, zero_point, in_features, out_features, wide);
+    quad::Weight weight = weight_of(lines, scale, zero_point, sub_scale, in_features, out_features, wide);
     quad::Rest rest = rest_of(outlier_weight, bias, outlier ? outlier->size(1) : 0, out_features);
     if (outlier) {
         STD_TORCH_CHECK(outlier->size(0) == x.size(0), "the outliers do not fit x");
@@ -205,12 +225,14 @@ Tensor integer_linear(const Tensor& x_, const Tensor& x_scale_, const Tensor& li
 }
 
 std::tuple<Tensor, Tensor, Tensor> quantize(const Tensor& x_, int64_t bits, double clip_ratio, int64_t groups,
-                                            int64_t outliers, int64_t block, bool keep_width, bool hadamard) {
+                                            int64_t largest_sub_scale, int64_t outliers, int64_t block, bool keep_width,
+                                            bool hadamard) {
     Tensor x = dense(x_);
-    quad::Input input = input_of(x, bits, clip_ratio, groups, outliers, block, keep_width, hadamard);
+    quad::Input input =
+        input_of(x, {bits, clip_ratio, groups, largest_sub_scale, outliers, block, keep_width, hadamard});
     Tensor outlier = empty(sizes_with(x, input.rank()), torch_dtype(input.dtype));
     Tensor integers = empty(sizes_with(x, input.residual()), aoti_torch_dtype_int8());
-    Tensor scale = empty(sizes_with(x, groups), aoti_torch_dtype_float32());
+    Tensor scale = empty(sizes_with(x, input.scales()), aoti_torch_dtype_float32());
     kernels().quantize(input, outlier.mutable_data_ptr(), static_cast<int8_t*>(integers.mutable_data_ptr()),
                        static_cast<float*>(scale.mutable_data_ptr()), parallel_for);
     return {outlier, integers, scale};
@@ -256,9 +278,9 @@ Tensor dense_head(const Tensor& x_, const Tensor& weight) {
     return y;
 }
 
-// Linears that share an input, as the operators of a block get them: five tensors for each (lines, scale, zero point,
-// outlier weight, bias; what is absent is empty), and numbers: bits, groups, outliers, block, keep_width and hadamard of
-// the input, then inputs, outputs and `wide` of each.
+// Linears that share an input, as the operators of a block get them: six tensors for each (lines, scale, zero point,
+// sub-scales, outlier weight, bias; what is absent is empty), and numbers: those of `Settings` without the clip ratio, in
+// order, then inputs, outputs and `wide` of each.
 class Parts {
   public:
     Parts(const std::vector<Tensor>& tensors, const std::vector<int64_t>& numbers)
@@ -266,22 +288,24 @@ class Parts {
 
     // Applies the next `count` linears to `x`.
     std::vector<Tensor> linears(const Tensor& x, double clip_ratio, int64_t count) {
-        int64_t bits = number(), groups = number(), outliers = number(), block = number();
+        int64_t bits = number(), groups = number(), largest_sub_scale = number(), outliers = number(), block = number();
         bool keep_width = number(), hadamard = number();
-        quad::Input input = input_of(x, bits, clip_ratio, groups, outliers, block, keep_width, hadamard);
+        quad::Input input =
+            input_of(x, {bits, clip_ratio, groups, largest_sub_scale, outliers, block, keep_width, hadamard});
         std::vector<Tensor> results;
         std::vector<quad::Member> members;
         for (int64_t i = 0; i < count; ++i) {
             int64_t in_features = number(), out_features = number();
             bool wide = number();
             const Tensor &lines = tensor(), &scale = tensor();
-            MaybeTensor zero_point = maybe(), outlier_weight = maybe(), bias = maybe();
+            MaybeTensor zero_point = maybe(), sub_scale = maybe(), outlier_weight = maybe(), bias = maybe();
             STD_TORCH_CHECK(input.residual() == in_features && scale.is_contiguous(), "the weight does not fit");
             results.push_back(empty(sizes_with(x, out_features), torch_dtype(input.dtype)));
-            members.push_back({weight_of(lines, scale, zero_point, in_features, out_features, wide),
+            members.push_back({weight_of(lines, scale, zero_point, sub_scale, in_features, out_features, wide),
                                rest_of(outlier_weight, bias, input.rank(), out_features),
                                {results.back().mutable_data_ptr(), input.dtype}});
             STD_TORCH_CHECK(members[0].weight.groups == members[i].weight.groups &&
+                                members[0].weight.sub_groups == members[i].weight.sub_groups &&
                                 members[0].rest.outlier_weight_dtype == members[i].rest.outlier_weight_dtype &&
                                 members[0].rest.rank == members[i].rest.rank,
                             "linears that share an input must have the same format");
@@ -536,15 +560,16 @@ Tensor rounding_errors(const Tensor& weight_, const Tensor& scale_, const Tensor
 
 STABLE_TORCH_LIBRARY(quad_native, m) {
     m.def(
-        "linear(Tensor x, int bits, float clip_ratio, int groups, int outliers, int block, bool keep_width, "
-        "bool hadamard, Tensor lines, Tensor scale, Tensor? zero_point, int in_features, int out_features, bool wide, "
-        "Tensor? outlier_weight, Tensor? bias) -> Tensor");
+        "linear(Tensor x, int bits, float clip_ratio, int groups, int largest_sub_scale, int outliers, int block, "
+        "bool keep_width, bool hadamard, Tensor lines, Tensor scale, Tensor? zero_point, Tensor? sub_scale, "
+        "int in_features, int out_features, bool wide, Tensor? outlier_weight, Tensor? bias) -> Tensor");
     m.def(
-        "integer_linear(Tensor x, Tensor x_scale, Tensor lines, Tensor scale, Tensor? zero_point, int in_features, "
-        "int out_features, bool wide, Tensor? outlier, Tensor? outlier_weight, Tensor? bias, int out_dtype) -> Tensor");
+        "integer_linear(Tensor x, Tensor x_scale, Tensor lines, Tensor scale, Tensor? zero_point, "
+        "Tensor? sub_scale, int in_features, int out_features, bool wide, Tensor? outlier, Tensor? outlier_weight, "
+        "Tensor? bias, int out_dtype) -> Tensor");
     m.def(
-        "quantize(Tensor x, int bits, float clip_ratio, int groups, int outliers, int block, bool keep_width, "
-        "bool hadamard) -> (Tensor, Tensor, Tensor)");
+        "quantize(Tensor x, int bits, float clip_ratio, int groups, int largest_sub_scale, int outliers, int block, "
+        "bool keep_width, bool hadamard) -> (Tensor, Tensor, Tensor)");
     m.def(
         "block_in(Tensor x, Tensor norm, float eps, Tensor cosine, Tensor sine, Tensor[] head_norms, Tensor[] parts, "
         "int[] numbers, float clip_ratio) -> Tensor[]");
@@ -593,6 +618,8 @@ STABLE_TORCH_LIBRARY_IMPL(quad_native, CPU, m) {
 // For library.py, by ctypes.
 extern "C" {
 
+// Changes with the arguments of the operators.
+int quad_interface() { return 2; }
 const char* quad_supported() { return quad::supported(); }
 const char* quad_chosen() { return quad::chosen() ? quad::chosen()->name : ""; }
 int quad_choose(const char* name) { return quad::choose(name); }

@@ -1,0 +1,54 @@
+// The forms in which weights come, and what a weight of two levels brings besides its integers.
+#pragma once
+
+#include <cstdint>
+
+namespace {
+
+// Integers of half a byte, of a byte, or of half a byte that are multiplied by the sub-scale of their group.
+enum class Form { nibbles, bytes, products };
+
+// The sub-scales of 16 channels, and the inputs they meet. A weight is stored with an offset of 8, so the products of a
+// part of the inputs begin at -8 times its sum; sub-scales multiply what a part adds up to.
+struct SubScales {
+    const int8_t* values;  // [groups][16], `stride` apart
+    int64_t stride;
+    int64_t group;         // inputs of one sub-scale
+    int64_t part;          // inputs of a part: a divisor of `group` and of 32, a multiple of 8
+    int64_t parts;
+    const int16_t* sums;   // [tokens][parts]
+
+    SubScales from_token(int64_t t) const {
+        SubScales moved = *this;
+        moved.sums += t * parts;
+        return moved;
+    }
+};
+
+// Goes through the parts of some inputs in order.
+class PartCursor {
+  public:
+    // `first` is the input that they begin with, the first of a part.
+    PartCursor(const SubScales& sub_scales, int64_t first)
+        : sub_scales_(sub_scales),
+          values_(sub_scales.values + first / sub_scales.group * sub_scales.stride),
+          inside_(first % sub_scales.group),
+          index_(first / sub_scales.part) {}
+
+    const int8_t* values() const { return values_; }
+    int32_t sum(int t) const { return sub_scales_.sums[t * sub_scales_.parts + index_]; }
+    void next() {
+        ++index_;
+        inside_ += sub_scales_.part;
+        if (inside_ < sub_scales_.group) return;
+        inside_ = 0;
+        values_ += sub_scales_.stride;
+    }
+
+  private:
+    const SubScales& sub_scales_;
+    const int8_t* values_;
+    int64_t inside_, index_;
+};
+
+}  // namespace
