@@ -57,7 +57,9 @@ def _refuse_other_quantization(decoder: Decoder) -> None:
 def _is_plain(linear: LinearFormat) -> bool:
     # compressed-tensors has no clip ratio, and its packed format no quantized input without a quantized weight.
     input_is_stock = linear.input is None or (linear.input.clip_ratio == 1.0 and linear.weight is not None)
-    return linear.outliers_per_block == 0 and not linear.hadamard and not linear.terms and input_is_stock
+    if not input_is_stock or any(grid.sub_scale_bits for grid in linear.grids()):
+        return False
+    return linear.outliers_per_block == 0 and not linear.hadamard and not linear.terms
 
 
 def _describe(module: QuadLinear, where: str) -> LinearFormat:
@@ -87,17 +89,31 @@ def _input_format(module: QuadLinear, where: str) -> InputFormat | None:
     ours = module.input_quantization if module.quantize_input else None
     if ours is None:
         return None
-    return InputFormat(bits=ours.bits, clip_ratio=ours.clip_ratio, group_size=ours.group_size)
+    return InputFormat(
+        bits=ours.bits,
+        clip_ratio=ours.clip_ratio,
+        group_size=ours.group_size,
+        **_sub_scale_bits(ours.sub_scale_bits),
+    )
 
 
 def _weight_format(module: QuadLinear, where: str) -> WeightFormat | None:
     check_storable(module.residual, where)
     packed = module.packed()
-    return (
-        None
-        if packed is None
-        else WeightFormat(bits=packed.bits, group_size=packed.group_size, symmetric=packed.symmetric)
+    if packed is None:
+        return None
+    grid = packed.grid
+    return WeightFormat(
+        bits=grid.bits,
+        group_size=grid.group_size,
+        symmetric=grid.symmetric,
+        **_sub_scale_bits(grid.sub_scale_bits),
     )
+
+
+def _sub_scale_bits(bits: int | None) -> dict[str, Any]:
+    """The field, left out where it says nothing: only version 4 has it."""
+    return {} if bits is None else {"sub_scale_bits": bits}
 
 
 def quantization_config(

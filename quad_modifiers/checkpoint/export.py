@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from quad_kernels import QuantizedWeight
+from quad_kernels import IntegerGrid, QuantizedWeight
 from torch import nn
 
 from quad_modifiers.checkpoint.dequantize import dense_weight
@@ -35,7 +35,7 @@ from quad_modifiers.nn.packed_linear import PackedLinear
 from quad_modifiers.nn.packed_table import PackedHead, PackedTable
 from quad_modifiers.nn.quad_linear import QuadLinear
 from quad_modifiers.output_folder import check_target, user_path
-from quad_modifiers.quantization.grid import IntegerGrid, round_to_grid, search_clip
+from quad_modifiers.quantization.grid import round_to_grid, search_clip
 from quad_modifiers.records.export_record import Export
 from quad_modifiers.records.inventory import read_json
 from quad_modifiers.version import __version__
@@ -167,6 +167,8 @@ def _linear_problems(linear: LinearFormat, size: int, online_hadamard: bool) -> 
             f"size {size}"
         )
     stated = [("weights", linear.weight), ("inputs", linear.input)]
+    if any(part.sub_scale_bits for part in linear.grids()):
+        problems.append("integers of two levels have no place in the format (sub_scale_bits)")
     for name, part in stated:
         if part is not None and part.group_size is not None and part.group_size != size:
             problems.append(f"the {name} have groups of {part.group_size}, not of {size}")

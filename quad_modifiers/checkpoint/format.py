@@ -7,9 +7,9 @@ packed weights. A reader never ignores what it does not understand: unknown fiel
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
-from quad_kernels import InputQuantization, InputSplit
+from quad_kernels import InputQuantization, InputSplit, IntegerGrid
 
-FORMAT_VERSIONS = (1, 2, 3)
+FORMAT_VERSIONS = (1, 2, 3, 4)
 QUANT_METHOD = "quad"
 
 
@@ -23,10 +23,16 @@ class InputFormat(_Strict):
     bits: Literal[2, 3, 4, 5, 6, 7, 8]
     clip_ratio: float = Field(gt=0.0, le=1.0)
     group_size: int | None = None
+    sub_scale_bits: Literal[4] | None = None
+
+    @model_validator(mode="after")
+    def _check_grid(self) -> "InputFormat":
+        self.settings()
+        return self
 
     def settings(self) -> InputQuantization:
         """As the module uses it."""
-        return InputQuantization(self.bits, self.clip_ratio, self.group_size)
+        return InputQuantization(self.bits, self.clip_ratio, self.group_size, self.sub_scale_bits)
 
 
 class WeightFormat(_Strict):
@@ -35,6 +41,16 @@ class WeightFormat(_Strict):
     bits: Literal[2, 4, 8]
     group_size: int | None = None
     symmetric: bool = True
+    sub_scale_bits: Literal[4] | None = None
+
+    @model_validator(mode="after")
+    def _check_grid(self) -> "WeightFormat":
+        self.grid()
+        return self
+
+    def grid(self) -> IntegerGrid:
+        """As the module uses it."""
+        return IntegerGrid(self.bits, self.group_size, self.symmetric, self.sub_scale_bits)
 
 
 class LinearFormat(_Strict):
@@ -57,6 +73,10 @@ class LinearFormat(_Strict):
     def split(self) -> InputSplit:
         """As the module uses it."""
         return InputSplit(self.in_features, self.outliers_per_block, self.block, self.keep_width, self.hadamard)
+
+    def grids(self) -> list[WeightFormat | InputFormat]:
+        """What is quantized of it."""
+        return [part for part in (self.weight, self.input) if part is not None]
 
 
 class BasisFormat(_Strict):
@@ -85,10 +105,10 @@ class QuadFormat(_Strict):
     """The whole section. A checkpoint has the lowest version that can hold it, so that older readers read it too.
 
     Version 2 adds `embedding` and `head`. Version 3 adds `terms` of linears and `sections`, whose kinds plugins
-    bring, and leaves out what the first two reserved.
+    bring, and leaves out what the first two reserved. Version 4 adds `sub_scale_bits` of weights and inputs.
     """
 
-    format_version: Literal[1, 2, 3] = 1
+    format_version: Literal[1, 2, 3, 4] = 1
     base_model_type: str
     residual_basis: BasisFormat | None
     linears: dict[str, LinearFormat]
@@ -104,6 +124,9 @@ class QuadFormat(_Strict):
         unknown = self.model_fields_set & _ABSENT[self.format_version]
         if self.format_version < 3 and any("terms" in linear.model_fields_set for linear in self.linears.values()):
             unknown |= {"terms"}
+        grids = [grid for linear in self.linears.values() for grid in linear.grids()]
+        if self.format_version < 4 and any("sub_scale_bits" in grid.model_fields_set for grid in grids):
+            unknown |= {"sub_scale_bits"}
         if unknown:
             raise ValueError(f"version {self.format_version} has no field {min(unknown)!r}")
         return self
@@ -118,18 +141,24 @@ class QuadFormat(_Strict):
         fields = {name: value for name, value in fields.items() if value or name == "residual_basis"}
         named = any(linear.terms for linear in fields["linears"].values()) or "sections" in fields
         version = 3 if named else 2 if fields.keys() & {"embedding", "head"} else 1
+        if any(grid.sub_scale_bits for linear in fields["linears"].values() for grid in linear.grids()):
+            version = 4
         return cls(format_version=version, **fields)
 
     def section(self) -> dict[str, Any]:
         """Returns the content for config.json: every field of its version."""
         content = self.model_dump(exclude=_ABSENT[self.format_version])
-        if self.format_version < 3:
-            for linear in content["linears"].values():
+        for linear in content["linears"].values():
+            if self.format_version < 3:
                 del linear["terms"]
+            for grid in (linear["weight"], linear["input"]):
+                if self.format_version < 4 and grid is not None:
+                    del grid["sub_scale_bits"]
         return content
 
 
-_ABSENT = {1: {"embedding", "head", "sections"}, 2: {"sections"}, 3: {"outlier", "low_rank", "kv_cache"}}
+_RESERVED = {"outlier", "low_rank", "kv_cache"}
+_ABSENT = {1: {"embedding", "head", "sections"}, 2: {"sections"}, 3: _RESERVED, 4: _RESERVED}
 """Fields that a version does not have."""
 
 

@@ -156,16 +156,8 @@ def _install(place: PlacedLinear, quad: QuadFormat) -> None:
         if linear.weight is None:
             residual = nn.Linear(split.residual_width, linear.out_features, bias=False, dtype=dtype)
         else:
-            weight = linear.weight
-            residual = PackedLinear(
-                split.residual_width,
-                linear.out_features,
-                weight.bits,
-                weight.group_size,
-                weight.symmetric,
-                dtype,
-                quantization,
-            )
+            grid = linear.weight.grid()
+            residual = PackedLinear(split.residual_width, linear.out_features, grid, dtype, quantization)
         container = QuadLinear(residual, role, split)
         container.allocate(linear.bias, dtype)
         for kind, section in linear.terms.items():

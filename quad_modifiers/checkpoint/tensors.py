@@ -7,6 +7,7 @@ report a tensor that is missing.
 from typing import Any
 
 import torch
+from quad_kernels import IntegerGrid
 from torch import nn
 from transformers import AutoModelForCausalLM
 
@@ -29,7 +30,7 @@ def linear_tensors(linear: LinearFormat, dtype: torch.dtype) -> dict[str, Tensor
     if weight is None:
         specs["residual.weight"] = TensorSpec((out, split.residual_width), dtype)
     else:
-        packed = packed_shapes(out, split.residual_width, weight.bits, weight.group_size, weight.symmetric, dtype)
+        packed = packed_shapes(out, split.residual_width, weight.grid(), dtype)
         specs |= {f"residual.{name}": spec for name, spec in packed.items()}
     if split.rank:
         specs["outlier.weight"] = TensorSpec((out, split.rank), dtype)
@@ -84,7 +85,7 @@ def model_tensors(decoder: Decoder, quad: QuadFormat) -> dict[str, TensorSpec]:
         if packed:
             del specs[f"{path}.weight"]
             rows, columns = module.weight.shape
-            shapes = packed_shapes(rows, columns, BITS, None, True, module.weight.dtype)
+            shapes = packed_shapes(rows, columns, IntegerGrid(BITS), module.weight.dtype)
             specs |= {f"{path}.{name}": spec for name, spec in shapes.items()}
     for place in decoder.linears():
         name, dtype = place.name, place.module.weight.dtype

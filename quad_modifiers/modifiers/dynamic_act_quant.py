@@ -39,6 +39,9 @@ class DynamicActQuant(QuadModifier):
         d_type_bits: bits of D-type inputs, None leaves them unquantized.
         strategy: one scale per "token", or per "group" of a token.
         group_size: coordinates per scale for strategy "group".
+        sub_scale_bits: 4 for integers of two levels: a group has a 4-bit integer factor and a token the scale, so that
+            kernels add up integers as with one scale per token; for inputs of up to 4 bits. None for a floating-point
+            scale per group.
         u_type_clip_ratio, d_type_clip_ratio: share of the largest magnitude that the grid covers; 1.0 is the grid of
             compressed-tensors, the paper's 0.9 of absmax / 7 is 0.964. "auto" takes for each role the one of least
             output error on calibration tokens: the wider an input, the more its largest magnitude stands out.
@@ -51,6 +54,7 @@ class DynamicActQuant(QuadModifier):
     d_type_bits: int | None = Field(default=4, ge=2, le=8)
     strategy: Literal["token", "group"] = "token"
     group_size: int | None = Field(default=None, ge=8)
+    sub_scale_bits: Literal[4] | None = None
     u_type_clip_ratio: ClipRatio | Literal["auto"] = 0.92
     d_type_clip_ratio: ClipRatio | Literal["auto"] = 0.92
 
@@ -61,7 +65,13 @@ class DynamicActQuant(QuadModifier):
                 f"group_size ({self.group_size}) goes with strategy 'group' and only with it (strategy is "
                 f"{self.strategy!r})"
             )
+        for bits in (self.u_type_bits, self.d_type_bits):
+            if bits is not None:
+                self._quantization(bits, 1.0)
         return self
+
+    def _quantization(self, bits: int, clip_ratio: float) -> InputQuantization:
+        return InputQuantization(bits, clip_ratio, self.group_size, self.sub_scale_bits)
 
     def prepare(self, decoder: Decoder, batches: Batches) -> None:
         """Sets the input quantization of every linear in the decoder blocks."""
@@ -69,13 +79,13 @@ class DynamicActQuant(QuadModifier):
             bits = self.d_type_bits if linear.group.writes_stream else self.u_type_bits
             clip = self._clip_ratio(linear.group)
             given = 1.0 if clip == "auto" else clip
-            quantization = None if bits is None else InputQuantization(bits, given, self.group_size)
-            linear.module.input_quantization = quantization
+            linear.module.input_quantization = None if bits is None else self._quantization(bits, given)
         logger.info(
-            "DynamicActQuant: U-type inputs %s bits, D-type inputs %s bits, per %s",
+            "DynamicActQuant: U-type inputs %s bits, D-type inputs %s bits, per %s%s",
             self.u_type_bits,
             self.d_type_bits,
             self.strategy,
+            " of two levels" if self.sub_scale_bits else "",
         )
 
     def run(self, decoder: Decoder, batches: Batches) -> None:

@@ -5,14 +5,13 @@ import time
 from typing import Annotated, Any, ClassVar, Literal
 
 from llmcompressor.core import State
-from pydantic import Field, PrivateAttr
-from quad_kernels import QuantizedWeight
+from pydantic import Field, PrivateAttr, model_validator
+from quad_kernels import IntegerGrid, QuantizedWeight
 
 from quad_modifiers.model.decoder import Decoder, PlacedLinear
 from quad_modifiers.modifiers.base import Batches, QuadModifier
 from quad_modifiers.nn.packed_linear import PackedLinear
 from quad_modifiers.passes.weight_pass import quantize_blocks
-from quad_modifiers.quantization.grid import IntegerGrid
 from quad_modifiers.quantization.group import LinearReport, WeightQuantization
 from quad_modifiers.recipe.coverage import is_ignored
 from quad_modifiers.reporting import layer_progress, table
@@ -40,6 +39,8 @@ class OutlierSplitGPTQ(QuadModifier):
         method: "gptq", or "rtn" (round to nearest, needs no data).
         bits: 4, or 8 or 2.
         group_size: input coordinates per scale; None is one scale per output channel.
+        sub_scale_bits: 4 for integers of two levels: a group has a 4-bit integer factor, an output channel the scale,
+            and sums of products stay exact integers; None for a floating-point scale per group.
         symmetric: False adds a zero point per scale.
         clip_search: choose each scale by weighted squared error instead of the largest weight.
         scale_candidates: factors on the chosen scale, tried with the whole of GPTQ; each output channel keeps its best.
@@ -59,6 +60,7 @@ class OutlierSplitGPTQ(QuadModifier):
     bits: Literal[2, 4, 8] = 4
     group_size: int | None = Field(default=None, ge=8)
     symmetric: bool = True
+    sub_scale_bits: Literal[4] | None = None
     clip_search: bool = True
     scale_candidates: list[Annotated[float, Field(gt=0)]] = Field(default=[1.0], min_length=1)
     activation_order: bool = True
@@ -103,11 +105,21 @@ class OutlierSplitGPTQ(QuadModifier):
         return table(("block", *groups), rows)
 
     def _granularity(self) -> str:
-        return "one scale per output channel" if self.group_size is None else f"groups of {self.group_size}"
+        if self.group_size is None:
+            return "one scale per output channel"
+        return f"groups of {self.group_size}{' of two levels' if self.sub_scale_bits else ''}"
+
+    @model_validator(mode="after")
+    def _check_grid(self) -> "OutlierSplitGPTQ":
+        self._grid()
+        return self
+
+    def _grid(self) -> IntegerGrid:
+        return IntegerGrid(self.bits, self.group_size, self.symmetric, self.sub_scale_bits)
 
     def _settings(self) -> WeightQuantization:
         return WeightQuantization(
-            grid=IntegerGrid(self.bits, self.group_size, self.symmetric),
+            grid=self._grid(),
             clip_search=self.clip_search,
             scale_candidates=tuple(self.scale_candidates) if self.symmetric else (1.0,),
             activation_order=self.activation_order,
@@ -124,7 +136,7 @@ class OutlierSplitGPTQ(QuadModifier):
         for linear in decoder.linears():
             if not self._is_ignored(linear.name):
                 try:
-                    IntegerGrid(self.bits, self.group_size).groups(linear.module.split.residual_width)
+                    self._grid().groups(linear.module.split.residual_width)
                 except ValueError as error:
                     raise ValueError(f"{linear.name}: {error}") from error
 

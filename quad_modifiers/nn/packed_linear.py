@@ -5,7 +5,8 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from quad_kernels import InputQuantization, QuantizedWeight, choose_backend, prepare_weight
+from quad_kernels import InputQuantization, IntegerGrid, QuantizedWeight, choose_backend, prepare_weight
+from quad_kernels.weight import SUB_SCALE_BITS
 from torch import nn
 
 from quad_modifiers.nn.packed_shapes import packed_shapes, refuse_other_shape
@@ -21,9 +22,7 @@ class PackedLinear(nn.Module):
     Args:
         in_features: input width.
         out_features: output channels.
-        bits: 2, 4 or 8.
-        group_size: input coordinates per scale, None for one scale per output channel.
-        symmetric: False for a zero point per scale.
+        grid: grid of the weight, of 2, 4 or 8 bits.
         dtype: of the scales.
         input_quantization: of the inputs, None if they stay floating point; the kernels' layout depends on it.
     """
@@ -32,26 +31,24 @@ class PackedLinear(nn.Module):
         self,
         in_features: int,
         out_features: int,
-        bits: int,
-        group_size: int | None,
-        symmetric: bool,
+        grid: IntegerGrid,
         dtype: torch.dtype,
         input_quantization: InputQuantization | None = None,
     ) -> None:
         super().__init__()
         self.in_features = in_features
         self.out_features = out_features
-        self.bits = bits
-        self.group_size = group_size
+        self.grid = grid
         self.input_quantization = input_quantization
         self._prepared: QuantizedWeight | None = None
         self.weight_packed: torch.Tensor
-        shapes = packed_shapes(out_features, in_features, bits, group_size, symmetric, dtype)
+        shapes = packed_shapes(out_features, in_features, grid, dtype)
         for name, spec in shapes.items():
             value = torch.empty(spec.shape, dtype=spec.dtype) if spec.value is None else torch.tensor(spec.value)
             self.register_buffer(name, value)
-        if symmetric:
-            self.register_buffer("weight_zero_point", None)
+        for name in ("weight_zero_point", "weight_sub_scale"):
+            if name not in shapes:
+                self.register_buffer(name, None)
         self.register_state_dict_pre_hook(_restore_words)
         self.register_load_state_dict_pre_hook(_restore_words)
         self.register_load_state_dict_pre_hook(refuse_other_shape)
@@ -67,26 +64,11 @@ class PackedLinear(nn.Module):
             dtype: of the scales.
             input_quantization: of the inputs, None if they stay floating point.
         """
-        groups = weight.scale.shape[1]
-        group_size = None if groups == 1 else weight.in_features // groups
         with torch.device(weight.scale.device):
-            linear = cls(
-                weight.in_features,
-                weight.out_features,
-                weight.bits,
-                group_size,
-                weight.zero_point is None,
-                dtype,
-                input_quantization,
-            )
+            linear = cls(weight.in_features, weight.out_features, grid_of(weight), dtype, input_quantization)
         linear.weight_packed, linear.weight_scale = weight.to_words(), weight.scale.detach().to(dtype)
-        linear.weight_zero_point = weight.zero_point_words()
+        linear.weight_zero_point, linear.weight_sub_scale = weight.zero_point_words(), weight.sub_scale_words()
         return linear
-
-    @property
-    def symmetric(self) -> bool:
-        """True without zero points."""
-        return self.weight_zero_point is None
 
     def prepare(self) -> None:
         """Repacks the weight for the kernels of its device; does nothing while its tensors are not loaded."""
@@ -113,10 +95,11 @@ class PackedLinear(nn.Module):
         return prepare_weight(
             self.weight_packed,
             self.weight_scale,
-            bits=self.bits,
+            bits=self.grid.bits,
             in_features=self.in_features,
             quantization=self.input_quantization,
             zero_point=self.weight_zero_point,
+            sub_scale=self.weight_sub_scale,
         )
 
     @property
@@ -125,8 +108,8 @@ class PackedLinear(nn.Module):
         prepared = self._prepared
         if prepared is None:
             return 0
-        held = [prepared.integers] if prepared.zero_point is None else [prepared.integers, prepared.zero_point]
-        return sum(tensor.numel() * tensor.element_size() for tensor in held)
+        held = (prepared.integers, prepared.zero_point, prepared.sub_scale)
+        return sum(tensor.numel() * tensor.element_size() for tensor in held if tensor is not None)
 
     def restore_words(self) -> None:
         """Brings `weight_packed` back, in the checkpoint's layout."""
@@ -135,11 +118,11 @@ class PackedLinear(nn.Module):
             self._prepared = None
 
     def __setattr__(self, name: str, value: Any) -> None:
-        """Takes other words or zero points even after a forward pass, which has repacked those from before."""
+        """Takes other words, zero points or sub-scales even after a forward pass, which has repacked the former."""
         if self.__dict__.get("_prepared") is not None:
             if name == "weight_packed":
                 self._prepared = None
-            elif name == "weight_zero_point":
+            elif name in ("weight_zero_point", "weight_sub_scale"):
                 self.restore_words()
         super().__setattr__(name, value)
 
@@ -155,9 +138,15 @@ class PackedLinear(nn.Module):
     def quantized_weight(self) -> QuantizedWeight:
         """Returns the weight in layout int8."""
         if self._prepared is not None:
-            return replace(self._prepared.to_layout("int8"), scale=self.weight_scale)
+            stored = self._prepared.stored()
+            return replace(self._prepared, integers=stored, layout="int8", folded=False, scale=self.weight_scale)
         return QuantizedWeight.from_words(
-            self.weight_packed, self.weight_scale, self.bits, self.in_features, self.weight_zero_point
+            self.weight_packed,
+            self.weight_scale,
+            self.grid.bits,
+            self.in_features,
+            self.weight_zero_point,
+            self.weight_sub_scale,
         )
 
     def dequantized(self, dtype: torch.dtype) -> torch.Tensor:
@@ -171,9 +160,19 @@ class PackedLinear(nn.Module):
     def extra_repr(self) -> str:
         """Shape, format and the backend that runs it."""
         backend = "" if self.weight_scale.is_meta else f", kernels={choose_backend(self.weight_scale.device).name}"
-        return (
-            f"in={self.in_features}, out={self.out_features}, bits={self.bits}, group_size={self.group_size}{backend}"
-        )
+        grid = f"bits={self.grid.bits}, group_size={self.grid.group_size}"
+        if self.grid.sub_scale_bits is not None:
+            grid += f", sub_scale_bits={self.grid.sub_scale_bits}"
+        return f"in={self.in_features}, out={self.out_features}, {grid}{backend}"
+
+
+def grid_of(weight: QuantizedWeight) -> IntegerGrid:
+    """Returns the grid of a weight."""
+    groups = weight.scale.shape[1] if weight.sub_scale is None else len(weight.sub_scale)
+    size = None if groups == 1 and weight.sub_scale is None else weight.in_features // groups
+    return IntegerGrid(
+        weight.bits, size, weight.zero_point is None, None if weight.sub_scale is None else SUB_SCALE_BITS
+    )
 
 
 def _is_offloaded(module: nn.Module) -> bool:

@@ -3,6 +3,8 @@
 from typing import Any, NamedTuple
 
 import torch
+from quad_kernels import IntegerGrid
+from quad_kernels.weight import SUB_SCALE_BITS
 
 
 class TensorSpec(NamedTuple):
@@ -19,28 +21,25 @@ class TensorSpec(NamedTuple):
     value: tuple[int, ...] | None = None
 
 
-def packed_shapes(
-    out_features: int, in_features: int, bits: int, group_size: int | None, symmetric: bool, dtype: torch.dtype
-) -> dict[str, TensorSpec]:
+def packed_shapes(out_features: int, in_features: int, grid: IntegerGrid, dtype: torch.dtype) -> dict[str, TensorSpec]:
     """Returns the tensors of a packed weight by name, such as weight_scale.
 
     Args:
         out_features: output channels.
         in_features: input width.
-        bits: 2, 4 or 8.
-        group_size: input coordinates per scale, None for one scale per output channel.
-        symmetric: False for a zero point per scale, packed along the output channels.
+        grid: grid of the weight, of 2, 4 or 8 bits; zero points and sub-scales are packed along the output channels.
         dtype: dtype of the scales.
     """
-    per_word = 32 // bits
-    groups = 1 if group_size is None else in_features // group_size
+    per_word, groups = 32 // grid.bits, grid.groups(in_features)
     specs = {
         "weight_packed": TensorSpec((out_features, -(-in_features // per_word)), torch.int32),
-        "weight_scale": TensorSpec((out_features, groups), dtype),
+        "weight_scale": TensorSpec((out_features, grid.scales(in_features)), dtype),
         "weight_shape": TensorSpec((2,), torch.int64, (out_features, in_features)),
     }
-    if not symmetric:
+    if not grid.symmetric:
         specs["weight_zero_point"] = TensorSpec((-(-out_features // per_word), groups), torch.int32)
+    if grid.sub_scale_bits is not None:
+        specs["weight_sub_scale"] = TensorSpec((-(-out_features * SUB_SCALE_BITS // 32), groups), torch.int32)
     return specs
 
 

@@ -12,9 +12,9 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
-from quad_kernels import descend_columns, round_columns
+from quad_kernels import IntegerGrid, descend_columns, round_columns
 
-from quad_modifiers.quantization.grid import IntegerGrid, WeightScales, dequantize
+from quad_modifiers.quantization.grid import WeightScales, dequantize
 
 MAX_DAMPING = 1.0
 # Shares of the largest diagonal element: the energy of an input that is nothing but rounding error, in float32, and the

@@ -7,52 +7,29 @@ The grid is the one of compressed-tensors, so that a stock runtime reads the sam
 from dataclasses import dataclass, replace
 
 import torch
-from quad_kernels import rounding_errors
-
-
-@dataclass(frozen=True)
-class IntegerGrid:
-    """What a weight is rounded to.
-
-    Attributes:
-        bits: bits of an integer, 2 to 8.
-        group_size: input coordinates per scale, None for one scale per output channel.
-        symmetric: False adds an integer zero point per scale.
-    """
-
-    bits: int = 4
-    group_size: int | None = None
-    symmetric: bool = True
-
-    @property
-    def low(self) -> int:
-        """Smallest integer."""
-        return -(2 ** (self.bits - 1))
-
-    @property
-    def high(self) -> int:
-        """Largest integer."""
-        return 2 ** (self.bits - 1) - 1
-
-    def groups(self, columns: int) -> int:
-        """Number of scales per output channel.
-
-        Raises:
-            ValueError: if `columns` is not a multiple of `group_size`.
-        """
-        if self.group_size is None:
-            return 1
-        if columns % self.group_size:
-            raise ValueError(f"group_size ({self.group_size}) must divide the input width ({columns})")
-        return columns // self.group_size
+from quad_kernels import IntegerGrid, rounding_errors
 
 
 @dataclass
 class WeightScales:
-    """Scales and zero points, `[out, groups]`; the zero point is an integer-valued float (0 when symmetric)."""
+    """Scales and zero points of the groups of a weight.
+
+    Attributes:
+        scale: steps of the groups, `[out, groups]`; with sub-scales the products of `base` and `sub_scale`.
+        zero_point: integer-valued floats, `[out, groups]`, 0 when symmetric.
+        base: floating-point scales, `[out, 1]`, None without sub-scales.
+        sub_scale: integer-valued floats from 1 on, `[out, groups]`, None without.
+    """
 
     scale: torch.Tensor
     zero_point: torch.Tensor
+    base: torch.Tensor | None = None
+    sub_scale: torch.Tensor | None = None
+
+    @classmethod
+    def sub_scaled(cls, base: torch.Tensor, sub_scale: torch.Tensor) -> "WeightScales":
+        """Returns scales of two levels: `base` `[out, 1]`, `sub_scale` `[out, groups]`, both floating point."""
+        return cls(base * sub_scale, torch.zeros_like(sub_scale), base, sub_scale)
 
     def expand(self, columns: int) -> "WeightScales":
         """One scale per weight, `[out, columns]`."""
@@ -60,6 +37,24 @@ class WeightScales:
         return WeightScales(
             self.scale.repeat_interleave(repeat, dim=1), self.zero_point.repeat_interleave(repeat, dim=1)
         )
+
+    def times(self, factor: float, dtype: torch.dtype) -> "WeightScales":
+        """Returns scales that are multiplied by a number, as a checkpoint of `dtype` holds them."""
+        if self.base is not None and self.sub_scale is not None:
+            return WeightScales.sub_scaled(storable(self.base * factor, dtype), self.sub_scale)
+        return WeightScales(storable(self.scale * factor, dtype), self.zero_point)
+
+    def where(self, rows: torch.Tensor, others: "WeightScales") -> "WeightScales":
+        """Returns these scales, with those of `others` in the rows where `rows`, `[out, 1]`, is True."""
+        mixed = [
+            None if ours is None or theirs is None else torch.where(rows, theirs, ours)
+            for ours, theirs in (
+                (self.base, others.base),
+                (self.sub_scale, others.sub_scale),
+            )
+        ]
+        scale = torch.where(rows, others.scale, self.scale)
+        return WeightScales(scale, torch.where(rows, others.zero_point, self.zero_point), *mixed)
 
 
 def round_to_grid(weight: torch.Tensor, scales: WeightScales, grid: IntegerGrid) -> torch.Tensor:
@@ -82,6 +77,12 @@ def full_range_scales(weight: torch.Tensor, grid: IntegerGrid, scale_dtype: torc
             is rounded with them.
     """
     grouped = weight.reshape(weight.shape[0], grid.groups(weight.shape[1]), -1)
+    if grid.sub_scale_bits is not None:
+        steps = grouped.abs().amax(-1) / ((grid.high - grid.low) / 2)
+        most = 2**grid.sub_scale_bits - 1
+        widest = steps.amax(1, keepdim=True)
+        base = storable(widest * (1 + torch.finfo(scale_dtype).eps) / most, scale_dtype)  # not rounded below it
+        return WeightScales.sub_scaled(base, (steps / base).ceil_().clamp_(1, most))
     if grid.symmetric:
         scale = grouped.abs().amax(-1) / ((grid.high - grid.low) / 2)
         return WeightScales(storable(scale, scale_dtype), torch.zeros_like(scale))
@@ -121,6 +122,8 @@ def search_clip(
     """
     width = weight.shape[1]
     cost = torch.ones(width, device=weight.device) if importance is None else importance.to(weight)
+    if grid.sub_scale_bits is not None:
+        return _search_sub_scales(weight, grid, scale_dtype, cost)
     grouped = weight.reshape(len(weight), grid.groups(width), -1)
     ends = torch.stack([grouped.amin(-1), grouped.amax(-1)], dim=-1).flatten(1)  # all that the scales depend on
     pairs = replace(grid, group_size=2)
@@ -130,3 +133,31 @@ def search_clip(
     errors = rounding_errors(weight, scale, zero_point, cost, low=grid.low, high=grid.high)
     best = errors.argmin(0, keepdim=True)  # the first of those that are alike: the one that clips least
     return WeightScales(scale.gather(0, best).squeeze(0), zero_point.gather(0, best).squeeze(0))
+
+
+def _search_sub_scales(
+    weight: torch.Tensor, grid: IntegerGrid, scale_dtype: torch.dtype, cost: torch.Tensor
+) -> WeightScales:
+    """The base of each row and the sub-scale of each group of least weighted squared rounding error.
+
+    All sub-scales are tried with some bases: those that give the group of the widest step a sub-scale from the upper
+    half, and that of the full range.
+    """
+    steps = search_clip(weight, replace(grid, sub_scale_bits=None), torch.float32, cost).scale
+    assert grid.sub_scale_bits is not None
+    most = 2**grid.sub_scale_bits - 1
+    widest = steps.amax(1, keepdim=True)
+    bases = [storable(widest / largest, scale_dtype) for largest in range(most, most // 2, -1)]
+    whole = full_range_scales(weight, grid, scale_dtype)
+    assert whole.base is not None
+    best, least = whole, torch.full((len(weight), 1), torch.inf, device=weight.device)
+    for base in (*bases, whole.base):
+        factors = torch.arange(1.0, most + 1, device=weight.device)
+        trials = (base * factors).T.unsqueeze(-1).expand(-1, -1, steps.shape[1]).contiguous()
+        errors = rounding_errors(weight, trials, torch.zeros_like(trials), cost, low=grid.low, high=grid.high)
+        error, index = errors.min(0)
+        found = WeightScales.sub_scaled(base, factors[index])
+        total = error.sum(1, keepdim=True)
+        best = best.where(total < least, found)
+        least = torch.minimum(least, total)
+    return best

@@ -6,7 +6,7 @@ from functools import reduce
 from typing import Literal
 
 import torch
-from quad_kernels import InputQuantization, QuantizedWeight, fake_quantize, split_input
+from quad_kernels import InputQuantization, IntegerGrid, QuantizedWeight, fake_quantize, split_input
 
 from quad_modifiers.linalg import StreamingGram
 from quad_modifiers.linalg.fast_dtype import fast_dtype
@@ -19,13 +19,11 @@ from quad_modifiers.quantization.gptq import (
     quantize_columns,
 )
 from quad_modifiers.quantization.grid import (
-    IntegerGrid,
     WeightScales,
     dequantize,
     full_range_scales,
     round_to_grid,
     search_clip,
-    storable,
 )
 
 _TINY = torch.finfo(torch.float32).tiny
@@ -205,9 +203,14 @@ def _write_back(
 ) -> list[QuantizedWeight]:
     integers, scales = result.blocks[0]
     values = dequantize(integers, scales.expand(columns))
-    zero_point = None if grid.symmetric else scales.zero_point.to(torch.int8)
     whole = QuantizedWeight(
-        integers.to(torch.int8), scales.scale.to(scale_dtype), zero_point, columns, len(integers), grid.bits
+        integers.to(torch.int8),
+        (scales.scale if scales.base is None else scales.base).to(scale_dtype),
+        None if grid.symmetric else scales.zero_point.to(torch.int8),
+        columns,
+        len(integers),
+        grid.bits,
+        sub_scale=None if scales.sub_scale is None else scales.sub_scale.T.to(torch.int8).contiguous(),
     )
     weights = []
     start = 0
@@ -252,7 +255,7 @@ def _gptq(
     base = _initial_scales(target[:, :columns], hessian.diagonal()[:columns], settings, scale_dtype)
     best: GptqResult | None = None
     for candidate in settings.scale_candidates:
-        scales = WeightScales(storable(base.scale * candidate, scale_dtype), base.zero_point)
+        scales = base.times(candidate, scale_dtype)
         trial = quantize_columns(
             target,
             hessian,
@@ -280,13 +283,7 @@ def _better_rows(first: GptqResult, second: GptqResult) -> GptqResult:
     rows = better.unsqueeze(1)
     return GptqResult(
         [
-            RoundedBlock(
-                torch.where(rows, theirs.integers, ours.integers),
-                WeightScales(
-                    torch.where(rows, theirs.scales.scale, ours.scales.scale),
-                    torch.where(rows, theirs.scales.zero_point, ours.scales.zero_point),
-                ),
-            )
+            RoundedBlock(torch.where(rows, theirs.integers, ours.integers), ours.scales.where(rows, theirs.scales))
             for ours, theirs in zip(first.blocks, second.blocks, strict=True)
         ],
         torch.where(rows, second.outlier, first.outlier),

@@ -1,9 +1,10 @@
 """Rounds the rows of an embedding or a head into their 8-bit table."""
 
 import torch
+from quad_kernels import IntegerGrid
 
 from quad_modifiers.nn.packed_table import BITS, PackedTable
-from quad_modifiers.quantization.grid import IntegerGrid, full_range_scales, round_to_grid
+from quad_modifiers.quantization.grid import full_range_scales, round_to_grid
 
 _ROWS = 4096  # quantized at a time: float32 copies stay small beside the model
 

@@ -141,7 +141,8 @@ def _treatments(placed: PlacedModifier, names: Sequence[str]) -> Iterator[tuple[
     if not placed.is_stock:
         if QUANTIZE_WEIGHTS in placed.roles:
             bits, size = getattr(modifier, "bits", placed.name), getattr(modifier, "group_size", None)
-            yield _words(bits, size, getattr(modifier, "symmetric", True)), _reached(names, placed)
+            levels = " of two levels" if getattr(modifier, "sub_scale_bits", None) else ""
+            yield _words(bits, size, getattr(modifier, "symmetric", True)) + levels, _reached(names, placed)
         return
     for scheme in coverage.stock_schemes(modifier):
         reached = _reached(names, placed, scheme.targets)

@@ -1,5 +1,7 @@
 """What vLLM's layers and the kernels have to tell each other."""
 
+from dataclasses import replace
+
 import torch
 from quad_kernels import InputQuantization, QuantizedWeight, choose_backend, prepare_weight
 
@@ -35,15 +37,17 @@ def prepare_rows(linear: LinearFormat, stored: dict[str, torch.Tensor]) -> Quant
     floating-point inputs, so they are expanded.
 
     `stored` has `weight_packed` `[out, ceil(in * bits / 32)]`, int32, `weight_scale` `[out, groups]`, floating point,
-    and `weight_zero_point` `[out, groups]`, int8, if there is one. Expanded weights are `[out, in]` in the dtype of the
-    scales.
+    and `weight_zero_point` or `weight_sub_scale` `[out, groups]`, int8, if there are any. Expanded weights are
+    `[out, in]` in the dtype of the scales.
     """
     assert linear.weight is not None
     bits, width = linear.weight.bits, linear.split().residual_width
-    scale, zero_point = stored["weight_scale"], stored.get("weight_zero_point")
-    weight = QuantizedWeight.from_words(stored["weight_packed"], scale, bits, width)
-    if zero_point is not None:
-        weight = QuantizedWeight(weight.integers, scale, zero_point, width, weight.out_features, bits)
+    scale, sub_scale = stored["weight_scale"], stored.get("weight_sub_scale")
+    weight = replace(
+        QuantizedWeight.from_words(stored["weight_packed"], scale, bits, width),
+        zero_point=stored.get("weight_zero_point"),
+        sub_scale=None if sub_scale is None else sub_scale.T.contiguous(),
+    )
     if linear.input is None:
         return weight.to_layout("nibbles") if scale.device.type == "cpu" else weight.dequantized(scale.dtype)
     return choose_backend(scale.device).prepare_weight(weight, linear.input.settings())

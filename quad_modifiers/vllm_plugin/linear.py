@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from quad_kernels import QuantizedWeight
 from quad_kernels.packing import unpack_int32
+from quad_kernels.weight import SUB_SCALE_BITS, SUB_SCALE_OFFSET
 from torch import nn
 from torch.nn.functional import linear, pad
 from vllm.distributed import tensor_model_parallel_all_gather
@@ -90,16 +91,21 @@ class QuadLinearMethod(LinearMethodBase):
 
     def _register_packed(self, residual: nn.Module, weight: WeightFormat, out: int, dtype: torch.dtype) -> None:
         width = self.split.residual_width
-        specs = packed_shapes(out, width, weight.bits, weight.group_size, weight.symmetric, dtype)
+        specs = packed_shapes(out, width, weight.grid(), dtype)
         words, scale = specs["weight_packed"], specs["weight_scale"]
         self._register(residual, "weight_packed", torch.zeros(words.shape, dtype=words.dtype))
         self._register(residual, "weight_scale", torch.empty(scale.shape, dtype=scale.dtype))
-        if not weight.symmetric:  # unpacked while they are loaded: the rank's rows need not fill whole words
+        # Unpacked while they are loaded: the rank's rows need not fill whole words.
+        if not weight.symmetric:
             self._register(residual, "weight_zero_point", torch.zeros(scale.shape, dtype=torch.int8))
+        if weight.sub_scale_bits is not None:
+            groups = weight.grid().groups(width)
+            self._register(residual, "weight_sub_scale", torch.ones(out, groups, dtype=torch.int8))
 
     def _register(self, module: nn.Module, name: str, tensor: torch.Tensor) -> None:
         parameter = nn.Parameter(tensor, requires_grad=False)
-        parameter.weight_loader = self._load_zero_point if name == "weight_zero_point" else self._load
+        loaders = {"weight_zero_point": self._load_zero_point, "weight_sub_scale": self._load_sub_scale}
+        parameter.weight_loader = loaders.get(name, self._load)
         module.register_parameter(name, parameter)
 
     def _load(self, parameter: nn.Parameter, loaded: torch.Tensor, shard_id: ShardId = None) -> None:
@@ -112,6 +118,12 @@ class QuadLinearMethod(LinearMethodBase):
         assert self.linear.weight is not None
         out = self.out_features[member_position(shard_id)]
         self._load(parameter, unpack_int32(loaded.T.contiguous(), self.linear.weight.bits, out).T, shard_id)
+
+    def _load_sub_scale(self, parameter: nn.Parameter, loaded: torch.Tensor, shard_id: ShardId = None) -> None:
+        """Unpacks first, likewise: `[ceil(out / 8), groups]`."""
+        out = self.out_features[member_position(shard_id)]
+        unpacked = unpack_int32(loaded.T.contiguous(), SUB_SCALE_BITS, out) + SUB_SCALE_OFFSET
+        self._load(parameter, unpacked.T, shard_id)
 
     def process_weights_after_loading(self, layer: nn.Module) -> None:
         """Replaces the checkpoint's tensors by those that the kernel backend reads."""
@@ -126,6 +138,7 @@ class QuadLinearMethod(LinearMethodBase):
                 "weight_packed": weight.integers,
                 "weight_scale": weight.scale,
                 "weight_zero_point": weight.zero_point,
+                "weight_sub_scale": weight.sub_scale,
             }
         else:
             tensors = {"weight": weight}
@@ -156,6 +169,7 @@ class QuadLinearMethod(LinearMethodBase):
                 integers=layer.weight_packed,
                 scale=layer.weight_scale,
                 zero_point=getattr(layer, "weight_zero_point", None),
+                sub_scale=getattr(layer, "weight_sub_scale", None),
             )
         outlier_weight = getattr(layer, "outlier_weight", None)
         return LinearParts(self.split, residual, self.input_quantization, outlier_weight, bias)

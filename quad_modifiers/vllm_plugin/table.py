@@ -3,6 +3,7 @@
 from typing import Any
 
 import torch
+from quad_kernels import IntegerGrid
 from torch import nn
 from vllm.model_executor.layers.quantization.base_config import QuantizeMethodBase
 
@@ -30,7 +31,7 @@ class QuadTableMethod(QuantizeMethodBase):
         **extra: Any,
     ) -> None:
         """Creates the rank's rows of the checkpoint's tensors."""
-        specs = packed_shapes(sum(output_partition_sizes), input_size, BITS, None, True, params_dtype)
+        specs = packed_shapes(sum(output_partition_sizes), input_size, IntegerGrid(BITS), params_dtype)
         for name in ("weight_packed", "weight_scale"):
             tensor = torch.zeros(specs[name].shape, dtype=specs[name].dtype)
             parameter = nn.Parameter(tensor, requires_grad=False)

@@ -29,6 +29,7 @@ def fits(weight: QuantizedWeight) -> bool:
         weight.scale.device.type == "cpu"
         and is_available()
         and weight.bits == 4
+        and weight.sub_scale is None
         and weight.scale.dtype in (torch.bfloat16, torch.float16)
         and weight.in_features % _WIDTH == 0
         and weight.out_features % _WIDTH == 0

@@ -113,7 +113,7 @@ def quad(config: dict[str, Any]) -> dict[str, Any]:
     ("damage", "message"),
     [
         pytest.param(
-            lambda c: quad(c).update(format_version=4), "version 4, .* versions 1, 2, 3; upgrade", id="version"
+            lambda c: quad(c).update(format_version=5), "version 5, .* versions 1, 2, 3, 4; upgrade", id="version"
         ),
         pytest.param(lambda c: quad(c).pop("format_version"), "format version None", id="no version"),
         pytest.param(lambda c: quad(c).update(sparsity=0.5), "sparsity", id="unknown field"),
@@ -121,6 +121,11 @@ def quad(config: dict[str, Any]) -> dict[str, Any]:
             lambda c: quad(c)["linears"]["q_proj"].update(scale="x"),
             r"linears\.q_proj\.scale",
             id="unknown inner field",
+        ),
+        pytest.param(
+            lambda c: quad(c)["linears"]["q_proj"]["weight"].update(sub_scale_bits=None),
+            "version 1 has no field 'sub_scale_bits'",
+            id="field of version 4",
         ),
         pytest.param(lambda c: quad(c).update(low_rank={"rank": 4}), "low_rank", id="reserved field"),
         pytest.param(lambda c: quad(c)["outlier"].update(bits=8), r"outlier\.bits", id="reserved bits"),

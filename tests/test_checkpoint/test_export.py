@@ -168,6 +168,9 @@ def test_companion_files_go_along(compress_toy, toy_tokenizer, tmp_path) -> None
             id="several",
         ),
         pytest.param(recipe(), 16, ["the weights have groups of 8, not of 16", "the inputs have"], id="size"),
+        pytest.param(
+            recipe(weights="bits: 4, group_size: 8, sub_scale_bits: 4"), 8, ["integers of two levels"], id="two levels"
+        ),
         pytest.param(recipe(), 0, [r"group_size \(0\) must be positive"], id="zero"),
     ],
 )

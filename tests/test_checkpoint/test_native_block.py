@@ -58,8 +58,19 @@ def stock(model: PreTrainedModel) -> PreTrainedModel:
     return model
 
 
-@pytest.fixture(params=["llama", "ministral", "mistral", "qwen2", "qwen3"])
+TWO_LEVELS = """
+quad_stage:
+  quad_modifiers:
+    SVDOutlierProjection: {rank: 8, o_proj_rank_per_head: 2, down_proj_rank: 4}
+    DynamicActQuant: {strategy: group, group_size: 8, sub_scale_bits: 4}
+    OutlierSplitGPTQ: {group_size: 8, sub_scale_bits: 4}
+"""
+
+
+@pytest.fixture(params=["llama", "ministral", "mistral", "qwen2", "qwen3", "two levels"])
 def folder(request: pytest.FixtureRequest, compress_toy: Callable[..., Any]) -> Any:
+    if request.param == "two levels":
+        return compress_toy(TWO_LEVELS, "llama", size="even").folder
     return compress_toy(model_type=request.param).folder
 
 

@@ -15,7 +15,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from quad_modifiers.nn import native_block
 from quad_modifiers.nn.native_decode import NativeDecode
-from tests.test_checkpoint.test_native_block import Recorder, blocks
+from tests.test_checkpoint.test_native_block import TWO_LEVELS, Recorder, blocks
 
 pytestmark = pytest.mark.skipif(choose_backend("cpu").name != "native", reason="there are no native kernels")
 
@@ -52,7 +52,7 @@ def model(compressed) -> PreTrainedModel:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("model_type", ["llama", "ministral", "mistral", "qwen2", "qwen3"])
+@pytest.mark.parametrize("model_type", ["llama", "ministral", "mistral", "qwen2", "qwen3", "two levels"])
 def test_it_computes_what_the_blocks_compute(
     compress_toy: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, model_type: str, dtype: torch.dtype
 ) -> None:
@@ -61,7 +61,9 @@ def test_it_computes_what_the_blocks_compute(
         "ministral": {"layer_types": ["full_attention"] * 2},  # transformers wants its window all the same
     }
     window = windows.get(model_type, {})
-    model = AutoModelForCausalLM.from_pretrained(compress_toy(model_type=model_type).folder, dtype=dtype, **window)
+    two_levels = {"recipe": TWO_LEVELS, "model_type": "llama", "size": "even"}
+    made = compress_toy(**two_levels) if model_type == "two levels" else compress_toy(model_type=model_type)
+    model = AutoModelForCausalLM.from_pretrained(made.folder, dtype=dtype, **window)
     for padding in (0, 3):
         mask = torch.ones(3, 7, dtype=torch.long)
         mask[1, :padding] = 0

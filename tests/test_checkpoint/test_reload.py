@@ -71,6 +71,8 @@ def test_every_recipe_reloads_exactly(name, dtype, compress_toy, logits_of) -> N
         'OutlierSplitGPTQ: {ignore: [lm_head, "re:.*down_proj$"]}',
         "DynamicActQuant: {u_type_bits: 3, d_type_bits: null, strategy: group, group_size: 8}",
         "DynamicActQuant: {u_type_clip_ratio: 1.0, d_type_clip_ratio: 1.0}",
+        "DynamicActQuant: {strategy: group, group_size: 8, sub_scale_bits: 4}",
+        "OutlierSplitGPTQ: {group_size: 8, sub_scale_bits: 4}",
     ],
 )
 @pytest.mark.parametrize("projection", ["SVDOutlierProjection: {rank: 8}", ""], ids=["projected", "alone"])

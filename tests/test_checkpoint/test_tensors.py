@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from quad_kernels import IntegerGrid
 
 from quad_modifiers.checkpoint.tensors import tensor_problem
 from quad_modifiers.nn.packed_linear import PackedLinear
@@ -23,12 +24,20 @@ def specs_of(module: torch.nn.Module) -> dict[str, TensorSpec]:
 @pytest.mark.parametrize("group_size", [None, 8])
 @pytest.mark.parametrize("bits", [2, 4, 8])
 def test_a_packed_linear(bits: int, group_size: int | None, symmetric: bool) -> None:
-    module = PackedLinear(56, 30, bits, group_size, symmetric, torch.bfloat16)
-    assert specs_of(module) == packed_shapes(30, 56, bits, group_size, symmetric, torch.bfloat16)
+    grid = IntegerGrid(bits, group_size, symmetric)
+    assert specs_of(PackedLinear(56, 30, grid, torch.bfloat16)) == packed_shapes(30, 56, grid, torch.bfloat16)
+
+
+def test_a_packed_linear_of_two_levels() -> None:
+    grid = IntegerGrid(4, 8, sub_scale_bits=4)
+    specs = packed_shapes(30, 56, grid, torch.bfloat16)
+    assert specs["weight_scale"].shape == (30, 1)
+    assert specs["weight_sub_scale"].shape == (4, 7)
+    assert specs_of(PackedLinear(56, 30, grid, torch.bfloat16)) == specs
 
 
 def test_a_packed_table() -> None:
-    assert specs_of(PackedTable(321, 50, torch.float16)) == packed_shapes(321, 50, BITS, None, True, torch.float16)
+    assert specs_of(PackedTable(321, 50, torch.float16)) == packed_shapes(321, 50, IntegerGrid(BITS), torch.float16)
 
 
 @pytest.mark.parametrize(

@@ -151,8 +151,16 @@ def quantize(x: np.ndarray, entry: Section) -> tuple[np.ndarray, np.ndarray]:
     largest = np.abs(groups).max(-1, keepdims=True)
     step = largest * np.float32(entry["clip_ratio"]) / np.float32((2 ** entry["bits"] - 1) / 2)
     step = np.where(step < 2.0**-126, np.float32(0), step)
-    quotient = np.divide(groups, step, out=np.zeros_like(groups), where=step > 0)
-    integers = np.clip(np.rint(quotient), -half, half - 1)
+    factor = np.ones_like(step)
+    if entry.get("sub_scale_bits"):
+        most = np.float32(2 ** entry["sub_scale_bits"] - 1)
+        scale = step.max(1, keepdims=True) / most
+        scale = np.where(scale < 2.0**-126, np.float32(0), scale)
+        quotient = np.divide(step, scale, out=np.zeros_like(step), where=scale > 0)
+        factor, step = np.clip(np.rint(quotient), np.float32(1), most), np.broadcast_to(scale, step.shape)
+    divisor = factor * step
+    quotient = np.divide(groups, divisor, out=np.zeros_like(groups), where=divisor > 0)
+    integers = factor * np.clip(np.rint(quotient), -half, half - 1)
     return integers.reshape(x.shape), np.broadcast_to(step, groups.shape).reshape(x.shape)
 
 
@@ -177,7 +185,11 @@ def linear(x: np.ndarray, name: str, tensors: dict[str, np.ndarray], entry: Sect
         if not entry["weight"]["symmetric"]:
             packed = tensors[f"{name}.residual.weight_zero_point"].T.copy()
             weight = weight - unpack(packed, bits, out).T.repeat(columns, axis=1)
-        if entry["input"] and scale.shape[1] == 1 and not entry["input"]["group_size"]:
+        if entry["weight"].get("sub_scale_bits"):
+            packed = tensors[f"{name}.residual.weight_sub_scale"].T.copy()
+            factors = unpack(packed, 4, out).T + 8
+            weight = weight * factors.repeat(k // factors.shape[1], axis=1)
+        if entry["input"] and scale.shape[1] == 1 and (steps == steps[:, :1]).all():
             total = x_r.astype(np.int64) @ weight.T
             y = total.astype(np.float32) * steps[:, :1] * scale[:, 0]
         else:
@@ -203,7 +215,10 @@ def expected_shapes(name: str, entry: Section) -> dict[str, tuple[int, ...]]:
         bits, size = entry["weight"]["bits"], entry["weight"]["group_size"]
         groups = k // size if size else 1
         shapes["residual.weight_packed"] = (out, math.ceil(k * bits / 32))
-        shapes["residual.weight_scale"] = (out, groups)
+        two_levels = entry["weight"].get("sub_scale_bits")
+        shapes["residual.weight_scale"] = (out, 1 if two_levels else groups)
+        if two_levels:
+            shapes["residual.weight_sub_scale"] = (math.ceil(out / 8), groups)
         shapes["residual.weight_shape"] = (2,)
         if not entry["weight"]["symmetric"]:
             shapes["residual.weight_zero_point"] = (math.ceil(out * bits / 32), groups)
@@ -241,6 +256,14 @@ CASES = {
     DynamicActQuant: {strategy: group, group_size: 16}
     OutlierSplitGPTQ: {symmetric: false, group_size: 8}""",
     ),
+    "two levels": (
+        "mistral",
+        "even",
+        """
+    SVDOutlierProjection: {rank: 16, o_proj_rank_per_head: 2}
+    DynamicActQuant: {strategy: group, group_size: 16, sub_scale_bits: 4}
+    OutlierSplitGPTQ: {group_size: 8, sub_scale_bits: 4}""",
+    ),
     # widths 78 and 90: block Hadamards; some weights in full precision
     "blocks-and-ignored": (
         "llama",
@@ -273,7 +296,7 @@ def test_independent_runtime_reproduces_every_linear(case: str, make_toy, tmp_pa
     tensors = load_file(tmp_path / "out" / "model.safetensors")
     section = config["quantization_config"]["quad"]
     assert config["quantization_config"]["quant_method"] == "quad"
-    assert section["format_version"] == 1
+    assert section["format_version"] == (4 if case == "two levels" else 1)
     assert section["base_model_type"] == model_type
 
     seen: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
@@ -374,17 +397,22 @@ def test_transform_is_orthonormal_and_has_the_factors_of_the_examples() -> None:
 
 PLAIN: Section = {
     "in_features": 8, "out_features": 4, "outliers_per_block": 0, "block": 8, "keep_width": False, "hadamard": True,
-    "bias": False, "weight": None, "input": None,
+    "bias": False, "weight": {"bits": 4}, "input": {"bits": 4, "clip_ratio": 1.0},
 }  # fmt: skip
+GROUPS = {"bits": 4, "group_size": 8, "sub_scale_bits": 4}
 MODELS: dict[int, Section] = {
     1: {},
     2: {"head": TableFormat()},
     3: {"sections": {"key_basis": {"rank": 2}}},
+    4: {},
 }
 
 
+LINEARS: dict[int, Section] = {4: {"weight": GROUPS}}
+
+
 def model_of(version: int, linear: Section | None = None) -> QuadFormat:
-    linears = {"q_proj": LinearFormat(**PLAIN, **(linear or {}))}
+    linears = {"q_proj": LinearFormat(**(PLAIN | LINEARS.get(version, {}) | (linear or {})))}
     return QuadFormat.lowest(base_model_type="llama", residual_basis=None, linears=linears, **MODELS[version])
 
 
@@ -402,7 +430,10 @@ def fields_by_version() -> dict[int, set[str]]:
 
 def written_fields(quad: QuadFormat) -> set[str]:
     section = quad.section()
-    return {*section, *({"linears.terms"} if "terms" in section["linears"]["q_proj"] else ())}
+    linear = section["linears"]["q_proj"]
+    found = {"linears.terms"} if "terms" in linear else set()
+    found |= {f"linears.{part}.sub_scale_bits" for part in ("weight", "input") if "sub_scale_bits" in linear[part]}
+    return {*section, *found}
 
 
 def test_the_page_has_the_fields_of_every_version() -> None:
@@ -413,7 +444,7 @@ def test_the_page_has_the_fields_of_every_version() -> None:
 def test_a_writer_takes_the_lowest_version(version: int) -> None:
     assert model_of(version).format_version == version
     with_term = model_of(version, {"terms": {"low_rank": {"rank": 2}}})
-    assert with_term.format_version == 3
+    assert with_term.format_version == max(version, 3)
     assert read_format(with_term.section()) == with_term
     assert with_term.section()["linears"]["q_proj"]["terms"] == {"low_rank": {"rank": 2}}
 

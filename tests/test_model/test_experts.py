@@ -7,6 +7,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from quad_kernels import IntegerGrid
 from torch import nn
 from transformers.models.llama.modeling_llama import LlamaMLP
 
@@ -20,7 +21,6 @@ from quad_modifiers.passes.statistics import collect_statistics
 from quad_modifiers.passes.weight_pass import quantize_blocks
 from quad_modifiers.projection.apply import apply_projection
 from quad_modifiers.projection.plan import ProjectionSettings, plan_projection
-from quad_modifiers.quantization.grid import IntegerGrid
 from quad_modifiers.quantization.group import WeightQuantization
 
 NORM = "post_attention_layernorm"

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from quad_kernels import InputQuantization, InputSplit, QuantizedWeight, choose_backend, fake_quantize
+from quad_kernels import InputQuantization, InputSplit, IntegerGrid, QuantizedWeight, choose_backend, fake_quantize
 from quad_kernels.packing import pack_int32
 from torch import nn
 
@@ -16,20 +16,30 @@ from quad_modifiers.nn.packed_linear import PackedLinear
 from quad_modifiers.nn.quad_linear import QuadLinear
 
 WIDTH, OUT = 64, 24
-KINDS = {"4 bits": (4, None, True), "groups": (4, 16, True), "zero points": (4, 16, False), "8 bits": (8, None, True)}
+KINDS = {
+    "4 bits": IntegerGrid(4),
+    "groups": IntegerGrid(4, 16),
+    "zero points": IntegerGrid(4, 16, False),
+    "8 bits": IntegerGrid(8),
+    "two levels": IntegerGrid(4, 16, sub_scale_bits=4),
+    "two levels of few inputs": IntegerGrid(4, 4, sub_scale_bits=4),
+}
 
 
 def make(kind: str) -> tuple[QuadLinear, torch.Tensor]:
-    bits, group_size, symmetric = KINDS[kind]
+    grid, bits = KINDS[kind], KINDS[kind].bits
     generator = torch.Generator().manual_seed(0)
     half = 2 ** (bits - 1)
     integers = torch.randint(-half, half, (OUT, WIDTH), dtype=torch.int8, generator=generator)
-    packed = PackedLinear(WIDTH, OUT, bits, group_size, symmetric, torch.float32)
+    packed = PackedLinear(WIDTH, OUT, grid, torch.float32)
     packed.weight_packed.copy_(pack_int32(integers, bits))
     packed.weight_scale.copy_(torch.rand(packed.weight_scale.shape, generator=generator) + 0.1)
     if packed.weight_zero_point is not None:
         zeros = torch.randint(-half, half, (OUT, packed.weight_scale.shape[1]), dtype=torch.int8, generator=generator)
         packed.weight_zero_point.copy_(pack_int32(zeros.T.contiguous(), bits).T)
+    if packed.weight_sub_scale is not None:
+        factors = torch.randint(-7, 8, (grid.groups(WIDTH), OUT), dtype=torch.int8, generator=generator)
+        packed.weight_sub_scale.copy_(pack_int32(factors, 4).T)
     container = QuadLinear(packed, "q_proj", InputSplit(WIDTH))
     container.input_quantization = InputQuantization(8)
     container.quantize_input = True
@@ -124,7 +134,7 @@ def test_the_layout_suits_the_inputs() -> None:
     """oneDNN's layout, of products with one scale per token, would be undone in every call with groups of inputs."""
     found = []
     for quantization in (InputQuantization(4), InputQuantization(4, group_size=16), None):
-        packed = PackedLinear(WIDTH, OUT, 4, None, True, torch.float32, quantization)
+        packed = PackedLinear(WIDTH, OUT, IntegerGrid(4), torch.float32, quantization)
         packed.weight_packed.zero_()
         packed.weight_scale.fill_(1.0)
         found.append(packed.prepared_weight())

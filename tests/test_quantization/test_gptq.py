@@ -7,12 +7,14 @@ from typing import Any
 
 import pytest
 import torch
+from quad_kernels import IntegerGrid
 
 from quad_modifiers.quantization.gptq import ColumnBlock, GptqResult, damp, quantize_columns
-from quad_modifiers.quantization.grid import IntegerGrid, WeightScales, dequantize, round_to_grid, search_clip
+from quad_modifiers.quantization.grid import WeightScales, dequantize, round_to_grid, search_clip
 
 OUT, COLUMNS, RANK = 16, 64, 8
 GRIDS = [IntegerGrid(4), IntegerGrid(4, 16), IntegerGrid(4, None, False), IntegerGrid(4, 16, False), IntegerGrid(2, 8)]
+GRIDS.append(IntegerGrid(4, 16, sub_scale_bits=4))
 
 
 def name(grid: IntegerGrid) -> str:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
+from quad_kernels import IntegerGrid
 
 from quad_modifiers.quantization.grid import (
-    IntegerGrid,
     WeightScales,
     dequantize,
     full_range_scales,
@@ -20,10 +22,12 @@ GRIDS = [
     for group_size in (None, 16)
     for symmetric in (True, False)
 ]
+TWO_LEVELS = [IntegerGrid(4, 16, sub_scale_bits=4), IntegerGrid(2, 8, sub_scale_bits=6)]
 
 
 def name(grid: IntegerGrid) -> str:
     kind = "symmetric" if grid.symmetric else "asymmetric"
+    kind = "two levels" if grid.sub_scale_bits else kind
     return f"{grid.bits}bits-{grid.group_size or 'channel'}-{kind}"
 
 
@@ -60,7 +64,7 @@ def test_full_range_is_the_grid_of_compressed_tensors(grid: IntegerGrid) -> None
     assert bool(((got - wanted).abs() <= 1.001 * step).all())
 
 
-@pytest.mark.parametrize("grid", GRIDS, ids=name)
+@pytest.mark.parametrize("grid", [*GRIDS, *TWO_LEVELS], ids=name)
 def test_full_range_clips_nothing(grid: IntegerGrid) -> None:
     weight = shifted_weight()
     scales = full_range_scales(weight, grid, torch.float32)
@@ -87,6 +91,33 @@ def test_clip_search_is_never_worse_than_full_range(grid: IntegerGrid, weighted:
     assert bool((searched <= full * (1 + 1e-6)).all())
     if grid.bits < 8:
         assert float(searched.sum()) < 0.97 * float(full.sum()), "the search did nothing"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.parametrize("grid", TWO_LEVELS, ids=name)
+def test_steps_of_two_levels_are_multiples_of_the_stored_scale(
+    grid: IntegerGrid, weighted: bool, dtype: torch.dtype
+) -> None:
+    weight = shifted_weight()
+    weight[:, 5] *= 6
+    weight[3] = 0
+    weight[4, :24] *= 1e-3
+    cost = torch.logspace(-2, 2, 48).flip(0) if weighted else torch.ones(48)
+    searched, full = search_clip(weight, grid, dtype, cost), full_range_scales(weight, grid, dtype)
+    for scales in (searched, full):
+        assert torch.equal(scales.base.to(dtype).float(), scales.base)
+        assert torch.equal(scales.sub_scale, scales.sub_scale.round())
+        assert scales.sub_scale.amin() >= 1
+        assert scales.sub_scale.amax() <= 2**grid.sub_scale_bits - 1
+        assert torch.equal(scales.scale, scales.base * scales.sub_scale)
+    errors = [((fake(weight, grid, scales) - weight).square() * cost).sum(1) for scales in (searched, full)]
+    assert bool((errors[0] <= errors[1] * (1 + 1e-6)).all())
+    assert float(errors[0].sum()) < 0.97 * float(errors[1].sum()), "the search did nothing"
+    # Close to a floating-point scale for every group.
+    groups = search_clip(weight, replace(grid, sub_scale_bits=None), torch.float32, cost)
+    ideal = ((fake(weight, grid, groups) - weight).square() * cost).sum()
+    assert float(errors[0].sum()) < 1.25 * float(ideal)
 
 
 def test_importance_decides_what_is_clipped() -> None:

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
-from quad_kernels import InputQuantization, InputSplit, fake_quantize, split_input
+from quad_kernels import InputQuantization, InputSplit, IntegerGrid, fake_quantize, split_input
 from torch import nn
 
 from quad_modifiers.linalg.fast_dtype import fast_dtype
 from quad_modifiers.nn.quad_linear import QuadLinear
-from quad_modifiers.quantization.grid import IntegerGrid
 from quad_modifiers.quantization.group import InputMoments, WeightQuantization, quantize_group
 
 WIDTH, RANK = 40, 8

@@ -19,6 +19,7 @@ NAMES = (
     "quad_w4a4_e8",
     "quad_w4a4_portable",
     "quad_w4a8",
+    "quad_w4a4_g32",
     "quad_w4a8_g32",
     "quad_w4a16",
     "quarot_w4a4",

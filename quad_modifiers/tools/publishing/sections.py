@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 from pathlib import Path
 
-from quad_modifiers.checkpoint.format import QuadFormat, read_format
+from quad_modifiers.checkpoint.format import InputFormat, QuadFormat, WeightFormat, read_format
 from quad_modifiers.checkpoint.transforms import transforms_of
 from quad_modifiers.records.calibration_record import CalibrationRecord, read_calibration
 from quad_modifiers.records.evaluation_record import Evaluation, task_scores
@@ -203,9 +203,9 @@ def _quad_widths(quad: QuadFormat) -> str:
             (
                 role,
                 str(weight_bits(linear)),
-                _scope("output channel", weight.group_size) if weight else "",
+                _scope("output channel", weight) if weight else "",
                 str(input_bits(linear)),
-                _scope("token", inputs.group_size) if inputs else "",
+                _scope("token", inputs) if inputs else "",
                 f"{inputs.clip_ratio:g}" if inputs else "",
                 f"{linear.outliers_per_block * (linear.in_features // linear.block)} of {linear.in_features}",
                 "yes" if linear.hadamard else "no",
@@ -268,5 +268,7 @@ def _recipe(folder: Path) -> str:
     return f"## Recipe\n\n```yaml\n{file.read_text(encoding='utf-8').strip()}\n```"
 
 
-def _scope(whole: str, group_size: int | None) -> str:
-    return whole if group_size is None else f"{whole} and {group_size} coordinates"
+def _scope(whole: str, grid: WeightFormat | InputFormat) -> str:
+    if grid.sub_scale_bits is not None:
+        return f"{whole}, with a {grid.sub_scale_bits}-bit factor per {grid.group_size} coordinates"
+    return whole if grid.group_size is None else f"{whole} and {grid.group_size} coordinates"

@@ -3,12 +3,12 @@
 from functools import partial
 
 import torch
-from quad_kernels import split_input
+from quad_kernels import IntegerGrid, split_input
 from torch import nn
 
 from quad_modifiers.model.decoder import Decoder
 from quad_modifiers.nn.quad_linear import QuadLinear
-from quad_modifiers.quantization.grid import IntegerGrid, WeightScales, dequantize, round_to_grid, search_clip
+from quad_modifiers.quantization.grid import WeightScales, dequantize, round_to_grid, search_clip
 from quad_modifiers.tools.inspection.measure.results import Stage, WeightRow
 from quad_modifiers.tools.inspection.measure.watch import watching
 
