@@ -29,6 +29,7 @@ class Backend:
         priority: rank in the automatic choice, which takes the highest that can run.
         devices: device types for which it is chosen automatically; empty for all.
         layouts: weight layouts that it brings, by name; they are registered with it.
+        product_bits: width of the integers that it multiplies; narrower inputs and weights are widened first.
     """
 
     name: str = "reference"
@@ -36,6 +37,7 @@ class Backend:
     priority: int = 0
     devices: tuple[str, ...] = ()
     layouts: Mapping[str, WeightLayout] = MappingProxyType({})
+    product_bits: int = 8
 
     def unavailable(self, device: torch.device) -> str | None:
         """Returns why it cannot run on `device`, or None if it can."""

@@ -14,7 +14,7 @@ from quad_modifiers.checkpoint.opened import Opened, open_checkpoint
 from quad_modifiers.checkpoint.whole_model import DEFAULTS, LoadingOptions
 from quad_modifiers.data.windows import warn_of_length
 from quad_modifiers.model.decoder import Decoder
-from quad_modifiers.passes.calibration_stream import work_on
+from quad_modifiers.passes.calibration_stream import work_on, working_device
 from quad_modifiers.projection.apply import apply_projection
 from quad_modifiers.tools.inspection.evaluation_text import TextOptions
 from quad_modifiers.tools.inspection.measure.inputs import measure_inputs, measure_surfaces
@@ -60,14 +60,14 @@ def measure(
             original.need_unquantized("the baseline")
             opened.need_same_type(original)
         with work_on(options.device):
-            found = _measure_checkpoint(opened, original, layers, text)
+            device, found = working_device(), _measure_checkpoint(opened, original, layers, text)
     else:
         opened.need_unquantized("what is inspected must be a QUAD checkpoint, or else it")
         if baseline is not None:
             raise ValueError(f"{opened.name} is an unquantized model, its own baseline; omit --baseline")
         with work_on(options.device):
-            found = _measure_model(opened, recipe or DEFAULT_RECIPE, rank, layers, text)
-    return replace(found, recommendation=recommend(found))
+            device, found = working_device(), _measure_model(opened, recipe or DEFAULT_RECIPE, rank, layers, text)
+    return replace(found, recommendation=recommend(found, device))
 
 
 def _measure_model(

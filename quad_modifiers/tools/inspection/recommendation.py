@@ -6,6 +6,9 @@ Such a loss grows with the square of the perturbation, which is how it is carrie
 
 from typing import NamedTuple
 
+import torch
+from quad_kernels import choose_backend
+
 from quad_modifiers.tools.inspection.measure.results import Inspection, Quantized, Recommendation, Rule, Stage, Subject
 
 USEFUL_PROJECTION = 0.5  # share of the loss of 4-bit inputs that it must remove
@@ -69,8 +72,8 @@ def _stored_bits(subject: Subject, writes: bool) -> list[int | None]:
     return list(dict.fromkeys(bits for group, bits in subject.input_bits.items() if subject.groups[group] == writes))
 
 
-def recommend(found: Inspection) -> Recommendation:
-    """Returns the recommendation that follows from an inspection."""
+def recommend(found: Inspection, device: torch.device) -> Recommendation:
+    """Returns the recommendation that follows from an inspection, for a model that will run on a device."""
     losses = _losses(found)
     rules: list[Rule] = []
     useful = _projection(losses, rules)
@@ -80,6 +83,7 @@ def recommend(found: Inspection) -> Recommendation:
     packed_ends = _ends(found, rules)
     _weights(found, losses, rules)
     recipe = _recipe(useful, rank, u_bits, d_bits, packed_ends, rules)
+    _speed(losses, 4 in (u_bits, d_bits), device, rules)
     return Recommendation(rank, u_bits, d_bits, recipe, rules)
 
 
@@ -191,7 +195,7 @@ def _recipe(
     if u_bits is None or d_bits is None:
         recipe, changes = "quad_w4a16", []
     elif u_bits == 8:
-        recipe, changes = "quad_w4a4a8", ["u_type_bits: 8", "u_type_clip_ratio: 1.0"]
+        recipe, changes = "quad_w4a8", [] if d_bits == 8 else ["d_type_bits: 4", "d_type_clip_ratio: 0.86"]
     elif not useful:
         recipe = "rtn_w4a4"
     elif rank == 0:
@@ -200,7 +204,7 @@ def _recipe(
         recipe, changes = "quad_w4a4a8", []
     else:
         recipe = "quad_w4a4_e8" if packed_ends else "quad_w4a4"
-    if recipe.startswith("quad_w4a4") and rank is not None:
+    if recipe.startswith(("quad_w4a4", "quad_w4a8")) and rank is not None:
         changes.insert(0, f"rank: {rank}")
     if packed_ends and recipe != "quad_w4a4_e8":
         changes.append("EmbeddingHeadQuant added")
@@ -215,6 +219,27 @@ def _recipe(
         )
     )
     return recipe
+
+
+def _speed(losses: _Losses, some_four: bool, device: torch.device, rules: list[Rule]) -> None:
+    """What 4-bit inputs buy where the model runs; docs/guide/formats.md has it for every kind of machine."""
+    if not some_four:
+        return
+    backend = choose_backend(device)
+    measured = f"on {device.type}, the kernels of backend {backend.name!r} multiply {backend.product_bits}-bit integers"
+    if losses.after is not None and losses.eight_bits is not None:
+        measured += f"; all inputs lose {_nats(losses.after)} at 4 bits, {_nats(losses.eight_bits)} at 8"
+    rules.append(
+        Rule(
+            "R8",
+            "Do 4-bit inputs save time there?",
+            measured,
+            "only if something multiplies 4-bit integers",
+            "yes"
+            if backend.product_bits <= 4
+            else "no: quad_w4a8 has 8-bit inputs, takes the same time and loses less; quad_w4a4_g32 is between the two",
+        )
+    )
 
 
 def _nats(value: float) -> str:

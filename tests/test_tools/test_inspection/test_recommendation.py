@@ -5,11 +5,15 @@ from __future__ import annotations
 from dataclasses import replace
 
 import pytest
+import torch
+from quad_kernels import Backend, register_backend
+from quad_kernels.backends import temporary_registrations
 
 from quad_modifiers.recipe import list_recipes
 from quad_modifiers.tools.inspection.measure.results import Inspection, LossRow, Settings, Spectrum, Subject
 from quad_modifiers.tools.inspection.recommendation import recommend
 
+CPU = torch.device("cpu")
 SUBJECT = Subject("toy", "model", "llama", 30, 576, 100_000_000, 1_000_000, 64, "extended", "quad_w4a4")
 SETTINGS = Settings("text", 16, 4, 512, 0, {}, "machine")
 ERRORS = [(0, 0.01), (8, 0.006), (16, 0.005), (32, 0.004), (64, 0.003), (128, 0.002)]
@@ -42,7 +46,7 @@ def inspection(
 
 
 def test_small_losses_get_four_bits() -> None:
-    found = recommend(inspection())
+    found = recommend(inspection(), CPU)
     assert (found.u_type_bits, found.d_type_bits, found.recipe) == (4, 4, "quad_w4a4")
 
 
@@ -50,7 +54,8 @@ def test_small_losses_get_four_bits() -> None:
     ("change", "expected"),
     [
         ({"d_type": 0.021}, (64, 4, 8, "quad_w4a4a8")),
-        ({"u_type": 0.2}, (64, 8, 4, "quad_w4a4a8")),
+        ({"u_type": 0.2}, (64, 8, 4, "quad_w4a8")),
+        ({"u_type": 0.2, "d_type": 0.03}, (64, 8, 8, "quad_w4a8")),
         ({"u_type": 0.2, "eight_bits": 0.06}, (64, None, 4, "quad_w4a16")),
         ({"before": 0.06}, (64, 4, 4, "rtn_w4a4")),
         ({"u_type": 0.01, "before": 0.1}, (0, 4, 4, "quarot_w4a4")),
@@ -60,10 +65,11 @@ def test_small_losses_get_four_bits() -> None:
     ids=lambda value: ",".join(value) if isinstance(value, dict) else "",
 )
 def test_it_follows_the_numbers(change: dict[str, float], expected: tuple[object, ...]) -> None:
-    found = recommend(inspection(**change))
+    found = recommend(inspection(**change), CPU)
     assert (found.rank, found.u_type_bits, found.d_type_bits, found.recipe) == expected
     assert found.recipe in list_recipes()
-    assert found.rules[-1].answer.startswith(found.recipe)
+    (seventh,) = (rule for rule in found.rules if rule.number == "R7")
+    assert seventh.answer.startswith(found.recipe)
 
 
 @pytest.mark.parametrize(
@@ -72,14 +78,14 @@ def test_it_follows_the_numbers(change: dict[str, float], expected: tuple[object
 )
 def test_rank_is_the_smallest_within_the_budget(u_type: float, rank: int) -> None:
     """The budget is 0.05 nats, the loss goes with the error, and hidden size / 8 = 72 is the limit."""
-    found = recommend(inspection(u_type=u_type))
+    found = recommend(inspection(u_type=u_type), CPU)
     assert found.rank == rank
     assert dict(ERRORS)[rank] / dict(ERRORS)[64] * u_type <= 0.05 or rank == 64
 
 
 def test_rules_state_their_numbers() -> None:
-    found = recommend(inspection(d_type=0.033))
-    assert [rule.number for rule in found.rules] == ["R1", "R2", "R3", "R4", "R5", "R6", "R7"]
+    found = recommend(inspection(d_type=0.033), CPU)
+    assert [rule.number for rule in found.rules] == ["R1", "R2", "R3", "R4", "R5", "R6", "R7", "R8"]
     fourth = found.rules[3]
     assert "0.033" in fourth.measured
     assert "0.02" in fourth.rule
@@ -87,9 +93,29 @@ def test_rules_state_their_numbers() -> None:
     assert "up_proj loses most" in found.rules[5].measured
 
 
+def test_four_bits_are_no_faster_where_kernels_multiply_bytes() -> None:
+    found = recommend(inspection(), CPU).rules[-1]
+    assert "on cpu, the kernels of backend" in found.measured
+    assert "multiply 8-bit integers" in found.measured
+    assert "0.055 nats at 4 bits, 0.003 nats at 8" in found.measured
+    assert "quad_w4a8" in found.answer
+    assert all(rule.number != "R8" for rule in recommend(inspection(u_type=0.2, d_type=0.03), CPU).rules)
+
+
+def test_a_backend_of_four_bits_makes_them_faster() -> None:
+    class Narrow(Backend):
+        name, priority, product_bits = "narrow", 99, 4
+
+    with temporary_registrations():
+        register_backend(Narrow())
+        found = recommend(inspection(), CPU).rules[-1]
+    assert "backend 'narrow' multiply 4-bit integers" in found.measured
+    assert found.answer == "yes"
+
+
 def test_improve_what_loses_more() -> None:
-    assert "the inputs" in recommend(inspection(u_type=0.3)).rules[5].answer
-    assert "the weights" in recommend(inspection(weights=0.3)).rules[5].answer
+    assert "the inputs" in recommend(inspection(u_type=0.3), CPU).rules[5].answer
+    assert "the weights" in recommend(inspection(weights=0.3), CPU).rules[5].answer
 
 
 @pytest.mark.parametrize(("stored", "d_type", "expected"), [(4, 0.03, 8), (4, 0.01, 4), (8, 0.0001, 8)])
@@ -102,6 +128,6 @@ def test_of_a_checkpoint(stored: int, d_type: float, expected: int) -> None:
         loss("U-type", "inputs", "as stored", 0.07),
         loss("D-type", "inputs", "as stored", d_type),
     ]
-    recommended = recommend(replace(found, losses=losses))
+    recommended = recommend(replace(found, losses=losses), CPU)
     assert recommended.d_type_bits == expected
     assert recommended.rank == 64
