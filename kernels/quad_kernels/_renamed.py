@@ -21,10 +21,12 @@ class LinearWeight(QuantizedWeight):
         out_features: int,
         bits: int,
         layout: str | None = None,
+        sub_scale: torch.Tensor | None = None,
+        folded: bool = False,
     ) -> None:
         if layout is None:
             layout = "onednn" if integers.is_mkldnn else "nibbles" if integers.dtype == torch.uint8 else "int8"
-        super().__init__(integers, scale, zero_point, in_features, out_features, bits, layout)
+        super().__init__(integers, scale, zero_point, in_features, out_features, bits, layout, sub_scale, folded)
 
 
 _RENAMED = {"LinearWeight": (LinearWeight, "QuantizedWeight"), "int4_linear": (integer_linear, "integer_linear")}

@@ -139,7 +139,7 @@ class QuantizedWeight:
             name = "int8"
         if name == self.layout:
             return self
-        integers = find_layout(self.layout).unpack(self.integers, self.in_features)[: self.out_features]
+        integers = self.unpacked() if self.sub_scale is None or self.folded else self.stored()
         return replace(self, integers=find_layout(name).pack(integers), layout=name)
 
     def to_words(self) -> torch.Tensor:

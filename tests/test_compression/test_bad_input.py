@@ -114,7 +114,7 @@ def test_recipe_that_is_not_there(name, no_loading, make_toy) -> None:
 
 def test_recipe_by_name(make_toy, tmp_path: Path) -> None:
     model = compress(make_toy(num_hidden_layers=1), "rtn_w4a4", output_dir=tmp_path / "out")
-    assert model.model.layers[0].self_attn.q_proj.packed().bits == 4
+    assert model.model.layers[0].self_attn.q_proj.packed().grid.bits == 4
     assert (tmp_path / "out" / "recipe.yaml").is_file()
 
 

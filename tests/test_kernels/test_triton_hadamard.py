@@ -174,7 +174,7 @@ def test_operator_contract(device: torch.device) -> None:
     x = activations(3, 64, torch.bfloat16).to(device)
     checked = torch.library.opcheck(ops.hadamard, (x, "triton"))
     assert set(checked.values()) == {"SUCCESS"}
-    arguments = (x, 4, 0.9, 0, 4, 0, True, True, None, -1.0, False, "triton")
+    arguments = (x, 4, 0.9, 0, 0, 4, 0, True, True, None, -1.0, False, "triton")
     assert set(torch.library.opcheck(ops.quantize_activations, arguments).values()) == {"SUCCESS"}
 
 

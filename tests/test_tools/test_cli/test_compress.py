@@ -134,7 +134,7 @@ def test_a_recipe_of_one_line(toy_checkpoint, text: Path) -> None:
         num_calibration_samples=6,
         max_seq_length=48,
     )
-    assert model.model.layers[0].mlp.up_proj.packed().bits == 4
+    assert model.model.layers[0].mlp.up_proj.packed().grid.bits == 4
 
 
 def test_weights_that_are_stored_twice_do_not_matter(
