@@ -22,11 +22,11 @@ class LinearWeight(QuantizedWeight):
         bits: int,
         layout: str | None = None,
         sub_scale: torch.Tensor | None = None,
-        folded: bool = False,
+        folded_bits: int = 0,
     ) -> None:
         if layout is None:
             layout = "onednn" if integers.is_mkldnn else "nibbles" if integers.dtype == torch.uint8 else "int8"
-        super().__init__(integers, scale, zero_point, in_features, out_features, bits, layout, sub_scale, folded)
+        super().__init__(integers, scale, zero_point, in_features, out_features, bits, layout, sub_scale, folded_bits)
 
 
 _RENAMED = {"LinearWeight": (LinearWeight, "QuantizedWeight"), "int4_linear": (integer_linear, "integer_linear")}

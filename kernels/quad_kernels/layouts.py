@@ -34,16 +34,12 @@ class WeightForm(Protocol):
         """Number of output channels."""
 
     @property
-    def integer_bits(self) -> int:
-        """Width of the integers to store."""
+    def bits(self) -> int:
+        """Width of the integers."""
 
     @property
-    def sub_scale(self) -> torch.Tensor | None:
-        """Integer factors of the groups, `[groups, out]`, int8, or None."""
-
-    @property
-    def folded(self) -> bool:
-        """True if the integers are products with their sub-scales."""
+    def factors(self) -> torch.Tensor | None:
+        """Sub-scales that the integers are still to be multiplied by, `[groups, out]`, int8, or None."""
 
 
 @dataclass(frozen=True)
@@ -70,7 +66,7 @@ _layouts = {
     "int8": WeightLayout(
         pack=lambda integers: integers, unpack=lambda stored, in_features: stored, accepts=lambda weight: True
     ),
-    "nibbles": WeightLayout(pack=pack_nibbles, unpack=unpack_nibbles, accepts=lambda weight: weight.integer_bits <= 4),
+    "nibbles": WeightLayout(pack=pack_nibbles, unpack=unpack_nibbles, accepts=lambda weight: weight.bits <= 4),
 }
 
 

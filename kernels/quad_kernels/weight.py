@@ -21,11 +21,12 @@ class QuantizedWeight:
         zero_point: zero points, `[out, groups]`, int8, or None on a symmetric grid.
         in_features: input width.
         out_features: number of output channels.
-        bits: width of the integers that a checkpoint stores, 2 to 8.
+        bits: width of `integers`, 2 to 8.
         layout: name of the layout of `integers`, one of `quad_kernels.layouts`.
         sub_scale: integer factors of the groups, `[groups, out]`, int8, at least 1; None without. The weight is scale *
             sub_scale * integer.
-        folded: True if `integers` are the products of the integers and their sub-scales, 8 bits wide.
+        folded_bits: width of the integers that a checkpoint stores, if `integers` are their products with the
+            sub-scales, 8 bits wide; else 0.
 
     Example:
         >>> integers = torch.tensor([[1, -2], [7, -8]], dtype=torch.int8)
@@ -45,7 +46,7 @@ class QuantizedWeight:
     bits: int
     layout: str = "int8"
     sub_scale: torch.Tensor | None = None
-    folded: bool = False
+    folded_bits: int = 0
 
     @classmethod
     def from_words(
@@ -96,30 +97,35 @@ class QuantizedWeight:
         return cls(integers, weight_scale, zero_point, in_features, out_features, bits, sub_scale=sub_scale)
 
     @property
-    def integer_bits(self) -> int:
-        """Width of `integers`."""
-        return 8 if self.folded else self.bits
+    def stored_bits(self) -> int:
+        """Width of the integers that a checkpoint stores."""
+        return self.folded_bits or self.bits
+
+    @property
+    def factors(self) -> torch.Tensor | None:
+        """Sub-scales that `integers` are still to be multiplied by, `[groups, out]`, int8; None if there are none."""
+        return None if self.folded_bits else self.sub_scale
 
     def stored(self) -> torch.Tensor:
         """Returns the integers as a checkpoint has them, `[out, in]`, int8: without their sub-scales."""
         integers = find_layout(self.layout).unpack(self.integers, self.in_features)[: self.out_features]
-        if self.sub_scale is None or not self.folded:
+        if self.sub_scale is None or not self.folded_bits:
             return integers
-        return torch.div(integers, self._factors(self.sub_scale.clamp(min=1)), rounding_mode="trunc")  # without a rest
+        return torch.div(integers, self._wide(self.sub_scale.clamp(min=1)), rounding_mode="trunc")  # without a rest
 
     def unpacked(self) -> torch.Tensor:
         """Returns the integers, `[out, in]`, int8, times their sub-scales."""
         integers = find_layout(self.layout).unpack(self.integers, self.in_features)[: self.out_features]
-        return integers if self.sub_scale is None or self.folded else integers * self._factors(self.sub_scale)
+        return integers if self.factors is None else integers * self._wide(self.factors)
 
-    def _factors(self, sub_scale: torch.Tensor) -> torch.Tensor:
+    def _wide(self, sub_scale: torch.Tensor) -> torch.Tensor:
         return expand_scales(sub_scale.T, self.in_features)
 
     def with_products(self) -> "QuantizedWeight":
         """Returns the same weight with products in the place of integers and sub-scales, for kernels that know none."""
-        if self.sub_scale is None or self.folded:
+        if self.factors is None:
             return self
-        return replace(self, integers=self.unpacked(), layout="int8", folded=True)
+        return replace(self, integers=self.unpacked(), bits=8, layout="int8", folded_bits=self.bits)
 
     def dequantized(self, dtype: torch.dtype) -> torch.Tensor:
         """Returns the weight as floating point, `[out, in]`, computed in float32, for float64 in float64."""
@@ -139,12 +145,12 @@ class QuantizedWeight:
             name = "int8"
         if name == self.layout:
             return self
-        integers = self.unpacked() if self.sub_scale is None or self.folded else self.stored()
+        integers = self.unpacked() if self.factors is None else self.stored()
         return replace(self, integers=find_layout(name).pack(integers), layout=name)
 
     def to_words(self) -> torch.Tensor:
         """Returns the integers as a checkpoint stores them, `[out, ceil(in * bits / 32)]`, int32."""
-        return pack_int32(self.stored(), self.bits)
+        return pack_int32(self.stored(), self.stored_bits)
 
     def sub_scale_words(self) -> torch.Tensor | None:
         """Returns the sub-scales as a checkpoint stores them, `[ceil(out / 8), groups]`, int32, or None."""

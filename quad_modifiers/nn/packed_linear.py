@@ -138,8 +138,9 @@ class PackedLinear(nn.Module):
     def quantized_weight(self) -> QuantizedWeight:
         """Returns the weight in layout int8."""
         if self._prepared is not None:
-            stored = self._prepared.stored()
-            return replace(self._prepared, integers=stored, layout="int8", folded=False, scale=self.weight_scale)
+            held = self._prepared
+            stored, bits = held.stored(), held.stored_bits
+            return replace(held, integers=stored, bits=bits, layout="int8", folded_bits=0, scale=self.weight_scale)
         return QuantizedWeight.from_words(
             self.weight_packed,
             self.weight_scale,
@@ -171,7 +172,7 @@ def grid_of(weight: QuantizedWeight) -> IntegerGrid:
     groups = weight.scale.shape[1] if weight.sub_scale is None else len(weight.sub_scale)
     size = None if groups == 1 and weight.sub_scale is None else weight.in_features // groups
     return IntegerGrid(
-        weight.bits, size, weight.zero_point is None, None if weight.sub_scale is None else SUB_SCALE_BITS
+        weight.stored_bits, size, weight.zero_point is None, None if weight.sub_scale is None else SUB_SCALE_BITS
     )
 
 

@@ -189,7 +189,7 @@ def test_groups_that_are_no_whole_lines_become_products(group_size: int) -> None
     weight = random_sub_scaled(12, 80, group_size)
     x = torch.randint(-8, 8, (5, 80), dtype=torch.int8)
     native = choose_backend("cpu", "native").prepare_weight(weight, InputQuantization(4))
-    assert (native.layout, native.folded) == ("lines8", True)
+    assert (native.layout, native.bits, native.folded_bits) == ("lines8", 8, 4)
     y = integer_linear(x, torch.ones(5, 1), native, backend="native")
     torch.testing.assert_close(y, integer_linear(x, torch.ones(5, 1), weight, backend="reference"))
     assert torch.equal(native.to_words(), weight.to_words())

@@ -49,7 +49,7 @@ class Launch:
             weight = weight.to_layout("nibbles")  # int8 where they do not fit
         self._groups = math.lcm(x_scale.shape[1], weight.scale.shape[1])
         self._group = weight.in_features // self._groups
-        if self._group * (2 if weight.zero_point is not None and weight.integer_bits > 4 else 1) > LARGEST_GROUP:
+        if self._group * (2 if weight.zero_point is not None and weight.bits > 4 else 1) > LARGEST_GROUP:
             raise ValueError(
                 f"sums over {self._group} inputs could leave int32; use groups, or the backend 'reference'"
             )

@@ -33,7 +33,7 @@ def integer_linear(operands: LinearOperands) -> torch.Tensor:
     x = unpack_integers(operands.x, weight.in_features)
     if groups > 1 or weight.layout != "onednn" or not (_exact_bits() == 8 or _fits_four_bits(x)):
         weight = weight.to_layout("int8")
-        if weight.integer_bits > 4 and not _int_mm_is_exact():
+        if weight.bits > 4 and not _int_mm_is_exact():
             return reference.integer_linear(operands)
     y = x.new_empty(x.shape[0], weight.out_features, dtype=operands.out_dtype)
     for start in range(0, x.shape[0], _TOKENS_AT_ONCE):

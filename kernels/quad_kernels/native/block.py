@@ -178,7 +178,7 @@ class Blocks:
 
 def _groups(weight: QuantizedWeight) -> tuple[int, int]:
     """Groups of scales and of sub-scales."""
-    return weight.scale.shape[1], 0 if weight.sub_scale is None or weight.folded else len(weight.sub_scale)
+    return weight.scale.shape[1], 0 if weight.factors is None else len(weight.factors)
 
 
 def _append(group: Sequence[BlockLinear], parts: list[torch.Tensor], numbers: list[int]) -> float:

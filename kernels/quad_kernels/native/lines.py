@@ -64,13 +64,13 @@ def fits(layout: str, weight: WeightForm, x_scales: int) -> bool:
         return False
     scales = math.lcm(weight.scale.shape[1], x_scales)
     per_line = 8 if layout == "lines4" else 4
-    if weight.sub_scale is not None and not weight.folded:
-        return layout == "lines4" and scales == 1 and weight.in_features // weight.sub_scale.shape[0] % per_line == 0
+    if weight.factors is not None:
+        return layout == "lines4" and scales == 1 and weight.in_features // len(weight.factors) % per_line == 0
     return scales == 1 or weight.in_features // scales % per_line == 0
 
 
 def _accepts(layout: str, weight: WeightForm) -> bool:
-    narrow = layout == "lines8" or weight.integer_bits <= 4
+    narrow = layout == "lines8" or weight.bits <= 4
     return narrow and weight.scale.is_cpu and fits(layout, weight, 1)
 
 
@@ -102,7 +102,7 @@ def operands(
         weight.integers,
         weight.scale,
         weight.zero_point,
-        None if weight.folded else weight.sub_scale,
+        weight.factors,
         weight.in_features,
         weight.out_features,
         weight.layout == "lines8",
