@@ -47,7 +47,7 @@ def serve(checkpoint: Path, log: Path, options: Sequence[str] = (), **environmen
     try:
         address = f"http://127.0.0.1:{port}"
         _wait(address, process, log)
-        yield Server(OpenAI(base_url=f"{address}/v1", api_key="none", max_retries=0, timeout=120), address, log)
+        yield Server(OpenAI(base_url=f"{address}/v1", api_key="none", max_retries=0, timeout=600), address, log)
     finally:
         process.terminate()
         try:
