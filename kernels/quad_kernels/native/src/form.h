@@ -1,6 +1,8 @@
 // The forms in which weights come, and what a weight of two levels brings besides its integers.
 #pragma once
 
+#include <immintrin.h>
+
 #include <cstdint>
 
 namespace {
@@ -16,14 +18,16 @@ struct SubScales {
     int64_t group;         // inputs of one sub-scale
     int64_t part;          // inputs of a part: a divisor of `group` and of 32, a multiple of 8
     int64_t parts;
-    const int16_t* sums;   // [tokens][parts]
+    const int16_t* starts;  // [tokens][parts], half of what a part begins at: it fits into 16 bits
 
     SubScales from_token(int64_t t) const {
         SubScales moved = *this;
-        moved.sums += t * parts;
+        moved.starts += t * parts;
         return moved;
     }
 };
+
+constexpr int64_t kAhead = 16;  // groups whose sub-scales are asked for: those of 16 channels lie apart in memory
 
 // Goes through the parts of some inputs in order.
 class PartCursor {
@@ -36,13 +40,17 @@ class PartCursor {
           index_(first / sub_scales.part) {}
 
     const int8_t* values() const { return values_; }
-    int32_t sum(int t) const { return sub_scales_.sums[t * sub_scales_.parts + index_]; }
+    int16_t start(int t) const { return sub_scales_.starts[t * sub_scales_.parts + index_]; }
     void next() {
         ++index_;
         inside_ += sub_scales_.part;
         if (inside_ < sub_scales_.group) return;
         inside_ = 0;
         values_ += sub_scales_.stride;
+    }
+    // For a first pass over them.
+    void fetch_ahead() const {
+        _mm_prefetch(reinterpret_cast<const char*>(values_ + kAhead * sub_scales_.stride), _MM_HINT_T0);
     }
 
   private:

@@ -29,8 +29,8 @@ struct Product {
         __m256i wide = _mm256_setzero_si256();
         void add(__m256i weights, __m256i inputs) { wide = _mm256_dpbusd_avx_epi32(wide, weights, inputs); }
         __m256i take() { return wide; }
-        // Begins at -8 times `inputs`.
-        static Sum less_8_times(int32_t inputs) { return {_mm256_set1_epi32(-8 * inputs)}; }
+        // Begins at twice `half`.
+        static Sum from(int16_t half) { return {_mm256_set1_epi32(2 * half)}; }
         __m256i times(__m256i factors) { return _mm256_mullo_epi32(wide, factors); }
         static __m256i factors(const int8_t* eight) { return as_32_bits(eight); }
 #else
@@ -39,9 +39,9 @@ struct Product {
             narrow = _mm256_add_epi16(narrow, _mm256_maddubs_epi16(weights, inputs));
         }
         __m256i take() { return times(_mm256_set1_epi16(1)); }
-        // Begins at -8 times `inputs`, half of it in each 16 bits. Of up to 32 inputs the end fits: at most
-        // 16 x 15 x 127 + 4 x 16; on the way sums wrap.
-        static Sum less_8_times(int32_t inputs) { return {_mm256_set1_epi16(int16_t(-4 * inputs))}; }
+        // Begins at twice `half`, one in each 16 bits. Behind a part of up to 32 inputs, less than 2^15 are left in
+        // each: at most 16 x 15 x 127 + 4 x 16; on the way sums wrap.
+        static Sum from(int16_t half) { return {_mm256_set1_epi16(half)}; }
         __m256i times(__m256i factors) { return _mm256_madd_epi16(narrow, factors); }
         static __m256i factors(const int8_t* eight) {
             __m256i wide = as_32_bits(eight);
@@ -114,8 +114,9 @@ struct Product {
         PartCursor parts(sub_scales, 0);
         const int64_t step = sub_scales.part / 8, end = step * sub_scales.parts;
         for (int64_t start = 0; start < end; start += step, parts.next()) {
+            parts.fetch_ahead();
             Sum sum[T][2];
-            for (int t = 0; t < T; ++t) sum[t][0] = sum[t][1] = Sum::less_8_times(parts.sum(t));
+            for (int t = 0; t < T; ++t) sum[t][0] = sum[t][1] = Sum::from(parts.start(t));
             for (int64_t l = start; l < start + step; ++l)
                 add_line<T, false>(lines + l * kLine, a + l / 8 * chunk + l % 8 * 8, sum, nullptr);
             add_times<T>(sum, parts.values(), total);
@@ -190,7 +191,7 @@ struct Product {
         PartCursor parts(sub_scales, first);
         for (int64_t k = first, end = first + 4 * rows; k < end; k += sub_scales.part, parts.next()) {
             Sum sum[T][2];
-            for (int t = 0; t < T; ++t) sum[t][0] = sum[t][1] = Sum::less_8_times(parts.sum(t));
+            for (int t = 0; t < T; ++t) sum[t][0] = sum[t][1] = Sum::from(parts.start(t));
             add_rows<T>(panel + (k - first) / 4 * kLine, k, k + sub_scales.part, a, chunk, sum);
             add_times<T>(sum, parts.values(), total);
         }

@@ -80,9 +80,10 @@ struct Product {
         PartCursor parts(sub_scales, 0);
         const int64_t step = sub_scales.part / 8, end = step * sub_scales.parts;
         for (int64_t start = 0; start < end; start += step, parts.next()) {
+            parts.fetch_ahead();
             __m512i sum[T][2];
             for (int t = 0; t < T; ++t) {
-                sum[t][0] = _mm512_set1_epi32(-8 * parts.sum(t));
+                sum[t][0] = _mm512_set1_epi32(2 * parts.start(t));
                 sum[t][1] = _mm512_setzero_si512();
             }
             for (int64_t l = start; l < start + step; ++l) {

@@ -13,7 +13,7 @@ struct Tokens {
     int8_t* integers;   // [chunks][count][64]
     float* scale;       // [count][scales]
     int32_t* sum;       // [count][sums], of the integers of a stretch that has one scale on either side
-    int16_t* part;      // [count][parts], of the integers of a part that a sub-scale multiplies
+    int16_t* part;      // [count][parts], -4 times the sum of the integers of a part that a sub-scale multiplies
     float* outlier;     // [count][rank]
     int64_t count;      // with padding
     int64_t scales;
@@ -143,7 +143,7 @@ void place_token(const Tokens& tokens, int64_t t, const int8_t* integers, int64_
     for (int64_t p = 0; p < tokens.parts; ++p) {
         int32_t sum = 0;
         for (int64_t i = 0; i < size; ++i) sum += integers[p * size + i];
-        tokens.part[t * tokens.parts + p] = int16_t(sum);
+        tokens.part[t * tokens.parts + p] = int16_t(-4 * sum);
     }
 }
 
