@@ -85,10 +85,10 @@ class IntegerGrid:
 
     def __post_init__(self) -> None:
         problem = sub_scale_problem(self.bits, self.group_size, self.sub_scale_bits)
-        if self.sub_scale_bits is not None and not self.symmetric:
-            problem = "sub_scale_bits goes with symmetric integers, not with zero points"
         if problem is not None:
             raise ValueError(problem)
+        if self.sub_scale_bits is not None and not self.symmetric:
+            raise ValueError("sub_scale_bits goes with symmetric integers, not with zero points")
 
     @property
     def low(self) -> int:

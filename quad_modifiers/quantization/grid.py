@@ -4,7 +4,7 @@ The grid is the one of compressed-tensors, so that a stock runtime reads the sam
 -2^(bits-1) to 2^(bits-1) - 1 and a symmetric scale of absmax / ((2^bits - 1) / 2).
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 
 import torch
 from quad_kernels import IntegerGrid, rounding_errors
@@ -46,15 +46,8 @@ class WeightScales:
 
     def where(self, rows: torch.Tensor, others: "WeightScales") -> "WeightScales":
         """Returns these scales, with those of `others` in the rows where `rows`, `[out, 1]`, is True."""
-        mixed = [
-            None if ours is None or theirs is None else torch.where(rows, theirs, ours)
-            for ours, theirs in (
-                (self.base, others.base),
-                (self.sub_scale, others.sub_scale),
-            )
-        ]
-        scale = torch.where(rows, others.scale, self.scale)
-        return WeightScales(scale, torch.where(rows, others.zero_point, self.zero_point), *mixed)
+        pairs = [(getattr(self, field.name), getattr(others, field.name)) for field in fields(self)]
+        return WeightScales(*(None if ours is None else torch.where(rows, theirs, ours) for ours, theirs in pairs))
 
 
 def round_to_grid(weight: torch.Tensor, scales: WeightScales, grid: IntegerGrid) -> torch.Tensor:
@@ -151,8 +144,8 @@ def _search_sub_scales(
     whole = full_range_scales(weight, grid, scale_dtype)
     assert whole.base is not None
     best, least = whole, torch.full((len(weight), 1), torch.inf, device=weight.device)
+    factors = torch.arange(1.0, most + 1, device=weight.device)
     for base in (*bases, whole.base):
-        factors = torch.arange(1.0, most + 1, device=weight.device)
         trials = (base * factors).T.unsqueeze(-1).expand(-1, -1, steps.shape[1]).contiguous()
         errors = rounding_errors(weight, trials, torch.zeros_like(trials), cost, low=grid.low, high=grid.high)
         error, index = errors.min(0)

@@ -7,7 +7,14 @@ from typing import Any
 
 import pytest
 import torch
-from quad_kernels import LinearOperands, QuantizedWeight, WeightLayout, integer_linear
+from quad_kernels import (
+    InputQuantization,
+    LinearOperands,
+    QuantizedWeight,
+    WeightLayout,
+    choose_backend,
+    integer_linear,
+)
 from quad_kernels.integer_linear.config import SPLITS, TILES, Config
 from quad_kernels.layouts import register_layout, temporary_layouts
 from quad_kernels.packing import pack_nibbles
@@ -38,7 +45,9 @@ def linear_weight(
 
 def moved(weight: QuantizedWeight, device: torch.device) -> QuantizedWeight:
     zero = None if weight.zero_point is None else weight.zero_point.to(device)
-    return replace(weight, integers=weight.integers.to(device), scale=weight.scale.to(device), zero_point=zero)
+    sub_scale = None if weight.sub_scale is None else weight.sub_scale.to(device)
+    integers, scale = weight.integers.to(device), weight.scale.to(device)
+    return replace(weight, integers=integers, scale=scale, zero_point=zero, sub_scale=sub_scale)
 
 
 def on(device: torch.device, **tensors: torch.Tensor | None) -> dict[str, Any]:
@@ -340,3 +349,18 @@ def test_graphs_replay_beside_each_other(device: torch.device) -> None:
             plain = integer_linear(inputs[2], ones, weight)
     torch.cuda.synchronize()
     assert all(torch.equal(got, want) for got, want in zip([*outputs, plain], wanted, strict=True))
+
+
+def test_a_weight_of_two_levels_becomes_bytes_once(device: torch.device) -> None:
+    factors = torch.randint(1, 16, (4, 40), dtype=torch.int8, generator=torch.Generator().manual_seed(2))
+    plain = replace(linear_weight(integers((40, 128), 4, 3), 4).to_layout("int8"), sub_scale=factors)
+    backend = choose_backend(device)
+    weight = backend.prepare_weight(moved(plain, device), InputQuantization(4))
+    assert (backend.name, weight.layout, weight.bits, weight.factors) == ("triton", "int8", 8, None)
+    assert torch.equal(weight.to_words().cpu(), plain.to_words())
+    kept = backend.prepare_weight(moved(plain, device), None)  # floating-point inputs: half a byte each
+    assert (kept.layout, kept.bits) == ("nibbles", 4)
+    x = integers((5, 128), 8, 4)
+    for prepared in (weight, kept):
+        y = integer_linear(x.to(device), torch.ones(5, 1, device=device), prepared)
+        assert torch.equal(y.cpu(), exact(x, plain))

@@ -8,6 +8,7 @@ import torch
 from quad_kernels.backends.base import Backend
 from quad_kernels.formats import InputQuantization, InputSplit, RMSNorm
 from quad_kernels.integer_linear.operands import LinearOperands
+from quad_kernels.weight import QuantizedWeight
 
 _MIN_CAPABILITY = (8, 0)
 
@@ -33,6 +34,10 @@ class TritonBackend(Backend):
         if capability < _MIN_CAPABILITY:
             return f"the GPU has compute capability {capability[0]}.{capability[1]}, {_MIN_CAPABILITY[0]}.0 is needed"
         return None
+
+    def prepare_weight(self, weight: QuantizedWeight, quantization: InputQuantization | None) -> QuantizedWeight:
+        """Returns it in nibbles; one of two levels, which the kernel does not know, as bytes where it is multiplied."""
+        return super().prepare_weight(weight if quantization is None else weight.with_products(), quantization)
 
     def quantize_activations(
         self,
