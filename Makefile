@@ -62,7 +62,7 @@ test-sanitized: $(STAMP) ## the tests of the native kernels under AddressSanitiz
 	    $(BIN) setup.py -q build_ext --build-lib $(SANITIZED) --build-temp $(SANITIZED)/objects
 	LD_PRELOAD="$$(g++ -print-file-name=libasan.so)" ASAN_OPTIONS=detect_leaks=0 \
 	    QUAD_KERNELS_LIBRARY=$(SANITIZED)/quad_kernels/native/_kernels.so \
-	    $(BIN) -m pytest tests/test_kernels/test_native.py tests/test_kernels/test_weight_rounding.py $(PYTEST_ARGS)
+	    $(BIN) -m pytest tests/test_kernels/test_native*.py tests/test_kernels/test_weight_rounding.py $(PYTEST_ARGS)
 
 # The instruction sets of PyTorch, oneDNN, MKL and the native kernels each have a limit of their own.
 AVX2_ONLY := ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 MKL_ENABLE_INSTRUCTIONS=AVX2 QUAD_KERNELS_ISA=avx2

@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+from quad_kernels.native import library
 
 COMPILED = torch.cuda.is_available() and os.environ.get("TRITON_INTERPRET") != "1"
 HAS_TRITON = importlib.util.find_spec("triton") is not None
@@ -101,3 +102,14 @@ def _mend_fma(interpreter: ModuleType, patch: pytest.MonkeyPatch) -> None:
 
     if not hasattr(interpreter._interpreter, "fma_fp32"):
         patch.setattr(interpreter.InterpreterBuilder, "create_fma", fused)
+
+
+@pytest.fixture(params=library.INSTRUCTION_SETS)
+def instruction_set(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Runs the native CPU kernels with each instruction set that this processor has."""
+    if request.param not in library.supported():
+        pytest.skip(f"the processor has no {request.param}")
+    before = library.instruction_set()
+    library.choose_instruction_set(request.param)
+    yield request.param
+    library.choose_instruction_set(before)

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import itertools
 import os
 import subprocess
 import sys
 import weakref
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
@@ -16,10 +14,7 @@ import torch
 from quad_kernels import (
     InputQuantization,
     InputSplit,
-    QuantizedWeight,
     apply_hadamard,
-    choose_backend,
-    integer_linear,
     quad_linear,
     quantize_activations,
 )
@@ -28,171 +23,11 @@ from quad_kernels.native import library, lines, pages
 from quad_kernels.native.pages import in_large_pages
 from quad_kernels.quantize_activations.reference import quantize_activations as quantize_reference
 
+from .native_weights import MISSING, in_lines, random_sub_scaled, random_weight
+
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-TOKENS = (1, 2, 3, 5, 8, 9, 13, 33, 64)
 
-_missing: str | None = None
-try:
-    library.load()
-except library.NativeLibraryError as error:
-    _missing = str(error)
-pytestmark = pytest.mark.skipif(_missing is not None, reason=f"no native kernels: {_missing}")
-
-
-@pytest.fixture(params=library.INSTRUCTION_SETS)
-def instruction_set(request: pytest.FixtureRequest) -> Iterator[str]:
-    if request.param not in library.supported():
-        pytest.skip(f"the processor has no {request.param}")
-    before = library.instruction_set()
-    library.choose_instruction_set(request.param)
-    yield request.param
-    library.choose_instruction_set(before)
-
-
-def random_weight(
-    out: int, width: int, bits: int, groups: int = 1, zero_points: bool = False, seed: int = 0, unit: bool = False
-) -> QuantizedWeight:
-    generator = torch.Generator().manual_seed(seed)
-    half = 2 ** (bits - 1)
-    integers = torch.randint(-half, half, (out, width), generator=generator, dtype=torch.int8)
-    scale = torch.ones(out, groups) if unit else torch.rand(out, groups, generator=generator) + 0.5
-    zero_point = torch.randint(-half, half, (out, groups), generator=generator, dtype=torch.int8)
-    return QuantizedWeight(integers, scale, zero_point if zero_points else None, width, out, bits)
-
-
-def random_sub_scaled(out: int, width: int, group_size: int, bits: int = 4, unit: bool = False) -> QuantizedWeight:
-    """A weight of two levels; the sub-scales of its first channel are all 15."""
-    weight = random_weight(out, width, bits, seed=group_size, unit=unit)
-    generator = torch.Generator().manual_seed(width)
-    sub_scale = torch.randint(1, 16, (width // group_size, out), generator=generator, dtype=torch.int8)
-    sub_scale[:, 0] = 15
-    return replace(weight, sub_scale=sub_scale)
-
-
-def in_lines(weight: QuantizedWeight) -> QuantizedWeight:
-    stored = weight.to_layout("lines4" if weight.bits <= 4 else "lines8")
-    assert stored.layout.startswith("lines")
-    return stored
-
-
-def exact(x: torch.Tensor, weight: QuantizedWeight) -> torch.Tensor:
-    """The sums of the integers, int64."""
-    wide = weight.unpacked().long()
-    if weight.zero_point is not None:
-        wide = wide - weight.zero_point.long().repeat_interleave(weight.in_features // weight.scale.shape[1], 1)
-    return x.long() @ wide.T
-
-
-@pytest.mark.parametrize("bits", [2, 4, 8])
-@pytest.mark.parametrize(("out", "width"), [(16, 64), (1, 8), (33, 200), (48, 1024), (17, 1), (70, 4100)])
-def test_layouts_hold_the_integers_at_half_a_byte_or_one(bits: int, out: int, width: int) -> None:
-    weight = random_weight(out, width, bits)
-    stored = in_lines(weight)
-    assert torch.equal(stored.unpacked(), weight.integers)
-    padded = (out + 15) // 16 * 16 * ((width + 63) // 64 * 64)
-    assert stored.integers.numel() == (padded // 2 if bits <= 4 else padded)
-    assert torch.equal(stored.to_layout("nibbles").unpacked(), weight.integers)
-
-
-@pytest.mark.parametrize("weight_bits", [2, 4, 8])
-@pytest.mark.parametrize("x_bits", [4, 8])
-@pytest.mark.parametrize(("out", "width"), [(48, 512), (33, 200), (1, 7), (16, 2600), (50, 64)])
-def test_sums_are_exact(instruction_set: str, weight_bits: int, x_bits: int, out: int, width: int) -> None:
-    half = 2 ** (x_bits - 1)
-    generator = torch.Generator().manual_seed(width)
-    for zero_points in (False, True):
-        weight = random_weight(out, width, weight_bits, zero_points=zero_points, unit=True)
-        for tokens in TOKENS:
-            x = torch.randint(-half, half, (tokens, width), generator=generator, dtype=torch.int8)
-            y = integer_linear(x, torch.ones(tokens, 1), in_lines(weight), backend="native")
-            assert torch.equal(y, exact(x, weight).float()), tokens
-
-
-@pytest.mark.parametrize("weight_bits", [4, 8])
-@pytest.mark.parametrize("x_bits", [4, 8])
-def test_sums_of_the_largest_integers_are_exact(instruction_set: str, weight_bits: int, x_bits: int) -> None:
-    width = 1536
-    for w in (-(2 ** (weight_bits - 1)), 2 ** (weight_bits - 1) - 1):
-        for value in (-(2 ** (x_bits - 1)), 2 ** (x_bits - 1) - 1):
-            integers = torch.full((20, width), w, dtype=torch.int8)
-            weight = in_lines(QuantizedWeight(integers, torch.ones(20, 1), None, width, 20, weight_bits))
-            for tokens in (1, 4, 40):
-                x = torch.full((tokens, width), value, dtype=torch.int8)
-                y = integer_linear(x, torch.ones(tokens, 1), weight, backend="native")
-                assert (y == w * value * width).all()
-
-
-@pytest.mark.parametrize("weight_bits", [4, 8])
-@pytest.mark.parametrize("weight_groups", [1, 2, 8])
-@pytest.mark.parametrize("x_groups", [1, 4, 16])
-@pytest.mark.parametrize("zero_points", [False, True])
-def test_groups_are_those_of_the_reference(
-    instruction_set: str, weight_bits: int, weight_groups: int, x_groups: int, zero_points: bool
-) -> None:
-    width, out = 512, 40
-    generator = torch.Generator().manual_seed(3)
-    weight = random_weight(out, width, weight_bits, weight_groups, zero_points)
-    for tokens in (1, 3, 37):
-        x = torch.randint(-8, 8, (tokens, width), generator=generator, dtype=torch.int8)
-        scale = torch.rand(tokens, x_groups, generator=generator) + 0.5
-        y = integer_linear(x, scale, in_lines(weight), backend="native")
-        wide = QuantizedWeight(
-            weight.integers, weight.scale.double(), weight.zero_point, width, out, weight.bits
-        ).dequantized(torch.float64)
-        truth = (x.double() * scale.double().repeat_interleave(width // x_groups, 1)) @ wide.T
-        torch.testing.assert_close(y.double(), truth, rtol=1e-5, atol=1e-3)
-
-
-@pytest.mark.parametrize("x_bits", [4, 8])
-@pytest.mark.parametrize(
-    ("out", "width", "group_size"),
-    [
-        (48, 512, 32),
-        (33, 192, 64),
-        (1, 8, 8),
-        (16, 2592, 96),
-        (50, 576, 192),
-        (20, 160, 16),
-        (17, 120, 24),
-        (70, 1088, 32),
-    ],
-)
-def test_sums_of_two_levels_are_exact(instruction_set: str, x_bits: int, out: int, width: int, group_size: int) -> None:
-    half = 2 ** (x_bits - 1)
-    generator = torch.Generator().manual_seed(width)
-    weight = random_sub_scaled(out, width, group_size, unit=True)
-    stored = in_lines(weight)
-    assert stored.layout == "lines4"
-    for tokens in TOKENS:
-        x = torch.randint(-half, half, (tokens, width), generator=generator, dtype=torch.int8)
-        y = integer_linear(x, torch.ones(tokens, 1), stored, backend="native")
-        assert torch.equal(y, exact(x, weight).float()), tokens
-
-
-def test_sums_of_the_largest_products_are_exact(instruction_set: str) -> None:
-    width = 512
-    for w in (-8, 7):
-        for first, second in itertools.product((-128, 127), repeat=2):
-            integers = torch.full((20, width), w, dtype=torch.int8)
-            integers[:, 2::4] = integers[:, 3::4] = -1 - w  # of each four inputs two are summed apart
-            sub_scale = torch.full((width // 32, 20), 15, dtype=torch.int8)
-            weight = QuantizedWeight(integers, torch.ones(20, 1), None, width, 20, 4, sub_scale=sub_scale)
-            for tokens in (1, 4, 40):
-                x = torch.full((tokens, width), first, dtype=torch.int8)
-                x[:, 2::4] = x[:, 3::4] = second
-                y = integer_linear(x, torch.ones(tokens, 1), in_lines(weight), backend="native")
-                assert torch.equal(y, exact(x, weight).float())
-
-
-@pytest.mark.parametrize("group_size", [20, 4])
-def test_groups_that_are_no_whole_lines_become_products(group_size: int) -> None:
-    weight = random_sub_scaled(12, 80, group_size)
-    x = torch.randint(-8, 8, (5, 80), dtype=torch.int8)
-    native = choose_backend("cpu", "native").prepare_weight(weight, InputQuantization(4))
-    assert (native.layout, native.bits, native.folded_bits) == ("lines8", 8, 4)
-    y = integer_linear(x, torch.ones(5, 1), native, backend="native")
-    torch.testing.assert_close(y, integer_linear(x, torch.ones(5, 1), weight, backend="reference"))
-    assert torch.equal(native.to_words(), weight.to_words())
+pytestmark = pytest.mark.skipif(MISSING is not None, reason=f"no native kernels: {MISSING}")
 
 
 SPLITS = {
@@ -387,15 +222,6 @@ def test_operators_are_declared_rightly() -> None:
         assert set(checked.values()) == {"SUCCESS"}
 
 
-def test_layouts_that_the_kernels_do_not_read_fall_back() -> None:
-    weight = random_weight(12, 24, 4, groups=8)  # groups of 3
-    x = torch.randint(-8, 8, (5, 24), dtype=torch.int8)
-    native = choose_backend("cpu", "native").prepare_weight(weight, InputQuantization(4))
-    assert native.layout == "int8"
-    y = integer_linear(x, torch.ones(5, 1), native, backend="native")
-    torch.testing.assert_close(y, integer_linear(x, torch.ones(5, 1), weight, backend="reference"))
-
-
 @pytest.mark.parametrize("name", ["avx2", "sse"])
 def test_an_instruction_set_can_be_asked_for(name: str) -> None:
     with pytest.raises(library.InstructionSetError, match="there are no kernels for the instruction set 'sse'"):
@@ -408,93 +234,6 @@ def test_an_instruction_set_can_be_asked_for(name: str) -> None:
         assert done.stdout.split() == ["native", "avx2"]
     else:
         assert "InstructionSetError: there are no kernels for the instruction set 'sse' here" in done.stderr
-
-
-def test_lines_have_the_documented_order() -> None:
-    weight = random_weight(20, 100, 4)
-    stored = lines.LAYOUTS["lines4"].pack(weight.integers)
-    assert stored.shape == (2, 16, 64)
-    byte = int(stored[1, 3, 4 * 2 + 1])  # channel 16 + 2, inputs 24 + 1 and 24 + 5
-    assert byte & 15 == int(weight.integers[18, 25]) + 8
-    assert byte >> 4 == int(weight.integers[18, 29]) + 8
-
-
-# --- attention ---
-
-
-def attention_reference(
-    query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, mask: torch.Tensor | None, scale: float
-) -> torch.Tensor:
-    """`[batch, 1, heads * head_dim]`, float64, of keys and values `[batch, cached heads, positions, head_dim]`."""
-    query = query.double().unflatten(-1, (-1, keys.shape[-1])).transpose(1, 2)
-    shared = query.shape[1] // keys.shape[1]
-    keys, values = (x.double().repeat_interleave(shared, 1) for x in (keys, values))
-    scores = query @ keys.transpose(-1, -2) * scale
-    if mask is not None:
-        scores = scores.masked_fill(~mask[:, None, None], -torch.inf)
-    return (scores.softmax(-1) @ values).transpose(1, 2).flatten(2)
-
-
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize(
-    ("batch", "heads", "cached_heads", "head_dim", "positions"),
-    [(1, 9, 3, 64, 100), (2, 14, 2, 64, 1), (3, 8, 8, 128, 700), (2, 4, 2, 24, 257), (1, 3, 1, 7, 17)],
-)
-def test_attention_is_the_reference_in_every_dtype(
-    instruction_set: str, dtype: torch.dtype, batch: int, heads: int, cached_heads: int, head_dim: int, positions: int
-) -> None:
-    generator = torch.Generator().manual_seed(positions)
-    query = torch.randn(batch, 1, heads * head_dim, generator=generator).to(dtype)
-    shape = (batch, cached_heads, positions + 5, head_dim)
-    keys, values = (torch.randn(shape, generator=generator).to(dtype) for _ in range(2))
-    keys[:, :, positions:] = values[:, :, positions:] = torch.nan  # nobody may look there
-    mask = torch.rand(batch, positions, generator=generator) < 0.7
-    mask[:, -1] = True
-    for seen in (None, mask):
-        output = torch.ops.quad_native.attend(query, keys, values, positions, seen, 0.3)
-        assert output.dtype == dtype
-        filled = keys[:, :, :positions], values[:, :, :positions]
-        wanted = attention_reference(query, *filled, seen, 0.3)
-        error = (output.double() - wanted).abs().max() / wanted.abs().max()
-        assert error < (2e-6 if dtype == torch.float32 else torch.finfo(dtype).eps)
-        each = [
-            torch.ops.quad_native.attend(
-                query[i : i + 1], keys[i : i + 1], values[i : i + 1], positions, None if seen is None else mask[i], 0.3
-            )
-            for i in range(batch)
-        ]
-        assert torch.equal(output, torch.cat(each))
-
-
-def test_attention_gives_the_same_bits_on_every_instruction_set_and_thread_count() -> None:
-    generator = torch.Generator().manual_seed(0)
-    query = torch.randn(2, 1, 6 * 64, generator=generator).bfloat16()
-    keys, values = (torch.randn(2, 2, 900, 64, generator=generator).bfloat16() for _ in range(2))
-    before, threads = library.instruction_set(), torch.get_num_threads()
-    outputs = []
-    try:
-        for name in library.supported():
-            library.choose_instruction_set(name)
-            for count in (1, 2):
-                torch.set_num_threads(count)
-                outputs.append(torch.ops.quad_native.attend(query, keys, values, 900, None, 0.125))
-    finally:
-        library.choose_instruction_set(before)
-        torch.set_num_threads(threads)
-    assert all(torch.equal(output, outputs[0]) for output in outputs)
-
-
-def test_attention_far_apart_scores_stay_finite(instruction_set: str) -> None:
-    keys = torch.zeros(1, 1, 600, 32)
-    keys[0, 0, :, 0] = torch.linspace(-3000, 3000, 600)
-    values = torch.arange(600.0).view(1, 1, 600, 1).expand(1, 1, 600, 32).contiguous()
-    query = torch.zeros(1, 1, 32)
-    query[..., 0] = 1
-    output = torch.ops.quad_native.attend(query, keys, values, 600, None, 1.0)
-    torch.testing.assert_close(output, torch.full_like(output, 599.0), rtol=0, atol=0.01)
-
-
-# --- memory ---
 
 
 def test_weights_lie_in_pages_that_are_freed_with_the_last_of_them() -> None:

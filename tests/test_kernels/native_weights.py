@@ -1,0 +1,49 @@
+"""Weights for the tests of the native CPU kernels, and whether there are such kernels."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+from quad_kernels import QuantizedWeight
+from quad_kernels.native import library
+
+MISSING: str | None = None
+try:
+    library.load()
+except library.NativeLibraryError as error:
+    MISSING = str(error)
+
+
+def random_weight(
+    out: int, width: int, bits: int, groups: int = 1, zero_points: bool = False, seed: int = 0, unit: bool = False
+) -> QuantizedWeight:
+    generator = torch.Generator().manual_seed(seed)
+    half = 2 ** (bits - 1)
+    integers = torch.randint(-half, half, (out, width), generator=generator, dtype=torch.int8)
+    scale = torch.ones(out, groups) if unit else torch.rand(out, groups, generator=generator) + 0.5
+    zero_point = torch.randint(-half, half, (out, groups), generator=generator, dtype=torch.int8)
+    return QuantizedWeight(integers, scale, zero_point if zero_points else None, width, out, bits)
+
+
+def random_sub_scaled(out: int, width: int, group_size: int, bits: int = 4, unit: bool = False) -> QuantizedWeight:
+    """A weight of two levels; the sub-scales of its first channel are all 15."""
+    weight = random_weight(out, width, bits, seed=group_size, unit=unit)
+    generator = torch.Generator().manual_seed(width)
+    sub_scale = torch.randint(1, 16, (width // group_size, out), generator=generator, dtype=torch.int8)
+    sub_scale[:, 0] = 15
+    return replace(weight, sub_scale=sub_scale)
+
+
+def in_lines(weight: QuantizedWeight) -> QuantizedWeight:
+    stored = weight.to_layout("lines4" if weight.bits <= 4 else "lines8")
+    assert stored.layout.startswith("lines")
+    return stored
+
+
+def exact(x: torch.Tensor, weight: QuantizedWeight) -> torch.Tensor:
+    """The sums of the integers, int64."""
+    wide = weight.unpacked().long()
+    if weight.zero_point is not None:
+        wide = wide - weight.zero_point.long().repeat_interleave(weight.in_features // weight.scale.shape[1], 1)
+    return x.long() @ wide.T
