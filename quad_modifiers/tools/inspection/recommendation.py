@@ -237,7 +237,7 @@ def _speed(losses: _Losses, some_four: bool, device: torch.device, rules: list[R
             "only if something multiplies 4-bit integers",
             "yes"
             if backend.product_bits <= 4
-            else "no: quad_w4a8 has 8-bit inputs, takes the same time and loses less; quad_w4a4_g32 is between the two",
+            else "no, they are widened: quad_w4a8 has 8-bit inputs and loses less; quad_w4a4_g32 is between the two",
         )
     )
 
