@@ -1,10 +1,12 @@
 """Lists the packages, which lie in three folders, and builds the native CPU kernels; the rest is in pyproject.toml."""
 
+import hashlib
 import os
 import platform
 import shlex
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from setuptools import Extension, find_packages, setup
@@ -12,6 +14,7 @@ from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_ext import build_ext
 
 SOURCES = Path("kernels/quad_kernels/native/src")
+OBJECTS = Path("build/objects")
 AVX2 = ["-mavx2", "-mfma", "-mf16c"]
 AVX512 = [*AVX2, "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mavx512vnni", "-mprefer-vector-width=512"]
 # Each instruction set is a file of its own: what the processor does not have must not be in code that it runs.
@@ -47,7 +50,10 @@ class BuildNative(build_ext):
         return str(Path(*fullname.split(".")).with_suffix(".so"))
 
     def build_extension(self, ext: Extension) -> None:
-        """Compiles every instruction set with its own flags, and the operators with torch's headers."""
+        """Compiles every instruction set with its own flags, and the operators with torch's headers.
+
+        What was compiled stays in build/objects: several environments of one working copy compile once.
+        """
         if platform.machine() not in ("x86_64", "AMD64") or sys.platform != "linux":
             raise RuntimeError(f"there are none for {platform.machine()} on {sys.platform}")
         try:
@@ -56,25 +62,35 @@ class BuildNative(build_ext):
             raise RuntimeError("torch cannot be imported") from error
         root = Path(torch.__file__).parent
         includes = [str(root / "include"), str(root / "include/torch/csrc/api/include")]
-        self.mkpath(self.build_temp)
+        self.mkpath(str(OBJECTS))
         compiler = os.environ.get("CXX", "g++")
-        objects, extra = [], shlex.split(os.environ.get("CXXFLAGS", ""))
-        for source in ext.sources:
-            flags = KERNEL_FLAGS + INSTRUCTION_SETS.get(Path(source).stem, [])
+        extra = shlex.split(os.environ.get("CXXFLAGS", ""))
+        versions = self._call([compiler, "--version"]) + torch.__version__
+        sources = b"".join(path.read_bytes() for path in sorted(SOURCES.iterdir()))
+
+        def compile_source(source: str) -> str:
+            flags, paths = KERNEL_FLAGS + INSTRUCTION_SETS.get(Path(source).stem, []), []
             if Path(source).stem == "torch_ops":
-                flags = OPERATOR_FLAGS + [f"-I{path}" for path in includes]
-            target = str(Path(self.build_temp) / f"{Path(source).stem}.o")
-            self._call([compiler, *flags, *extra, "-c", source, "-o", target])
-            objects.append(target)
+                flags, paths = OPERATOR_FLAGS, [f"-I{path}" for path in includes]
+            key = hashlib.sha256(" ".join([*flags, *extra, versions]).encode() + sources).hexdigest()[:16]
+            target = OBJECTS / f"{Path(source).stem}-{key}.o"
+            if not target.exists():
+                unfinished = target.with_suffix(f".{os.getpid()}")
+                self._call([compiler, *flags, *paths, *extra, "-c", source, "-o", str(unfinished)])
+                unfinished.replace(target)
+            return str(target)
+
+        with ThreadPoolExecutor(os.cpu_count()) as threads:
+            objects = list(threads.map(compile_source, ext.sources))
         library = Path(self.get_ext_fullpath(ext.name))
         self.mkpath(str(library.parent))
         libraries = [f"-L{root / 'lib'}", "-ltorch_cpu", "-lc10", "-Wl,--as-needed"]
         self._call([compiler, "-shared", *extra, *objects, "-o", str(library), *libraries])
 
-    def _call(self, command: list[str]) -> None:
+    def _call(self, command: list[str]) -> str:
         print(" ".join(command))
         try:
-            subprocess.run(command, check=True)
+            return subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
         except FileNotFoundError as error:
             raise RuntimeError(f"there is no C++ compiler {command[0]!r}; set CXX") from error
         except subprocess.CalledProcessError as error:
