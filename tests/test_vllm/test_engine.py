@@ -9,7 +9,8 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -28,13 +29,67 @@ pytestmark = [pytest.mark.vllm, pytest.mark.filterwarnings("default")]
 PROMPTS = torch.randint(3, 320, (6, 40), generator=torch.Generator().manual_seed(7))
 # vLLM's class knows no biases.
 UNBIASED = {"ernie4_5": {"use_bias": False}}
+ENGINE_SECONDS = 400
 Engine = Callable[..., torch.Tensor]
 
 
-@pytest.fixture
-def engine(tmp_path: Path) -> Engine:
-    """`engine(folder, adapters, environment, **LLM arguments)`: log-probabilities of PROMPTS, `[prompt, position]`."""
+class EngineProcess:
+    """A process that makes engines (engine_process.py), and what it has printed."""
+
+    def __init__(self, folder: Path, environment: dict[str, str]) -> None:
+        variables = {
+            "VLLM_CPU_KVCACHE_SPACE": "1",
+            **os.environ,
+            "HF_HUB_OFFLINE": "1",
+            "VLLM_CACHE_ROOT": str(folder / "cache"),  # nothing compiled earlier
+            **environment,
+        }
+        command = [sys.executable, str(Path(__file__).with_name("engine_process.py"))]
+        self._log = folder / "engine.log"
+        with self._log.open("wb") as log:
+            self._process = subprocess.Popen(
+                command, env=variables, stdin=subprocess.PIPE, stdout=log, stderr=subprocess.STDOUT, text=True
+            )
+
+    def answer(self, request: dict[str, Any], file: Path) -> torch.Tensor:
+        """Return what an engine answers by way of `file`; fail where it, or the process, fails."""
+        assert self._process.stdin is not None
+        self._process.stdin.write(json.dumps({**request, "answer": str(file)}) + "\n")
+        self._process.stdin.flush()
+        deadline = time.monotonic() + ENGINE_SECONDS
+        while not file.exists():
+            assert self._process.poll() is None, self._log.read_text()[-3000:]
+            assert time.monotonic() < deadline, self._log.read_text()[-3000:]
+            time.sleep(0.1)
+        found = json.loads(file.read_text())
+        assert not isinstance(found, str), found
+        return torch.tensor(found)
+
+    def stop(self) -> None:
+        assert self._process.stdin is not None
+        self._process.stdin.close()
+        try:
+            self._process.wait(60)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.wait()
+
+
+@pytest.fixture(scope="module")
+def shared_process(tmp_path_factory: pytest.TempPathFactory) -> Iterator[EngineProcess]:
+    """A process whose engines run in it, without one of their own."""
     pytest.importorskip("vllm")
+    process = EngineProcess(tmp_path_factory.mktemp("engines"), {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"})
+    yield process
+    process.stop()
+
+
+@pytest.fixture
+def engine(tmp_path: Path, shared_process: EngineProcess) -> Engine:
+    """`engine(folder, adapters, **LLM arguments)`: log-probabilities of PROMPTS, `[prompt, position]`.
+
+    With `environment={...}` in a process of its own, which serves as vLLM serves.
+    """
 
     def run(
         folder: Path,
@@ -47,24 +102,18 @@ def engine(tmp_path: Path) -> Engine:
             "prompts": PROMPTS.tolist(),
             "adapters": adapters or [None] * len(PROMPTS),
         }
-        (tmp_path / "request.json").write_text(json.dumps(request))
-        variables = {
-            "VLLM_CPU_KVCACHE_SPACE": "1",
-            **os.environ,
-            "HF_HUB_OFFLINE": "1",
-            "VLLM_CACHE_ROOT": str(tmp_path / "cache"),  # nothing compiled earlier
-            **(environment or {}),
-        }
-        command = [sys.executable, str(Path(__file__).with_name("engine_process.py"))]
-        command += [str(tmp_path / "request.json"), str(tmp_path / "answer.json")]
-        done = subprocess.run(command, env=variables, capture_output=True, text=True, timeout=400, check=False)
-        assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
-        return torch.tensor(json.loads((tmp_path / "answer.json").read_text()))
+        if environment is None:
+            return shared_process.answer(request, tmp_path / "answer.json")
+        own = EngineProcess(tmp_path, environment)
+        try:
+            return own.answer(request, tmp_path / "answer.json")
+        finally:
+            own.stop()
 
     return run
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def toy8(toy_quad, write_toy) -> Callable[..., Path]:
     """`toy8(base, packed_ends=False, dtype=float32, **config)`: a toy checkpoint with 8-bit weights and inputs."""
     bits: dict[str, Any] = {"weight": WeightFormat(bits=8), "quantized": InputFormat(bits=8, clip_ratio=1.0)}
@@ -108,7 +157,8 @@ def test_every_type_that_has_a_class(model_type: str, engine: Engine, toy8, toy_
 
 def test_compiled_in_half_precision(engine: Engine, toy8) -> None:
     folder = toy8("qwen2", packed_ends=True, dtype=torch.float16)
-    assert_close(engine(folder), reference(AutoModelForCausalLM.from_pretrained(folder)))
+    found = engine(folder, environment={})
+    assert_close(found, reference(AutoModelForCausalLM.from_pretrained(folder)))
 
 
 def test_two_ranks(engine: Engine, toy8) -> None:
