@@ -1,6 +1,7 @@
 """A model to be evaluated: where it comes from, what identifies it, and the lm-eval model, loaded when first needed."""
 
 import gc
+import logging
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -9,12 +10,15 @@ import torch
 
 from quad_modifiers.checkpoint.opened import Opened, open_checkpoint, tokenizer_of
 from quad_modifiers.checkpoint.whole_model import DEFAULTS, LoadingOptions, check_device
+from quad_modifiers.linalg.fast_dtype import fast_dtype
 from quad_modifiers.reporting import only_errors
 from quad_modifiers.tools.evaluation.cache import fingerprint
 from quad_modifiers.tools.evaluation.vllm_engine import vllm_version
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+logger = logging.getLogger(__name__)
 
 
 class Subject:
@@ -111,6 +115,8 @@ class Subject:
 
             tokenizer = self.tokenizer  # first: it is the cheaper one to miss
             model = self.model if self._opened is None else self._opened.load()
+            if self._opened is not None and self._opened.quantized is None:
+                _hint_at_float32(model, self.name)
             with only_errors("lm_eval.models.huggingface"):  # it warns of models that others have loaded
                 self._lm = QuadLM(model, device=self.device, tokenizer=tokenizer, batch_size=self._batch_size)
             self._lm.pretrained = self.model  # the name, as of a model that lm-eval loads itself
@@ -122,6 +128,15 @@ class Subject:
         if not isinstance(self.model, str):
             self.model.train(self._training)
         gc.collect()
+
+
+def _hint_at_float32(model: "PreTrainedModel", name: str) -> None:
+    if model.dtype == torch.bfloat16 and fast_dtype(model.device) == torch.float32:
+        logger.warning(
+            "%s is in bfloat16, which this processor has no instructions for; with --dtype float32 (dtype of "
+            "LoadingOptions) it runs several times faster and rounds less",
+            name,
+        )
 
 
 def _check_unread(options: LoadingOptions) -> None:

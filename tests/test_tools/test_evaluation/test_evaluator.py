@@ -11,6 +11,7 @@ import torch
 pytest.importorskip("lm_eval")
 pytest.importorskip("gensim")
 
+from quad_modifiers.checkpoint.whole_model import LoadingOptions
 from quad_modifiers.records.evaluation_record import EVALUATION_NAME, Evaluation, task_scores, write_evaluation
 from quad_modifiers.tools.evaluation import evaluate, evaluator
 from quad_modifiers.tools.publishing import read_evaluation
@@ -154,7 +155,10 @@ def test_results_of_groups_and_what_is_no_metric_can_be_read() -> None:
 
 @pytest.mark.slow
 def test_full_precision_scores_between_guessing_and_certainty(smollm2: Path) -> None:
-    found = evaluate(smollm2, ["quad_lastword", "quad_continuation", "quad_code"], limit=100, text=None)
+    options = LoadingOptions(dtype="float32")  # bfloat16 is slow on many CPUs
+    found = evaluate(
+        smollm2, ["quad_lastword", "quad_continuation", "quad_code"], limit=100, text=None, options=options
+    )
     for each in found.comparisons:
         print(each.task, each.value, each.stderr)
         assert each.chance + 0.2 < each.value < 0.9
@@ -171,3 +175,18 @@ def test_a_text_with_tokens_that_the_model_does_not_embed(make_toy, toy_tokenize
     with pytest.raises(ValueError, match=r"the text, tokenized for .*, has the token id .* embeds the ids 0 to 99"):
         evaluate(make_toy(vocab_size=100), [], text=text, window_length=32, tokenizer=toy_tokenizer)
     assert not calls
+
+
+@pytest.mark.parametrize("fast", [torch.float32, torch.bfloat16])
+def test_a_processor_without_bfloat16_is_told_of_float32(
+    fast, make_toy, toy_tokenizer, text: Path, tmp_path: Path, monkeypatch, caplog
+) -> None:
+    monkeypatch.setattr("quad_modifiers.tools.evaluation.subject.fast_dtype", lambda device: fast)
+    folder = tmp_path / "original"
+    make_toy(dtype=torch.bfloat16).save_pretrained(folder)
+    toy_tokenizer.save_pretrained(folder)
+    for dtype, hinted in (("auto", fast == torch.float32), ("float32", False)):
+        caplog.clear()
+        options = LoadingOptions(dtype=dtype)
+        evaluate(folder, [], limit=1, text=text, window_length=32, options=options, fresh=True)
+        assert ("--dtype float32" in caplog.text) == hinted
