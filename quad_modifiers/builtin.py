@@ -17,6 +17,7 @@ def quad_modifiers_modifiers() -> Mapping[str, str]:
         "EmbeddingHeadQuant": "quad_modifiers.modifiers.embedding_head_quant:EmbeddingHeadQuant",
         "OutlierLoRA": "quad_peft.modifier:OutlierLoRA",
         "DynamicActQuant": "quad_modifiers.modifiers.dynamic_act_quant:DynamicActQuant",
+        "KVCacheQuant": "quad_modifiers.modifiers.kv_cache_quant:KVCacheQuant",
     }
 
 
@@ -29,7 +30,10 @@ def quad_modifiers_architectures() -> Sequence[Architecture]:
 @hookimpl
 def quad_modifiers_checkpoint_sections() -> Mapping[str, str]:
     """What a checkpoint holds beyond its linears."""
-    return {"head_transform": "quad_modifiers.checkpoint.head_transform:HeadTransform"}
+    return {
+        "head_transform": "quad_modifiers.checkpoint.head_transform:HeadTransform",
+        "kv_cache": "quad_modifiers.checkpoint.cache_section:KVCacheSection",
+    }
 
 
 @hookimpl

@@ -291,12 +291,16 @@ def table_product(
     return y.view(*x.shape[:-1], rows)
 
 
-def apply_hadamard(x: torch.Tensor, plan: HadamardPlan, *, backend: str | None = None) -> torch.Tensor:
+def apply_hadamard(
+    x: torch.Tensor, plan: HadamardPlan, *, transpose: bool = False, backend: str | None = None
+) -> torch.Tensor:
     """Returns `x @ hadamard_matrix(plan.size)` for the last dimension.
 
     Args:
         x: `[..., size]`, floating point.
         plan: transform for that size, from `quad_kernels.hadamard.plan_hadamard`.
+        transpose: True for the transposed matrix, which is the inverse; where that is another one (a factor of the
+            plan is no power of two), by PyTorch's means on every backend.
         backend: name of a backend; by default the environment variable QUAD_KERNELS or the best for the device.
 
     Returns:
@@ -312,7 +316,9 @@ def apply_hadamard(x: torch.Tensor, plan: HadamardPlan, *, backend: str | None =
     if x.shape[-1] != plan.size:
         raise ValueError(f"the last dimension of x is {x.shape[-1]}, the transform is for {plan.size}")
     if torch.is_grad_enabled() and x.requires_grad:
-        return reference_hadamard(x, plan)
+        return reference_hadamard(x, plan, transpose)
+    if transpose and any(factor & (factor - 1) for factor in plan.factors):  # else the matrix is its own transpose
+        return ops.transposed_hadamard(x.reshape(-1, plan.size)).view(x.shape)
     return ops.hadamard(x.reshape(-1, plan.size), backend or "").view(x.shape)
 
 

@@ -13,6 +13,8 @@ import torch
 
 from quad_kernels.backends import choose_backend
 from quad_kernels.formats import InputQuantization, InputSplit, RMSNorm
+from quad_kernels.hadamard import plan_hadamard
+from quad_kernels.hadamard.reference import apply_hadamard as reference_hadamard
 from quad_kernels.integer_linear.operands import LinearOperands
 from quad_kernels.packing import nibble_bytes
 from quad_kernels.weight import QuantizedWeight
@@ -136,6 +138,12 @@ def table_product(x: torch.Tensor, words: torch.Tensor, scale: torch.Tensor, bac
 def hadamard(x: torch.Tensor, backend: str) -> torch.Tensor:
     """See `quad_kernels.apply_hadamard`."""
     return choose_backend(x.device, backend).hadamard(x)
+
+
+@_custom_op(lambda x: x.new_empty(x.shape))
+def transposed_hadamard(x: torch.Tensor) -> torch.Tensor:
+    """See `quad_kernels.apply_hadamard`: for a matrix that is not symmetric, which no backend has a kernel for."""
+    return reference_hadamard(x, plan_hadamard(x.shape[-1]), transpose=True)
 
 
 def _kv_shapes(x: torch.Tensor, scale_dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

@@ -306,6 +306,8 @@ def _make_plan(model: Any, x: torch.Tensor, when_repacked: Callable[[Any], None]
         attention = layer.self_attn
         if not isinstance(layer, NativeBlock) or "forward" in layer.__dict__ or "_hf_hook" in layer.__dict__:
             return None
+        if layer._forward_pre_hooks:  # one that rounds keys and values, for example
+            return None
         groups = native_groups(layer, x)
         head_norms = [module for name in ("q_norm", "k_norm") if (module := attention._modules.get(name)) is not None]
         norms = [layer.input_layernorm, layer.post_attention_layernorm]

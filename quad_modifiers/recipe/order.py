@@ -20,8 +20,9 @@ SMOOTH = "smooth"
 PROJECT = "project"
 QUANTIZE_ACTIVATIONS = "quantize_activations"
 QUANTIZE_WEIGHTS = "quantize_weights"
+QUANTIZE_CACHE = "quantize_cache"
 TUNE = "tune"
-ROLES = (SMOOTH, PROJECT, QUANTIZE_ACTIVATIONS, QUANTIZE_WEIGHTS, TUNE)
+ROLES = (SMOOTH, PROJECT, QUANTIZE_ACTIVATIONS, QUANTIZE_WEIGHTS, QUANTIZE_CACHE, TUNE)
 
 STOCK_ROLES = {
     "SmoothQuantModifier": SMOOTH,  # its subclass LogarithmicEqualizationModifier as well
@@ -35,6 +36,10 @@ FORBIDDEN_ORDER = {
     (QUANTIZE_ACTIVATIONS, PROJECT): "the projection changes the inputs that the quantizer was set up for",
     (PROJECT, SMOOTH): "smoothing would scale channels of the rotated basis, where no channel stands out any more",
     (QUANTIZE_WEIGHTS, SMOOTH): "smoothing would scale weights that are quantized already",
+    (QUANTIZE_CACHE, SMOOTH): "smoothing would calibrate with rounded keys and values",
+    (QUANTIZE_CACHE, PROJECT): "the projection would calibrate with rounded keys and values",
+    (QUANTIZE_CACHE, QUANTIZE_WEIGHTS): "the weights would be calibrated with rounded keys and values",
+    (TUNE, QUANTIZE_CACHE): "the tuning would not have seen the rounded keys and values",
     (TUNE, PROJECT): "the projection would rotate weights that were tuned for the old basis",
     (TUNE, QUANTIZE_WEIGHTS): "quantizing the weights would undo what was tuned",
     (TUNE, QUANTIZE_ACTIVATIONS): "the tuning would not have seen the quantized inputs",
@@ -117,7 +122,7 @@ def company_problems(placed: Sequence[PlacedModifier]) -> list[Problem]:
 def nothing_quantized(placed: Sequence[PlacedModifier]) -> list[Problem]:
     """Returns a warning if the recipe prepares a model for quantization but quantizes nothing."""
     roles = frozenset[str]().union(*(each.roles for each in placed))
-    if not roles & {PROJECT, SMOOTH} or roles & {QUANTIZE_WEIGHTS, QUANTIZE_ACTIVATIONS}:
+    if not roles & {PROJECT, SMOOTH} or roles & {QUANTIZE_WEIGHTS, QUANTIZE_ACTIVATIONS, QUANTIZE_CACHE}:
         return []
     names = ", ".join(each.name for each in placed)
     return [

@@ -15,6 +15,7 @@ from quad_modifiers.vllm_plugin import MODEL_CLASSES
 # Saved as plain compressed-tensors: transformers needs nothing of this package to load them.
 PLAIN_RECIPES = ("quad_w4a4_portable", "rtn_w4a4")
 FLOAT_INPUTS = ("quad_w4a16",)  # the native blocks take quantized inputs only
+ROUNDED_CACHES = ("quad_w4a4_kv4",)  # which the native step of a whole decoder does not read
 SERVED_RECIPES = ("quad_w4a4",)  # by a vLLM server in the tests; of the others, vLLM runs the formats of their linears
 
 MODELS = {
@@ -135,9 +136,15 @@ def recipe_rows() -> Iterator[tuple[str, ...]]:
             name,
             "compressed-tensors" if plain else "QUAD",
             "yes" if plain else "no",
-            "no" if plain else "linears" if name in FLOAT_INPUTS else "blocks and decoding",
+            "no" if plain else _native_part(name),
             "no: vLLM's own" if plain else "yes" if name in SERVED_RECIPES else "its formats",
         )
+
+
+def _native_part(recipe: str) -> str:
+    if recipe in FLOAT_INPUTS:
+        return "linears"
+    return "blocks" if recipe in ROUNDED_CACHES else "blocks and decoding"
 
 
 RECIPE_HEADER = ("recipe", "checkpoint", "loads without this package", "native CPU kernels", "vLLM plugin")

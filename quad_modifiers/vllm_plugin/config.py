@@ -3,16 +3,20 @@
 from typing import Any
 
 import torch
+from vllm.logger import init_logger
 from vllm.model_executor.layers.linear import LinearBase
 from vllm.model_executor.layers.quantization.base_config import QuantizationConfig, QuantizeMethodBase
 from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
 
+from quad_modifiers.checkpoint.cache_section import NAME as KV_CACHE
 from quad_modifiers.checkpoint.format import QUANT_METHOD, QuadFormat, read_format
 from quad_modifiers.checkpoint.head_transform import NAME as HEAD_TRANSFORM
 from quad_modifiers.nn.packed_table import PackedEmbedding, PackedHead
 from quad_modifiers.vllm_plugin.layout import fused_format
 from quad_modifiers.vllm_plugin.linear import QuadLinearMethod
 from quad_modifiers.vllm_plugin.table import QuadTableMethod
+
+logger = init_logger("vllm.quad_modifiers")  # vLLM shows what is logged below its own name
 
 
 class QuadConfig(QuantizationConfig):
@@ -49,11 +53,17 @@ class QuadConfig(QuantizationConfig):
         """Reads `quantization_config`; ValueError if it is damaged, of an unknown version, or not served."""
         quad = read_format(config.get("quad"))
         kinds = {kind for linear in quad.linears.values() for kind in linear.terms} | quad.sections.keys()
-        unserved = sorted(kinds - {HEAD_TRANSFORM})
+        unserved = sorted(kinds - {HEAD_TRANSFORM, KV_CACHE})
         if unserved:
             raise ValueError(
                 f"the checkpoint has {', '.join(map(repr, unserved))}, which the vLLM plugin does not compute "
                 "yet; load it with transformers"
+            )
+        if KV_CACHE in quad.sections:
+            logger.warning_once(
+                "the checkpoint asks for keys and values in 4 bits, which vLLM's cache holds its own way: on CUDA give "
+                "--kv-cache-dtype int4_per_token_head; without it, and on a CPU, they are in what --kv-cache-dtype "
+                "says, by default the model's own type"
             )
         return cls(quad)
 

@@ -47,6 +47,10 @@ def test_apply_equals_matrix_product(size: int, dtype: torch.dtype) -> None:
     wanted = x.double() @ hadamard_matrix(size)
     bound = 1e-12 if dtype == torch.float64 else 1e-5
     torch.testing.assert_close(got.double(), wanted, rtol=bound, atol=bound)
+    back = apply_hadamard(x, plan, transpose=True)
+    torch.testing.assert_close(back.double(), x.double() @ hadamard_matrix(size).T, rtol=bound, atol=bound)
+    leaf = x.clone().requires_grad_()
+    torch.testing.assert_close(apply_hadamard(leaf, plan, transpose=True), back, rtol=bound, atol=bound)
 
 
 def test_a_large_size_never_needs_the_dense_matrix() -> None:

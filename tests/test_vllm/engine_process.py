@@ -1,9 +1,10 @@
 """A process for vLLM engines, which reads requests from its standard input, a line of JSON each, until that ends.
 
 A request has `engine` (arguments of `vllm.LLM`), `prompts` (lists of token ids), `adapters` (a folder or null for each
-prompt) and `answer`, a file to write: for each prompt, the log-probabilities of its tokens after the first; with adapters
-(whose prompts vLLM gives none for) those of the whole vocabulary after it. Where the engine fails, the file holds its
-traceback, a string. Importing vLLM takes longer than a toy's engine, so one process makes many, one after the other.
+prompt) and `answer`, a file to write: for each prompt, the log-probabilities of its tokens after the first; with
+adapters (whose prompts vLLM gives none for) those of the whole vocabulary after it. Where the engine fails, the file
+holds its traceback, a string. Importing vLLM takes longer than a toy's engine, so one process makes many, one after the
+other.
 """
 
 from __future__ import annotations

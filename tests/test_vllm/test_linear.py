@@ -106,6 +106,16 @@ def test_a_head_that_reads_the_embedding_s_table(base, packed, load, toy_quad, w
         torch.testing.assert_close(served.compute_logits(found), reference.lm_head(wanted), **tolerance(torch.float32))
 
 
+@pytest.mark.parametrize("centred", [False, True])
+def test_rounded_keys_and_values_are_left_to_vllm(centred, load, toy_quad, write_toy, tolerance) -> None:
+    section = {"bits": 4, "clip_ratio": 0.9, "hadamard": True, "sink_tokens": 1, "centred_keys": centred}
+    quad = toy_quad("llama").model_copy(update={"format_version": 3, "sections": {"kv_cache": section}})
+    folder = write_toy(quad)
+    assert ("model.layers.1.key_mean" in load_file(folder / "model.safetensors")) == centred
+    reference = AutoModelForCausalLM.from_pretrained(folder)
+    assert_alike(*outputs(load(folder, "float32"), reference, torch.float32), tolerance(torch.float32))
+
+
 @pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
 def test_packed_embedding_and_head(tied, load, toy_quad, write_toy, tolerance) -> None:
     folder = write_toy(toy_quad("llama", packed_ends=True), tie_word_embeddings=tied, vocab_size=310)

@@ -1,0 +1,277 @@
+"""Keys and values in 4 bits, in whatever cache transformers makes.
+
+A hook before each decoder block looks at the cache that the block is called with. A layer of it that is still empty
+gets a class of its own, a child of its stock one, which packs what it is given: each vector of one token and one head
+becomes `head_dim / 2` bytes of integers, its scale and its zero (`quad_kernels.int4_kv`), a line of a uint8 tensor.
+Growing, cropping, sliding, beams and batches move whole lines, so the stock class does them as ever; only what it hands
+to the attention is unpacked. A prompt's attention sees rounded keys and values, as every later token's does: a
+perplexity says something.
+
+A cache that cannot hold lines (filled already, of another class, or none at all) is handed rounded keys and values
+instead, in their own dtype: the same numbers, and no memory saved.
+
+docs/concepts/kv-cache.md says what is rounded, and why the first tokens and the mean key are treated apart.
+"""
+
+import importlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from quad_kernels import KVEntries, apply_hadamard, dequantize_kv, quantize_kv
+from quad_kernels.hadamard import HadamardPlan, plan_hadamard
+from torch import nn
+
+from quad_modifiers.nn.cache_argument import NEW, OLD
+
+STOCK_LAYERS = ("DynamicLayer", "DynamicSlidingWindowLayer", "StaticLayer", "StaticSlidingWindowLayer")
+KEY_MEAN = "key_mean"
+"""The buffer of a block with what is taken off its keys, `[heads, head_dim]`."""
+_STOCK_MODULE = "transformers.cache_utils"
+States = tuple[torch.Tensor, torch.Tensor]
+"""Keys and values, `[batch, heads, positions, head_dim]` each."""
+
+
+@dataclass(frozen=True)
+class KVCacheFormat:
+    """How keys and values are rounded.
+
+    Attributes:
+        clip_ratio: share of the span of a vector that its grid of 16 points covers, in (0, 1].
+        hadamard: whether each vector is transformed before it is rounded, and back when it is read.
+        sink_tokens: first tokens of a sequence whose keys and values stay as they are; 0 where attention slides.
+    """
+
+    clip_ratio: float = 1.0
+    hadamard: bool = True
+    sink_tokens: int = 0
+
+
+@torch.compiler.assume_constant_result
+def _plan(size: int) -> HadamardPlan:
+    return plan_hadamard(size)
+
+
+def pack_states(states: torch.Tensor, form: KVCacheFormat) -> torch.Tensor:
+    """Returns keys or values `[..., head_dim]` as lines of bytes `[..., head_dim / 2 + 2 * itemsize]`, uint8.
+
+    Scale and zero have the dtype of the states: float16, bfloat16 or float32.
+    """
+    if form.hadamard:
+        states = apply_hadamard(states, _plan(states.shape[-1]))
+    integers, scale, zero = quantize_kv(states, clip_ratio=form.clip_ratio)
+    return torch.cat([integers, torch.stack([scale, zero], dim=-1).view(torch.uint8)], dim=-1)
+
+
+def unpack_states(lines: torch.Tensor, form: KVCacheFormat, dtype: torch.dtype) -> torch.Tensor:
+    """Returns the rounded states of lines, in the dtype that the states had."""
+    ends = 2 * dtype.itemsize
+    scale, zero = lines[..., -ends:].clone(memory_format=torch.contiguous_format).view(dtype).unbind(-1)
+    entries = KVEntries(lines[..., :-ends].contiguous(), scale.contiguous(), zero.contiguous())
+    states = dequantize_kv(entries, dtype)
+    return apply_hadamard(states, _plan(states.shape[-1]), transpose=True) if form.hadamard else states
+
+
+@dataclass(frozen=True)
+class BlockRounding:
+    """How one block rounds.
+
+    Attributes:
+        form: the settings.
+        key_mean: `[heads, head_dim]`, taken off each key before it is rounded and put back when it is read; or None.
+    """
+
+    form: KVCacheFormat
+    key_mean: torch.Tensor | None
+
+    def pack(self, states: States) -> States:
+        """Returns lines of keys and of values."""
+        keys, values = states
+        if self.key_mean is not None:
+            keys = keys - self.key_mean.unsqueeze(1)
+        return pack_states(keys, self.form), pack_states(values, self.form)
+
+    def unpack(self, lines: States, dtype: torch.dtype) -> States:
+        """Returns the rounded keys and values of lines."""
+        keys, values = (unpack_states(part, self.form, dtype) for part in lines)
+        return keys if self.key_mean is None else keys + self.key_mean.unsqueeze(1), values
+
+    def round(self, states: States, position: int) -> States:
+        """Returns what a cache would hand back, for states from a position on; gradients pass as if unrounded."""
+        exact = max(self.form.sink_tokens - position, 0)
+        rounded = self.unpack(self.pack((states[0].detach(), states[1].detach())), states[0].dtype)
+        keys, values = (
+            torch.cat([given[:, :, :exact], new[:, :, exact:]], 2) for given, new in zip(states, rounded, strict=True)
+        )
+        if torch.is_grad_enabled() and any(part.requires_grad for part in states):
+            keys = states[0] + (keys - states[0]).detach()
+            values = states[1] + (values - states[1]).detach()
+        return keys, values
+
+
+class RoundedStates:
+    """Stands for a cache that cannot hold lines, or for none, in the call of one block.
+
+    Args:
+        past: the cache, or None.
+        layer: index of the block.
+        rounding: how the block rounds.
+    """
+
+    def __init__(self, past: Any, layer: int, rounding: BlockRounding) -> None:
+        self._past = past
+        self._layer = layer
+        self._rounding = rounding
+
+    def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        """Returns what the cache makes of rounded states."""
+        needs_position = self._past is not None and self._rounding.form.sink_tokens
+        position = int(self._past.get_seq_length(self._layer)) if needs_position else 0
+        states = self._rounding.round((key_states, value_states), position)
+        return states if self._past is None else self._past.update(*states, *args, **kwargs)
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("_") or self._past is None:
+            raise AttributeError(name)
+        return getattr(self._past, name)
+
+
+class KVCacheHook:
+    """What a decoder block calls before its forward.
+
+    Args:
+        layer: index of the block, which is that of its layer of a cache.
+        form: how keys and values are rounded.
+    """
+
+    def __init__(self, layer: int, form: KVCacheFormat) -> None:
+        self.layer = layer
+        self.form = form
+
+    def __call__(self, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Sees to it that the block gets rounded keys and values."""
+        name = NEW if NEW in kwargs else OLD
+        past = kwargs.get(name)
+        rounding = BlockRounding(self.form, block._buffers.get(KEY_MEAN))
+        if past is not None and _holds_lines(past, self.layer, rounding):
+            return None
+        return args, {**kwargs, name: RoundedStates(past, self.layer, rounding)}
+
+
+def install_kv_cache(
+    blocks: Sequence[nn.Module], form: KVCacheFormat, key_means: Sequence[torch.Tensor] | None = None
+) -> None:
+    """Rounds the keys and values of all blocks of a decoder; what was installed before goes.
+
+    Args:
+        blocks: in their order.
+        form: how keys and values are rounded.
+        key_means: of each block, `[heads, head_dim]`; they become its buffer `key_mean`. None takes nothing off.
+    """
+    remove_kv_cache(blocks)
+    for index, block in enumerate(blocks):
+        slides = any(getattr(module, "sliding_window", None) for module in block.modules())
+        own = KVCacheFormat(form.clip_ratio, form.hadamard, 0 if slides else form.sink_tokens)
+        if key_means is not None:
+            block.register_buffer(KEY_MEAN, key_means[index])
+        block.register_forward_pre_hook(KVCacheHook(index, own), with_kwargs=True)
+
+
+def remove_kv_cache(blocks: Sequence[nn.Module]) -> None:
+    """Lets blocks keep keys and values as they are."""
+    for block in blocks:
+        block._buffers.pop(KEY_MEAN, None)
+        for number in [number for number, hook in block._forward_pre_hooks.items() if isinstance(hook, KVCacheHook)]:
+            del block._forward_pre_hooks[number]
+            block._forward_pre_hooks_with_kwargs.pop(number, None)
+
+
+def _holds_lines(past: Any, index: int, rounding: BlockRounding) -> bool:
+    """Returns whether a layer of a cache holds lines, having made it do so where it is empty."""
+    layers = getattr(past, "layers", None)
+    if layers is None:
+        return False
+    if len(layers) <= index and getattr(past, "layer_class_to_replicate", None) is not None:
+        layers += [past.layer_class_to_replicate() for _ in range(index + 1 - len(layers))]
+    if len(layers) <= index:
+        return False
+    layer = layers[index]
+    if type(layer).__module__ == __name__:
+        return True
+    known = type(layer).__name__ in STOCK_LAYERS and type(layer).__module__ == _STOCK_MODULE
+    # A graph of torch.compile cannot change a class; `generate` fills a cache before it compiles.
+    if not known or int(layer.get_seq_length()) or torch.compiler.is_compiling():
+        return False
+    layer.__class__ = _packed_class(type(layer))
+    layer.rounding, layer.sinks = rounding, None
+    layer.is_initialized = False  # what was made beforehand has room for numbers, not for lines
+    return True
+
+
+def _packed_class(stock: Any) -> type:
+    """Returns the child of a stock layer that holds lines; it can be found by name in this module, for pickles.
+
+    It has one base class, for an object changes its class only to one of the same layout.
+
+    Its objects have two attributes more: `rounding`, and `sinks`, the keys and values of the first tokens once there
+    are any, `[batch, heads, tokens, head_dim]` each.
+    """
+    name = f"Packed{stock.__name__}"
+    if name not in globals():
+        members = {"__doc__": f"{stock.__name__} of lines of bytes.", "__module__": __name__, "_layer_type": None}
+        methods = {each: method for each, method in _methods(stock).items() if hasattr(stock, each)}
+        globals()[name] = type(name, (stock,), {**members, **methods})
+    found: type = globals()[name]
+    return found
+
+
+def _methods(stock: Any) -> dict[str, Any]:
+    def update(self: Any, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any) -> States:
+        """Takes `[batch, heads, positions, head_dim]` of new tokens; returns those that they may attend to."""
+        states = key_states, value_states
+        held = 0 if self.sinks is None else self.sinks[0].shape[2]
+        missing = self.rounding.form.sink_tokens - held
+        if missing > 0:
+            new = [part[:, :, :missing] for part in states]
+            self.sinks = new if held == 0 else [torch.cat(pair, 2) for pair in zip(self.sinks, new, strict=True)]
+        lines = stock.update(self, *self.rounding.pack(states), *args, **kwargs)
+        found: States = self.rounding.unpack(lines, key_states.dtype)
+        if self.sinks is not None:
+            for part, sink in zip(found, self.sinks, strict=True):
+                part[:, :, : sink.shape[2]] = sink
+        return found
+
+    def reorder_cache(self: Any, beam_idx: torch.Tensor) -> None:
+        stock.reorder_cache(self, beam_idx)
+        if self.sinks is not None:
+            self.sinks = [sink.index_select(0, beam_idx.to(sink.device)) for sink in self.sinks]
+
+    def batch_repeat_interleave(self: Any, repeats: int) -> None:
+        stock.batch_repeat_interleave(self, repeats)
+        if self.sinks is not None:
+            self.sinks = [sink.repeat_interleave(repeats, dim=0) for sink in self.sinks]
+
+    def batch_select_indices(self: Any, indices: torch.Tensor) -> None:
+        stock.batch_select_indices(self, indices)
+        if self.sinks is not None:
+            self.sinks = [sink[indices, ...] for sink in self.sinks]
+
+    def crop(self: Any, *args: Any, **kwargs: Any) -> None:
+        stock.crop(self, *args, **kwargs)
+        if self.sinks is not None:
+            self.sinks = [sink[:, :, : self.get_seq_length()] for sink in self.sinks]
+
+    def reset(self: Any) -> None:
+        stock.reset(self)
+        self.sinks = None
+
+    methods = (update, reorder_cache, batch_repeat_interleave, batch_select_indices, crop, reset)
+    return {method.__name__: method for method in methods}
+
+
+def __getattr__(name: str) -> type:
+    """Makes a class when a pickle asks for it in a process that has not used it yet."""
+    if name.startswith("Packed") and name.removeprefix("Packed") in STOCK_LAYERS:
+        return _packed_class(getattr(importlib.import_module(_STOCK_MODULE), name.removeprefix("Packed")))
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,0 +1,65 @@
+"""The mean key of each head, over calibration tokens."""
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from quad_modifiers.model.decoder import Decoder
+from quad_modifiers.nn.cache_argument import NEW, OLD
+
+
+class _Recorder:
+    """Takes the place of the cache of one block, and adds up the keys that it is given."""
+
+    def __init__(self) -> None:
+        self.total = torch.zeros(0)
+        self.count = 0
+        self.mask: torch.Tensor | None = None  # of the window that runs, `[batch, positions]`
+
+    def before(self, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """The hook of the block."""
+        return args, {**kwargs, NEW if NEW in kwargs else OLD: self}
+
+    def update(self, keys: torch.Tensor, values: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        """Adds up keys `[batch, heads, positions, head_dim]` without each sequence's first."""
+        counted = torch.ones(keys.shape[0], keys.shape[2], device=keys.device) if self.mask is None else self.mask
+        counted = (counted.cumsum(1) > 1) & (counted > 0)
+        total = (keys.double() * counted[:, None, :, None]).sum((0, 2))
+        self.total = total if self.count == 0 else self.total + total
+        self.count += int(counted.sum())
+        return keys, values
+
+
+@torch.no_grad()
+def key_means(decoder: Decoder, batches: list[dict[str, torch.Tensor]]) -> list[torch.Tensor]:
+    """Returns the mean key behind the rotary embedding of each block, `[heads, head_dim]`, in the model's dtype.
+
+    The first token of a sequence, whose keys are unlike all others, does not count.
+
+    Args:
+        decoder: the model.
+        batches: `input_ids`, `[batch, positions]`, and optional `attention_mask` of padding.
+
+    Raises:
+        ValueError: if a block hands no keys to a cache, or no sequence has two tokens.
+    """
+    recorders = [_Recorder() for _ in decoder.blocks]
+    hooks = [
+        block.module.register_forward_pre_hook(recorder.before, with_kwargs=True)
+        for block, recorder in zip(decoder.blocks, recorders, strict=True)
+    ]
+    device = decoder.model.device
+    try:
+        for batch in batches:
+            mask = batch.get("attention_mask")
+            for recorder in recorders:
+                recorder.mask = None if mask is None else mask.to(device)
+            decoder.backbone(input_ids=batch["input_ids"].to(device), attention_mask=mask, use_cache=False)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    for block, recorder in zip(decoder.blocks, recorders, strict=True):
+        if not recorder.count:
+            raise ValueError(f"{block.name} hands no keys to a cache, or the calibration data has no second token")
+    return [(recorder.total / recorder.count).to(decoder.model.dtype) for recorder in recorders]

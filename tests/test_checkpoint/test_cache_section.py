@@ -1,0 +1,83 @@
+"""A checkpoint whose keys and values are rounded: loaded, saved again, made plain."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from quad_modifiers.checkpoint.cache_section import KVCacheSection
+from quad_modifiers.nn.kv_cache import KVCacheHook
+
+QUAD = """
+quad_stage:
+  quad_modifiers:
+    SVDOutlierProjection: {rank: 8, o_proj_rank_per_head: 2, down_proj_rank: 4}
+    DynamicActQuant: {u_type_bits: 8, d_type_bits: 8}
+    OutlierSplitGPTQ: {bits: 8}
+    KVCacheQuant: {clip_ratio: 0.95}
+"""
+REST: dict[str, Any] = {"sink_tokens": 1, "centred_keys": False}
+PROMPT = torch.randint(3, 320, (2, 12), generator=torch.Generator().manual_seed(7))
+TOKENS = torch.randint(3, 320, (2, 6), generator=torch.Generator().manual_seed(8))
+
+
+@torch.no_grad()
+def by_tokens(model: Any) -> torch.Tensor:
+    """Logits of TOKENS, one at a time behind PROMPT."""
+    past, found = None, []
+    for step in (PROMPT, *TOKENS.split(1, dim=1)):
+        output = model(step, past_key_values=past, use_cache=True)
+        past = output.past_key_values
+        found.append(output.logits[:, -1])
+    return torch.stack(found, dim=1)
+
+
+@torch.no_grad()
+def at_once(model: Any) -> torch.Tensor:
+    return model(torch.cat([PROMPT, TOKENS], 1), use_cache=False).logits[:, PROMPT.shape[1] - 1 :]
+
+
+def test_a_checkpoint_keeps_it(compress_toy, logits_of, tmp_path) -> None:
+    made = compress_toy(QUAD)
+    model = AutoModelForCausalLM.from_pretrained(made.folder)
+    assert model.config.quantization_config.content["quad"]["sections"]["kv_cache"] == {
+        "bits": 4,
+        "clip_ratio": 0.95,
+        "hadamard": True,
+        "sink_tokens": 1,
+        "centred_keys": True,
+    }
+    assert torch.equal(logits_of(model), made.logits)
+    unrounded = compress_toy(QUAD.replace("    KVCacheQuant: {clip_ratio: 0.95}\n", ""))
+    assert not torch.equal(made.logits, unrounded.logits)
+    with torch.no_grad():
+        assert model(PROMPT, use_cache=True).past_key_values.layers[0].keys.dtype == torch.uint8
+    model.save_pretrained(tmp_path / "again")
+    assert torch.equal(logits_of(AutoModelForCausalLM.from_pretrained(tmp_path / "again")), made.logits)
+    plain = model.dequantize()
+    assert not any(isinstance(h, KVCacheHook) for m in plain.modules() for h in m._forward_pre_hooks.values())
+    with torch.no_grad():
+        assert plain(PROMPT, use_cache=True).past_key_values.layers[0].keys.dtype == torch.float32
+
+
+def test_a_token_at_a_time_on_native_kernels(compress_toy) -> None:
+    model = AutoModelForCausalLM.from_pretrained(compress_toy(QUAD).folder)
+    found, wanted = by_tokens(model), at_once(model)
+    assert float((found - wanted).norm() / wanted.norm()) < 2e-2
+
+
+@pytest.mark.parametrize(
+    ("section", "message"),
+    [
+        ({"bits": 3, "clip_ratio": 0.9, "hadamard": True, **REST}, "bits"),
+        ({"bits": 4, "clip_ratio": 0, "hadamard": True, **REST}, "clip_ratio"),
+        ({"bits": 4, "clip_ratio": 0.9, **REST}, "hadamard: Field required"),
+        ({"bits": 4, "clip_ratio": 0.9, "hadamard": True, **REST, "sinks": 4}, "sinks"),
+    ],
+)
+def test_a_damaged_section_is_refused(section, message) -> None:
+    with pytest.raises(ValueError, match=f"section 'kv_cache' is damaged, or of a later version.*{message}"):
+        KVCacheSection.install(None, section)

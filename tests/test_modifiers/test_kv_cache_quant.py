@@ -1,0 +1,247 @@
+"""KVCacheQuant: the same rounded keys and values in every cache, four bits of each in memory."""
+
+from __future__ import annotations
+
+import pickle
+from typing import Any
+
+import pytest
+import torch
+from transformers import DynamicCache, StaticCache
+
+pytest.importorskip("llmcompressor")
+from quad_modifiers.model.architecture import BUILTIN_ARCHITECTURES
+from quad_modifiers.model.decoder import Decoder
+from quad_modifiers.modifiers.kv_cache_quant import KVCacheQuant
+from quad_modifiers.modifiers.outlier_split_gptq import OutlierSplitGPTQ
+from quad_modifiers.nn.kv_cache import BlockRounding, KVCacheFormat, pack_states, unpack_states
+from quad_modifiers.passes.key_means import key_means
+from quad_modifiers.recipe import validate_modifiers
+
+KNOWN = {architecture.model_type: architecture for architecture in BUILTIN_ARCHITECTURES}
+PROMPT = torch.randint(3, 320, (2, 12), generator=torch.Generator().manual_seed(7))
+TOKENS = torch.randint(3, 320, (2, 6), generator=torch.Generator().manual_seed(8))
+
+
+@pytest.fixture(scope="module", params=["llama", "ministral", "qwen3"])
+def rounded(request, make_toy, compress) -> Any:
+    """A toy whose keys and values are rounded, and nothing else; ministral's slide, qwen3's heads have 24 numbers."""
+    return compress(make_toy(request.param), KVCacheQuant())
+
+
+def rounded_states(x: torch.Tensor, form: KVCacheFormat) -> torch.Tensor:
+    return unpack_states(pack_states(x, form), form, x.dtype)
+
+
+def states(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+
+@torch.no_grad()
+def by_tokens(model: Any, past: Any) -> torch.Tensor:
+    """Logits of TOKENS, one at a time behind PROMPT."""
+    found = []
+    for step in (PROMPT, *TOKENS.split(1, dim=1)):
+        output = model(step, past_key_values=past, use_cache=True)
+        past = output.past_key_values
+        found.append(output.logits[:, -1])
+    return torch.stack(found, dim=1)
+
+
+@torch.no_grad()
+def at_once(model: Any) -> torch.Tensor:
+    return model(torch.cat([PROMPT, TOKENS], 1), use_cache=False).logits[:, PROMPT.shape[1] - 1 :]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("head_dim", [16, 24, 64, 80])
+def test_lines(head_dim, dtype) -> None:
+    x = states(2, 3, 5, head_dim, dtype=dtype)
+    for form in (KVCacheFormat(1.0, False), KVCacheFormat(1.0, True), KVCacheFormat(0.9, True)):
+        lines = pack_states(x, form)
+        assert lines.dtype == torch.uint8
+        assert lines.shape == (2, 3, 5, head_dim // 2 + 2 * dtype.itemsize)
+        found = unpack_states(lines, form, dtype)
+        assert torch.equal(found, BlockRounding(form, None).round((x, x), 0)[0])
+        error = (found - x).float().pow(2).mean() / x.float().var(-1).mean()
+        assert 1e-4 < error < 0.02  # of 16 points
+    # Lines may be views, as those of a cache are.
+    form = KVCacheFormat()
+    wanted = unpack_states(pack_states(x, form), form, dtype)[:, :, 2:]
+    assert torch.equal(unpack_states(pack_states(x, form)[:, :, 2:], form, dtype), wanted)
+
+
+def test_the_grid_is_that_of_the_kernels() -> None:
+    x = torch.tensor([[0.0, 15.0, 7.2, 1.0]])
+    assert torch.equal(rounded_states(x, KVCacheFormat(1.0, False)), torch.tensor([[0.0, 15.0, 7.0, 1.0]]))
+
+
+def test_the_transform_helps_an_outlying_coordinate() -> None:
+    x = states(64, 64)
+    x[:, 5] += 40
+    plain, spread = (float((rounded_states(x, KVCacheFormat(1.0, h)) - x).norm()) for h in (False, True))
+    assert spread < 0.8 * plain
+
+
+def test_the_mean_key_and_the_first_tokens_are_treated_apart() -> None:
+    x, mean = states(2, 3, 5, 16), 30 * states(3, 16, seed=1)
+    keys = x + mean.unsqueeze(1)
+    plain, centred = (BlockRounding(KVCacheFormat(0.9), each).round((keys, x), 0) for each in (None, mean))
+    assert float((centred[0] - keys).norm()) < 0.2 * float((plain[0] - keys).norm())
+    assert torch.equal(centred[1], plain[1])
+    for position, exact in ((0, 2), (1, 1), (2, 0)):
+        found = BlockRounding(KVCacheFormat(0.9, True, 2), mean).round((keys, x), position)
+        for part, given, rounded in zip(found, (keys, x), centred, strict=True):
+            assert torch.equal(part[:, :, :exact], given[:, :, :exact])
+            assert torch.equal(part[:, :, exact:], rounded[:, :, exact:])
+
+
+def test_gradients_pass() -> None:
+    keys, values = (states(1, 2, 4, 16, seed=seed).requires_grad_() for seed in (0, 1))
+    found = BlockRounding(KVCacheFormat(), states(2, 16)).round((keys, values), 0)
+    (found[0].sum() + 2 * found[1].sum()).backward()
+    assert torch.equal(keys.grad, torch.ones_like(keys))
+    assert torch.equal(values.grad, torch.full_like(values, 2))
+
+
+def test_every_cache_gives_the_same(rounded, make_toy) -> None:
+    model = rounded
+    wanted = at_once(model)
+    plain = at_once(make_toy(model.config.model_type))
+    assert float((wanted - plain).norm() / plain.norm()) > 1e-3  # it does something
+    capacity = PROMPT.shape[1] + TOKENS.shape[1]
+    caches = (None, DynamicCache(), DynamicCache(config=model.config), StaticCache(model.config, capacity))
+    for past in caches:
+        found = by_tokens(model, past)
+        assert float((found - wanted).norm() / wanted.norm()) < 2e-2, past
+
+
+def test_four_bits_are_held(rounded) -> None:
+    size = rounded.config.head_dim
+    with torch.no_grad():
+        dynamic = rounded(PROMPT, use_cache=True).past_key_values
+        static = rounded(PROMPT, past_key_values=StaticCache(rounded.config, 32), use_cache=True).past_key_values
+    for past in (dynamic, static):
+        for layer in past.layers:
+            assert layer.keys.dtype == layer.values.dtype == torch.uint8
+            assert layer.keys.shape[-1] == layer.values.shape[-1] == size // 2 + 8  # float32 scale and zero
+            assert layer.keys.shape[:2] == (2, rounded.config.num_key_value_heads)
+        assert int(past.get_seq_length()) == PROMPT.shape[1]
+
+
+def generated(model: Any, prompt: torch.Tensor, tokens: int = 8, **options: Any) -> torch.Tensor:
+    options = {"max_new_tokens": tokens, "min_new_tokens": tokens, "do_sample": False, "pad_token_id": 0, **options}
+    return model.generate(prompt, **options)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"cache_implementation": "static", "disable_compile": True}, {"num_beams": 3}],
+    ids=["dynamic", "static", "beams"],
+)
+def test_generate(rounded, options) -> None:
+    wanted = generated(rounded, PROMPT, use_cache=False, **{k: v for k, v in options.items() if k == "num_beams"})
+    assert torch.equal(generated(rounded, PROMPT, **options), wanted)
+
+
+@pytest.mark.parametrize("model_type", ["llama", "ministral"])
+def test_a_batch_with_padding(model_type, make_toy, compress) -> None:
+    rounded = compress(make_toy(model_type), KVCacheQuant(sink_tokens=0))  # else padding takes their place
+    padded = torch.cat([torch.full((1, 4), 2), PROMPT[:1, 4:]], 1)
+    mask = (padded != 2).long()
+    both = generated(
+        rounded, torch.cat([padded, PROMPT[1:]]), attention_mask=torch.cat([mask, torch.ones(1, 12).long()])
+    )
+    assert torch.equal(both[0, 12:], generated(rounded, PROMPT[:1, 4:])[0, 8:])
+    assert torch.equal(both[1, 12:], generated(rounded, PROMPT[1:])[0, 12:])
+
+
+def test_a_conversation_goes_on(rounded) -> None:
+    first = generated(rounded, PROMPT, return_dict_in_generate=True)
+    again = generated(rounded, torch.cat([first.sequences, TOKENS], 1), past_key_values=first.past_key_values)
+    assert torch.equal(again, generated(rounded, torch.cat([first.sequences, TOKENS], 1)))
+
+
+def test_a_cache_is_cropped_and_pickled(make_toy, compress) -> None:
+    model = compress(make_toy(), KVCacheQuant())
+    with torch.no_grad():
+        past = model(torch.cat([PROMPT, TOKENS], 1), use_cache=True).past_key_values
+        past.crop(-TOKENS.shape[1])
+        past = pickle.loads(pickle.dumps(past))
+        found = model(TOKENS[:, :1], past_key_values=past, use_cache=True).logits[:, -1]
+    wanted = by_tokens(model, None)[:, 1]
+    assert float((found - wanted).norm() / wanted.norm()) < 1e-2
+
+
+def test_caches_that_hold_no_lines_get_rounded_numbers(make_toy, compress) -> None:
+    model, plain = compress(make_toy(), KVCacheQuant(sink_tokens=14)), make_toy()
+    with torch.no_grad():
+        filled = plain(PROMPT, use_cache=True).past_key_values
+        before = filled.layers[0].keys.clone()
+        given = plain(torch.cat([PROMPT, TOKENS], 1), use_cache=True).past_key_values.layers[0].keys[:, :, 12:]
+        model(TOKENS, past_key_values=filled, use_cache=True)
+    keys = filled.layers[0].keys
+    assert keys.dtype == torch.float32
+    assert torch.equal(keys[:, :, :12], before)
+    torch.testing.assert_close(keys[:, :, 12:14], given[:, :, :2], rtol=0, atol=1e-5)  # tokens 12 and 13 are sinks
+    form = KVCacheFormat(KVCacheQuant().clip_ratio)
+    mean = model.model.layers[0].key_mean
+    wanted = BlockRounding(form, mean).round((given, given), 0)[0]
+    torch.testing.assert_close(keys[:, :, 14:], wanted[:, :, 2:], rtol=0, atol=1e-4)
+    assert float((wanted - given).abs().max()) > 1e-2
+
+
+def test_compiled_graphs(rounded) -> None:
+    """Without a cache, and with a static one that was filled before, as `generate` fills it."""
+    torch._dynamo.reset()
+    whole = torch.cat([PROMPT, TOKENS], 1)
+    compiled = torch.compile(rounded.forward, fullgraph=True, backend="aot_eager")
+    past = StaticCache(rounded.config, 24)
+    with torch.no_grad():
+        wanted = rounded(whole, use_cache=False).logits
+        found = compiled(whole, use_cache=False).logits
+        assert float((found - wanted).norm() / wanted.norm()) < 1e-2
+        rounded(PROMPT, past_key_values=past, use_cache=True)
+        step = compiled(TOKENS[:, :1], past_key_values=past, use_cache=True).logits[:, -1]
+    assert past.layers[0].keys.dtype == torch.uint8
+    assert float((step - wanted[:, 12]).norm() / wanted[:, 12].norm()) < 2e-2
+
+
+def test_the_mean_key_is_that_of_the_calibration_data(make_toy, compress, token_ids) -> None:
+    model, plain = compress(make_toy(), KVCacheQuant()), make_toy()
+    with torch.no_grad():
+        past = plain(token_ids(), use_cache=True).past_key_values
+    for block, layer in zip(model.model.layers, past.layers, strict=True):
+        torch.testing.assert_close(block.key_mean, layer.keys[:, :, 1:].mean((0, 2)), rtol=1e-4, atol=1e-5)
+
+
+def test_padding_does_not_count_in_the_mean_key(make_toy) -> None:
+    decoder = Decoder(make_toy(), KNOWN["llama"])
+    padded = torch.cat([torch.full((2, 3), 2), PROMPT], 1)
+    mask = (torch.arange(15) >= 3).long().expand(2, -1)
+    found = key_means(decoder, [{"input_ids": padded, "attention_mask": mask}])
+    with torch.no_grad():
+        keys = decoder.model(padded, attention_mask=mask, use_cache=True).past_key_values.layers[0].keys
+    torch.testing.assert_close(found[0], keys[:, :, 4:].mean((0, 2)), rtol=1e-4, atol=1e-5)
+
+
+def test_an_unfilled_cache_of_another_class_is_left_as_it_is(make_toy, compress) -> None:
+    class Own(DynamicCache):
+        pass
+
+    model = compress(make_toy(), KVCacheQuant())
+    past = Own(config=model.config)
+    past.layers[0].__class__ = type("OwnLayer", (type(past.layers[0]),), {})
+    with torch.no_grad():
+        model(PROMPT, past_key_values=past, use_cache=True)
+    assert [layer.keys.dtype for layer in past.layers] == [torch.float32, torch.uint8]
+
+
+def test_refusals(make_toy, compress) -> None:
+    twice = validate_modifiers([KVCacheQuant(), KVCacheQuant()])
+    assert "the recipe has another KVCacheQuant" in str(twice[0])
+    early = validate_modifiers([KVCacheQuant(), OutlierSplitGPTQ(bits=4)])
+    assert "OutlierSplitGPTQ comes after KVCacheQuant" in str(early[0])
+    assert validate_modifiers([KVCacheQuant()]) == []
+    with pytest.raises(ValueError, match="the heads have 7"):
+        compress(make_toy(hidden_size=28, num_attention_heads=4, num_key_value_heads=2, head_dim=7), KVCacheQuant())
