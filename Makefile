@@ -53,7 +53,7 @@ test: $(STAMP) ## the tests that need neither GPU, network nor minutes
 	$(IN_PARALLEL) $(BIN) -m pytest $(PARALLEL) --dist loadfile $(PYTEST_ARGS)
 
 test-slow: $(STAMP) ## the tests on real models, and every architecture with every recipe
-	$(IN_PARALLEL) $(BIN) -m pytest $(PARALLEL) --dist loadgroup -m slow $(PYTEST_ARGS)
+	$(IN_PARALLEL) $(BIN) -m pytest $(PARALLEL) --dist worksteal -m slow $(PYTEST_ARGS)
 
 # The native kernels once more, built with sanitizers; their runtime must be loaded before Python's first allocation.
 SANITIZED := build/sanitized
