@@ -97,13 +97,13 @@ class BlockRounding:
         keys, values = (unpack_states(part, self.form, dtype) for part in lines)
         return keys if self.key_mean is None else keys + self.key_mean.unsqueeze(1), values
 
-    def round(self, states: States, position: int) -> States:
+    def round(self, states: States, position: int | torch.Tensor) -> States:
         """Returns what a cache would hand back, for states from a position on; gradients pass as if unrounded."""
-        exact = max(self.form.sink_tokens - position, 0)
-        rounded = self.unpack(self.pack((states[0].detach(), states[1].detach())), states[0].dtype)
-        keys, values = (
-            torch.cat([given[:, :, :exact], new[:, :, exact:]], 2) for given, new in zip(states, rounded, strict=True)
-        )
+        keys, values = self.unpack(self.pack((states[0].detach(), states[1].detach())), states[0].dtype)
+        if self.form.sink_tokens:
+            positions = torch.arange(keys.shape[2], device=keys.device) + position
+            exact = (positions < self.form.sink_tokens).unsqueeze(-1)
+            keys, values = torch.where(exact, states[0], keys), torch.where(exact, states[1], values)
         if torch.is_grad_enabled() and any(part.requires_grad for part in states):
             keys = states[0] + (keys - states[0]).detach()
             values = states[1] + (values - states[1]).detach()
@@ -127,7 +127,7 @@ class RoundedStates:
     def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         """Returns what the cache makes of rounded states."""
         needs_position = self._past is not None and self._rounding.form.sink_tokens
-        position = int(self._past.get_seq_length(self._layer)) if needs_position else 0
+        position = self._past.get_seq_length(self._layer) if needs_position else 0
         states = self._rounding.round((key_states, value_states), position)
         return states if self._past is None else self._past.update(*states, *args, **kwargs)
 
@@ -201,7 +201,7 @@ def _holds_lines(past: Any, index: int, rounding: BlockRounding) -> bool:
         return True
     known = type(layer).__name__ in STOCK_LAYERS and type(layer).__module__ == _STOCK_MODULE
     # A graph of torch.compile cannot change a class; `generate` fills a cache before it compiles.
-    if not known or int(layer.get_seq_length()) or torch.compiler.is_compiling():
+    if not known or torch.compiler.is_compiling() or int(layer.get_seq_length()):
         return False
     layer.__class__ = _packed_class(type(layer))
     layer.rounding, layer.sinks = rounding, None

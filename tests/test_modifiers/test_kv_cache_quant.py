@@ -196,13 +196,16 @@ def test_compiled_graphs(rounded) -> None:
     torch._dynamo.reset()
     whole = torch.cat([PROMPT, TOKENS], 1)
     compiled = torch.compile(rounded.forward, fullgraph=True, backend="aot_eager")
-    past = StaticCache(rounded.config, 24)
+    past, other = StaticCache(rounded.config, 24), StaticCache(rounded.config, 24)
     with torch.no_grad():
         wanted = rounded(whole, use_cache=False).logits
         found = compiled(whole, use_cache=False).logits
         assert float((found - wanted).norm() / wanted.norm()) < 1e-2
         rounded(PROMPT, past_key_values=past, use_cache=True)
         step = compiled(TOKENS[:, :1], past_key_values=past, use_cache=True).logits[:, -1]
+        in_graph = compiled(whole, past_key_values=other, use_cache=True).logits
+    assert float((in_graph - wanted).norm() / wanted.norm()) < 2e-2
+    assert other.layers[0].keys.dtype == torch.float32  # rounded; a graph cannot make lines of it
     assert past.layers[0].keys.dtype == torch.uint8
     assert float((step - wanted[:, 12]).norm() / wanted[:, 12].norm()) < 2e-2
 
