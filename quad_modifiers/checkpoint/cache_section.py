@@ -20,23 +20,23 @@ class _Fields(BaseModel):
     clip_ratio: float = Field(gt=0, le=1)
     hadamard: bool
     sink_tokens: int = Field(ge=0)
-    centred_keys: bool
+    centred: bool
 
 
 class KVCacheSection(CheckpointSection):
-    """Has `bits`, which is 4, `clip_ratio`, `hadamard`, `sink_tokens` and `centred_keys`.
+    """Has `bits`, which is 4, `clip_ratio`, `hadamard`, `sink_tokens` and `centred`.
 
-    With centred keys a block has the tensor `key_mean`, `[key and value heads, head_dim]`.
+    With `centred` a block has the tensors `key_mean` and `value_mean`, `[key and value heads, head_dim]`.
     """
 
     @classmethod
-    def section(cls, form: KVCacheFormat, centred_keys: bool) -> dict[str, Any]:
+    def section(cls, form: KVCacheFormat, centred: bool) -> dict[str, Any]:
         """Returns what a checkpoint says of a form."""
-        return {"bits": 4, **asdict(form), "centred_keys": centred_keys}
+        return {"bits": 4, **asdict(form), "centred": centred}
 
     @classmethod
     def install(cls, decoder: Decoder, section: dict[str, Any]) -> None:
-        """Lets the blocks round keys and values, and makes room for their mean keys.
+        """Lets the blocks round keys and values, and makes room for their means.
 
         Raises:
             ValueError: if the section is damaged, or of a later version.
@@ -49,9 +49,10 @@ class KVCacheSection(CheckpointSection):
                 f"the section {NAME!r} is damaged, or of a later version of quad-modifiers ({reasons})"
             ) from error
         means, sizes = None, decoder.geometry
-        if fields.centred_keys:
+        if fields.centred:
             like = decoder.final_norm.weight
-            means = [like.new_empty(sizes.kv_heads, sizes.head_dim) for _ in decoder.blocks]
+            shape = sizes.kv_heads, sizes.head_dim
+            means = [(like.new_empty(shape), like.new_empty(shape)) for _ in decoder.blocks]
         form = KVCacheFormat(fields.clip_ratio, fields.hadamard, fields.sink_tokens)
         install_kv_cache([block.module for block in decoder.blocks], form, means)
 

@@ -12,11 +12,11 @@ from quad_modifiers.model.decoder import Decoder
 from quad_modifiers.modifiers.base import Batches, QuadModifier
 from quad_modifiers.modifiers.dynamic_act_quant import ClipRatio
 from quad_modifiers.nn.kv_cache import KVCacheFormat, install_kv_cache
-from quad_modifiers.passes.key_means import key_means
+from quad_modifiers.passes.cache_means import cache_means
 
 logger = logging.getLogger(__name__)
 
-_WINDOWS = 8  # that a mean key is taken over
+_WINDOWS = 8  # that means are taken over
 
 
 class KVCacheQuant(QuadModifier):
@@ -32,7 +32,7 @@ class KVCacheQuant(QuadModifier):
     - check
         - size of the heads
     - run
-        - mean key of each head, over some calibration windows
+        - mean key and value of each head, over some calibration windows
         - let the blocks round, and declare it for the checkpoint
 
     Attributes:
@@ -42,7 +42,7 @@ class KVCacheQuant(QuadModifier):
             spread over all, for some time in each step.
         sink_tokens: first tokens of a sequence whose keys and values stay as they are: most attention goes to the first
             one. Not where attention slides; in a padded batch, padding takes their place.
-        center_keys: True to take each head's mean key off before rounding, and to put it back when it is read.
+        center: True to take each head's mean key and value off before rounding, and to put them back when read.
     """
 
     recipe_role: ClassVar[str | None] = "quantize_cache"
@@ -52,7 +52,7 @@ class KVCacheQuant(QuadModifier):
     clip_ratio: ClipRatio = 0.9
     hadamard: bool = True
     sink_tokens: int = Field(default=1, ge=0)
-    center_keys: bool = True
+    center: bool = True
 
     def check_company(self, others: Sequence[Modifier]) -> None:
         """Refuses a second one.
@@ -77,8 +77,8 @@ class KVCacheQuant(QuadModifier):
 
     def run(self, decoder: Decoder, batches: Batches) -> None:
         """Lets the blocks round keys and values."""
-        means = key_means(decoder, batches()[:_WINDOWS]) if self.center_keys else None
+        means = cache_means(decoder, batches()[:_WINDOWS]) if self.center else None
         form = KVCacheFormat(self.clip_ratio, self.hadamard, self.sink_tokens)
         install_kv_cache([block.module for block in decoder.blocks], form, means)
-        self.contribute(decoder, sections={NAME: KVCacheSection.section(form, self.center_keys)})
+        self.contribute(decoder, sections={NAME: KVCacheSection.section(form, self.center)})
         logger.info("KVCacheQuant: keys and values in %d bits, clip ratio %g", self.bits, self.clip_ratio)

@@ -10,7 +10,7 @@ perplexity says something.
 A cache that cannot hold lines (filled already, of another class, or none at all) is handed rounded keys and values
 instead, in their own dtype: the same numbers, and no memory saved.
 
-docs/concepts/kv-cache.md says what is rounded, and why the first tokens and the mean key are treated apart.
+docs/concepts/kv-cache.md says what is rounded, and why first tokens and means are treated apart.
 """
 
 import importlib
@@ -26,8 +26,8 @@ from torch import nn
 from quad_modifiers.nn.cache_argument import NEW, OLD
 
 STOCK_LAYERS = ("DynamicLayer", "DynamicSlidingWindowLayer", "StaticLayer", "StaticSlidingWindowLayer")
-KEY_MEAN = "key_mean"
-"""The buffer of a block with what is taken off its keys, `[heads, head_dim]`."""
+MEANS = ("key_mean", "value_mean")
+"""The buffers of a block with what is taken off its keys and values, `[heads, head_dim]` each."""
 _STOCK_MODULE = "transformers.cache_utils"
 States = tuple[torch.Tensor, torch.Tensor]
 """Keys and values, `[batch, heads, positions, head_dim]` each."""
@@ -79,23 +79,25 @@ class BlockRounding:
 
     Attributes:
         form: the settings.
-        key_mean: `[heads, head_dim]`, taken off each key before it is rounded and put back when it is read; or None.
+        means: of keys and of values, `[heads, head_dim]` each, taken off before rounding, put back when read; or None.
     """
 
     form: KVCacheFormat
-    key_mean: torch.Tensor | None
+    means: States | None
 
     def pack(self, states: States) -> States:
         """Returns lines of keys and of values."""
         keys, values = states
-        if self.key_mean is not None:
-            keys = keys - self.key_mean.unsqueeze(1)
+        if self.means is not None:
+            keys, values = keys - self.means[0].unsqueeze(1), values - self.means[1].unsqueeze(1)
         return pack_states(keys, self.form), pack_states(values, self.form)
 
     def unpack(self, lines: States, dtype: torch.dtype) -> States:
         """Returns the rounded keys and values of lines."""
         keys, values = (unpack_states(part, self.form, dtype) for part in lines)
-        return keys if self.key_mean is None else keys + self.key_mean.unsqueeze(1), values
+        if self.means is None:
+            return keys, values
+        return keys + self.means[0].unsqueeze(1), values + self.means[1].unsqueeze(1)
 
     def round(self, states: States, position: int | torch.Tensor) -> States:
         """Returns what a cache would hand back, for states from a position on; gradients pass as if unrounded."""
@@ -153,38 +155,43 @@ class KVCacheHook:
         """Sees to it that the block gets rounded keys and values."""
         name = NEW if NEW in kwargs else OLD
         past = kwargs.get(name)
-        rounding = BlockRounding(self.form, block._buffers.get(KEY_MEAN))
+        rounding = BlockRounding(self.form, _means(block))
         if past is not None and _holds_lines(past, self.layer, rounding):
             return None
         return args, {**kwargs, name: RoundedStates(past, self.layer, rounding)}
 
 
-def install_kv_cache(
-    blocks: Sequence[nn.Module], form: KVCacheFormat, key_means: Sequence[torch.Tensor] | None = None
-) -> None:
+def install_kv_cache(blocks: Sequence[nn.Module], form: KVCacheFormat, means: Sequence[States] | None = None) -> None:
     """Rounds the keys and values of all blocks of a decoder; what was installed before goes.
 
     Args:
         blocks: in their order.
         form: how keys and values are rounded.
-        key_means: of each block, `[heads, head_dim]`; they become its buffer `key_mean`. None takes nothing off.
+        means: of each block's keys and values, `[heads, head_dim]` each, which become its buffers; None for none.
     """
     remove_kv_cache(blocks)
     for index, block in enumerate(blocks):
         slides = any(getattr(module, "sliding_window", None) for module in block.modules())
         own = KVCacheFormat(form.clip_ratio, form.hadamard, 0 if slides else form.sink_tokens)
-        if key_means is not None:
-            block.register_buffer(KEY_MEAN, key_means[index])
+        if means is not None:
+            for name, mean in zip(MEANS, means[index], strict=True):
+                block.register_buffer(name, mean)
         block.register_forward_pre_hook(KVCacheHook(index, own), with_kwargs=True)
 
 
 def remove_kv_cache(blocks: Sequence[nn.Module]) -> None:
     """Lets blocks keep keys and values as they are."""
     for block in blocks:
-        block._buffers.pop(KEY_MEAN, None)
+        for name in MEANS:
+            block._buffers.pop(name, None)
         for number in [number for number, hook in block._forward_pre_hooks.items() if isinstance(hook, KVCacheHook)]:
             del block._forward_pre_hooks[number]
             block._forward_pre_hooks_with_kwargs.pop(number, None)
+
+
+def _means(block: nn.Module) -> States | None:
+    keys, values = (block._buffers.get(name) for name in MEANS)
+    return None if keys is None or values is None else (keys, values)
 
 
 def _holds_lines(past: Any, index: int, rounding: BlockRounding) -> bool:

@@ -19,7 +19,7 @@ quad_stage:
     OutlierSplitGPTQ: {bits: 8}
     KVCacheQuant: {clip_ratio: 0.95}
 """
-REST: dict[str, Any] = {"sink_tokens": 1, "centred_keys": False}
+REST: dict[str, Any] = {"sink_tokens": 1, "centred": False}
 PROMPT = torch.randint(3, 320, (2, 12), generator=torch.Generator().manual_seed(7))
 TOKENS = torch.randint(3, 320, (2, 6), generator=torch.Generator().manual_seed(8))
 
@@ -48,7 +48,7 @@ def test_a_checkpoint_keeps_it(compress_toy, logits_of, tmp_path) -> None:
         "clip_ratio": 0.95,
         "hadamard": True,
         "sink_tokens": 1,
-        "centred_keys": True,
+        "centred": True,
     }
     assert torch.equal(logits_of(model), made.logits)
     unrounded = compress_toy(QUAD.replace("    KVCacheQuant: {clip_ratio: 0.95}\n", ""))

@@ -15,7 +15,7 @@ from quad_modifiers.model.decoder import Decoder
 from quad_modifiers.modifiers.kv_cache_quant import KVCacheQuant
 from quad_modifiers.modifiers.outlier_split_gptq import OutlierSplitGPTQ
 from quad_modifiers.nn.kv_cache import BlockRounding, KVCacheFormat, pack_states, unpack_states
-from quad_modifiers.passes.key_means import key_means
+from quad_modifiers.passes.cache_means import cache_means
 from quad_modifiers.recipe import validate_modifiers
 
 KNOWN = {architecture.model_type: architecture for architecture in BUILTIN_ARCHITECTURES}
@@ -83,22 +83,22 @@ def test_the_transform_helps_an_outlying_coordinate() -> None:
     assert spread < 0.8 * plain
 
 
-def test_the_mean_key_and_the_first_tokens_are_treated_apart() -> None:
+def test_means_and_first_tokens_are_treated_apart() -> None:
     x, mean = states(2, 3, 5, 16), 30 * states(3, 16, seed=1)
-    keys = x + mean.unsqueeze(1)
-    plain, centred = (BlockRounding(KVCacheFormat(0.9), each).round((keys, x), 0) for each in (None, mean))
-    assert float((centred[0] - keys).norm()) < 0.2 * float((plain[0] - keys).norm())
-    assert torch.equal(centred[1], plain[1])
+    given = x + mean.unsqueeze(1), 2 * x - mean.unsqueeze(1)
+    plain, centred = (BlockRounding(KVCacheFormat(0.9), each).round(given, 0) for each in (None, (mean, -mean)))
+    for part, without, wanted in zip(centred, plain, given, strict=True):
+        assert float((part - wanted).norm()) < 0.2 * float((without - wanted).norm())
     for position, exact in ((0, 2), (1, 1), (2, 0)):
-        found = BlockRounding(KVCacheFormat(0.9, True, 2), mean).round((keys, x), position)
-        for part, given, rounded in zip(found, (keys, x), centred, strict=True):
-            assert torch.equal(part[:, :, :exact], given[:, :, :exact])
+        found = BlockRounding(KVCacheFormat(0.9, True, 2), (mean, -mean)).round(given, position)
+        for part, wanted, rounded in zip(found, given, centred, strict=True):
+            assert torch.equal(part[:, :, :exact], wanted[:, :, :exact])
             assert torch.equal(part[:, :, exact:], rounded[:, :, exact:])
 
 
 def test_gradients_pass() -> None:
     keys, values = (states(1, 2, 4, 16, seed=seed).requires_grad_() for seed in (0, 1))
-    found = BlockRounding(KVCacheFormat(), states(2, 16)).round((keys, values), 0)
+    found = BlockRounding(KVCacheFormat(), (states(2, 16), states(2, 16))).round((keys, values), 0)
     (found[0].sum() + 2 * found[1].sum()).backward()
     assert torch.equal(keys.grad, torch.ones_like(keys))
     assert torch.equal(values.grad, torch.full_like(values, 2))
@@ -185,8 +185,8 @@ def test_caches_that_hold_no_lines_get_rounded_numbers(make_toy, compress) -> No
     assert torch.equal(keys[:, :, :12], before)
     torch.testing.assert_close(keys[:, :, 12:14], given[:, :, :2], rtol=0, atol=1e-5)  # tokens 12 and 13 are sinks
     form = KVCacheFormat(KVCacheQuant().clip_ratio)
-    mean = model.model.layers[0].key_mean
-    wanted = BlockRounding(form, mean).round((given, given), 0)[0]
+    block = model.model.layers[0]
+    wanted = BlockRounding(form, (block.key_mean, block.value_mean)).round((given, given), 0)[0]
     torch.testing.assert_close(keys[:, :, 14:], wanted[:, :, 2:], rtol=0, atol=1e-4)
     assert float((wanted - given).abs().max()) > 1e-2
 
@@ -210,22 +210,24 @@ def test_compiled_graphs(rounded) -> None:
     assert float((step - wanted[:, 12]).norm() / wanted[:, 12].norm()) < 2e-2
 
 
-def test_the_mean_key_is_that_of_the_calibration_data(make_toy, compress, token_ids) -> None:
+def test_means_are_those_of_the_calibration_data(make_toy, compress, token_ids) -> None:
     model, plain = compress(make_toy(), KVCacheQuant()), make_toy()
     with torch.no_grad():
         past = plain(token_ids(), use_cache=True).past_key_values
     for block, layer in zip(model.model.layers, past.layers, strict=True):
         torch.testing.assert_close(block.key_mean, layer.keys[:, :, 1:].mean((0, 2)), rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(block.value_mean, layer.values[:, :, 1:].mean((0, 2)), rtol=1e-4, atol=1e-5)
 
 
-def test_padding_does_not_count_in_the_mean_key(make_toy) -> None:
+def test_padding_does_not_count_in_means(make_toy) -> None:
     decoder = Decoder(make_toy(), KNOWN["llama"])
     padded = torch.cat([torch.full((2, 3), 2), PROMPT], 1)
     mask = (torch.arange(15) >= 3).long().expand(2, -1)
-    found = key_means(decoder, [{"input_ids": padded, "attention_mask": mask}])
+    found = cache_means(decoder, [{"input_ids": padded, "attention_mask": mask}])
     with torch.no_grad():
-        keys = decoder.model(padded, attention_mask=mask, use_cache=True).past_key_values.layers[0].keys
-    torch.testing.assert_close(found[0], keys[:, :, 4:].mean((0, 2)), rtol=1e-4, atol=1e-5)
+        layer = decoder.model(padded, attention_mask=mask, use_cache=True).past_key_values.layers[0]
+    for mean, wanted in zip(found[0], (layer.keys, layer.values), strict=True):
+        torch.testing.assert_close(mean, wanted[:, :, 4:].mean((0, 2)), rtol=1e-4, atol=1e-5)
 
 
 def test_an_unfilled_cache_of_another_class_is_left_as_it_is(make_toy, compress) -> None:

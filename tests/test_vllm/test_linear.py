@@ -108,7 +108,7 @@ def test_a_head_that_reads_the_embedding_s_table(base, packed, load, toy_quad, w
 
 @pytest.mark.parametrize("centred", [False, True])
 def test_rounded_keys_and_values_are_left_to_vllm(centred, load, toy_quad, write_toy, tolerance) -> None:
-    section = {"bits": 4, "clip_ratio": 0.9, "hadamard": True, "sink_tokens": 1, "centred_keys": centred}
+    section = {"bits": 4, "clip_ratio": 0.9, "hadamard": True, "sink_tokens": 1, "centred": centred}
     quad = toy_quad("llama").model_copy(update={"format_version": 3, "sections": {"kv_cache": section}})
     folder = write_toy(quad)
     assert ("model.layers.1.key_mean" in load_file(folder / "model.safetensors")) == centred

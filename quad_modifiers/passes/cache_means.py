@@ -1,4 +1,4 @@
-"""The mean key of each head, over calibration tokens."""
+"""The mean key and value of each head, over calibration tokens."""
 
 from typing import Any
 
@@ -10,10 +10,10 @@ from quad_modifiers.nn.cache_argument import NEW, OLD
 
 
 class _Recorder:
-    """Takes the place of the cache of one block, and adds up the keys that it is given."""
+    """Takes the place of the cache of one block, and adds up the keys and values that it is given."""
 
     def __init__(self) -> None:
-        self.total = torch.zeros(0)
+        self.totals: list[torch.Tensor] = []
         self.count = 0
         self.mask: torch.Tensor | None = None  # of the window that runs, `[batch, positions]`
 
@@ -22,20 +22,21 @@ class _Recorder:
         return args, {**kwargs, NEW if NEW in kwargs else OLD: self}
 
     def update(self, keys: torch.Tensor, values: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-        """Adds up keys `[batch, heads, positions, head_dim]` without each sequence's first."""
+        """Adds up `[batch, heads, positions, head_dim]` of both, without each sequence's first token."""
         counted = torch.ones(keys.shape[0], keys.shape[2], device=keys.device) if self.mask is None else self.mask
         counted = (counted.cumsum(1) > 1) & (counted > 0)
-        total = (keys.double() * counted[:, None, :, None]).sum((0, 2))
-        self.total = total if self.count == 0 else self.total + total
+        sums = [(part.double() * counted[:, None, :, None]).sum((0, 2)) for part in (keys, values)]
+        self.totals = [a + b for a, b in zip(self.totals, sums, strict=True)] if self.count else sums
         self.count += int(counted.sum())
         return keys, values
 
 
 @torch.no_grad()
-def key_means(decoder: Decoder, batches: list[dict[str, torch.Tensor]]) -> list[torch.Tensor]:
-    """Returns the mean key behind the rotary embedding of each block, `[heads, head_dim]`, in the model's dtype.
+def cache_means(decoder: Decoder, batches: list[dict[str, torch.Tensor]]) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """Returns the mean key, behind the rotary embedding, and the mean value of each block.
 
-    The first token of a sequence, whose keys are unlike all others, does not count.
+    They are `[heads, head_dim]`, in the model's dtype. The first token of a sequence, which is unlike all others, does
+    not count.
 
     Args:
         decoder: the model.
@@ -49,12 +50,13 @@ def key_means(decoder: Decoder, batches: list[dict[str, torch.Tensor]]) -> list[
         block.module.register_forward_pre_hook(recorder.before, with_kwargs=True)
         for block, recorder in zip(decoder.blocks, recorders, strict=True)
     ]
-    device = decoder.model.device
+    device, dtype = decoder.model.device, decoder.model.dtype
     try:
         for batch in batches:
             mask = batch.get("attention_mask")
+            mask = None if mask is None else mask.to(device)
             for recorder in recorders:
-                recorder.mask = None if mask is None else mask.to(device)
+                recorder.mask = mask
             decoder.backbone(input_ids=batch["input_ids"].to(device), attention_mask=mask, use_cache=False)
     finally:
         for hook in hooks:
@@ -62,4 +64,5 @@ def key_means(decoder: Decoder, batches: list[dict[str, torch.Tensor]]) -> list[
     for block, recorder in zip(decoder.blocks, recorders, strict=True):
         if not recorder.count:
             raise ValueError(f"{block.name} hands no keys to a cache, or the calibration data has no second token")
-    return [(recorder.total / recorder.count).to(decoder.model.dtype) for recorder in recorders]
+    means = [[(total / recorder.count).to(dtype) for total in recorder.totals] for recorder in recorders]
+    return [(keys, values) for keys, values in means]
