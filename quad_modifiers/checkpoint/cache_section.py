@@ -54,7 +54,7 @@ class KVCacheSection(CheckpointSection):
             shape = sizes.kv_heads, sizes.head_dim
             means = [(like.new_empty(shape), like.new_empty(shape)) for _ in decoder.blocks]
         form = KVCacheFormat(fields.clip_ratio, fields.hadamard, fields.sink_tokens)
-        install_kv_cache([block.module for block in decoder.blocks], form, means)
+        install_kv_cache([block.module for block in decoder.blocks], decoder.model.config, form, means)
 
     @classmethod
     def fold(cls, decoder: Decoder, dtype: torch.dtype) -> None:

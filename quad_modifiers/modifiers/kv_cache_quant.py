@@ -79,6 +79,6 @@ class KVCacheQuant(QuadModifier):
         """Lets the blocks round keys and values."""
         means = cache_means(decoder, batches()[:_WINDOWS]) if self.center else None
         form = KVCacheFormat(self.clip_ratio, self.hadamard, self.sink_tokens)
-        install_kv_cache([block.module for block in decoder.blocks], form, means)
+        install_kv_cache([block.module for block in decoder.blocks], decoder.model.config, form, means)
         self.contribute(decoder, sections={NAME: KVCacheSection.section(form, self.center)})
         logger.info("KVCacheQuant: keys and values in %d bits, clip ratio %g", self.bits, self.clip_ratio)

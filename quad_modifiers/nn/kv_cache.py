@@ -15,7 +15,7 @@ docs/concepts/kv-cache.md says what is rounded, and why first tokens and means a
 
 import importlib
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -161,18 +161,23 @@ class KVCacheHook:
         return args, {**kwargs, name: RoundedStates(past, self.layer, rounding)}
 
 
-def install_kv_cache(blocks: Sequence[nn.Module], form: KVCacheFormat, means: Sequence[States] | None = None) -> None:
+def install_kv_cache(
+    blocks: Sequence[nn.Module], config: Any, form: KVCacheFormat, means: Sequence[States] | None = None
+) -> None:
     """Rounds the keys and values of all blocks of a decoder; what was installed before goes.
 
     Args:
         blocks: in their order.
+        config: of the model, which says where attention slides.
         form: how keys and values are rounded.
         means: of each block's keys and values, `[heads, head_dim]` each, which become its buffers; None for none.
     """
+    from transformers import DynamicCache
+
     remove_kv_cache(blocks)
+    slides = DynamicCache(config=config).is_sliding
     for index, block in enumerate(blocks):
-        slides = any(getattr(module, "sliding_window", None) for module in block.modules())
-        own = KVCacheFormat(form.clip_ratio, form.hadamard, 0 if slides else form.sink_tokens)
+        own = replace(form, sink_tokens=0) if slides[index] else form
         if means is not None:
             for name, mean in zip(MEANS, means[index], strict=True):
                 block.register_buffer(name, mean)
@@ -209,6 +214,8 @@ def _holds_lines(past: Any, index: int, rounding: BlockRounding) -> bool:
     known = type(layer).__name__ in STOCK_LAYERS and type(layer).__module__ == _STOCK_MODULE
     # A graph of torch.compile cannot change a class; `generate` fills a cache before it compiles.
     if not known or torch.compiler.is_compiling() or int(layer.get_seq_length()):
+        return False
+    if layer.is_sliding and rounding.form.sink_tokens:  # though the config does not say so: its first line moves on
         return False
     layer.__class__ = _packed_class(type(layer))
     layer.rounding, layer.sinks = rounding, None

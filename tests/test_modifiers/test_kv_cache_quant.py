@@ -23,9 +23,12 @@ PROMPT = torch.randint(3, 320, (2, 12), generator=torch.Generator().manual_seed(
 TOKENS = torch.randint(3, 320, (2, 6), generator=torch.Generator().manual_seed(8))
 
 
-@pytest.fixture(scope="module", params=["llama", "ministral", "qwen3"])
+@pytest.fixture(scope="module", params=["llama", "ministral", "phi3", "qwen3"])
 def rounded(request, make_toy, compress) -> Any:
-    """A toy whose keys and values are rounded, and nothing else; ministral's slide, qwen3's heads have 24 numbers."""
+    """A toy whose keys and values are rounded, and nothing else.
+
+    Ministral's and Phi-3's attention slides, and Phi-3's modules do not say so; Qwen3's heads have 24 numbers.
+    """
     return compress(make_toy(request.param), KVCacheQuant())
 
 
@@ -117,7 +120,8 @@ def test_every_cache_gives_the_same(rounded, make_toy) -> None:
 
 
 def test_four_bits_are_held(rounded) -> None:
-    size = rounded.config.head_dim
+    config = rounded.config
+    size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     with torch.no_grad():
         dynamic = rounded(PROMPT, use_cache=True).past_key_values
         static = rounded(PROMPT, past_key_values=StaticCache(rounded.config, 32), use_cache=True).past_key_values
