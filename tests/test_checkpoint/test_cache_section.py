@@ -10,6 +10,7 @@ from transformers import AutoModelForCausalLM
 
 from quad_modifiers.checkpoint.cache_section import KVCacheSection
 from quad_modifiers.nn.kv_cache import KVCacheHook
+from tests.continuation import PROMPT, at_once, by_tokens
 
 QUAD = """
 quad_stage:
@@ -20,24 +21,6 @@ quad_stage:
     KVCacheQuant: {clip_ratio: 0.95}
 """
 REST: dict[str, Any] = {"sink_tokens": 1, "centred": False}
-PROMPT = torch.randint(3, 320, (2, 12), generator=torch.Generator().manual_seed(7))
-TOKENS = torch.randint(3, 320, (2, 6), generator=torch.Generator().manual_seed(8))
-
-
-@torch.no_grad()
-def by_tokens(model: Any) -> torch.Tensor:
-    """Logits of TOKENS, one at a time behind PROMPT."""
-    past, found = None, []
-    for step in (PROMPT, *TOKENS.split(1, dim=1)):
-        output = model(step, past_key_values=past, use_cache=True)
-        past = output.past_key_values
-        found.append(output.logits[:, -1])
-    return torch.stack(found, dim=1)
-
-
-@torch.no_grad()
-def at_once(model: Any) -> torch.Tensor:
-    return model(torch.cat([PROMPT, TOKENS], 1), use_cache=False).logits[:, PROMPT.shape[1] - 1 :]
 
 
 def test_a_checkpoint_keeps_it(compress_toy, logits_of, tmp_path) -> None:

@@ -15,6 +15,7 @@ from quad_modifiers.checkpoint.export import export_compressed_tensors
 from quad_modifiers.nn.native_block import NativeBlock, NativeNorm
 from quad_modifiers.nn.quad_linear import QuadLinear
 from quad_modifiers.tools.support_table import FLOAT_INPUTS, PLAIN_RECIPES, supported
+from tests.continuation import PROMPT, at_once, by_tokens
 from tests.test_checkpoint.test_export import recipe as exportable
 from tests.test_checkpoint.test_native_block import Recorder
 from tests.test_checkpoint.test_reload import RECIPES, recipe_text
@@ -26,7 +27,6 @@ CELLS = [
     for name, row in ROWS.items()
     for recipe in row.recipes
 ]
-PROMPT = torch.randint(3, 320, (2, 12), generator=torch.Generator().manual_seed(7))
 PROJECTION = """
 quad_stage:
   quad_modifiers:
@@ -47,19 +47,6 @@ def made(compress_toy: Callable[..., Any]) -> Callable[[str, str], Any]:
         return done[model_type, recipe]
 
     return make
-
-
-@torch.no_grad()
-def continuation(model: Any) -> tuple[torch.Tensor, torch.Tensor]:
-    """Logits of the tokens that follow PROMPT, one at a time with a cache, and all at once without."""
-    tokens = torch.randint(3, 320, (2, 10), generator=torch.Generator().manual_seed(8))
-    past, found = None, []
-    for step in (PROMPT, *tokens.split(1, dim=1)):
-        output = model(step, past_key_values=past, use_cache=True)
-        past = output.past_key_values
-        found.append(output.logits[:, -1])
-    whole = model(torch.cat([PROMPT, tokens], dim=1), use_cache=False).logits
-    return torch.stack(found, dim=1), whole[:, PROMPT.shape[1] - 1 :]
 
 
 @pytest.mark.parametrize("basis", ["extended", "square"])
@@ -85,7 +72,7 @@ def test_a_recipe_runs_saves_and_reloads(model_type, recipe, made, logits_of) ->
     containers = [module for module in model.modules() if isinstance(module, QuadLinear)]
     roles = len(ROWS[model_type].architecture.roles())
     assert len(containers) == 2 * roles
-    found, wanted = continuation(model)
+    found, wanted = by_tokens(model), at_once(model)
     # The same linears; attention adds up in another order, and a rounding may fall the other way.
     assert float((found - wanted).norm() / wanted.norm()) < 0.1
     generated = model.generate(PROMPT, max_new_tokens=4, min_new_tokens=4, do_sample=False, pad_token_id=0)

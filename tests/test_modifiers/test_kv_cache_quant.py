@@ -12,15 +12,16 @@ from transformers import DynamicCache, StaticCache
 pytest.importorskip("llmcompressor")
 from quad_modifiers.model.architecture import BUILTIN_ARCHITECTURES
 from quad_modifiers.model.decoder import Decoder
+from quad_modifiers.modifiers.dynamic_act_quant import DynamicActQuant
 from quad_modifiers.modifiers.kv_cache_quant import KVCacheQuant
 from quad_modifiers.modifiers.outlier_split_gptq import OutlierSplitGPTQ
+from quad_modifiers.modifiers.svd_outlier_projection import SVDOutlierProjection
 from quad_modifiers.nn.kv_cache import BlockRounding, KVCacheFormat, pack_states, unpack_states
 from quad_modifiers.passes.cache_means import cache_means
 from quad_modifiers.recipe import validate_modifiers
+from tests.continuation import PROMPT, TOKENS, at_once, by_tokens
 
 KNOWN = {architecture.model_type: architecture for architecture in BUILTIN_ARCHITECTURES}
-PROMPT = torch.randint(3, 320, (2, 12), generator=torch.Generator().manual_seed(7))
-TOKENS = torch.randint(3, 320, (2, 6), generator=torch.Generator().manual_seed(8))
 
 
 @pytest.fixture(scope="module", params=["llama", "ministral", "phi3", "qwen3"])
@@ -38,22 +39,6 @@ def rounded_states(x: torch.Tensor, form: KVCacheFormat) -> torch.Tensor:
 
 def states(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> torch.Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
-
-
-@torch.no_grad()
-def by_tokens(model: Any, past: Any) -> torch.Tensor:
-    """Logits of TOKENS, one at a time behind PROMPT."""
-    found = []
-    for step in (PROMPT, *TOKENS.split(1, dim=1)):
-        output = model(step, past_key_values=past, use_cache=True)
-        past = output.past_key_values
-        found.append(output.logits[:, -1])
-    return torch.stack(found, dim=1)
-
-
-@torch.no_grad()
-def at_once(model: Any) -> torch.Tensor:
-    return model(torch.cat([PROMPT, TOKENS], 1), use_cache=False).logits[:, PROMPT.shape[1] - 1 :]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
@@ -249,8 +234,9 @@ def test_an_unfilled_cache_of_another_class_is_left_as_it_is(make_toy, compress)
 def test_refusals(make_toy, compress) -> None:
     twice = validate_modifiers([KVCacheQuant(), KVCacheQuant()])
     assert "the recipe has another KVCacheQuant" in str(twice[0])
-    early = validate_modifiers([KVCacheQuant(), OutlierSplitGPTQ(bits=4)])
-    assert "OutlierSplitGPTQ comes after KVCacheQuant" in str(early[0])
+    for late in (SVDOutlierProjection(), DynamicActQuant(), OutlierSplitGPTQ(bits=4)):
+        early = validate_modifiers([KVCacheQuant(), late])
+        assert f"{type(late).__name__} comes after KVCacheQuant" in str(early[0])
     assert validate_modifiers([KVCacheQuant()]) == []
     with pytest.raises(ValueError, match="the heads have 7"):
         compress(make_toy(hidden_size=28, num_attention_heads=4, num_key_value_heads=2, head_dim=7), KVCacheQuant())
