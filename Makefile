@@ -59,7 +59,7 @@ test-slow: $(STAMP) ## the tests on real models, and every architecture with eve
 SANITIZED := build/sanitized
 test-sanitized: $(STAMP) ## the tests of the native kernels under AddressSanitizer and UndefinedBehaviorSanitizer
 	CXXFLAGS="-fsanitize=address,undefined -fno-sanitize-recover=undefined -O1 -g1" \
-	    $(BIN) setup.py -q build_ext --build-lib $(SANITIZED) --build-temp $(SANITIZED)/objects
+	    $(BIN) setup.py -q build_ext --build-lib $(SANITIZED)
 	LD_PRELOAD="$$(g++ -print-file-name=libasan.so)" ASAN_OPTIONS=detect_leaks=0 \
 	    QUAD_KERNELS_LIBRARY=$(SANITIZED)/quad_kernels/native/_kernels.so \
 	    $(BIN) -m pytest tests/test_kernels/test_native*.py tests/test_kernels/test_weight_rounding.py $(PYTEST_ARGS)

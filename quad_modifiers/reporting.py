@@ -11,9 +11,9 @@ Item = TypeVar("Item")
 SUMMARY = "quad_summary"  # marks the log record that closes a run; a caller with a table of its own can drop it
 
 
-def layer_progress(items: Sequence[Item], description: str) -> Iterator[Item]:
-    """Iterates with a progress bar that shows the time left."""
-    return iter(tqdm(items, desc=description, unit="layer", leave=False))
+def layer_progress(items: Sequence[Item], description: str, unit: str = "layer") -> Iterator[Item]:
+    """Iterates with a progress bar that shows the time left; an item is a layer, or what `unit` says."""
+    return iter(tqdm(items, desc=description, unit=unit, leave=False))
 
 
 @contextmanager

@@ -1,7 +1,7 @@
 """The section `kv_cache`: keys and values in 4 bits."""
 
 from dataclasses import asdict
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -16,7 +16,7 @@ NAME = "kv_cache"
 class _Fields(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True)
 
-    bits: int = Field(ge=4, le=4)
+    bits: Literal[4]
     clip_ratio: float = Field(gt=0, le=1)
     hadamard: bool
     sink_tokens: int = Field(ge=0)

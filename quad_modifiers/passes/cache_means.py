@@ -7,6 +7,7 @@ from torch import nn
 
 from quad_modifiers.model.decoder import Decoder
 from quad_modifiers.nn.cache_argument import NEW, OLD
+from quad_modifiers.reporting import layer_progress
 
 
 class _Recorder:
@@ -52,7 +53,7 @@ def cache_means(decoder: Decoder, batches: list[dict[str, torch.Tensor]]) -> lis
     ]
     device, dtype = decoder.model.device, decoder.model.dtype
     try:
-        for batch in batches:
+        for batch in layer_progress(batches, "mean keys and values", "batch"):
             mask = batch.get("attention_mask")
             mask = None if mask is None else mask.to(device)
             for recorder in recorders:

@@ -39,6 +39,7 @@ FORBIDDEN_ORDER = {
     (QUANTIZE_CACHE, SMOOTH): "smoothing would calibrate with rounded keys and values",
     (QUANTIZE_CACHE, PROJECT): "the projection would calibrate with rounded keys and values",
     (QUANTIZE_CACHE, QUANTIZE_WEIGHTS): "the weights would be calibrated with rounded keys and values",
+    (QUANTIZE_CACHE, QUANTIZE_ACTIVATIONS): "the clip ratios would be chosen with rounded keys and values",
     (TUNE, QUANTIZE_CACHE): "the tuning would not have seen the rounded keys and values",
     (TUNE, PROJECT): "the projection would rotate weights that were tuned for the old basis",
     (TUNE, QUANTIZE_WEIGHTS): "quantizing the weights would undo what was tuned",

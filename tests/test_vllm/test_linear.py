@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -107,13 +108,16 @@ def test_a_head_that_reads_the_embedding_s_table(base, packed, load, toy_quad, w
 
 
 @pytest.mark.parametrize("centred", [False, True])
-def test_rounded_keys_and_values_are_left_to_vllm(centred, load, toy_quad, write_toy, tolerance) -> None:
+def test_rounded_keys_and_values_are_left_to_vllm(centred, load, toy_quad, write_toy, tolerance, monkeypatch) -> None:
+    log = Mock()
+    monkeypatch.setattr("quad_modifiers.vllm_plugin.config.logger", log)
     section = {"bits": 4, "clip_ratio": 0.9, "hadamard": True, "sink_tokens": 1, "centred": centred}
     quad = toy_quad("llama").model_copy(update={"format_version": 3, "sections": {"kv_cache": section}})
     folder = write_toy(quad)
     assert ("model.layers.1.key_mean" in load_file(folder / "model.safetensors")) == centred
     reference = AutoModelForCausalLM.from_pretrained(folder)
     assert_alike(*outputs(load(folder, "float32"), reference, torch.float32), tolerance(torch.float32))
+    assert "--kv-cache-dtype int4_per_token_head" in log.warning_once.call_args.args[0]
 
 
 @pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
