@@ -1,6 +1,8 @@
 import shutil
 
 import pytest
+import torch
+from transformers import AutoModelForCausalLM
 
 import quad_modifiers
 from quad_modifiers.tools.demo import demonstrate as demo
@@ -43,6 +45,21 @@ def test_run_compares_and_reuses(toy_checkpoint, toy_tokenizer, compressed, monk
     demo.run("smollm2", folder, "some.yaml", tmp_path / "out", window_length=16, window_count=2, speed_task=SPEED)
     assert compressed == ["some.yaml"]
     assert "reused" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("fast", "seen"), [(torch.bfloat16, "bfloat16"), (torch.float32, "float32")])
+def test_the_original_runs_in_the_dtype_that_this_processor_is_fast_in(
+    toy_checkpoint, toy_tokenizer, compressed, monkeypatch, tmp_path, capsys, fast, seen
+):
+    folder = tmp_path / "toy"
+    AutoModelForCausalLM.from_pretrained(toy_checkpoint("llama"), dtype=torch.bfloat16).save_pretrained(folder)
+    toy_tokenizer.chat_template = "{% for message in messages %}{{ message['content'] }}{% endfor %}"
+    toy_tokenizer.save_pretrained(folder)
+    toy_tokenizer.chat_template = None
+    monkeypatch.setattr(demo, "held_out_prose", lambda: ["Held-out text about bridges. " * 20])
+    monkeypatch.setattr(demo, "fast_dtype", lambda device: fast)
+    demo.run("smollm2", folder, "some.yaml", tmp_path / "out", window_length=16, window_count=2, speed_task=SPEED)
+    assert f"before in {seen}\n" in capsys.readouterr().out
 
 
 def test_force_replaces_only_when_complete(toy_checkpoint, compressed, monkeypatch, tmp_path):
