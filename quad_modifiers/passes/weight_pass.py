@@ -7,9 +7,11 @@ quantized so far (input quantization included). Otherwise only the second.
 from collections.abc import Callable, Iterator
 
 import torch
-from quad_kernels import QuantizedWeight
+from quad_kernels import QuantizedWeight, choose_backend
+from quad_kernels.backends.native_cpu import NativeBackend
 
 from quad_modifiers.model.decoder import Block, Decoder, PlacedGroup, PlacedLinear
+from quad_modifiers.nn.quad_linear import QuadLinear
 from quad_modifiers.passes.calibration_stream import CalibrationBatch, first_block_inputs, in_float32
 from quad_modifiers.passes.runners import BlockRunner, runner_of
 from quad_modifiers.quantization.group import InputMoments, LinearReport, WeightQuantization, quantize_group
@@ -31,14 +33,15 @@ def quantize_blocks(
         decoder: with `QuadLinear` linears.
         batches: `input_ids` and optional `attention_mask`; None for RTN.
         settings: how to quantize.
-        finish: called for each quantized linear once its block is done.
+        finish: called for each quantized linear to put the weight in its place: once its block is done, or at once
+            where the rest of the block is computed faster with it.
         skipped: predicate on full module names: linears that stay in full precision.
     """
     stream = [] if batches is None else first_block_inputs(decoder, batches)
     original = [batch.hidden for batch in stream] if settings.error_correction else None
     scale_dtype = next(decoder.linears()).module.qweight.dtype
     for block in decoder.blocks:
-        work = _BlockWork(block, settings, scale_dtype, skipped)
+        work = _BlockWork(block, settings, scale_dtype, finish, skipped)
         with in_float32(block.module):
             if batches is None:
                 work.round_to_nearest()
@@ -46,8 +49,15 @@ def quantize_blocks(
                 work.run(runner_of(block, decoder.architecture), stream, original)
         for linear, weight in work.finished:
             _check_representable(linear)
-            finish(linear, weight)
+            if linear.name not in work.in_place:
+                finish(linear, weight)
         yield work.reports
+
+
+def runs_faster_packed(linear: QuadLinear) -> bool:
+    """Whether this machine multiplies the integers of inputs and weights faster than float32: the native CPU kernels do."""
+    device = linear.residual.weight.device
+    return linear.quantize_input and device.type == "cpu" and choose_backend(device).name == NativeBackend.name
 
 
 def _check_representable(linear: PlacedLinear) -> None:
@@ -65,14 +75,22 @@ class _BlockWork:
 
     Attributes:
         finished: the quantized linears and their weights.
+        in_place: names of those whose weights are in their places already.
         reports: the quantized groups, each with what its quantization did.
     """
 
     def __init__(
-        self, block: Block, settings: WeightQuantization, scale_dtype: torch.dtype, skipped: Callable[[str], bool]
+        self,
+        block: Block,
+        settings: WeightQuantization,
+        scale_dtype: torch.dtype,
+        finish: Finish,
+        skipped: Callable[[str], bool],
     ) -> None:
-        self.block, self.settings, self.scale_dtype, self.skipped = block, settings, scale_dtype, skipped
+        self.block, self.settings, self.scale_dtype = block, settings, scale_dtype
+        self.finish, self.skipped = finish, skipped
         self.finished: list[tuple[PlacedLinear, QuantizedWeight]] = []
+        self.in_place: set[str] = set()
         self.reports: list[tuple[PlacedGroup, LinearReport]] = []
 
     def round_to_nearest(self) -> None:
@@ -89,6 +107,7 @@ class _BlockWork:
         def visit(group: PlacedGroup, inputs: list[torch.Tensor]) -> None:
             if group.group.quantized and self._chosen(group):
                 self._solve(group, self._moments(group, inputs, stream, wanted))
+                self._go_on_with_integers(group)
 
         runner.visit(stream, visit)
 
@@ -141,6 +160,12 @@ class _BlockWork:
             except ValueError as error:
                 raise ValueError(f"{group.names}: {error}") from error
         return moments if moments.tokens else None
+
+    def _go_on_with_integers(self, group: PlacedGroup) -> None:
+        for linear, weight in self.finished[-len(self._chosen(group)) :]:
+            if runs_faster_packed(linear.module):
+                self.finish(linear, weight)
+                self.in_place.add(linear.name)
 
     def _solve(self, group: PlacedGroup, moments: InputMoments | None) -> None:
         chosen = self._chosen(group)
