@@ -21,12 +21,13 @@ from typing import Any
 import torch
 from quad_kernels import QuantizedWeight, RMSNorm, choose_backend
 from quad_kernels.native.block import BlockLinear, block_in, block_out, takes
-from quad_kernels.native.lines import DTYPES
 from torch import nn
 from torch.nn.modules import module as torch_module
 
+from quad_modifiers.nn import few_tokens
 from quad_modifiers.nn.cache_argument import cache_argument
 from quad_modifiers.nn.class_change import become
+from quad_modifiers.nn.few_tokens import runs_natively
 from quad_modifiers.nn.packed_linear import PackedLinear
 from quad_modifiers.nn.quad_linear import QuadLinear
 from quad_modifiers.nn.transformed_norm import TransformedNorm, norm_class, transformed_class
@@ -39,7 +40,6 @@ STOCK_NORMS = tuple(f"{family}RMSNorm" for family in _FAMILIES)
 STOCK_ACTIVATIONS = ("SiLU", "SiLUActivation")
 _GROUPS = (("self_attn", ("q_proj", "k_proj", "v_proj")), ("self_attn", ("o_proj",)))
 _MLP_GROUPS = (("mlp", ("gate_proj", "up_proj")), ("mlp", ("down_proj",)))
-_FEW_TOKENS = 8
 # The weights that fit, by block. Weak on both sides: a weight that was repacked must not stay in memory.
 _checked: "weakref.WeakKeyDictionary[nn.Module, tuple[torch.dtype, list[Any]]]" = weakref.WeakKeyDictionary()
 
@@ -110,13 +110,19 @@ class NativeBlock(nn.Module):
 
 
 class NativeNorm(nn.Module):
-    """A root mean square norm that adds up its squares as the native block does; the first of two base classes."""
+    """A root mean square norm that adds up its squares as the native block does; the first of two base classes.
+
+    Attributes:
+        product: with the matrix of a `TransformedNorm`.
+    """
+
+    product = staticmethod(few_tokens.linear)
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """Returns the normalised `[..., width]`."""
         norm: Any = self
         weight = norm.weight
-        if not _runs_natively(hidden_states, weight) or weight.dtype != hidden_states.dtype:
+        if not runs_natively(hidden_states, weight) or weight.dtype != hidden_states.dtype:
             return super().forward(hidden_states)
         return torch.ops.quad_native.norm(hidden_states, weight, norm.variance_epsilon)
 
@@ -126,7 +132,7 @@ class NativeSiLU(nn.Module):
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         """Returns a tensor like `input`."""
-        return torch.ops.quad_native.silu(input) if _runs_natively(input) else super().forward(input)
+        return torch.ops.quad_native.silu(input) if runs_natively(input) else super().forward(input)
 
 
 class NativeHead(nn.Linear):
@@ -134,13 +140,7 @@ class NativeHead(nn.Linear):
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         """Returns `[..., vocabulary]` for `[..., width]`."""
-        few = input.dim() == 3 and input.shape[1] == 1 and input.shape[0] <= _FEW_TOKENS
-        weight = self.weight
-        if not few or self.bias is not None or weight.dtype != torch.bfloat16 or not weight.is_contiguous():
-            return super().forward(input)
-        if not _runs_natively(input, weight):
-            return super().forward(input)
-        return torch.ops.quad_native.dense_head(input, weight)
+        return super().forward(input) if self.bias is not None else few_tokens.linear(input, self.weight)
 
 
 def install_native_blocks(layers: list[nn.Module], head: nn.Module, final_norm: nn.Module) -> None:
@@ -208,13 +208,6 @@ def _native_class(native: type[nn.Module], stock: type[nn.Module]) -> type[nn.Mo
             members["cache_argument"] = cache_argument(stock.forward)
         found = globals()[name] = type(name, (native, stock), members)
     return found
-
-
-def _runs_natively(*tensors: torch.Tensor) -> bool:
-    """True for floating-point tensors on the CPU whose gradients nobody wants."""
-    if not tensors[0].is_cpu or tensors[0].dtype not in DTYPES:
-        return False
-    return not (torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors))
 
 
 def native_groups(layer: nn.Module, x: torch.Tensor) -> list[list[BlockLinear]] | None:

@@ -5,6 +5,7 @@ tables, T and T M. M is square in the width of the stream and small beside a tab
 the vocabulary; the norm multiplies by M, and the head reads T itself. docs/concepts/projection.md has the derivation.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -20,16 +21,18 @@ class TransformedNorm(nn.Module):
 
     Attributes:
         head_transform: M, `[width, width]`, dtype of the norm's weight.
+        product: x M^T of x and M; the norm's own, if its class has one.
     """
 
     head_transform: torch.Tensor
+    product: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
     def forward(self, *arguments: Any, **options: Any) -> Any:
         """Returns what the norm returns; its first result, `[..., width]`, is multiplied by M."""
         y = super().forward(*arguments, **options)
         if isinstance(y, tuple):  # vLLM's norm adds the residual itself, and returns it too
-            return nn.functional.linear(y[0], self.head_transform), *y[1:]
-        return nn.functional.linear(y, self.head_transform)
+            return self.product(y[0], self.head_transform), *y[1:]
+        return self.product(y, self.head_transform)
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
         """For pickles and copies: the class is made when it is needed, and no module has it by name."""
@@ -39,7 +42,9 @@ class TransformedNorm(nn.Module):
 def transformed_class(norm: type[nn.Module]) -> type[nn.Module]:
     """Returns the child of a norm's class that multiplies by M."""
     if norm not in _classes:
-        members = {"__doc__": f"{norm.__name__}, and what the head shares a table by.", "__module__": __name__}
+        product = staticmethod(getattr(norm, "product", nn.functional.linear))
+        doc = f"{norm.__name__}, and what the head shares a table by."
+        members = {"__doc__": doc, "__module__": __name__, "product": product}
         _classes[norm] = type(f"Transformed{norm.__name__}", (TransformedNorm, norm), members)
     return _classes[norm]
 

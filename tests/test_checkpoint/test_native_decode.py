@@ -23,10 +23,10 @@ PROMPT = torch.tensor([[5, 17, 40, 8, 21, 30, 11], [90, 12, 77, 3, 9, 64, 7], [3
 
 
 def step(model: PreTrainedModel, past: Any, tokens: torch.Tensor, **named: Any) -> tuple[torch.Tensor, list[str]]:
-    """Logits of one token of each sequence, and the native operators that ran."""
+    """Logits (of a decoder hidden states) of one token of each sequence, and the native operators that ran."""
     with torch.no_grad(), Recorder() as recorder:
-        logits = model(tokens, past_key_values=past, use_cache=True, **named).logits
-    return logits, recorder.names
+        output = model(tokens, past_key_values=past, use_cache=True, **named)[0]
+    return output, [name for name in recorder.names if name != "plan_blocks"]  # once, at the first token
 
 
 def filled(model: PreTrainedModel, prompt: torch.Tensor = PROMPT, **named: Any) -> DynamicCache:
@@ -85,6 +85,41 @@ def test_it_computes_what_the_blocks_compute(
             assert torch.equal(own_layer.keys, layer.keys)
             assert torch.equal(own_layer.values, layer.values)
     assert not torch.equal(mask, torch.ones_like(mask))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_the_number_of_threads_changes_nothing(compress_toy: Callable[..., Any], dtype: torch.dtype) -> None:
+    """Large enough for a team of three, its parts uneven; two parts of positions; with and without a team."""
+    sizes = {"hidden_size": 288, "num_attention_heads": 6, "num_key_value_heads": 3, "intermediate_size": 1280}
+    model = AutoModelForCausalLM.from_pretrained(compress_toy(**sizes).folder, dtype=dtype)
+    decoder = model.model  # the head's product is PyTorch's
+    prompt = torch.arange(6 * 270).view(6, 270) % 290 + 3
+    before = torch.get_num_threads()
+    try:
+        for batch in (1, 3, 6):
+            past, seen = filled(model, prompt[:batch]), []
+            for threads in (1, 2, 3, 7):
+                torch.set_num_threads(threads)
+                own = copy.deepcopy(past)
+                states = [step(decoder, own, prompt[:batch, i : i + 1]) for i in range(3)]
+                assert all(names[0] == "decode" for _, names in states)
+                seen.append(torch.cat([each for each, _ in states]))
+            assert all(torch.equal(seen[0], other) for other in seen[1:])
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_weights_whose_data_were_exchanged_are_read_anew(model) -> None:
+    past = filled(model)
+    first, _ = step(model, copy.deepcopy(past), PROMPT[:, :1])
+    weight = model.model.layers[0].self_attn.q_proj.outlier.weight
+    old = weight.data
+    weight.data = old * 3
+    changed, names = step(model, copy.deepcopy(past), PROMPT[:, :1])
+    assert names[0] == "decode"
+    assert not torch.equal(first, changed)
+    weight.data = old
+    assert torch.equal(step(model, past, PROMPT[:, :1])[0], first)
 
 
 def test_static_caches_give_the_same(model) -> None:

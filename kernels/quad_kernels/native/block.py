@@ -1,12 +1,13 @@
 """What a decoder block does before and after its attention, in one call each; and all blocks for one token, in one."""
 
+import weakref
 from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 
 from quad_kernels.formats import InputQuantization, InputSplit, RMSNorm
-from quad_kernels.native import lines
+from quad_kernels.native import library, lines
 from quad_kernels.weight import QuantizedWeight
 
 _ABSENT = torch.empty(0)
@@ -118,6 +119,7 @@ class Blocks:
         self._parts: list[torch.Tensor] = []
         self._numbers: list[int] = []
         self._clip_ratios: list[float] = []
+        self._number: int | None = None  # of the plan that the library keeps
 
     def append(
         self,
@@ -158,21 +160,13 @@ class Blocks:
             position: number of tokens in the caches.
             mask: `[batch, position + 1]`, bool, False where nobody may look; None if all may be seen.
         """
+        if self._number is None:
+            self._number = torch.ops.quad_native.plan_blocks(
+                self._norms, self.eps, self._head_norms, self._parts, self._numbers, self._clip_ratios
+            )
+            weakref.finalize(self, library.forget_blocks, self._number)
         return torch.ops.quad_native.decode(
-            x,
-            self._norms,
-            self.eps,
-            cosine,
-            sine,
-            self._head_norms,
-            self._parts,
-            self._numbers,
-            self._clip_ratios,
-            keys,
-            values,
-            position,
-            mask,
-            self.scale,
+            x, self._number, cosine, sine, keys, values, position, mask, self.scale
         )
 
 

@@ -21,7 +21,7 @@ logger = logging.getLogger(__name__)
 ENVIRONMENT_VARIABLE = "QUAD_KERNELS_ISA"
 INSTRUCTION_SETS = ("amx", "avx512vnni", "avxvnni", "avx2")
 LIBRARY_VARIABLE = "QUAD_KERNELS_LIBRARY"
-_INTERFACE = 2  # of the operators; an editable installation may hold an older library
+_INTERFACE = 3  # of the operators; an editable installation may hold an older library
 _BUILT = Path(__file__).with_name("_kernels.so")
 
 
@@ -95,6 +95,11 @@ def _register_shapes() -> None:
     @torch.library.register_fake(ops.silu.default)
     def _(x: torch.Tensor) -> torch.Tensor:
         return x.new_empty(x.shape)
+
+
+def forget_blocks(number: int) -> None:
+    """Frees what `torch.ops.quad_native.plan_blocks` keeps."""
+    load().quad_forget_blocks(ctypes.c_int64(number))
 
 
 def supported() -> tuple[str, ...]:

@@ -1,7 +1,7 @@
 #define QUAD_AMX
 #include "product_avx512.h"
 // The product comes first: what follows is written for it.
-#include "attention.h"
+#include "decode.h"
 #include "head.h"
 #include "rounding.h"
 
@@ -9,8 +9,8 @@ namespace quad {
 
 const Kernels* amx_kernels() {
     static const Kernels kernels{"amx", linear, quantize, hadamard_rows, head,          norm,
-                                 rotate, gated,  add,      attend,        round_columns, descend_columns,
-                                 rounding_errors};
+                                 rotate, gated,  add,      attend,        decode,        round_columns,
+                                 descend_columns, rounding_errors};
     return &kernels;
 }
 

@@ -142,10 +142,21 @@ void join_parts(const AttentionCall& call, int64_t sequence, int64_t head) {
     store_row(place_of(a.output, a.dtype, (sequence * a.heads + head) * a.head_dim), a.dtype, a.head_dim, output);
 }
 
+AttentionCall attention_call(const Attention& attention) {
+    return {attention, attention.heads / attention.cached_heads, round_up(attention.head_dim, kRank),
+            ceil_div(attention.positions, kPart), nullptr};
+}
+
+int64_t unit_count(const AttentionCall& call) { return call.a.batch * call.a.cached_heads * call.parts; }
+
+void join_heads(const AttentionCall& call) {
+    for (int64_t s = 0; s < call.a.batch; ++s)
+        for (int64_t h = 0; h < call.a.heads; ++h) join_parts(call, s, h);
+}
+
 void attend(const Attention& attention, ParallelFor parallel_for) {
-    AttentionCall call{attention, attention.heads / attention.cached_heads, round_up(attention.head_dim, kRank),
-                       ceil_div(attention.positions, kPart), nullptr};
-    int64_t units = attention.batch * attention.cached_heads * call.parts;
+    AttentionCall call = attention_call(attention);
+    int64_t units = unit_count(call);
     call.results = attention_memory().parts.at_least(units * call.unit_size());
     int64_t work = call.shared * call.padded * smaller(attention.positions, kPart);
     parallel_for(
@@ -155,8 +166,7 @@ void attend(const Attention& attention, ParallelFor parallel_for) {
                 attend_part(*static_cast<const AttentionCall*>(context), unit);
         },
         &call);
-    for (int64_t s = 0; s < attention.batch; ++s)
-        for (int64_t h = 0; h < attention.heads; ++h) join_parts(call, s, h);
+    join_heads(call);
 }
 
 }  // namespace

@@ -1,6 +1,6 @@
 #include "product_avx512.h"
 // The product comes first: what follows is written for it.
-#include "attention.h"
+#include "decode.h"
 #include "head.h"
 #include "rounding.h"
 
@@ -8,8 +8,8 @@ namespace quad {
 
 const Kernels* avx512vnni_kernels() {
     static const Kernels kernels{"avx512vnni", linear, quantize, hadamard_rows, head,          norm,
-                                 rotate, gated,  add,      attend,        round_columns, descend_columns,
-                                 rounding_errors};
+                                 rotate, gated,  add,      attend,        decode,        round_columns,
+                                 descend_columns, rounding_errors};
     return &kernels;
 }
 

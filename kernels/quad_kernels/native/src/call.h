@@ -116,6 +116,46 @@ struct Attention {
     float scale;
 };
 
+// Linears that share an input, which is where the call says: `input` has no data, the members no output.
+struct Group {
+    Input input;
+    const Member* members;
+    int64_t count;
+};
+
+// A decoder block for new tokens. Weights of norms are of the dtype of the hidden states, as is everything in a cache.
+struct DecodeBlock {
+    const void* norm_in;   // [width], before the attention
+    const void* norm_out;  // [width], before the MLP
+    const void* head_norms[2];  // [head_dim] of queries and keys, or null
+    Group qkv, output, gate_up, down;
+    void* keys;    // [tokens, cached_heads, capacity, head_dim]
+    void* values;  // likewise
+    int64_t capacity;
+};
+
+// All blocks of a decoder for one new token of each sequence.
+struct Decode {
+    const DecodeBlock* blocks;
+    int64_t block_count;
+    const void* x;  // [tokens, width]
+    void* y;        // likewise
+    Dtype dtype;
+    int64_t tokens;
+    int64_t width;
+    int64_t heads;
+    int64_t cached_heads;
+    int64_t head_dim;
+    int64_t position;     // of the new tokens in the caches
+    const uint8_t* mask;  // [tokens, position + 1], 0 where nobody may look; or null
+    const void* cosine;   // [angles, head_dim]; token t has row t % angles
+    const void* sine;
+    int64_t angles;
+    float eps;
+    float scale;
+    int64_t threads;
+};
+
 // Columns of a weight, [count, channels], that become integers in their order; see `quad_kernels.round_columns` and
 // `quad_kernels.descend_columns`.
 struct Columns {
@@ -174,6 +214,8 @@ struct Kernels {
     void (*add)(void* y, const void* x, Dtype dtype, int64_t count, ParallelFor parallel_for);
     // output = softmax(scale query keys^T) values, in float32, rounded once.
     void (*attend)(const Attention& attention, ParallelFor parallel_for);
+    // y = x behind all blocks; keys and values of the new tokens go into the caches.
+    void (*decode)(const Decode& call, ParallelFor parallel_for);
     // Rounds columns and carries their errors; moves integers to where the loss is least.
     void (*round_columns)(const Columns& columns, ParallelFor parallel_for);
     void (*descend_columns)(const Columns& columns, ParallelFor parallel_for);

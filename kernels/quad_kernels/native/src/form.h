@@ -27,6 +27,13 @@ struct SubScales {
     }
 };
 
+// What is read behind the lines of 16 channels. Asked for all at once it would wait for the lines, and they for it: line
+// l asks for what is at `data + l step`.
+struct Ahead {
+    const char* data;
+    int64_t step;
+};
+
 constexpr int64_t kAhead = 16;  // groups whose sub-scales are asked for: those of 16 channels lie apart in memory
 
 // Goes through the parts of some inputs in order.

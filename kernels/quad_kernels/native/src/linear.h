@@ -122,6 +122,20 @@ void fetch_outliers(const Call& call, int64_t index) {
     fetch(element(call.rest->outlier_weight, dtype, index * count), count * size_of(dtype));
 }
 
+// Has the outlier weights of block `index` asked for while `lines` lines of the block before it are read: by the products,
+// where they do that, else here.
+Ahead outliers_ahead(const Call& call, int64_t index, int64_t lines) {
+    Ahead ahead{reinterpret_cast<const char*>(call.weight->lines), 0};
+    if (!call.tokens.rank) return ahead;
+    Dtype dtype = call.rest->outlier_weight_dtype;
+    int64_t count = kChannels * call.rest->rank, step = ceil_div(count * size_of(dtype), lines);
+    if (!Product::kFetches || step > kLine) {
+        fetch_outliers(call, index);
+        return ahead;
+    }
+    return {static_cast<const char*>(element(call.rest->outlier_weight, dtype, index * count)), step};
+}
+
 // What is added to the integers of a weight that is read as it is stored; products begin at the sum that takes it off.
 constexpr int32_t offset_of(Form form) { return form == Form::bytes ? 128 : form == Form::nibbles ? 8 : 0; }
 
@@ -129,10 +143,12 @@ template <int T, Form F>
 void direct_block(const Call& call, int64_t index, CallMemory& memory) {
     const Tokens& tokens = call.tokens;
     Block block = memory.block[0].prepare(*call.weight, *call.rest, index, tokens, offset_of(F));
-    fetch_outliers(call, index + 1);
     alignas(64) int32_t total[T * kChannels];
     alignas(64) float y[T * kChannels] = {};
     int64_t end = ceil_div(call.weight->in_features, call.per_line()), step = call.stretch() / call.per_line();
+    Ahead ahead{};
+    if constexpr (F == Form::products) fetch_outliers(call, index + 1);
+    else ahead = outliers_ahead(call, index + 1, end);
     for (int64_t s = 0; s < tokens.sums; ++s) {
         int64_t begin = s * step, stop = s + 1 == tokens.sums ? end : begin + step;
         if constexpr (F == Form::products)
@@ -140,7 +156,7 @@ void direct_block(const Call& call, int64_t index, CallMemory& memory) {
                                         block.sub_scales, total);
         else
             Product::direct<T, F>(call.block_lines(index), begin, stop, tokens.integers, tokens.count * kChunk,
-                                  call.small, total);
+                                  call.small, ahead, total);
         add_stretch(block, call.weight->groups, tokens, 0, T, s, total, y);
     }
     end_block(call, block, 0, T, y);
@@ -173,24 +189,30 @@ int64_t count_units(const Call& call, int64_t size) {
     return count;
 }
 
+void direct_blocks(const Call& call, int64_t begin, int64_t end, CallMemory& memory) {
+    switch (call.form()) {
+        case Form::bytes: return direct_blocks<Form::bytes>(call, begin, end, memory);
+        case Form::products: return direct_blocks<Form::products>(call, begin, end, memory);
+        default: return direct_blocks<Form::nibbles>(call, begin, end, memory);
+    }
+}
+
+// Quantizes few tokens into memory of this thread; meanwhile the first weights come, those of block `first` of `call`.
+void place_all(Call& call, int64_t first, CallMemory& memory) {
+    call.tokens = make_room(memory, call, call.count);
+    fetch(call.block_lines(first), kFirst);
+    fetch_outliers(call, first);
+    for (int64_t i = 0; i < call.count; ++i) place(call, i);
+}
+
 // Few tokens: every thread quantizes them for itself, which is quicker than to wait for another.
 void direct(Call& whole, int64_t grain, ParallelFor parallel_for) {
     auto body = [](int64_t begin, int64_t end, void* context) {
         CallMemory& memory = call_memory();
         Call call = *static_cast<const Call*>(context);
-        call.tokens = make_room(memory, call, call.count);
-        for_members(call, kChannels, begin, begin + 1, [&](int64_t first, int64_t) {
-            fetch(call.block_lines(first), kFirst);
-            fetch_outliers(call, first);
-        });
-        for (int64_t i = 0; i < call.count; ++i) place(call, i);
-        for_members(call, kChannels, begin, end, [&](int64_t from, int64_t to) {
-            switch (call.form()) {
-                case Form::bytes: return direct_blocks<Form::bytes>(call, from, to, memory);
-                case Form::products: return direct_blocks<Form::products>(call, from, to, memory);
-                default: return direct_blocks<Form::nibbles>(call, from, to, memory);
-            }
-        });
+        for_members(call, kChannels, begin, begin + 1, [&](int64_t first, int64_t) { place_all(call, first, memory); });
+        for_members(call, kChannels, begin, end,
+                    [&](int64_t from, int64_t to) { direct_blocks(call, from, to, memory); });
     };
     parallel_for(0, count_units(whole, kChannels), grain, body, &whole);
 }
@@ -308,10 +330,12 @@ bool all_small(const Integers& x, int64_t width) {
     return low >= -8 && high <= 7;
 }
 
+bool is_small(const Input& input) { return input.bits <= 4 && !input.largest_sub_scale; }
+
 void linear(const Input* input, const Integers* integers, const Member* members, int64_t count,
             ParallelFor parallel_for) {
     int64_t tokens = input ? input->tokens : integers->tokens, width = members->weight.in_features;
-    bool small = input ? input->bits <= 4 && !input->largest_sub_scale : all_small(*integers, width);
+    bool small = input ? is_small(*input) : all_small(*integers, width);
     int64_t batch = larger(64, smaller(kBatch, kBatchBytes / width / 32 * 32));
     for (int64_t first = 0; first < tokens; first += batch) {
         Call call{};

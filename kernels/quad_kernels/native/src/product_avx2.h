@@ -15,6 +15,7 @@ struct Product {
     static constexpr int kTile = 3;
     static constexpr int64_t kPanel = 512;
     static constexpr int32_t kProductsOffset = 0;  // sub-scales multiply sums, which begin at what takes the 8 off
+    static constexpr bool kFetches = true;  // `direct` asks for what comes behind the lines, a piece with each line
     static constexpr int kPlanes = 2;  // a panel of whole bytes is two of nibbles: 255 x 127 x 2 overflows 16 bits
 
     static __m256i broadcast(const int8_t* a) {
@@ -88,7 +89,7 @@ struct Product {
 
     template <int T, Form F>
     static void direct(const uint8_t* lines, int64_t begin, int64_t end, const int8_t* a, int64_t chunk, bool small,
-                       int32_t* total) {
+                       const Ahead& ahead, int32_t* total) {
         constexpr bool Wide = F == Form::bytes;
         constexpr int kPer = Wide ? 16 : 8;
         const int64_t flush = Wide ? steps(small) : steps(small) / 2;
@@ -96,8 +97,10 @@ struct Product {
         for (int64_t start = begin; start < end; start += flush) {
             int64_t stop = smaller(end, start + flush);
             Sum low[T][2], high[T][2];
-            for (int64_t l = start; l < stop; ++l)
+            for (int64_t l = start; l < stop; ++l) {
+                _mm_prefetch(ahead.data + l * ahead.step, _MM_HINT_T0);
                 add_line<T, Wide>(lines + l * kLine, a + l / kPer * chunk + l % kPer * (64 / kPer), low, high);
+            }
             for (int t = 0; t < T; ++t)
                 for (int h = 0; h < 2; ++h) {
                     accumulate(total + 16 * t + 8 * h, low[t][h].take(), 0, false);

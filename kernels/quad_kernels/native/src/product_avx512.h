@@ -15,6 +15,7 @@ struct Product {
     static constexpr int kTile = 12;    // tokens that share an unpacked weight
     static constexpr int64_t kPanel = 2048;  // inputs unpacked at a time
     static constexpr int32_t kProductsOffset = 128;  // a panel holds integers times sub-scales, as lines of bytes do
+    static constexpr bool kFetches = false;
     static constexpr int kPlanes = 1;
 
     static __m512i broadcast(const int8_t* a) {
@@ -26,7 +27,7 @@ struct Product {
     // Sums [T][16] over lines [begin, end) of 16 channels, for T tokens 64 bytes apart in each chunk.
     template <int T, Form F>
     static void direct(const uint8_t* lines, int64_t begin, int64_t end, const int8_t* a, int64_t chunk, bool,
-                       int32_t* total) {
+                       const Ahead&, int32_t* total) {
         constexpr bool Wide = F == Form::bytes;
         constexpr int kPer = Wide ? 16 : 8;  // lines in a chunk of inputs
         constexpr int kChains = T == 1 ? 4 : T == 2 ? 2 : 1;

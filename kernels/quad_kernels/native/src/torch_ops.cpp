@@ -4,8 +4,10 @@
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/core/ScalarType.h>
 
+#include <algorithm>
 #include <cstring>
 #include <deque>
+#include <memory>
 #include <mutex>
 #include <optional>
 #include <tuple>
@@ -109,13 +111,12 @@ struct Settings {
     bool keep_width, hadamard;
 };
 
-quad::Input input_of(const Tensor& x, const Settings& settings) {
+// Without data.
+quad::Input input_of(quad::Dtype dtype, int64_t width, const Settings& settings) {
     const auto& [bits, clip_ratio, groups, largest_sub_scale, outliers, block, keep_width, hadamard] = settings;
     quad::Input input{};
-    input.data = x.const_data_ptr();
-    input.dtype = dtype_of(x, "x");
-    input.width = x.size(x.dim() - 1);
-    input.tokens = input.width ? x.numel() / input.width : 0;
+    input.dtype = dtype;
+    input.width = width;
     input.outliers = outliers;
     input.block = block;
     input.keep_width = keep_width;
@@ -123,12 +124,19 @@ quad::Input input_of(const Tensor& x, const Settings& settings) {
     input.clip_ratio = float(clip_ratio);
     input.groups = groups;
     input.largest_sub_scale = int32_t(largest_sub_scale);
-    STD_TORCH_CHECK(block > 0 && input.width % block == 0 && outliers >= 0 && outliers < block, "the split does not fit x");
+    STD_TORCH_CHECK(block > 0 && width % block == 0 && outliers >= 0 && outliers < block, "the split does not fit x");
     STD_TORCH_CHECK(groups > 0 && input.residual() % groups == 0, "the groups do not divide the residual");
     STD_TORCH_CHECK(bits >= 2 && bits <= 8, "the input must be quantized to 2 to 8 bits");
     STD_TORCH_CHECK(largest_sub_scale >= 0 && (largest_sub_scale << (bits - 1)) < 128,
                     "the input's integers times their sub-scales must fit into 8 bits");
     if (hadamard) input.hadamard = &plan_for(input.residual());
+    return input;
+}
+
+quad::Input input_of(const Tensor& x, const Settings& settings) {
+    quad::Input input = input_of(dtype_of(x, "x"), x.size(x.dim() - 1), settings);
+    input.data = x.const_data_ptr();
+    input.tokens = input.width ? x.numel() / input.width : 0;
     return input;
 }
 
@@ -281,34 +289,51 @@ Tensor dense_head(const Tensor& x_, const Tensor& weight) {
 // Linears that share an input, as the operators of a block get them: six tensors for each (lines, scale, zero point,
 // sub-scales, outlier weight, bias; what is absent is empty), and numbers: those of `Settings` without the clip ratio, in
 // order, then inputs, outputs and `wide` of each.
+constexpr size_t kParts = 6;
+
 class Parts {
   public:
     Parts(const std::vector<Tensor>& tensors, const std::vector<int64_t>& numbers)
         : tensors_(tensors), numbers_(numbers) {}
 
-    // Applies the next `count` linears to `x`.
-    std::vector<Tensor> linears(const Tensor& x, double clip_ratio, int64_t count) {
+    // Returns how the input of the next `count` linears, of `width` coordinates, is quantized, and adds them to `members`.
+    quad::Input group(quad::Dtype dtype, int64_t width, double clip_ratio, int64_t count,
+                      std::vector<quad::Member>& members) {
         int64_t bits = number(), groups = number(), largest_sub_scale = number(), outliers = number(), block = number();
         bool keep_width = number(), hadamard = number();
-        quad::Input input =
-            input_of(x, {bits, clip_ratio, groups, largest_sub_scale, outliers, block, keep_width, hadamard});
-        std::vector<Tensor> results;
-        std::vector<quad::Member> members;
+        quad::Input input = input_of(
+            dtype, width, {bits, clip_ratio, groups, largest_sub_scale, outliers, block, keep_width, hadamard});
+        size_t first = members.size();
         for (int64_t i = 0; i < count; ++i) {
             int64_t in_features = number(), out_features = number();
             bool wide = number();
             const Tensor &lines = tensor(), &scale = tensor();
             MaybeTensor zero_point = maybe(), sub_scale = maybe(), outlier_weight = maybe(), bias = maybe();
             STD_TORCH_CHECK(input.residual() == in_features && scale.is_contiguous(), "the weight does not fit");
-            results.push_back(empty(sizes_with(x, out_features), torch_dtype(input.dtype)));
             members.push_back({weight_of(lines, scale, zero_point, sub_scale, in_features, out_features, wide),
                                rest_of(outlier_weight, bias, input.rank(), out_features),
-                               {results.back().mutable_data_ptr(), input.dtype}});
-            STD_TORCH_CHECK(members[0].weight.groups == members[i].weight.groups &&
-                                members[0].weight.sub_groups == members[i].weight.sub_groups &&
-                                members[0].rest.outlier_weight_dtype == members[i].rest.outlier_weight_dtype &&
-                                members[0].rest.rank == members[i].rest.rank,
+                               {nullptr, dtype}});
+            const quad::Member &one = members[first], &other = members.back();
+            STD_TORCH_CHECK(one.weight.groups == other.weight.groups &&
+                                one.weight.sub_groups == other.weight.sub_groups &&
+                                one.rest.outlier_weight_dtype == other.rest.outlier_weight_dtype &&
+                                one.rest.rank == other.rest.rank,
                             "linears that share an input must have the same format");
+        }
+        return input;
+    }
+
+    // Applies the next `count` linears to `x`.
+    std::vector<Tensor> linears(const Tensor& x, double clip_ratio, int64_t count) {
+        std::vector<quad::Member> members;
+        int64_t width = x.size(x.dim() - 1);
+        quad::Input input = group(dtype_of(x, "x"), width, clip_ratio, count, members);
+        input.data = x.const_data_ptr();
+        input.tokens = width ? x.numel() / width : 0;
+        std::vector<Tensor> results;
+        for (quad::Member& member : members) {
+            results.push_back(empty(sizes_with(x, member.weight.out_features), torch_dtype(input.dtype)));
+            member.output.data = results.back().mutable_data_ptr();
         }
         kernels().linear(&input, nullptr, members.data(), count, parallel_for);
         return results;
@@ -445,42 +470,196 @@ Tensor attend(const Tensor& query_, const Tensor& keys, const Tensor& values, in
     return y;
 }
 
-// Writes one token of each sequence, [batch, ..., heads * head_dim], into a cache [batch, heads, capacity, head_dim].
-void write_position(Tensor& cache, const Tensor& states, int64_t position) {
-    int64_t batch = cache.size(0), heads = cache.size(1), capacity = cache.size(2);
-    int64_t bytes = cache.size(3) * (cache.scalar_type() == ScalarType::Float ? 4 : 2);
-    STD_TORCH_CHECK(cache.dim() == 4 && cache.is_contiguous() && cache.scalar_type() == states.scalar_type() &&
-                        states.numel() == batch * heads * cache.size(3) && position >= 0 && position < capacity,
-                    "the cache does not fit");
-    auto source = static_cast<const char*>(states.const_data_ptr());
-    auto target = static_cast<char*>(cache.mutable_data_ptr());
-    for (int64_t row = 0; row < batch * heads; ++row)
-        std::memcpy(target + (row * capacity + position) * bytes, source + row * bytes, bytes);
+// A tensor whose data somebody may exchange (`parameter.data = ...`) while a pointer to it is kept.
+struct Held {
+    Tensor tensor;
+    void* data;
+
+    explicit Held(const Tensor& t) : tensor(t), data(current()) {}
+    bool stays() const { return current() == data; }
+
+  private:
+    void* current() const {
+        void* found = nullptr;
+        STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_data_ptr(tensor.get(), &found));
+        return found;
+    }
+};
+
+// The blocks of a decoder, with pointers to their tensors.
+struct ResolvedBlocks {
+    std::vector<quad::DecodeBlock> blocks;
+    std::deque<std::vector<quad::Member>> members;  // addresses stay
+    std::vector<Held> held;
+    quad::Dtype dtype;
+    int64_t width = 0, queries = 0, keys = 0, block_bytes = 0;
+    int64_t head_norm_width = 0;  // 0 without
+
+    bool stays() const {
+        for (const Held& each : held)
+            if (!each.stays()) return false;
+        return true;
+    }
+};
+
+// The blocks of a decoder as `Blocks` in block.py puts them together. Kept here, because their tensors are so many that
+// to hand them over for each token took longer than some of the linears.
+struct BlockPlan {
+    std::vector<Tensor> norms, head_norms, parts;
+    std::vector<int64_t> numbers;
+    std::vector<double> clip_ratios;
+    double eps;
+    std::shared_ptr<const ResolvedBlocks> resolved;
+
+    std::shared_ptr<const ResolvedBlocks> resolve() const {
+        auto made = std::make_shared<ResolvedBlocks>();
+        size_t count = norms.size() / 2;
+        STD_TORCH_CHECK(count && clip_ratios.size() == 4 * count &&
+                            (head_norms.empty() || head_norms.size() == 2 * count),
+                        "the blocks have parts of different numbers");
+        made->dtype = dtype_of(norms[0], "the norms");
+        made->width = norms[0].numel();
+        Parts reader(parts, numbers);
+        for (size_t i = 0; i < count; ++i) {
+            quad::DecodeBlock block{};
+            block.norm_in = weight_of_norm(*made, norms[2 * i], made->width);
+            block.norm_out = weight_of_norm(*made, norms[2 * i + 1], made->width);
+            block.qkv = group(*made, reader, made->width, clip_ratios[4 * i], 3);
+            int64_t queries = width_of(block.qkv, 0), keys = width_of(block.qkv, 1);
+            block.output = group(*made, reader, queries, clip_ratios[4 * i + 1], 1);
+            block.gate_up = group(*made, reader, made->width, clip_ratios[4 * i + 2], 2);
+            block.down = group(*made, reader, width_of(block.gate_up, 0), clip_ratios[4 * i + 3], 1);
+            if (i == 0) made->queries = queries, made->keys = keys;
+            STD_TORCH_CHECK(queries == made->queries && keys == made->keys && width_of(block.qkv, 2) == keys &&
+                                width_of(block.gate_up, 1) == width_of(block.gate_up, 0) &&
+                                width_of(block.gate_up, 0) == width_of(made->blocks.empty() ? block.gate_up
+                                                                                             : made->blocks[0].gate_up,
+                                                                        0) &&
+                                width_of(block.output, 0) == made->width && width_of(block.down, 0) == made->width,
+                            "the linears of a block do not fit each other");
+            if (!head_norms.empty()) made->head_norm_width = head_norms[0].numel();
+            for (size_t h = 0; h < 2 && !head_norms.empty(); ++h)
+                block.head_norms[h] = weight_of_norm(*made, head_norms[2 * i + h], made->head_norm_width);
+            made->blocks.push_back(block);
+        }
+        for (const std::vector<quad::Member>& group : made->members)
+            for (const quad::Member& member : group)
+                made->block_bytes += member.weight.out_features * member.weight.in_features / (member.weight.wide ? 1 : 2);
+        made->block_bytes /= count;
+        for (size_t i = 0; i < parts.size(); ++i)  // all but the lines and what goes with them, which nobody else has
+            if (parts[i].numel() && (i % kParts == 1 || i % kParts >= 4)) made->held.emplace_back(parts[i]);
+        return made;
+    }
+
+  private:
+    static int64_t width_of(const quad::Group& group, int64_t member) {
+        return group.members[member].weight.out_features;
+    }
+
+    static const void* weight_of_norm(ResolvedBlocks& made, const Tensor& weight, int64_t width) {
+        STD_TORCH_CHECK(weight.is_contiguous() && weight.numel() == width &&
+                            dtype_of(weight, "the norms") == made.dtype,
+                        "the norms of the blocks do not fit each other");
+        made.held.emplace_back(weight);
+        return weight.const_data_ptr();
+    }
+
+    static quad::Group group(ResolvedBlocks& made, Parts& reader, int64_t width, double clip_ratio, int64_t count) {
+        std::vector<quad::Member>& members = made.members.emplace_back();
+        quad::Input input = reader.group(made.dtype, width, clip_ratio, count, members);
+        return {input, members.data(), count};
+    }
+};
+
+std::mutex blocks_mutex;
+auto& block_plans = *new std::unordered_map<int64_t, BlockPlan>;  // never destroyed: PyTorch may be gone by then
+int64_t next_block_plan = 1;
+
+// `norms` are two of each block, `head_norms` two or none, `clip_ratios` four.
+int64_t plan_blocks(const std::vector<Tensor>& norms, double eps, const std::vector<Tensor>& head_norms,
+                    const std::vector<Tensor>& parts, const std::vector<int64_t>& numbers,
+                    const std::vector<double>& clip_ratios) {
+    BlockPlan plan{norms, head_norms, parts, numbers, clip_ratios, eps, nullptr};
+    plan.resolved = plan.resolve();
+    std::lock_guard<std::mutex> lock(blocks_mutex);
+    block_plans.emplace(next_block_plan, std::move(plan));
+    return next_block_plan++;
 }
 
+// Returns the blocks of a plan; tensors may have got other data since.
+std::shared_ptr<const ResolvedBlocks> blocks_of(int64_t number, double* eps) {
+    std::lock_guard<std::mutex> lock(blocks_mutex);
+    auto found = block_plans.find(number);
+    STD_TORCH_CHECK(found != block_plans.end(), "there is no plan ", number);
+    BlockPlan& plan = found->second;
+    if (!plan.resolved->stays()) plan.resolved = plan.resolve();
+    *eps = plan.eps;
+    return plan.resolved;
+}
+
+// A cache of a block, [batch, heads, capacity, head_dim].
+void* cache_of(Tensor& cache, const Tensor& like, int64_t batch, int64_t width, int64_t position) {
+    STD_TORCH_CHECK(cache.dim() == 4 && cache.is_contiguous() && cache.scalar_type() == like.scalar_type() &&
+                        cache.size(0) == batch && cache.size(1) * cache.size(3) == width && position >= 0 &&
+                        position < cache.size(2),
+                    "the cache does not fit");
+    return cache.mutable_data_ptr();
+}
+
+constexpr int64_t kBytesPerSeat = 256 * 1024;  // of the weights of a block: a thread less would wait more than it works
+
 // All blocks of a decoder for one token of each sequence, x [batch, 1, width], behind `position` tokens in the caches.
-// `norms` are two of each block, `head_norms` two or none, `clip_ratios` four; `keys` and `values` one of each.
-Tensor decode(const Tensor& x_, const std::vector<Tensor>& norms, double eps, const Tensor& cosine, const Tensor& sine,
-              const std::vector<Tensor>& head_norms, const std::vector<Tensor>& parts,
-              const std::vector<int64_t>& numbers, const std::vector<double>& clip_ratios, std::vector<Tensor> keys,
-              std::vector<Tensor> values, int64_t position, const MaybeTensor& mask, double scale) {
+// `number` is that of a plan; `keys` and `values` are one of each block.
+Tensor decode(const Tensor& x_, int64_t number, const Tensor& cosine, const Tensor& sine, std::vector<Tensor> keys,
+              std::vector<Tensor> values, int64_t position, const MaybeTensor& mask_, double scale) {
     Tensor x = dense(x_);
-    size_t blocks = norms.size() / 2;
-    STD_TORCH_CHECK(keys.size() == blocks && values.size() == blocks && clip_ratios.size() == 4 * blocks &&
-                        (head_norms.empty() || head_norms.size() == 2 * blocks),
-                    "the blocks have parts of different numbers");
+    MaybeTensor mask = dense(mask_);
+    double eps = 0;
+    std::shared_ptr<const ResolvedBlocks> resolved = blocks_of(number, &eps);
+    std::vector<quad::DecodeBlock> blocks = resolved->blocks;
+    STD_TORCH_CHECK(keys.size() == blocks.size() && values.size() == blocks.size() && !keys.empty() &&
+                        dtype_of(x, "the hidden states") == resolved->dtype &&
+                        x.size(x.dim() - 1) == resolved->width && keys[0].dim() == 4,
+                    "the hidden states and caches do not fit the blocks");
     Rotary rotary(cosine, sine, x);
-    Parts reader(parts, numbers);
-    for (size_t i = 0; i < blocks; ++i) {
-        const Tensor* of_heads = head_norms.empty() ? nullptr : &head_norms[2 * i];
-        std::vector<Tensor> states =
-            queries_keys_values(x, norms[2 * i], eps, rotary, of_heads, reader, clip_ratios[4 * i]);
-        write_position(keys[i], states[1], position);
-        write_position(values[i], states[2], position);
-        Tensor attention = attend(states[0], keys[i], values[i], position + 1, mask, scale);
-        x = behind_attention(attention, x, norms[2 * i + 1], eps, reader, &clip_ratios[4 * i + 1]);
+    quad::Decode call{};
+    call.dtype = resolved->dtype;
+    call.width = resolved->width;
+    call.tokens = x.numel() / call.width;
+    call.head_dim = rotary.head_dim;
+    call.heads = resolved->queries / call.head_dim;
+    call.cached_heads = resolved->keys / call.head_dim;
+    STD_TORCH_CHECK(call.heads * call.head_dim == resolved->queries && call.cached_heads > 0 &&
+                        call.cached_heads * call.head_dim == resolved->keys && call.heads % call.cached_heads == 0 &&
+                        keys[0].size(3) == call.head_dim &&
+                        (!resolved->head_norm_width || resolved->head_norm_width == call.head_dim),
+                    "the cache does not fit the heads");
+    for (size_t i = 0; i < blocks.size(); ++i) {
+        blocks[i].keys = cache_of(keys[i], x, call.tokens, resolved->keys, position);
+        blocks[i].values = cache_of(values[i], x, call.tokens, resolved->keys, position);
+        blocks[i].capacity = keys[i].size(2);
+        STD_TORCH_CHECK(values[i].size(2) == blocks[i].capacity, "keys and values have different room");
     }
-    return x;
+    if (mask) {
+        STD_TORCH_CHECK(mask->scalar_type() == ScalarType::Bool && mask->numel() == call.tokens * (position + 1),
+                        "the mask must be bool, [batch, positions]");
+        call.mask = static_cast<const uint8_t*>(mask->const_data_ptr());
+    }
+    Tensor y = empty({x.sizes().begin(), x.sizes().end()}, torch_dtype(call.dtype));
+    call.x = x.const_data_ptr();
+    call.y = y.mutable_data_ptr();
+    call.blocks = blocks.data();
+    call.block_count = int64_t(blocks.size());
+    call.position = position;
+    call.cosine = rotary.cosine.const_data_ptr();
+    call.sine = rotary.sine.const_data_ptr();
+    call.angles = rotary.angles;
+    call.eps = float(eps);
+    call.scale = float(scale);
+    int64_t most = (resolved->block_bytes + kBytesPerSeat - 1) / kBytesPerSeat;
+    call.threads = std::max<int64_t>(1, std::min<int64_t>(torch::stable::get_num_threads(), most));
+    kernels().decode(call, parallel_for);
+    return y;
 }
 
 const float* floats(const Tensor& tensor) {
@@ -579,9 +758,11 @@ STABLE_TORCH_LIBRARY(quad_native, m) {
     m.def(
         "attend(Tensor query, Tensor keys, Tensor values, int positions, Tensor? mask, float scale) -> Tensor");
     m.def(
-        "decode(Tensor x, Tensor[] norms, float eps, Tensor cosine, Tensor sine, Tensor[] head_norms, Tensor[] parts, "
-        "int[] numbers, float[] clip_ratios, Tensor(a!)[] keys, Tensor(b!)[] values, int position, Tensor? mask, "
-        "float scale) -> Tensor");
+        "plan_blocks(Tensor[] norms, float eps, Tensor[] head_norms, Tensor[] parts, int[] numbers, "
+        "float[] clip_ratios) -> int");
+    m.def(
+        "decode(Tensor x, int number, Tensor cosine, Tensor sine, Tensor(a!)[] keys, Tensor(b!)[] values, int position, "
+        "Tensor? mask, float scale) -> Tensor");
     m.def("norm(Tensor x, Tensor weight, float eps) -> Tensor");
     m.def("silu(Tensor x) -> Tensor");
     m.def("hadamard(Tensor x) -> Tensor");
@@ -604,6 +785,7 @@ STABLE_TORCH_LIBRARY_IMPL(quad_native, CPU, m) {
     m.impl("block_in", TORCH_BOX(&block_in));
     m.impl("block_out", TORCH_BOX(&block_out));
     m.impl("attend", TORCH_BOX(&attend));
+    m.impl("plan_blocks", TORCH_BOX(&plan_blocks));
     m.impl("decode", TORCH_BOX(&decode));
     m.impl("norm", TORCH_BOX(&norm));
     m.impl("silu", TORCH_BOX(&silu));
@@ -619,11 +801,16 @@ STABLE_TORCH_LIBRARY_IMPL(quad_native, CPU, m) {
 extern "C" {
 
 // Changes with the arguments of the operators.
-int quad_interface() { return 2; }
+int quad_interface() { return 3; }
 const char* quad_supported() { return quad::supported(); }
 const char* quad_chosen() { return quad::chosen() ? quad::chosen()->name : ""; }
 int quad_choose(const char* name) { return quad::choose(name); }
 void quad_set_planner(void (*function)(int64_t)) { planner = function; }
+
+void quad_forget_blocks(int64_t number) {
+    std::lock_guard<std::mutex> lock(blocks_mutex);
+    block_plans.erase(number);
+}
 
 // `signs` holds the tables of the factors that are no powers of two, one after the other.
 void quad_add_plan(int64_t size, int64_t block, int32_t count, const int32_t* orders, const uint8_t* signs) {

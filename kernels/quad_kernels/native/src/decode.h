@@ -1,0 +1,297 @@
+// All blocks of a decoder for a token of each sequence, in one parallel region. Every thread does what is short (norms,
+// rotation, quantization, residuals) for itself, and its part of what is long (channels of the linears, heads of the
+// attention); then all wait for each other. That is quicker than to begin a region for each linear, and to let the other
+// threads wait while one does the rest.
+//
+// The functions are those of the operators on one block or one linear, so the bits are the same.
+#pragma once
+
+#include <sched.h>
+
+#include "attention.h"
+
+namespace {
+
+using quad::Decode;
+using quad::DecodeBlock;
+using quad::Group;
+
+constexpr int64_t kSpins = 20000;  // before a thread that waits lets others run
+
+// The threads of one call. `expected` is what was asked for; `members` is how many came.
+struct Team {
+    int32_t expected;
+    int32_t announced = 0;
+    int32_t members = 0;
+    int32_t waiting = 0;
+    int32_t phase = 0;
+    int32_t failed = 0;
+};
+
+// A thread's place in its team.
+struct Seat {
+    Team* team;
+    int64_t index;
+    int64_t size;
+
+    template <class Done>
+    void spin(const Done& done) const {
+        for (int64_t i = 0; !done(); ++i) {
+            if (__atomic_load_n(&team->failed, __ATOMIC_RELAXED)) throw std::bad_alloc();
+            if (i < kSpins) _mm_pause();
+            else sched_yield();
+        }
+    }
+
+    // Returns when every thread of the team has come here; all that they wrote before can be read then.
+    void wait() const {
+        if (size == 1) return;
+        int32_t phase = __atomic_load_n(&team->phase, __ATOMIC_RELAXED);
+        if (__atomic_add_fetch(&team->waiting, 1, __ATOMIC_ACQ_REL) == size) {
+            __atomic_store_n(&team->waiting, 0, __ATOMIC_RELAXED);
+            __atomic_store_n(&team->phase, phase + 1, __ATOMIC_RELEASE);
+        } else {
+            spin([&] { return __atomic_load_n(&team->phase, __ATOMIC_ACQUIRE) != phase; });
+        }
+    }
+
+    // This thread's part of `count` items.
+    void part(int64_t count, int64_t* begin, int64_t* end) const {
+        *begin = count * index / size;
+        *end = count * (index + 1) / size;
+    }
+};
+
+thread_local const Seat* own_seat = nullptr;
+
+// A `ParallelFor` that all threads of a team call at the same place.
+void share(int64_t begin, int64_t end, int64_t, quad::Body body, void* context) {
+    int64_t from, to;
+    own_seat->part(end - begin, &from, &to);
+    if (from < to) body(begin + from, begin + to, context);
+    own_seat->wait();
+}
+
+// One for what every thread does itself.
+void alone(int64_t begin, int64_t end, int64_t, quad::Body body, void* context) { body(begin, end, context); }
+
+struct DecodeMemory {
+    Buffer<char> shared, own;
+    Buffer<float> attention;
+};
+
+DecodeMemory& decode_memory() {
+    thread_local DecodeMemory memory;
+    return memory;
+}
+
+int64_t width_of(const Group& group, int64_t member) { return group.members[member].weight.out_features; }
+
+// What one thread knows. Buffers of `shared` are everybody's, all others its own.
+struct DecodeThread {
+    const Decode& call;
+    const Seat& seat;
+    ParallelFor parallel_for;  // `share`; that of PyTorch for a thread without a team
+    char* shared;
+    char* own;
+    float* attention_results;
+
+    int64_t bytes(int64_t per_token) const { return round_up(call.tokens * per_token * size_of(call.dtype), kLine); }
+
+    Input input_of(const Group& group, const void* x) const {
+        Input input = group.input;
+        input.data = x;
+        input.tokens = call.tokens;
+        return input;
+    }
+
+    // Applies linears that share an input; member i writes to outputs[i].
+    void linears(const Group& group, const void* x, void* const* outputs) const {
+        Input input = input_of(group, x);
+        Member members[3];
+        for (int64_t i = 0; i < group.count; ++i) {
+            members[i] = group.members[i];
+            members[i].output = {outputs[i], call.dtype};
+        }
+        linear(&input, nullptr, members, group.count, parallel_for);
+    }
+
+    // gate = silu(gate) * up, each thread for channels of its own; nobody has waited yet where a team works.
+    void gate_and_up(const Group& group, const void* x, void* gate, void* up) const {
+        int64_t width = width_of(group, 0);
+        if (parallel_for != share) {
+            void* outputs[] = {gate, up};
+            linears(group, x, outputs);
+            return gated(gate, up, call.dtype, call.tokens * width, parallel_for);
+        }
+        int64_t begin, end;
+        seat.part(ceil_div(width, kChannels), &begin, &end);
+        if (begin < end) {
+            Input input = input_of(group, x);
+            Member members[2] = {group.members[0], group.members[1]};
+            members[0].output = {gate, call.dtype};
+            members[1].output = {up, call.dtype};
+            Call whole{};
+            whole.input = &input;
+            whole.select(members[0]);
+            whole.count = call.tokens;
+            whole.small = is_small(input);
+            CallMemory& memory = call_memory();
+            place_all(whole, begin, memory);
+            for (const Member& member : members) {
+                whole.select(member);
+                direct_blocks(whole, begin, end, memory);
+            }
+            int64_t first = begin * kChannels, count = smaller(width, end * kChannels) - first;
+            for (int64_t t = 0; t < call.tokens; ++t)
+                gated(place_of(gate, call.dtype, t * width + first), element(up, call.dtype, t * width + first),
+                      call.dtype, count, alone);
+        }
+        seat.wait();
+    }
+
+    void rotated(const DecodeBlock& block, void* const* states) const {
+        for (int i = 0; i < 2; ++i) {
+            int64_t heads = i ? call.cached_heads : call.heads;
+            if (block.head_norms[i])
+                norm(states[i], block.head_norms[i], states[i], call.dtype, call.eps, call.tokens * heads,
+                     call.head_dim, alone);
+            rotate(states[i], call.dtype, call.tokens, heads, call.head_dim, call.cosine, call.sine, call.angles, alone);
+        }
+    }
+
+    // Writes the attention of queries `states[0]`; keys and values `states[1]` and `[2]` go into the cache first, each head's
+    // by whoever looks at its last positions.
+    void attention(const DecodeBlock& block, void* const* states, void* output) const {
+        quad::Attention a{states[0],    output,         call.dtype,         call.tokens,    call.heads,
+                          call.head_dim, block.keys,    block.values,       call.cached_heads, block.capacity,
+                          call.position + 1, call.mask, call.scale};
+        AttentionCall attention = attention_call(a);
+        attention.results = attention_results;
+        struct Context {
+            const AttentionCall& attention;
+            const DecodeThread& thread;
+            const DecodeBlock& block;
+            void* const* states;
+        } context{attention, *this, block, states};
+        parallel_for(
+            0, unit_count(attention), 1,
+            [](int64_t begin, int64_t end, void* pointer) {
+                const Context& c = *static_cast<const Context*>(pointer);
+                for (int64_t unit = begin; unit < end; ++unit) {
+                    if (unit % c.attention.parts == c.attention.parts - 1)
+                        c.thread.write_position(c.block, unit / c.attention.parts, c.states);
+                    attend_part(c.attention, unit);
+                }
+            },
+            &context);
+        join_heads(attention);
+    }
+
+    // `row` counts the cached heads of all sequences.
+    void write_position(const DecodeBlock& block, int64_t row, void* const* states) const {
+        int64_t size = call.head_dim * size_of(call.dtype), target = (row * block.capacity + call.position) * size;
+        std::memcpy(static_cast<char*>(block.keys) + target, static_cast<char*>(states[1]) + row * size, size);
+        std::memcpy(static_cast<char*>(block.values) + target, static_cast<char*>(states[2]) + row * size, size);
+    }
+
+    // y = result + x for all tokens, in memory of this thread.
+    void residual(void* y, const void* result, const void* x) const {
+        std::memcpy(y, result, call.tokens * call.width * size_of(call.dtype));
+        add(y, x, call.dtype, call.tokens * call.width, alone);
+    }
+
+    static int64_t shared_bytes(const Decode& call) {
+        const DecodeBlock& b = call.blocks[0];
+        int64_t wide = width_of(b.qkv, 0) + width_of(b.qkv, 1) + width_of(b.qkv, 2) + 2 * call.width +
+                       2 * width_of(b.gate_up, 0);
+        return call.tokens * wide * size_of(call.dtype) + 8 * kLine;
+    }
+
+    static int64_t own_bytes(const Decode& call) {
+        const DecodeBlock& b = call.blocks[0];
+        int64_t wide = 4 * call.width + 2 * width_of(b.qkv, 0) + width_of(b.qkv, 1);
+        return call.tokens * wide * size_of(call.dtype) + 8 * kLine;
+    }
+
+    void run() const {
+        const DecodeBlock& b = call.blocks[0];
+        int64_t queries = width_of(b.qkv, 0), keys = width_of(b.qkv, 1), inner = width_of(b.gate_up, 0);
+        char *next = shared, *mine = own;
+        void *qkv[3], *output, *gate, *up, *down, *x, *normed, *hidden, *turned[3], *attended;
+        auto take = [&](char*& memory, int64_t width) {
+            void* place = memory;
+            memory += bytes(width);
+            return place;
+        };
+        qkv[0] = take(next, queries), qkv[1] = take(next, keys), qkv[2] = take(next, keys);
+        output = take(next, call.width), gate = take(next, inner), up = take(next, inner);
+        down = take(next, call.width);
+        x = take(mine, call.width), normed = take(mine, call.width), hidden = take(mine, call.width);
+        turned[0] = take(mine, queries), turned[1] = take(mine, keys), attended = take(mine, queries);
+        turned[2] = qkv[2];
+        int64_t size = size_of(call.dtype);
+        std::memcpy(x, call.x, call.tokens * call.width * size);
+        for (int64_t i = 0; i < call.block_count; ++i) {
+            const DecodeBlock& block = call.blocks[i];
+            norm(x, block.norm_in, normed, call.dtype, call.eps, call.tokens, call.width, alone);
+            linears(block.qkv, normed, qkv);
+            std::memcpy(turned[0], qkv[0], call.tokens * queries * size);
+            std::memcpy(turned[1], qkv[1], call.tokens * keys * size);
+            rotated(block, turned);
+            attention(block, turned, attended);
+            linears(block.output, attended, &output);
+            residual(hidden, output, x);
+            norm(hidden, block.norm_out, normed, call.dtype, call.eps, call.tokens, call.width, alone);
+            gate_and_up(block.gate_up, normed, gate, up);
+            linears(block.down, gate, &down);
+            residual(x, down, hidden);
+        }
+        if (seat.index == 0) std::memcpy(call.y, x, call.tokens * call.width * size);
+    }
+};
+
+void decode(const Decode& call, ParallelFor parallel_for) {
+    DecodeMemory& memory = decode_memory();
+    quad::Attention a{};
+    a.heads = call.heads, a.cached_heads = call.cached_heads, a.head_dim = call.head_dim;
+    a.batch = call.tokens, a.positions = call.position + 1;
+    AttentionCall attention = attention_call(a);
+    char* shared = memory.shared.at_least(DecodeThread::shared_bytes(call));
+    float* results = memory.attention.at_least(unit_count(attention) * attention.unit_size());
+    if (call.tokens > Product::kDirect || call.threads == 1) {
+        Seat seat{nullptr, 0, 1};
+        ParallelFor inner = call.threads == 1 ? alone : parallel_for;
+        DecodeThread{call, seat, inner, shared, memory.own.at_least(DecodeThread::own_bytes(call)), results}.run();
+        return;
+    }
+    struct Context {
+        const Decode& call;
+        Team team;
+        char* shared;
+        float* results;
+    } context{call, {int32_t(call.threads)}, shared, results};
+    parallel_for(
+        0, call.threads, 1,
+        [](int64_t begin, int64_t end, void* pointer) {
+            Context& c = *static_cast<Context*>(pointer);
+            Seat seat{&c.team, __atomic_fetch_add(&c.team.members, 1, __ATOMIC_ACQ_REL), 0};
+            // A thread may be given the places of several: how many there are is known when all places are taken.
+            __atomic_fetch_add(&c.team.announced, int32_t(end - begin), __ATOMIC_ACQ_REL);
+            seat.spin([&] { return __atomic_load_n(&c.team.announced, __ATOMIC_ACQUIRE) == c.team.expected; });
+            seat.size = __atomic_load_n(&c.team.members, __ATOMIC_ACQUIRE);
+            own_seat = &seat;
+            try {
+                char* own = decode_memory().own.at_least(DecodeThread::own_bytes(c.call));
+                DecodeThread{c.call, seat, share, c.shared, own, c.results}.run();
+            } catch (...) {
+                __atomic_store_n(&c.team.failed, 1, __ATOMIC_RELAXED);
+                own_seat = nullptr;
+                throw;
+            }
+            own_seat = nullptr;
+        },
+        &context);
+}
+
+}  // namespace
