@@ -34,6 +34,7 @@ from quad_modifiers.passes.calibration_stream import work_on
 from quad_modifiers.plugins import architectures
 from quad_modifiers.process_state import kept_apart
 from quad_modifiers.records.calibration_record import CALIBRATION_NAME, calibration_record
+from quad_modifiers.records.checksums import complete_checksums
 from quad_modifiers.reporting import SUMMARY, file_size, table
 
 logger = logging.getLogger(__name__)
@@ -206,6 +207,7 @@ def _save(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, rec
         if tokenizer is not None:
             tokenizer.save_pretrained(inner)
         (inner / CALIBRATION_NAME).write_text(record)  # a stock recipe's saver knows nothing of it
+        complete_checksums(inner)
         for item in inner.iterdir():
             item.rename(temporary / item.name)
         inner.rmdir()

@@ -190,11 +190,13 @@ def quad_checkpoint(
     """Returns a QUAD checkpoint of a toy, with tokenizer, made by `TOY_RECIPE`; never write to it."""
     pytest.importorskip("llmcompressor")
     from quad_modifiers import oneshot
+    from quad_modifiers.records.checksums import complete_checksums
 
     ids = torch.randint(3, VOCABULARY, (8, 48), generator=torch.Generator().manual_seed(5))
     folder = tmp_path_factory.mktemp("quad") / "toy-quad"
     oneshot(make_toy(), TOY_RECIPE, dataset=ids, num_calibration_samples=8, max_seq_length=48, output_dir=folder)
     toy_tokenizer.save_pretrained(folder)
+    complete_checksums(folder)
     return folder
 
 

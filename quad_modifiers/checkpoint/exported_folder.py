@@ -12,6 +12,7 @@ from torch import nn
 from quad_modifiers.checkpoint.save import write_tensors
 from quad_modifiers.output_folder import check_space, complete_or_absent
 from quad_modifiers.records.calibration_record import CALIBRATION_NAME
+from quad_modifiers.records.checksums import write_checksums
 from quad_modifiers.records.export_record import EXPORT_NAME, Export
 
 logger = logging.getLogger(__name__)
@@ -49,6 +50,7 @@ def write_export(
             for file in source.glob(pattern):
                 shutil.copy2(file, temporary / file.name)
         (temporary / EXPORT_NAME).write_text(record.model_dump_json(indent=2) + "\n")
+        write_checksums(temporary)
     logger.info("wrote a %s checkpoint of %.1f MB to %s", record.format, needed / 1e6, target)
     for note in record.notes:
         logger.warning("%s: %s", target.name, note)

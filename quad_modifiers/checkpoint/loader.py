@@ -39,6 +39,7 @@ from quad_modifiers.nn.packed_shapes import TensorSpec
 from quad_modifiers.nn.quad_linear import QuadLinear
 from quad_modifiers.plugins import architectures
 from quad_modifiers.plugins.checkpoint_parts import load_term
+from quad_modifiers.records.checksums import verify_loading
 from quad_modifiers.records.inventory import read_header
 
 logger = logging.getLogger(__name__)
@@ -97,6 +98,7 @@ class QuadHfQuantizer(HfQuantizer):
         install_tables(decoder, quad)
         files = kwargs.get("checkpoint_files")
         if files:
+            verify_loading(Path(files[0]).parent)
             check_tensors(self._expected, files, tied_names(model))
 
     def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> None:

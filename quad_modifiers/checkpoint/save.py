@@ -29,6 +29,7 @@ from quad_modifiers.model.architecture import Architecture
 from quad_modifiers.model.decoder import Decoder
 from quad_modifiers.nn.quad_linear import QuadLinear
 from quad_modifiers.output_folder import check_space, check_target, complete_or_absent, user_path
+from quad_modifiers.records.checksums import write_checksums
 from quad_modifiers.records.inventory import INDEX_NAME
 
 logger = logging.getLogger(__name__)
@@ -85,7 +86,7 @@ def save_checkpoint(
     folder: Path,
     max_shard_size: str | int = "5GB",
 ) -> None:
-    """Writes model, config, generation config and the recipe.
+    """Writes model, config, generation config, the recipe and the checksums of them all.
 
     Args:
         model: with `QuadLinear` linears.
@@ -118,6 +119,7 @@ def save_checkpoint(
             (temporary / "recipe.yaml").write_text(contributions.recipe, encoding="utf-8")
         for name, text in contributions.files.items():
             (temporary / name).write_text(text)
+        write_checksums(temporary)
     kind = "compressed-tensors" if plain else "QUAD"
     logger.info("wrote a %s checkpoint of %.1f MB", kind, size / 1e6)
 

@@ -55,7 +55,7 @@ def quantize_blocks(
 
 
 def runs_faster_packed(linear: QuadLinear) -> bool:
-    """Whether this machine multiplies the integers of inputs and weights faster than float32: the native CPU kernels do."""
+    """Whether integers of inputs and weights are multiplied faster than float32 here: the native CPU kernels do it."""
     device = linear.residual.weight.device
     return linear.quantize_input and device.type == "cpu" and choose_backend(device).name == NativeBackend.name
 

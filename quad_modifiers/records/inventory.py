@@ -127,6 +127,12 @@ def read_header(file: Path) -> dict[str, dict[str, Any]]:
     return entries
 
 
+def data_start(file: Path) -> int:
+    """Returns the offset in a safetensors file that the offsets of its entries are counted from, in bytes."""
+    with file.open("rb") as stream:
+        return 8 + int(struct.unpack("<Q", stream.read(8))[0])
+
+
 def read_json(file: Path) -> dict[str, Any]:
     """Returns a JSON object."""
     if not file.is_file():

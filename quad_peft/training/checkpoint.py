@@ -9,6 +9,7 @@ from quad_modifiers.checkpoint.rehearsal import rehearse_saving
 from quad_modifiers.checkpoint.whole_model import DEFAULTS, LoadingOptions
 from quad_modifiers.output_folder import check_space, check_target, complete_or_absent, user_path
 from quad_modifiers.records.calibration_record import CALIBRATION_NAME
+from quad_modifiers.records.checksums import complete_checksums
 from quad_modifiers.records.tuning_record import TUNING_NAME, read_tuning
 
 logger = logging.getLogger(__name__)
@@ -62,4 +63,5 @@ def merge(checkpoint: str | Path, adapter: str | Path, output: str | Path, optio
         for file in (*kept, adapter / TUNING_NAME):
             if file is not None and Path(file).is_file():
                 shutil.copyfile(file, temporary / Path(file).name)
+        complete_checksums(temporary)
     logger.info("wrote %s", output)

@@ -107,20 +107,23 @@ def test_hessian_is_that_of_the_quantized_inputs(make_toy, compress) -> None:
 def test_a_block_may_go_on_with_integers(make_toy, compress, monkeypatch) -> None:
     """Whether the rest of a block is computed with integers or in float32 decides little but ties."""
     models = []
-    for packed in (True, False):
-        seen = []
-        monkeypatch.setattr(
-            "quad_modifiers.passes.weight_pass.runs_faster_packed", lambda linear, seen=seen, p=packed: seen.append(1) or p
-        )
+    for answer in (True, False):
+        asked: list[QuadLinear] = []
+
+        def packed(linear: QuadLinear, asked: list[QuadLinear] = asked, answer: bool = answer) -> bool:
+            asked.append(linear)
+            return answer
+
+        monkeypatch.setattr("quad_modifiers.passes.weight_pass.runs_faster_packed", packed)
         modifiers = (SVDOutlierProjection(rank=8), DynamicActQuant(), OutlierSplitGPTQ(error_correction=0.5, sweeps=1))
         models.append(containers(compress(make_toy(), *modifiers)))
-        assert len(seen) == len(models[-1])
-    for name, packed in models[0].items():
-        dense = models[1][name]
-        same = packed.residual.quantized_weight().integers == dense.residual.quantized_weight().integers
+        assert asked == list(models[-1].values())
+    for name, one in models[0].items():
+        other = models[1][name]
+        same = one.residual.quantized_weight().integers == other.residual.quantized_weight().integers
         assert same.float().mean() > 0.98, name
-        if dense.outlier_weight is not None:
-            assert relative(packed.outlier_weight, dense.outlier_weight) < 0.01, name
+        if other.outlier_weight is not None:
+            assert relative(one.outlier_weight, other.outlier_weight) < 0.01, name
 
 
 def test_report_at_the_end(make_toy, compress, caplog) -> None:

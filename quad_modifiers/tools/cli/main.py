@@ -20,6 +20,7 @@ from quad_modifiers.tools.cli import (
     publish,
     recipes,
     support,
+    verify,
 )
 from quad_modifiers.tools.cli.errors import INTERRUPTED, describe, exit_code
 from quad_modifiers.tools.console import show_warning
@@ -41,6 +42,7 @@ _COMMANDS: dict[str, tuple[Callable[..., None], str]] = {
         "quad_modifiers.checkpoint.export.export_compressed_tensors(source_folder, target_folder), and "
         "quad_modifiers.checkpoint.dense.export_dense(source_folder, target_folder) for --format dense",
     ),
+    "verify": (verify.verify, "quad_modifiers.records.checksums.damages(folder, need_checksums(folder))"),
     "publish": (
         publish.publish,
         "quad_modifiers.tools.publishing.publish(folder, repo_id, ...), and plan(...) for --dry-run",
@@ -56,6 +58,7 @@ _EXAMPLES = {
     "compare": "quad compare outputs/quad-w4a4 outputs/quad-w4a4a8 -o outputs/comparison",
     "support": "quad support HuggingFaceTB/SmolLM3-3B",
     "export": "quad export outputs/SmolLM2-quad -o outputs/plain --format dense",
+    "verify": "quad verify outputs/SmolLM2-quad",
     "publish": "quad publish outputs/SmolLM2-quad me/SmolLM2-quad --base-model HuggingFaceTB/SmolLM2-135M --dry-run",
 }
 

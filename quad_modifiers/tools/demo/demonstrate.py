@@ -100,7 +100,7 @@ def compress(original: Path, recipe: str, output: Path, *, force: bool) -> Compr
 
 
 def _load_original(folder: Path) -> PreTrainedModel:
-    """Loads the original as its owner would on this processor: in float32 where bfloat16 is emulated, and far slower."""
+    """Loads the original as its owner would on this processor: in float32 where bfloat16 is emulated."""
     model: PreTrainedModel = load_whole_model(folder)
     if model.dtype == torch.bfloat16 and fast_dtype(model.device) == torch.float32:
         model = load_whole_model(folder, dtype=torch.float32)

@@ -113,8 +113,8 @@ def _prefill_seconds(model: PreTrainedModel, ids: torch.Tensor) -> float:
 def _decode_seconds(model: PreTrainedModel, ids: torch.Tensor, new: int) -> float:
     clock = _Clock()
     mask = torch.ones_like(ids)
-    # The token that would end the text is one that there is not. A least number of new tokens would do it too, but looks
-    # for such tokens in all scores.
+    # The token that would end the text is one that there is not. A least number of new tokens would do it too, but
+    # looks for such tokens in all scores.
     length = {"max_new_tokens": new, "eos_token_id": model.config.vocab_size}
     model.generate(ids, attention_mask=mask, do_sample=False, pad_token_id=0, streamer=clock, **length)
     _, first, *_, last = clock.times  # the prompt comes first

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from huggingface_hub import HfApi, hf_hub_url
 
+from quad_modifiers.records.checksums import damages, read_checksums, refuse_damages
 from quad_modifiers.records.evaluation_record import read_evaluation
 from quad_modifiers.tools.publishing.base_license import UNKNOWN, License, find_license
 from quad_modifiers.tools.publishing.card import build_card, read_card, write_card
@@ -72,6 +73,7 @@ def plan(
             )
         _check_name(base_model)
     inventory = check_contents(folder, needs_tokenizer)
+    _check_sums(folder)
     evaluation = read_evaluation(folder)
     own, _ = read_card(folder / CARD_NAME)
     base_model = base_model or _base_of(own.get("base_model"))
@@ -142,6 +144,21 @@ def publish(
     message = message or f"Publish {repo_id.rpartition('/')[2]} with quad-modifiers"
     url = commit(api, repo_id, folder, names, removed, revision, message, info.sha, {CARD_NAME: planned.card})
     return Published(repo_id, f"{api.endpoint}/{repo_id}", url, planned, tuple(removed))
+
+
+def _check_sums(folder: Path) -> None:
+    """Refuses weights or a config that have changed since they were written; names other files, which people edit.
+
+    A folder from before there were checksums is taken as it is.
+    """
+    wanted = read_checksums(folder)
+    if wanted is None:
+        return
+    problems = damages(folder, wanted)
+    others = [problem for problem in problems if problem.partition(" ")[0] in {*wanted.files} - {"config.json"}]
+    refuse_damages(folder, [problem for problem in problems if problem not in others])
+    for problem in others:
+        logger.warning("%s since the checkpoint was written", problem)
 
 
 def _check_name(repo_id: str) -> None:

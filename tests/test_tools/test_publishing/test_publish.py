@@ -18,6 +18,7 @@ FILES = {
     ".gitattributes",
     "README.md",
     "calibration.json",
+    "checksums.json",
     "config.json",
     "generation_config.json",
     "model.safetensors",
