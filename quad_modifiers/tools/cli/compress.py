@@ -1,12 +1,15 @@
 """`quad compress`: from a model and a recipe to a checkpoint."""
 
+import logging
 import time
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from quad_modifiers.reporting import file_size
+from quad_modifiers.tools.cli.errors import FAILURE
 from quad_modifiers.tools.cli.options import (
     SOURCE_FORM,
     TEXT_FORMS,
@@ -24,12 +27,16 @@ from quad_modifiers.tools.cli.options import (
     Split,
     TextColumn,
     TrustRemoteCode,
+    loading,
     recipe_names,
 )
 from quad_modifiers.tools.console import log_on_stderr, print_json, print_table
 
 if TYPE_CHECKING:
     from quad_modifiers.records.inventory import Inventory
+    from quad_modifiers.tools.evaluation.sanity import Sanity
+
+logger = logging.getLogger(__name__)
 
 
 def compress(
@@ -62,44 +69,74 @@ def compress(
     dtype: LoadingDtype = Dtype.auto,
     device: Device = None,
     cache_dir: CacheDir = None,
+    no_check: Annotated[
+        bool, typer.Option("--no-check", help="Do not measure the perplexity before and after on a few windows.")
+    ] = False,
+    max_perplexity_ratio: Annotated[
+        float | None,
+        typer.Option(min=0, help="Exit with 1 if the perplexity after / before is larger; the checkpoint stays."),
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
     """Compress a model by a recipe and write the checkpoint.
 
     Recipe, output folder and model type are checked before the weights are loaded. The output appears complete or not
-    at all. Progress goes to stderr, the closing table to stdout.
+    at all. Then original and result are compared on a few windows of text, and a warning says if the result is broken.
+    Progress goes to stderr, the closing table to stdout.
     """
     from quad_modifiers import oneshot
     from quad_modifiers.data.mixture import named_sources
 
+    if no_check and max_perplexity_ratio is not None:
+        raise ValueError("--no-check leaves out what --max-perplexity-ratio is about; give one of them")
     start = time.perf_counter()
+    sources = named_sources(dataset or ())
     with log_on_stderr(summaries=False):
-        oneshot(
-            model,
-            recipe,
-            dataset=named_sources(dataset or ()),
-            output_dir=output,
-            tokenizer=tokenizer,
-            num_calibration_samples=samples,
-            max_seq_length=seq_length,
-            text_column=text_column,
-            splits=split,
-            dataset_config_name=dataset_config,
-            seed=seed,
-            overrides=overrides or (),
-            precision=dtype.value,
-            model_revision=revision,
-            trust_remote_code_model=trust_remote_code,
-            cache_dir=cache_dir,
-            device=device,
-        )
-    seconds = time.perf_counter() - start
+        held = [
+            oneshot(
+                model,
+                recipe,
+                dataset=sources,
+                output_dir=output,
+                tokenizer=tokenizer,
+                num_calibration_samples=samples,
+                max_seq_length=seq_length,
+                text_column=text_column,
+                splits=split,
+                dataset_config_name=dataset_config,
+                seed=seed,
+                overrides=overrides or (),
+                precision=dtype.value,
+                model_revision=revision,
+                trust_remote_code_model=trust_remote_code,
+                cache_dir=cache_dir,
+                device=device,
+            )
+        ]
+        seconds = time.perf_counter() - start
+        seen = None
+        if not no_check:
+            seen = _sanity(
+                held,
+                model,
+                dataset=sources or None,
+                tokenizer=tokenizer,
+                sequence_length=seq_length,
+                seed=seed,
+                text_column=text_column,
+                splits=split,
+                dataset_config_name=dataset_config,
+                options=loading(revision, trust_remote_code, dtype, device, cache_dir),
+            )
     before, after = _inventories(original_folder(model, revision, cache_dir), output)
     if as_json:
-        print_json(_summary(recipe, output, before, after, seconds))
-        return
-    took = (("time", f"{seconds:.0f} s"), ("peak memory", _memory()))
-    print_table((), [("recipe", recipe), *_sizes(before, after), *took, ("checkpoint", str(output))])
+        print_json(_summary(recipe, output, before, after, seconds, seen))
+    else:
+        took = (("time", f"{seconds:.0f} s"), ("peak memory", _memory()))
+        rows = [("recipe", recipe), *_sizes(before, after), *_seen(seen), *took, ("checkpoint", str(output))]
+        print_table((), rows)
+    if max_perplexity_ratio is not None and (seen is None or not seen.ratio <= max_perplexity_ratio):
+        raise typer.Exit(FAILURE)
 
 
 def _inventories(original: Path | None, output: Path) -> "tuple[Inventory | None, Inventory]":
@@ -113,8 +150,48 @@ def _inventories(original: Path | None, output: Path) -> "tuple[Inventory | None
     return before, read_inventory(output)
 
 
+def _sanity(held: list[Any], original: str, **arguments: Any) -> "Sanity | None":
+    """Compares the model in `held`, which is emptied, with the original; None, and a warning, if that cannot be done.
+
+    The checkpoint is written already: nothing that happens here may look as if it were not.
+    """
+    from quad_modifiers.tools.evaluation.sanity import BROKEN, SanityCheck
+
+    try:
+        seen = SanityCheck(original, **arguments).compare(held.pop)
+    except (ValueError, OSError, RuntimeError, ImportError) as error:
+        logger.warning("the checkpoint is written, but could not be looked at: %s", error)
+        return None
+    if not seen.ratio <= BROKEN:
+        logger.warning(
+            "the perplexity is %.1f times the original's: the checkpoint is written, but something is wrong with it, "
+            "or the recipe does not suit this model; `quad inspect` says what does",
+            seen.ratio,
+        )
+    return seen
+
+
+def _seen(seen: "Sanity | None") -> list[tuple[str, str]]:
+    """Returns the rows on what was seen of original and result."""
+    if seen is None:
+        return []
+    values = f"{seen.before.perplexity:.2f} before, {seen.after.perplexity:.2f} after: {seen.ratio:.3f} times"
+    rows = [("perplexity", f"{values} ({seen.windows} windows of {seen.text})")]
+    if seen.prompt:
+        rows += [
+            ("it goes on, before", f"{seen.prompt} … {seen.before.continuation}"),
+            ("it goes on, after", f"{seen.prompt} … {seen.after.continuation}"),
+        ]
+    return rows
+
+
 def _summary(
-    recipe: str, output: Path, before: "Inventory | None", after: "Inventory", seconds: float
+    recipe: str,
+    output: Path,
+    before: "Inventory | None",
+    after: "Inventory",
+    seconds: float,
+    seen: "Sanity | None",
 ) -> dict[str, Any]:
     """Returns the closing table for programs: sizes in bytes, time in seconds, memory in bytes."""
     from quad_modifiers.records.machine import peak_memory
@@ -129,6 +206,7 @@ def _summary(
         "size_after": size(after),
         "seconds": round(seconds, 1),
         "peak_memory": peak_memory() or None,
+        "sanity": None if seen is None else asdict(seen) | {"ratio": seen.ratio},
         "checkpoint": str(output),
     }
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import signal
 import subprocess
@@ -276,3 +277,60 @@ quad_stage:
         assert done.code == 0, done.err
         assert "transformers ignores it" in done.err
         assert "transform_config" in json.loads((target / "config.json").read_text())["quantization_config"]
+
+
+def test_original_and_result_are_compared(quad, toy_checkpoint, recipe: Path, text: Path, tmp_path: Path) -> None:
+    arguments = ("compress", toy_checkpoint("llama"), recipe, "--dataset", text, *SHORT)
+    done = quad(*arguments, "-o", tmp_path / "table")
+    assert done.code == 0, done.err
+    assert re.search(
+        r"perplexity +[\d.]+ before, [\d.]+ after: [\d.]+ times \(4 windows of the calibration text", done.out
+    )
+    assert "it goes on, before" in done.out
+    assert "it goes on, after" in done.out
+    done = quad(*arguments, "-o", tmp_path / "json", "--json")
+    seen = json.loads(done.out)["sanity"]
+    assert seen["ratio"] == pytest.approx(seen["after"]["perplexity"] / seen["before"]["perplexity"])
+    assert 0.5 < seen["ratio"] < 2
+    assert seen["before"]["continuation"]
+    assert seen["prompt"]
+
+
+def test_the_comparison_can_be_left_out(quad, toy_checkpoint, recipe: Path, text: Path, tmp_path: Path) -> None:
+    arguments = ("compress", toy_checkpoint("llama"), recipe, "--dataset", text, "-o", tmp_path / "out", *SHORT)
+    done = quad(*arguments, "--no-check", "--max-perplexity-ratio", 2)
+    assert done.code == 2
+    assert "give one of them" in done.err
+    assert not (tmp_path / "out").exists()
+    done = quad(*arguments, "--no-check", "--json")
+    assert done.code == 0, done.err
+    assert json.loads(done.out)["sanity"] is None
+
+
+def test_a_result_that_is_worse_than_allowed(
+    quad, toy_checkpoint, recipe: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("quad_modifiers.tools.evaluation.sanity.BROKEN", 0.1)
+    arguments = ("compress", toy_checkpoint("llama"), recipe, "--dataset", text, *SHORT)
+    done = quad(*arguments, "-o", tmp_path / "out", "--max-perplexity-ratio", 0.5)
+    assert done.code == 1
+    assert re.search(r"the perplexity is [\d.]+ times the original's: the checkpoint is written, but", done.err)
+    assert (tmp_path / "out" / "config.json").is_file()
+    assert "checkpoint" in done.out
+    monkeypatch.undo()
+    assert quad(*arguments, "-o", tmp_path / "good", "--max-perplexity-ratio", 3).code == 0
+
+
+def test_a_comparison_that_fails_loses_nothing(
+    quad, toy_checkpoint, recipe: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise OSError("the disk is gone")
+
+    monkeypatch.setattr("quad_modifiers.tools.evaluation.sanity.load_whole_model", fail)
+    arguments = ("compress", toy_checkpoint("llama"), recipe, "--dataset", text, *SHORT)
+    done = quad(*arguments, "-o", tmp_path / "out")
+    assert done.code == 0
+    assert "the checkpoint is written, but could not be looked at: the disk is gone" in done.err
+    assert (tmp_path / "out" / "config.json").is_file()
+    assert quad(*arguments, "-o", tmp_path / "strict", "--max-perplexity-ratio", 3).code == 1
