@@ -144,7 +144,7 @@ def choose_backend(device: torch.device | str, name: str | None = None) -> Backe
         >>> choose_backend("cpu", "reference").name
         'reference'
     """
-    device = torch.device(device)
+    device = device if isinstance(device, torch.device) else torch.device(device)
     return _choose(device.type, device.index, name or os.environ.get(ENVIRONMENT_VARIABLE, ""))
 
 

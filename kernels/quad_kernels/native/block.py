@@ -165,9 +165,7 @@ class Blocks:
                 self._norms, self.eps, self._head_norms, self._parts, self._numbers, self._clip_ratios
             )
             weakref.finalize(self, library.forget_blocks, self._number)
-        return torch.ops.quad_native.decode(
-            x, self._number, cosine, sine, keys, values, position, mask, self.scale
-        )
+        return torch.ops.quad_native.decode(x, self._number, cosine, sine, keys, values, position, mask, self.scale)
 
 
 def _groups(weight: QuantizedWeight) -> tuple[int, int]:

@@ -11,6 +11,7 @@ with the sum of the inputs, one number per token.
 
 import math
 from functools import partial
+from typing import Any
 
 import torch
 
@@ -21,6 +22,7 @@ from quad_kernels.weight import QuantizedWeight
 
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # and their numbers in the operators
 CHANNELS = 16
+_DESCRIBED = "_described"  # of a weight, what `_described` found last
 INPUTS = 64  # inputs are filled up to a multiple of this
 
 
@@ -118,9 +120,31 @@ def linear(
     bias: torch.Tensor | None,
 ) -> torch.Tensor | None:
     """Returns a whole layer of `x`, `[..., width]`, as `[..., out]`, dtype of `x`; None if they do not take it."""
-    if not takes(weight, quantization.scales(weight.in_features), x, outlier_weight, bias):
+    described = _described(weight, split, quantization)
+    if described is None or x.dtype not in DTYPES:
         return None
-    return torch.ops.quad_native.linear(x, *settings(quantization, split), *operands(weight), outlier_weight, bias)
+    if (outlier_weight is not None and outlier_weight.dtype not in DTYPES) or (
+        bias is not None and bias.dtype not in DTYPES
+    ):
+        return None
+    return torch.ops.quad_native.linear(x, *described, outlier_weight, bias)
+
+
+def _described(weight: QuantizedWeight, split: InputSplit, quantization: InputQuantization) -> tuple[Any, ...] | None:
+    """Returns the arguments that describe a layer's input and weight, None if the kernels do not take them.
+
+    They stay with the weight: for one token of a small layer it takes as long to put them together as to multiply.
+    """
+    known = weight.__dict__.get(_DESCRIBED)
+    if known is not None and known[0] is split and known[1] is quantization:
+        found: tuple[Any, ...] = known[2]
+        return found
+    if not takes(weight, quantization.scales(weight.in_features)):
+        return None
+    described = (*settings(quantization, split), *operands(weight))
+    if not torch.compiler.is_compiling():
+        weight.__dict__[_DESCRIBED] = split, quantization, described
+    return described
 
 
 LAYOUTS = {
