@@ -1,8 +1,8 @@
-"""The product of one position of a few sequences with a matrix, which is a matter of reading the matrix."""
+"""Products of the head and of what is like it: for one position a matter of reading the matrix."""
 
 import torch
+from quad_kernels import processor
 from quad_kernels.native.lines import DTYPES
-from torch import nn
 
 FEW_TOKENS = 8
 
@@ -11,7 +11,8 @@ def linear(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     """Returns x weight^T, `[..., out]`, dtype of `x`.
 
     PyTorch's own product reads a bfloat16 matrix at a third of the memory's speed on a processor with AVX2; the native
-    kernels read its rows as they are. They take one position of up to 8 sequences, without gradients.
+    kernels read its rows as they are. They take one position of up to 8 sequences, without gradients. For more
+    positions such a processor multiplies in float32.
 
     Args:
         x: `[batch, positions, in]`, or of other dimensions.
@@ -20,7 +21,7 @@ def linear(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     few = x.dim() == 3 and x.shape[1] == 1 and x.shape[0] <= FEW_TOKENS
     if few and weight.dtype == torch.bfloat16 and weight.is_contiguous() and runs_natively(x, weight):
         return torch.ops.quad_native.dense_head(x, weight)
-    return nn.functional.linear(x, weight)
+    return processor.linear(x, weight)
 
 
 def runs_natively(*tensors: torch.Tensor) -> bool:

@@ -23,6 +23,7 @@ DIVIDED = ("quad_kernels", "quad_modifiers")  # packages whose every module is i
 # From the ground up: a room may import rooms that stand before it. A room is a module or package with everything below
 # it that is not a room of its own.
 FLOORS = (
+    "quad_kernels.processor",
     "quad_kernels.packing",
     "quad_kernels.formats",
     "quad_kernels.layouts",

@@ -4,6 +4,8 @@ from collections.abc import Callable
 
 import torch
 
+from quad_kernels import processor
+
 _SLICE = 4096  # rows at a time: small enough to stay in the cache until their product
 _FLIP = -0x7F7F7F80  # 0x80808080: in each byte, from the stored offset of 128 to two's complement
 
@@ -30,5 +32,5 @@ def by_slices(x: torch.Tensor, words: torch.Tensor, scale: torch.Tensor, product
 
 def _product(x: torch.Tensor, integers: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
     # Integers of 8 bits are exact in every floating dtype; the scale comes last.
-    y = torch.nn.functional.linear(x, integers.to(x.dtype))
+    y = processor.linear(x, integers.to(x.dtype))
     return (y * scale.to(y.dtype) if y.dtype == torch.float64 else y.float() * scale.float()).to(x.dtype)
