@@ -133,11 +133,12 @@ struct BlockMemory {
 
     // `added` is what the products find added to the weight's integers.
     Block prepare(const Weight& weight, const Rest& rest, int64_t index, const Tokens& tokens, int32_t added) {
-        Block block{};
+        Block block;  // a few fields for a few lines: to clear it first would be noticed
         block.first = index * kChannels;
         block.channels = smaller(kChannels, weight.out_features - block.first);
         block.scale = scales(weight, block);
         block.offset = offsets(weight, block, added);
+        block.outlier = {nullptr, nullptr};
         if (weight.sub_scale) block.sub_scales = sub_scales(weight, block, tokens);
         if (rest.outlier_weight) {
             Dtype dtype = rest.outlier_weight_dtype;
@@ -145,8 +146,9 @@ struct BlockMemory {
             block.outlier = outlier.of(rows, dtype, block.channels, rest.rank, tokens.rank);
         }
         float* b = bias.at_least(kChannels);
-        for (int64_t c = 0; c < kChannels; ++c)
-            b[c] = rest.bias && c < block.channels ? load_one(rest.bias, rest.bias_dtype, block.first + c) : 0.0f;
+        std::memset(b, 0, kChannels * sizeof(float));
+        if (rest.bias)
+            load_row(element(rest.bias, rest.bias_dtype, block.first), rest.bias_dtype, block.channels, b);
         block.bias = b;
         return block;
     }
@@ -185,11 +187,11 @@ struct BlockMemory {
 
     const int32_t* offsets(const Weight& weight, const Block& block, int32_t added) {
         int32_t* o = offset.at_least(weight.groups * kChannels);
-        for (int64_t g = 0; g < weight.groups; ++g)
-            for (int64_t c = 0; c < kChannels; ++c) {
-                bool zero = weight.zero_point && c < block.channels;
-                o[g * kChannels + c] = added + (zero ? weight.zero_point[(block.first + c) * weight.groups + g] : 0);
-            }
+        for (int64_t i = 0; i < weight.groups * kChannels; ++i) o[i] = added;
+        if (weight.zero_point)
+            for (int64_t g = 0; g < weight.groups; ++g)
+                for (int64_t c = 0; c < block.channels; ++c)
+                    o[g * kChannels + c] += weight.zero_point[(block.first + c) * weight.groups + g];
         return o;
     }
 };

@@ -6,7 +6,9 @@
 // The functions are those of the operators on one block or one linear, so the bits are the same.
 #pragma once
 
-#include <sched.h>
+#include <linux/futex.h>
+#include <sys/syscall.h>
+#include <unistd.h>
 
 #include "attention.h"
 
@@ -16,7 +18,7 @@ using quad::Decode;
 using quad::DecodeBlock;
 using quad::Group;
 
-constexpr int64_t kSpins = 20000;  // before a thread that waits lets others run
+constexpr uint64_t kSpin = 200000;  // cycles that a thread waits awake: longer than the others usually take
 
 // The threads of one call. `expected` is what was asked for; `members` is how many came.
 struct Team {
@@ -25,7 +27,37 @@ struct Team {
     int32_t members = 0;
     int32_t waiting = 0;
     int32_t phase = 0;
+    int32_t asleep = 0;
     int32_t failed = 0;
+
+    // Returns when `word` is no longer `value`. On a busy machine the others may not be running: a thread that went on
+    // looking would only use up its own share of the processor, and be taken off it when it has work.
+    void wait_for_change(int32_t* word, int32_t value) {
+        for (uint64_t start = __rdtsc(); __atomic_load_n(word, __ATOMIC_ACQUIRE) == value;) {
+            if (__atomic_load_n(&failed, __ATOMIC_RELAXED)) throw std::bad_alloc();
+            if (__rdtsc() - start < kSpin) {
+                _mm_pause();
+                continue;
+            }
+            __atomic_add_fetch(&asleep, 1, __ATOMIC_SEQ_CST);
+            syscall(SYS_futex, word, FUTEX_WAIT_PRIVATE, value, nullptr, nullptr, 0);
+            __atomic_sub_fetch(&asleep, 1, __ATOMIC_SEQ_CST);
+        }
+    }
+
+    void wake(int32_t* word) {
+        if (__atomic_load_n(&asleep, __ATOMIC_SEQ_CST))
+            syscall(SYS_futex, word, FUTEX_WAKE_PRIVATE, INT32_MAX, nullptr, nullptr, 0);
+    }
+
+    void fail() {
+        __atomic_store_n(&failed, 1, __ATOMIC_SEQ_CST);
+        // Whoever is about to sleep looks at the word once more.
+        __atomic_add_fetch(&phase, 1, __ATOMIC_SEQ_CST);
+        __atomic_add_fetch(&announced, expected, __ATOMIC_SEQ_CST);
+        wake(&phase);
+        wake(&announced);
+    }
 };
 
 // A thread's place in its team.
@@ -34,25 +66,24 @@ struct Seat {
     int64_t index;
     int64_t size;
 
-    template <class Done>
-    void spin(const Done& done) const {
-        for (int64_t i = 0; !done(); ++i) {
-            if (__atomic_load_n(&team->failed, __ATOMIC_RELAXED)) throw std::bad_alloc();
-            if (i < kSpins) _mm_pause();
-            else sched_yield();
-        }
+    // A thread may be given the places of several: how many there are is known when all places are taken.
+    void take(int64_t places) {
+        index = __atomic_fetch_add(&team->members, 1, __ATOMIC_SEQ_CST);
+        int32_t found = __atomic_add_fetch(&team->announced, int32_t(places), __ATOMIC_SEQ_CST);
+        team->wake(&team->announced);
+        for (; found < team->expected; found = __atomic_load_n(&team->announced, __ATOMIC_SEQ_CST))
+            team->wait_for_change(&team->announced, found);
+        size = __atomic_load_n(&team->members, __ATOMIC_SEQ_CST);
     }
 
     // Returns when every thread of the team has come here; all that they wrote before can be read then.
     void wait() const {
         if (size == 1) return;
         int32_t phase = __atomic_load_n(&team->phase, __ATOMIC_RELAXED);
-        if (__atomic_add_fetch(&team->waiting, 1, __ATOMIC_ACQ_REL) == size) {
-            __atomic_store_n(&team->waiting, 0, __ATOMIC_RELAXED);
-            __atomic_store_n(&team->phase, phase + 1, __ATOMIC_RELEASE);
-        } else {
-            spin([&] { return __atomic_load_n(&team->phase, __ATOMIC_ACQUIRE) != phase; });
-        }
+        if (__atomic_add_fetch(&team->waiting, 1, __ATOMIC_ACQ_REL) < size) return team->wait_for_change(&team->phase, phase);
+        __atomic_store_n(&team->waiting, 0, __ATOMIC_RELAXED);
+        __atomic_store_n(&team->phase, phase + 1, __ATOMIC_SEQ_CST);
+        team->wake(&team->phase);
     }
 
     // This thread's part of `count` items.
@@ -275,17 +306,14 @@ void decode(const Decode& call, ParallelFor parallel_for) {
         0, call.threads, 1,
         [](int64_t begin, int64_t end, void* pointer) {
             Context& c = *static_cast<Context*>(pointer);
-            Seat seat{&c.team, __atomic_fetch_add(&c.team.members, 1, __ATOMIC_ACQ_REL), 0};
-            // A thread may be given the places of several: how many there are is known when all places are taken.
-            __atomic_fetch_add(&c.team.announced, int32_t(end - begin), __ATOMIC_ACQ_REL);
-            seat.spin([&] { return __atomic_load_n(&c.team.announced, __ATOMIC_ACQUIRE) == c.team.expected; });
-            seat.size = __atomic_load_n(&c.team.members, __ATOMIC_ACQUIRE);
+            Seat seat{&c.team, 0, 1};
             own_seat = &seat;
             try {
+                seat.take(end - begin);
                 char* own = decode_memory().own.at_least(DecodeThread::own_bytes(c.call));
                 DecodeThread{c.call, seat, share, c.shared, own, c.results}.run();
             } catch (...) {
-                __atomic_store_n(&c.team.failed, 1, __ATOMIC_RELAXED);
+                c.team.fail();
                 own_seat = nullptr;
                 throw;
             }
