@@ -16,6 +16,8 @@ from quad_modifiers.passes.calibration_stream import CalibrationBatch, first_blo
 from quad_modifiers.passes.runners import BlockRunner, runner_of
 from quad_modifiers.quantization.group import InputMoments, LinearReport, WeightQuantization, quantize_group
 
+_SMALL = 2**16  # weights of a linear below which its calls take longer than its products
+
 Finish = Callable[[PlacedLinear, QuantizedWeight], None]
 
 
@@ -56,8 +58,10 @@ def quantize_blocks(
 
 def runs_faster_packed(linear: QuadLinear) -> bool:
     """Whether integers of inputs and weights are multiplied faster than float32 here: the native CPU kernels do it."""
-    device = linear.residual.weight.device
-    return linear.quantize_input and device.type == "cpu" and choose_backend(device).name == NativeBackend.name
+    weight = linear.residual.weight
+    if not linear.quantize_input or weight.device.type != "cpu" or weight.numel() < _SMALL:
+        return False
+    return choose_backend(weight.device).name == NativeBackend.name
 
 
 def _check_representable(linear: PlacedLinear) -> None:
