@@ -4,7 +4,7 @@ import logging
 import time
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
 import typer
 
@@ -113,7 +113,7 @@ def compress(
                 device=device,
             )
         ]
-        seconds = time.perf_counter() - start
+        cost = _Cost.since(start)  # the comparison is no part of it
         seen = None
         if not no_check:
             seen = _sanity(
@@ -130,9 +130,9 @@ def compress(
             )
     before, after = _inventories(original_folder(model, revision, cache_dir), output)
     if as_json:
-        print_json(_summary(recipe, output, before, after, seconds, seen))
+        print_json(_summary(recipe, output, before, after, cost, seen))
     else:
-        took = (("time", f"{seconds:.0f} s"), ("peak memory", _memory()))
+        took = (("time", f"{cost.seconds:.0f} s"), ("peak memory", cost.memory))
         rows = [("recipe", recipe), *_sizes(before, after), *_seen(seen), *took, ("checkpoint", str(output))]
         print_table((), rows)
     if max_perplexity_ratio is not None and (seen is None or not seen.ratio <= max_perplexity_ratio):
@@ -190,11 +190,10 @@ def _summary(
     output: Path,
     before: "Inventory | None",
     after: "Inventory",
-    seconds: float,
+    cost: "_Cost",
     seen: "Sanity | None",
 ) -> dict[str, Any]:
     """Returns the closing table for programs: sizes in bytes, time in seconds, memory in bytes."""
-    from quad_modifiers.records.machine import peak_memory
 
     def size(held: "Inventory | None") -> dict[str, int] | None:
         return None if held is None else {"total": held.total, "embedding_and_head": held.embeddings}
@@ -204,8 +203,8 @@ def _summary(
         "format": after.format,
         "size_before": size(before),
         "size_after": size(after),
-        "seconds": round(seconds, 1),
-        "peak_memory": peak_memory() or None,
+        "seconds": round(cost.seconds, 1),
+        "peak_memory": cost.peak or None,
         "sanity": None if seen is None else asdict(seen) | {"ratio": seen.ratio},
         "checkpoint": str(output),
     }
@@ -224,13 +223,26 @@ def _sizes(before: "Inventory | None", after: "Inventory") -> list[tuple[str, st
     return [("format", after.format), *sizes, ("decoder layers", shrunk)]
 
 
-def _memory() -> str:
+class _Cost(NamedTuple):
+    """What the compression took: seconds, bytes, and the latter in words."""
+
+    seconds: float
+    peak: int
+    memory: str
+
+    @classmethod
+    def since(cls, start: float) -> "_Cost":
+        """Of what began at `start`, as `time.perf_counter` counts."""
+        from quad_modifiers.records.machine import peak_memory
+
+        peak = peak_memory()
+        return cls(time.perf_counter() - start, peak, _memory(peak))
+
+
+def _memory(peak: int) -> str:
     """Returns the largest resident memory of this process so far, and of its CUDA device if it used one."""
     import torch
 
-    from quad_modifiers.records.machine import peak_memory
-
-    peak = peak_memory()
     parts = [f"{peak / 2**30:.2f} GiB"] if peak else []
     if torch.cuda.is_available() and torch.cuda.max_memory_allocated():
         parts.append(f"{torch.cuda.max_memory_allocated() / 2**30:.2f} GiB on the GPU")
