@@ -106,7 +106,7 @@ def damages(folder: Path, wanted: Checksums, only: Collection[str] | None = None
         problems = [*_tensor_damages(files, wanted.tensors), *_misplaced(files)]
     except (OSError, ValueError) as error:
         problems = [str(error)]
-    except (KeyError, TypeError) as error:  # a header that is JSON, but without what it should say
+    except (KeyError, IndexError, TypeError) as error:  # a header that is JSON, but without what it should say
         problems = [f"a header of {folder} has no {error}"]
     others = {name: digest for name, digest in wanted.files.items() if only is None or name in only}
     return problems + list(_file_damages(folder, others))

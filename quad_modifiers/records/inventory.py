@@ -120,7 +120,7 @@ def read_header(file: Path) -> dict[str, dict[str, Any]]:
             header = json.loads(stream.read(length))
         entries = {name: entry for name, entry in header.items() if name != "__metadata__"}
         needed = 8 + length + max((entry["data_offsets"][1] for entry in entries.values()), default=0)
-    except (ValueError, struct.error, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, struct.error, KeyError, IndexError, TypeError, AttributeError) as error:
         raise ValueError(f"{file} is not a readable safetensors file ({error}); copy it again") from error
     if size != needed:
         raise ValueError(f"{file} has {size} bytes, its header says {needed}; it is truncated or damaged")
