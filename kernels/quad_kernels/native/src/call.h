@@ -121,6 +121,8 @@ struct Group {
     Input input;
     const Member* members;
     int64_t count;
+
+    __attribute__((always_inline)) int64_t width(int64_t member) const { return members[member].weight.out_features; }
 };
 
 // A decoder block for new tokens. Weights of norms are of the dtype of the hidden states, as is everything in a cache.

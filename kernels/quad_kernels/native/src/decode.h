@@ -18,7 +18,7 @@ using quad::Decode;
 using quad::DecodeBlock;
 using quad::Group;
 
-constexpr uint64_t kSpin = 200000;  // cycles that a thread waits awake: longer than the others usually take
+constexpr uint64_t kSpin = 200000;  // cycles that a thread waits awake, 80 us at 2.5 GHz
 
 // The threads of one call. `expected` is what was asked for; `members` is how many came.
 struct Team {
@@ -80,7 +80,8 @@ struct Seat {
     void wait() const {
         if (size == 1) return;
         int32_t phase = __atomic_load_n(&team->phase, __ATOMIC_RELAXED);
-        if (__atomic_add_fetch(&team->waiting, 1, __ATOMIC_ACQ_REL) < size) return team->wait_for_change(&team->phase, phase);
+        if (__atomic_add_fetch(&team->waiting, 1, __ATOMIC_ACQ_REL) < size)
+            return team->wait_for_change(&team->phase, phase);
         __atomic_store_n(&team->waiting, 0, __ATOMIC_RELAXED);
         __atomic_store_n(&team->phase, phase + 1, __ATOMIC_SEQ_CST);
         team->wake(&team->phase);
@@ -116,18 +117,65 @@ DecodeMemory& decode_memory() {
     return memory;
 }
 
-int64_t width_of(const Group& group, int64_t member) { return group.members[member].weight.out_features; }
+// Hands out parts of some memory, as wide as a token's numbers; of none it counts the bytes.
+struct Places {
+    const Decode& call;
+    char* memory;
+    int64_t used = 0;
 
-// What one thread knows. Buffers of `shared` are everybody's, all others its own.
+    void* take(int64_t width) {
+        void* place = memory ? memory + used : nullptr;
+        used += round_up(call.tokens * width * size_of(call.dtype), kLine);
+        return place;
+    }
+};
+
+// Where outputs of linears lie, which every thread reads. Blocks are of one size.
+struct SharedPlaces {
+    void *queries, *keys, *values, *output, *gate, *up, *down;
+
+    SharedPlaces(Places& places, const DecodeBlock& block) {
+        queries = places.take(block.qkv.width(0));
+        keys = places.take(block.qkv.width(1));
+        values = places.take(block.qkv.width(2));
+        output = places.take(places.call.width);
+        gate = places.take(block.gate_up.width(0));
+        up = places.take(block.gate_up.width(1));
+        down = places.take(places.call.width);
+    }
+};
+
+// Where a thread keeps what it computes for itself.
+struct OwnPlaces {
+    void *x, *normed, *hidden, *queries, *keys, *attended;
+
+    OwnPlaces(Places& places, const DecodeBlock& block) {
+        x = places.take(places.call.width);
+        normed = places.take(places.call.width);
+        hidden = places.take(places.call.width);
+        queries = places.take(block.qkv.width(0));
+        keys = places.take(block.qkv.width(1));
+        attended = places.take(block.qkv.width(0));
+    }
+};
+
+// Places of either kind, in memory that is made for them.
+template <class Kind>
+Kind places_in(Buffer<char>& memory, const Decode& call) {
+    Places counted{call, nullptr};
+    Kind(counted, call.blocks[0]);
+    Places places{call, memory.at_least(counted.used)};
+    return Kind(places, call.blocks[0]);
+}
+
+// What one thread knows.
 struct DecodeThread {
     const Decode& call;
     const Seat& seat;
     ParallelFor parallel_for;  // `share`; that of PyTorch for a thread without a team
-    char* shared;
-    char* own;
+    SharedPlaces shared;
+    OwnPlaces own;
     float* attention_results;
-
-    int64_t bytes(int64_t per_token) const { return round_up(call.tokens * per_token * size_of(call.dtype), kLine); }
 
     Input input_of(const Group& group, const void* x) const {
         Input input = group.input;
@@ -147,9 +195,9 @@ struct DecodeThread {
         linear(&input, nullptr, members, group.count, parallel_for);
     }
 
-    // gate = silu(gate) * up, each thread for channels of its own; nobody has waited yet where a team works.
+    // gate = silu(gate) * up. A thread of a team takes the same channels of both, so that it need not wait in between.
     void gate_and_up(const Group& group, const void* x, void* gate, void* up) const {
-        int64_t width = width_of(group, 0);
+        int64_t width = group.width(0);
         if (parallel_for != share) {
             void* outputs[] = {gate, up};
             linears(group, x, outputs);
@@ -232,53 +280,29 @@ struct DecodeThread {
         add(y, x, call.dtype, call.tokens * call.width, alone);
     }
 
-    static int64_t shared_bytes(const Decode& call) {
-        const DecodeBlock& b = call.blocks[0];
-        int64_t wide = width_of(b.qkv, 0) + width_of(b.qkv, 1) + width_of(b.qkv, 2) + 2 * call.width +
-                       2 * width_of(b.gate_up, 0);
-        return call.tokens * wide * size_of(call.dtype) + 8 * kLine;
-    }
-
-    static int64_t own_bytes(const Decode& call) {
-        const DecodeBlock& b = call.blocks[0];
-        int64_t wide = 4 * call.width + 2 * width_of(b.qkv, 0) + width_of(b.qkv, 1);
-        return call.tokens * wide * size_of(call.dtype) + 8 * kLine;
-    }
-
     void run() const {
-        const DecodeBlock& b = call.blocks[0];
-        int64_t queries = width_of(b.qkv, 0), keys = width_of(b.qkv, 1), inner = width_of(b.gate_up, 0);
-        char *next = shared, *mine = own;
-        void *qkv[3], *output, *gate, *up, *down, *x, *normed, *hidden, *turned[3], *attended;
-        auto take = [&](char*& memory, int64_t width) {
-            void* place = memory;
-            memory += bytes(width);
-            return place;
-        };
-        qkv[0] = take(next, queries), qkv[1] = take(next, keys), qkv[2] = take(next, keys);
-        output = take(next, call.width), gate = take(next, inner), up = take(next, inner);
-        down = take(next, call.width);
-        x = take(mine, call.width), normed = take(mine, call.width), hidden = take(mine, call.width);
-        turned[0] = take(mine, queries), turned[1] = take(mine, keys), attended = take(mine, queries);
-        turned[2] = qkv[2];
-        int64_t size = size_of(call.dtype);
-        std::memcpy(x, call.x, call.tokens * call.width * size);
+        const int64_t size = size_of(call.dtype), all = call.tokens * call.width * size;
+        const int64_t queries = call.tokens * call.heads * call.head_dim * size;
+        const int64_t keys = call.tokens * call.cached_heads * call.head_dim * size;
+        void* const qkv[] = {shared.queries, shared.keys, shared.values};
+        void* const turned[] = {own.queries, own.keys, shared.values};
+        std::memcpy(own.x, call.x, all);
         for (int64_t i = 0; i < call.block_count; ++i) {
             const DecodeBlock& block = call.blocks[i];
-            norm(x, block.norm_in, normed, call.dtype, call.eps, call.tokens, call.width, alone);
-            linears(block.qkv, normed, qkv);
-            std::memcpy(turned[0], qkv[0], call.tokens * queries * size);
-            std::memcpy(turned[1], qkv[1], call.tokens * keys * size);
+            norm(own.x, block.norm_in, own.normed, call.dtype, call.eps, call.tokens, call.width, alone);
+            linears(block.qkv, own.normed, qkv);
+            std::memcpy(own.queries, shared.queries, queries);
+            std::memcpy(own.keys, shared.keys, keys);
             rotated(block, turned);
-            attention(block, turned, attended);
-            linears(block.output, attended, &output);
-            residual(hidden, output, x);
-            norm(hidden, block.norm_out, normed, call.dtype, call.eps, call.tokens, call.width, alone);
-            gate_and_up(block.gate_up, normed, gate, up);
-            linears(block.down, gate, &down);
-            residual(x, down, hidden);
+            attention(block, turned, own.attended);
+            linears(block.output, own.attended, &shared.output);
+            residual(own.hidden, shared.output, own.x);
+            norm(own.hidden, block.norm_out, own.normed, call.dtype, call.eps, call.tokens, call.width, alone);
+            gate_and_up(block.gate_up, own.normed, shared.gate, shared.up);
+            linears(block.down, shared.gate, &shared.down);
+            residual(own.x, shared.down, own.hidden);
         }
-        if (seat.index == 0) std::memcpy(call.y, x, call.tokens * call.width * size);
+        if (seat.index == 0) std::memcpy(call.y, own.x, all);
     }
 };
 
@@ -288,18 +312,18 @@ void decode(const Decode& call, ParallelFor parallel_for) {
     a.heads = call.heads, a.cached_heads = call.cached_heads, a.head_dim = call.head_dim;
     a.batch = call.tokens, a.positions = call.position + 1;
     AttentionCall attention = attention_call(a);
-    char* shared = memory.shared.at_least(DecodeThread::shared_bytes(call));
+    SharedPlaces shared = places_in<SharedPlaces>(memory.shared, call);
     float* results = memory.attention.at_least(unit_count(attention) * attention.unit_size());
     if (call.tokens > Product::kDirect || call.threads == 1) {
         Seat seat{nullptr, 0, 1};
         ParallelFor inner = call.threads == 1 ? alone : parallel_for;
-        DecodeThread{call, seat, inner, shared, memory.own.at_least(DecodeThread::own_bytes(call)), results}.run();
+        DecodeThread{call, seat, inner, shared, places_in<OwnPlaces>(memory.own, call), results}.run();
         return;
     }
     struct Context {
         const Decode& call;
         Team team;
-        char* shared;
+        SharedPlaces shared;
         float* results;
     } context{call, {int32_t(call.threads)}, shared, results};
     parallel_for(
@@ -310,7 +334,7 @@ void decode(const Decode& call, ParallelFor parallel_for) {
             own_seat = &seat;
             try {
                 seat.take(end - begin);
-                char* own = decode_memory().own.at_least(DecodeThread::own_bytes(c.call));
+                OwnPlaces own = places_in<OwnPlaces>(decode_memory().own, c.call);
                 DecodeThread{c.call, seat, share, c.shared, own, c.results}.run();
             } catch (...) {
                 c.team.fail();

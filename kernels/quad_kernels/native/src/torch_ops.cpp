@@ -492,8 +492,10 @@ struct ResolvedBlocks {
     std::deque<std::vector<quad::Member>> members;  // addresses stay
     std::vector<Held> held;
     quad::Dtype dtype;
-    int64_t width = 0, queries = 0, keys = 0, block_bytes = 0;
-    int64_t head_norm_width = 0;  // 0 without
+    float eps = 0;
+    int64_t width = 0, queries = 0, keys = 0, inner = 0;  // of every block
+    int64_t head_norm_width = 0;                          // 0 without
+    int64_t block_bytes = 0;                              // of integers of a block, on average
 
     bool stays() const {
         for (const Held& each : held)
@@ -518,6 +520,7 @@ struct BlockPlan {
                             (head_norms.empty() || head_norms.size() == 2 * count),
                         "the blocks have parts of different numbers");
         made->dtype = dtype_of(norms[0], "the norms");
+        made->eps = float(eps);
         made->width = norms[0].numel();
         Parts reader(parts, numbers);
         for (size_t i = 0; i < count; ++i) {
@@ -525,18 +528,16 @@ struct BlockPlan {
             block.norm_in = weight_of_norm(*made, norms[2 * i], made->width);
             block.norm_out = weight_of_norm(*made, norms[2 * i + 1], made->width);
             block.qkv = group(*made, reader, made->width, clip_ratios[4 * i], 3);
-            int64_t queries = width_of(block.qkv, 0), keys = width_of(block.qkv, 1);
+            int64_t queries = block.qkv.width(0), keys = block.qkv.width(1);
             block.output = group(*made, reader, queries, clip_ratios[4 * i + 1], 1);
             block.gate_up = group(*made, reader, made->width, clip_ratios[4 * i + 2], 2);
-            block.down = group(*made, reader, width_of(block.gate_up, 0), clip_ratios[4 * i + 3], 1);
-            if (i == 0) made->queries = queries, made->keys = keys;
-            STD_TORCH_CHECK(queries == made->queries && keys == made->keys && width_of(block.qkv, 2) == keys &&
-                                width_of(block.gate_up, 1) == width_of(block.gate_up, 0) &&
-                                width_of(block.gate_up, 0) == width_of(made->blocks.empty() ? block.gate_up
-                                                                                             : made->blocks[0].gate_up,
-                                                                        0) &&
-                                width_of(block.output, 0) == made->width && width_of(block.down, 0) == made->width,
-                            "the linears of a block do not fit each other");
+            int64_t inner = block.gate_up.width(0);
+            block.down = group(*made, reader, inner, clip_ratios[4 * i + 3], 1);
+            if (i == 0) made->queries = queries, made->keys = keys, made->inner = inner;
+            STD_TORCH_CHECK(queries == made->queries && keys == made->keys && inner == made->inner &&
+                                block.qkv.width(2) == keys && block.gate_up.width(1) == inner &&
+                                block.output.width(0) == made->width && block.down.width(0) == made->width,
+                            "the linears of the blocks do not fit each other");
             if (!head_norms.empty()) made->head_norm_width = head_norms[0].numel();
             for (size_t h = 0; h < 2 && !head_norms.empty(); ++h)
                 block.head_norms[h] = weight_of_norm(*made, head_norms[2 * i + h], made->head_norm_width);
@@ -552,10 +553,6 @@ struct BlockPlan {
     }
 
   private:
-    static int64_t width_of(const quad::Group& group, int64_t member) {
-        return group.members[member].weight.out_features;
-    }
-
     static const void* weight_of_norm(ResolvedBlocks& made, const Tensor& weight, int64_t width) {
         STD_TORCH_CHECK(weight.is_contiguous() && weight.numel() == width &&
                             dtype_of(weight, "the norms") == made.dtype,
@@ -587,13 +584,12 @@ int64_t plan_blocks(const std::vector<Tensor>& norms, double eps, const std::vec
 }
 
 // Returns the blocks of a plan; tensors may have got other data since.
-std::shared_ptr<const ResolvedBlocks> blocks_of(int64_t number, double* eps) {
+std::shared_ptr<const ResolvedBlocks> blocks_of(int64_t number) {
     std::lock_guard<std::mutex> lock(blocks_mutex);
     auto found = block_plans.find(number);
     STD_TORCH_CHECK(found != block_plans.end(), "there is no plan ", number);
     BlockPlan& plan = found->second;
     if (!plan.resolved->stays()) plan.resolved = plan.resolve();
-    *eps = plan.eps;
     return plan.resolved;
 }
 
@@ -606,7 +602,7 @@ void* cache_of(Tensor& cache, const Tensor& like, int64_t batch, int64_t width, 
     return cache.mutable_data_ptr();
 }
 
-constexpr int64_t kBytesPerSeat = 256 * 1024;  // of the weights of a block: a thread less would wait more than it works
+constexpr int64_t kBytesPerSeat = 256 * 1024;  // of the integers of a block that a thread should have to read at least
 
 // All blocks of a decoder for one token of each sequence, x [batch, 1, width], behind `position` tokens in the caches.
 // `number` is that of a plan; `keys` and `values` are one of each block.
@@ -614,8 +610,7 @@ Tensor decode(const Tensor& x_, int64_t number, const Tensor& cosine, const Tens
               std::vector<Tensor> values, int64_t position, const MaybeTensor& mask_, double scale) {
     Tensor x = dense(x_);
     MaybeTensor mask = dense(mask_);
-    double eps = 0;
-    std::shared_ptr<const ResolvedBlocks> resolved = blocks_of(number, &eps);
+    std::shared_ptr<const ResolvedBlocks> resolved = blocks_of(number);
     std::vector<quad::DecodeBlock> blocks = resolved->blocks;
     STD_TORCH_CHECK(keys.size() == blocks.size() && values.size() == blocks.size() && !keys.empty() &&
                         dtype_of(x, "the hidden states") == resolved->dtype &&
@@ -654,7 +649,7 @@ Tensor decode(const Tensor& x_, int64_t number, const Tensor& cosine, const Tens
     call.cosine = rotary.cosine.const_data_ptr();
     call.sine = rotary.sine.const_data_ptr();
     call.angles = rotary.angles;
-    call.eps = float(eps);
+    call.eps = resolved->eps;
     call.scale = float(scale);
     int64_t most = (resolved->block_bytes + kBytesPerSeat - 1) / kBytesPerSeat;
     call.threads = std::max<int64_t>(1, std::min<int64_t>(torch::stable::get_num_threads(), most));
