@@ -37,7 +37,7 @@ def flip_a_header(folder: Path, draw: random.Random) -> str:
     """Flips one bit of what says where the tensors are."""
     file = draw.choice(weight_files(folder))
     _flip(file, draw.randrange(data_start(file)), draw)
-    return ""  # what is named depends on the bit
+    return file.name
 
 
 def cut_weights(folder: Path, draw: random.Random) -> str:
@@ -72,7 +72,7 @@ def exchange_files(folder: Path, draw: random.Random) -> str:
     data = one.read_bytes()
     one.write_bytes(other.read_bytes())
     other.write_bytes(data)
-    return ""
+    return one.name
 
 
 def edit_a_number(folder: Path, draw: random.Random) -> str:
@@ -112,12 +112,12 @@ def unnoticed(checkpoint: Path, damage: Callable[[Path, random.Random], str], dr
         wanted = need_checksums(copy)
         named = damage(copy, draw)
         start = time.monotonic()
-        problems = damages(copy, wanted)
+        found = [damage.text for damage in damages(copy, wanted)]
         if time.monotonic() - start > _HANGS:
             return f"{damage.__name__}: it takes too long"
-        if not problems:
+        if not found:
             return f"{damage.__name__} of {named}: silent"
-        return None if any(named in problem for problem in problems) else f"{damage.__name__} of {named}: {problems}"
+        return None if any(named in text for text in found) else f"{damage.__name__} of {named}: {found}"
 
 
 def unclear(recipe: str, draw: random.Random) -> str | None:

@@ -5,15 +5,15 @@ written last, into a folder that is not in its place yet.
 """
 
 import hashlib
-import json
 import os
 from collections.abc import Collection, Iterable, Iterator
 from pathlib import Path
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from quad_modifiers.records.inventory import INDEX_NAME, data_start, read_header, read_json, weight_files
+from quad_modifiers.output_folder import replace_file
+from quad_modifiers.records.inventory import data_start, read_header, weight_files
 from quad_modifiers.records.json_record import read_record
 from quad_modifiers.reporting import layer_progress
 
@@ -31,7 +31,8 @@ class Checksums(BaseModel):
     Attributes:
         format_version: 1; a reader refuses any other.
         algorithm: of all digests, which are hexadecimal.
-        tensors: by name, the digest of a line with dtype (in safetensors' notation) and shape, and of the bytes.
+        tensors: by name, the digest of the bytes.
+        headers: by name of a weight file, the digest of what comes before its tensors: their names, dtypes, shapes.
         files: by name, the digests of the files that are not weights.
     """
 
@@ -40,7 +41,20 @@ class Checksums(BaseModel):
     format_version: Literal[1] = 1
     algorithm: Literal["sha256"] = "sha256"
     tensors: dict[str, str] = Field(min_length=1)
+    headers: dict[str, str] = Field(min_length=1)
     files: dict[str, str] = {}
+
+
+class Damage(NamedTuple):
+    """Something that is not what was written.
+
+    Attributes:
+        text: what it is and what has happened to it.
+        file: its name, if it is a file that holds no weights.
+    """
+
+    text: str
+    file: str | None = None
 
 
 def write_checksums(folder: Path) -> Checksums:
@@ -49,18 +63,20 @@ def write_checksums(folder: Path) -> Checksums:
     Raises:
         FileNotFoundError, ValueError: if the folder holds no weights, or they cannot be read.
     """
-    return _write(folder, dict(_tensor_digests(weight_files(folder))))
+    files = weight_files(folder)
+    headers = {file.name: _header_digest(file) for file in files}
+    return _write(folder, Checksums(tensors=dict(_tensor_digests(files)), headers=headers))
 
 
 def complete_checksums(folder: Path) -> Checksums:
     """Brings the file up to date behind other files that were written after the weights; without one, writes it."""
     known = read_checksums(folder)
-    return write_checksums(folder) if known is None else _write(folder, known.tensors)
+    return write_checksums(folder) if known is None else _write(folder, known)
 
 
-def _write(folder: Path, tensors: dict[str, str]) -> Checksums:
-    found = Checksums(tensors=tensors, files={file.name: _file_digest(file) for file in _other_files(folder)})
-    (folder / CHECKSUMS_NAME).write_text(found.model_dump_json(indent=1) + "\n", encoding="utf-8")
+def _write(folder: Path, of_weights: Checksums) -> Checksums:
+    found = of_weights.model_copy(update={"files": {file.name: _file_digest(file) for file in _other_files(folder)}})
+    replace_file(folder / CHECKSUMS_NAME, found.model_dump_json(indent=1) + "\n")
     return found
 
 
@@ -89,7 +105,7 @@ def need_checksums(folder: Path) -> Checksums:
     return found
 
 
-def damages(folder: Path, wanted: Checksums, only: Collection[str] | None = None) -> list[str]:
+def damages(folder: Path, wanted: Checksums, only: Collection[str] | None = None) -> list[Damage]:
     """Compares a folder with its checksums.
 
     Args:
@@ -98,31 +114,29 @@ def damages(folder: Path, wanted: Checksums, only: Collection[str] | None = None
         only: names of the files besides the weights that are looked at; all by default.
 
     Returns:
-        What differs, each named, tensors first. If weights cannot be read at all, because a file is truncated for
-        example, that stands for all of them.
+        What differs, weights first. If weights cannot be read at all, because a file is truncated for example, that
+        stands for all of them.
     """
-    try:
-        files = weight_files(folder)
-        problems = [*_tensor_damages(files, wanted.tensors), *_misplaced(files)]
-    except (OSError, ValueError) as error:
-        problems = [str(error)]
-    except (KeyError, IndexError, TypeError) as error:  # a header that is JSON, but without what it should say
-        problems = [f"a header of {folder} has no {error}"]
-    others = {name: digest for name, digest in wanted.files.items() if only is None or name in only}
-    return problems + list(_file_damages(folder, others))
+    found = list(_weight_damages(folder, wanted))
+    for name, digest in wanted.files.items():
+        if only is None or name in only:
+            problem = _file_problem(folder / name, digest)
+            found += [] if problem is None else [Damage(f"{name} {problem}", name)]
+    return found
 
 
-def refuse_damages(folder: Path, problems: list[str]) -> None:
+def refuse_damages(folder: Path, found: list[Damage]) -> None:
     """Refuses a folder that is not what was written.
 
     Raises:
         ValueError: naming what differs.
     """
-    if problems:
-        more = f" and {len(problems) - _LISTED} more" if len(problems) > _LISTED else ""
+    if found:
+        listed = "; ".join(damage.text for damage in found[:_LISTED])
+        more = f" and {len(found) - _LISTED} more" if len(found) > _LISTED else ""
         raise ValueError(
-            f"{folder} is not what was written: {'; '.join(problems[:_LISTED])}{more}; get it again, or, if you "
-            "changed it yourself, run `quad verify --write`"
+            f"{folder} is not what was written: {listed}{more}; get it again, or, if you changed it yourself, run "
+            "`quad verify --write`"
         )
 
 
@@ -142,41 +156,35 @@ def uncovered(folder: Path, wanted: Checksums) -> list[str]:
     return [file.name for file in _other_files(folder, all_of_them=True) if file.name not in wanted.files]
 
 
-def _tensor_damages(files: list[Path], wanted: dict[str, str]) -> Iterator[str]:
-    found = dict(_tensor_digests(files))
-    for name in sorted({*found, *wanted}):
+def _weight_damages(folder: Path, wanted: Checksums) -> Iterator[Damage]:
+    try:
+        files = weight_files(folder)
+        changed = [file.name for file in files if wanted.headers.get(file.name) != _header_digest(file)]
+        if changed:  # where it says that tensors are, others may be
+            yield from (Damage(f"the header of {name} has changed") for name in changed)
+            return
+        found = dict(_tensor_digests(files))
+    except (OSError, ValueError) as error:
+        yield Damage(str(error))
+        return
+    for name in sorted({*found, *wanted.tensors}):
         if name not in found:
-            yield f"the tensor {name} is missing"
-        elif name not in wanted:
-            yield f"the tensor {name} was not there"
-        elif found[name] != wanted[name]:
-            yield f"the tensor {name} has changed"
+            yield Damage(f"the tensor {name} is missing")
+        elif found[name] != wanted.tensors.get(name):
+            yield Damage(f"the tensor {name} has changed")
 
 
-def _misplaced(files: list[Path]) -> Iterator[str]:
-    """What is not in the file where the index looks for it."""
-    index = files[0].with_name(INDEX_NAME)
-    places = read_json(index)["weight_map"] if index.is_file() else {}
-    for file in files:
-        for name in read_header(file):
-            if places.get(name, file.name) != file.name:
-                yield f"the tensor {name} is in {file.name}, but {INDEX_NAME} says {places[name]}"
-
-
-def _file_damages(folder: Path, wanted: dict[str, str]) -> Iterator[str]:
-    for name, digest in wanted.items():
-        file = folder / name
-        if not file.is_file():
-            yield f"{name} is missing"
-        elif _file_digest(file) != digest:
-            yield f"{name} has changed"
+def _file_problem(file: Path, digest: str) -> str | None:
+    if not file.is_file():
+        return "is missing"
+    return None if _file_digest(file) == digest else "has changed"
 
 
 def _tensor_digests(files: Iterable[Path]) -> Iterator[tuple[str, str]]:
     listed = [(file, name, entry) for file in files for name, entry in read_header(file).items()]
     large = sum(entry["data_offsets"][1] - entry["data_offsets"][0] for _, _, entry in listed) > _SHOWN
     for file, name, entry in layer_progress(listed, "checksums", "tensor") if large else listed:
-        digest = hashlib.sha256(json.dumps([entry["dtype"], entry["shape"]]).encode())
+        digest = hashlib.sha256()
         begin, end = entry["data_offsets"]
         with file.open("rb") as stream:
             stream.seek(data_start(file) + begin)
@@ -190,6 +198,13 @@ def _other_files(folder: Path, all_of_them: bool = False) -> list[Path]:
     files = (file for file in folder.iterdir() if file.is_file() and not file.name.startswith("."))
     left_out = {CHECKSUMS_NAME} if all_of_them else _WRITTEN_LATER
     return sorted(file for file in files if file.suffix != ".safetensors" and file.name not in left_out)
+
+
+def _header_digest(file: Path) -> str:
+    """Of the first bytes of a weight file; ValueError if it is truncated there."""
+    read_header(file)
+    with file.open("rb") as stream:
+        return hashlib.sha256(stream.read(data_start(file))).hexdigest()
 
 
 def _file_digest(file: Path) -> str:

@@ -30,10 +30,10 @@ def verify(
             typer.echo(f"{folder / CHECKSUMS_NAME}: {_count(made.tensors, 'tensor')}, {_count(made.files, 'file')}")
             return
         wanted = need_checksums(folder)
-        problems = damages(folder, wanted)
-    for problem in problems:
-        typer.echo(problem)
-    if problems:
+        found = damages(folder, wanted)
+    for damage in found:
+        typer.echo(damage.text)
+    if found:
         raise typer.Exit(FAILURE)
     typer.echo(f"{_count(wanted.tensors, 'tensor')} and {_count(wanted.files, 'file')} are what was written")
     left = uncovered(folder, wanted)

@@ -154,11 +154,10 @@ def _check_sums(folder: Path) -> None:
     wanted = read_checksums(folder)
     if wanted is None:
         return
-    problems = damages(folder, wanted)
-    others = [problem for problem in problems if problem.partition(" ")[0] in {*wanted.files} - {"config.json"}]
-    refuse_damages(folder, [problem for problem in problems if problem not in others])
-    for problem in others:
-        logger.warning("%s since the checkpoint was written", problem)
+    found = damages(folder, wanted)
+    refuse_damages(folder, [damage for damage in found if damage.file in (None, "config.json")])
+    for damage in found:
+        logger.warning("%s since the checkpoint was written", damage.text)
 
 
 def _check_name(repo_id: str) -> None:
