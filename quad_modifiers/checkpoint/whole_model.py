@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM
 from transformers.utils import cached_file
 
 from quad_modifiers.checkpoint.transforms import apply_transforms, transform_names, transforms_of
+from quad_modifiers.linalg.fast_dtype import fast_dtype
 from quad_modifiers.records.inventory import read_json
 
 DTYPES = ("auto", "bfloat16", "float16", "float32")
@@ -100,6 +101,16 @@ def load_whole_model(name: str | Path, options: LoadingOptions = DEFAULTS, **arg
     if config is not None and transforms is not None:
         apply_transforms(model, transforms, Path(config).parent)
     return model.eval() if options.device is None else model.to(options.device).eval()
+
+
+def load_reference(name: str | Path, options: LoadingOptions = DEFAULTS) -> Any:
+    """Returns an original to be measured beside what was made of it; the arguments are those of `load_whole_model`.
+
+    In float32 instead of bfloat16 where the processor emulates that: it is several times faster, and rounds less.
+    """
+    model = load_whole_model(name, options)
+    emulated = model.dtype == torch.bfloat16 and fast_dtype(model.device) == torch.float32
+    return model.float() if emulated else model
 
 
 def _marked(tensor: str, names: tuple[str, ...]) -> bool:

@@ -24,10 +24,10 @@ from quad_kernels.native.block import BlockLinear, block_in, block_out, takes
 from torch import nn
 from torch.nn.modules import module as torch_module
 
-from quad_modifiers.nn import few_tokens
+from quad_modifiers.nn import head_product
 from quad_modifiers.nn.cache_argument import cache_argument
 from quad_modifiers.nn.class_change import become
-from quad_modifiers.nn.few_tokens import runs_natively
+from quad_modifiers.nn.head_product import runs_natively
 from quad_modifiers.nn.packed_linear import PackedLinear
 from quad_modifiers.nn.quad_linear import QuadLinear
 from quad_modifiers.nn.transformed_norm import TransformedNorm, norm_class, transformed_class
@@ -116,7 +116,7 @@ class NativeNorm(nn.Module):
         product: with the matrix of a `TransformedNorm`.
     """
 
-    product = staticmethod(few_tokens.linear)
+    product = staticmethod(head_product.linear)
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """Returns the normalised `[..., width]`."""
@@ -140,7 +140,7 @@ class NativeHead(nn.Linear):
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         """Returns `[..., vocabulary]` for `[..., width]`."""
-        return super().forward(input) if self.bias is not None else few_tokens.linear(input, self.weight)
+        return super().forward(input) if self.bias is not None else head_product.linear(input, self.weight)
 
 
 def install_native_blocks(layers: list[nn.Module], head: nn.Module, final_norm: nn.Module) -> None:

@@ -5,6 +5,7 @@ written last, into a folder that is not in its place yet.
 """
 
 import hashlib
+import json
 import os
 from collections.abc import Collection, Iterable, Iterator
 from pathlib import Path
@@ -31,8 +32,8 @@ class Checksums(BaseModel):
     Attributes:
         format_version: 1; a reader refuses any other.
         algorithm: of all digests, which are hexadecimal.
-        tensors: by name, the digest of the bytes.
-        headers: by name of a weight file, the digest of what comes before its tensors: their names, dtypes, shapes.
+        tensors: by name, the digest of a line with dtype (in safetensors' notation) and shape, and of the bytes.
+        headers: by name of a weight file, the digest of what comes before its tensors.
         files: by name, the digests of the files that are not weights.
     """
 
@@ -159,13 +160,18 @@ def uncovered(folder: Path, wanted: Checksums) -> list[str]:
 def _weight_damages(folder: Path, wanted: Checksums) -> Iterator[Damage]:
     try:
         files = weight_files(folder)
-        changed = [file.name for file in files if wanted.headers.get(file.name) != _header_digest(file)]
+        # A file that is not listed is a shard that somebody has made of the same tensors.
+        listed = [file for file in files if file.name in wanted.headers]
+        changed = [file.name for file in listed if _header_digest(file) != wanted.headers[file.name]]
         if changed:  # where it says that tensors are, others may be
             yield from (Damage(f"the header of {name} has changed") for name in changed)
             return
         found = dict(_tensor_digests(files))
     except (OSError, ValueError) as error:
         yield Damage(str(error))
+        return
+    except (KeyError, TypeError) as error:  # a header that is JSON, but does not say all
+        yield Damage(f"a header of the weights lacks {error}")
         return
     for name in sorted({*found, *wanted.tensors}):
         if name not in found:
@@ -184,7 +190,7 @@ def _tensor_digests(files: Iterable[Path]) -> Iterator[tuple[str, str]]:
     listed = [(file, name, entry) for file in files for name, entry in read_header(file).items()]
     large = sum(entry["data_offsets"][1] - entry["data_offsets"][0] for _, _, entry in listed) > _SHOWN
     for file, name, entry in layer_progress(listed, "checksums", "tensor") if large else listed:
-        digest = hashlib.sha256()
+        digest = hashlib.sha256(json.dumps([entry["dtype"], entry["shape"]]).encode())
         begin, end = entry["data_offsets"]
         with file.open("rb") as stream:
             stream.seek(data_start(file) + begin)

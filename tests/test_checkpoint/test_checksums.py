@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM
 import quad_modifiers
 from quad_modifiers.checkpoint.dense import export_dense
 from quad_modifiers.records.checksums import CHECKSUMS_NAME, damages, need_checksums, read_checksums, write_checksums
-from quad_modifiers.records.inventory import data_start, read_header
+from quad_modifiers.records.inventory import data_start, read_header, weight_files
 from quad_modifiers.tools.publishing import plan
 from tests.damage import DAMAGES, exchange_files, unclear, unnoticed
 
@@ -65,6 +65,18 @@ def test_shards_that_changed_places(quad_checkpoint: Path, tmp_path: Path) -> No
     assert damages(tmp_path / "shards", wanted) == []
     named = exchange_files(tmp_path / "shards", random.Random(0))
     assert f"the header of {named} has changed" in [damage.text for damage in damages(tmp_path / "shards", wanted)]
+
+
+def test_the_same_tensors_in_other_shards(quad_checkpoint: Path, tmp_path: Path) -> None:
+    wanted = need_checksums(quad_checkpoint)
+    AutoModelForCausalLM.from_pretrained(quad_checkpoint).save_pretrained(tmp_path / "shards", max_shard_size="20kB")
+    assert damages(tmp_path / "shards", wanted, only=()) == []
+    files = weight_files(tmp_path / "shards")
+    data = bytearray(files[1].read_bytes())
+    data[-1] ^= 1
+    files[1].write_bytes(data)
+    (found,) = damages(tmp_path / "shards", wanted, only=())
+    assert found.text == f"the tensor {list(read_header(files[1]))[-1]} has changed"
 
 
 def test_loading_looks_only_when_it_is_asked_to(copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:

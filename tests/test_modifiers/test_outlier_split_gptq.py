@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import logging
 import re
+from typing import Any
 
 import pytest
 import torch
+from quad_kernels import QuantizedWeight, choose_backend, quad_linear
 from quad_kernels.packing import unpack_int32
 from safetensors.torch import load_file
 
 from quad_modifiers.nn.packed_linear import PackedLinear
 from quad_modifiers.nn.quad_linear import QuadLinear
+from quad_modifiers.passes.weight_pass import runs_faster_packed
 
 pytest.importorskip("llmcompressor")
 from quad_modifiers.modifiers.dynamic_act_quant import DynamicActQuant
@@ -107,8 +110,16 @@ def test_hessian_is_that_of_the_quantized_inputs(make_toy, compress) -> None:
 def test_a_block_may_go_on_with_integers(make_toy, compress, monkeypatch) -> None:
     """Whether the rest of a block is computed with integers or in float32 decides little but ties."""
     models = []
+    calls: list[str] = []
+
+    def record(x: torch.Tensor, weight: QuantizedWeight, *arguments: Any, **options: Any) -> torch.Tensor:
+        calls.append("integers")
+        return quad_linear(x, weight, *arguments, **options)
+
+    monkeypatch.setattr("quad_modifiers.nn.forward.quad_linear", record)
     for answer in (True, False):
         asked: list[QuadLinear] = []
+        calls.clear()
 
         def packed(linear: QuadLinear, asked: list[QuadLinear] = asked, answer: bool = answer) -> bool:
             asked.append(linear)
@@ -118,12 +129,22 @@ def test_a_block_may_go_on_with_integers(make_toy, compress, monkeypatch) -> Non
         modifiers = (SVDOutlierProjection(rank=8), DynamicActQuant(), OutlierSplitGPTQ(error_correction=0.5, sweeps=1))
         models.append(containers(compress(make_toy(), *modifiers)))
         assert asked == list(models[-1].values())
+        assert bool(calls) == answer
     for name, one in models[0].items():
         other = models[1][name]
         same = one.residual.quantized_weight().integers == other.residual.quantized_weight().integers
         assert same.float().mean() > 0.98, name
         if other.outlier_weight is not None:
             assert relative(one.outlier_weight, other.outlier_weight) < 0.01, name
+
+
+def test_small_linears_go_on_in_float32() -> None:
+    """And those whose inputs are not quantized; what is left depends on the kernels that there are."""
+    large, small = (QuadLinear(torch.nn.Linear(256, out, bias=False), "q_proj") for out in (256, 255))
+    assert not runs_faster_packed(large)
+    large.quantize_input = small.quantize_input = True
+    assert not runs_faster_packed(small)
+    assert runs_faster_packed(large) == (choose_backend("cpu").name == "native")
 
 
 def test_report_at_the_end(make_toy, compress, caplog) -> None:

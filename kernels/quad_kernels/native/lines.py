@@ -22,8 +22,8 @@ from quad_kernels.weight import QuantizedWeight
 
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # and their numbers in the operators
 CHANNELS = 16
-_DESCRIBED = "_described"  # of a weight, what `_described` found last
 INPUTS = 64  # inputs are filled up to a multiple of this
+_DESCRIBED = "_described"  # of a weight, what `_described` found last
 
 
 def _padded(integers: torch.Tensor, offset: int) -> torch.Tensor:

@@ -92,7 +92,7 @@ def compress(
     start = time.perf_counter()
     sources = named_sources(dataset or ())
     with log_on_stderr(summaries=False):
-        held = [
+        held = [  # in a list, so that whoever takes it out can let go of it
             oneshot(
                 model,
                 recipe,

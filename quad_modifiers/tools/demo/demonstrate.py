@@ -10,9 +10,8 @@ import torch
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 import quad_modifiers
-from quad_modifiers.checkpoint.whole_model import load_whole_model
+from quad_modifiers.checkpoint.whole_model import load_reference, load_whole_model
 from quad_modifiers.data import held_out_name, held_out_prose, token_windows
-from quad_modifiers.linalg.fast_dtype import fast_dtype
 from quad_modifiers.output_folder import move_entries
 from quad_modifiers.records.inventory import read_inventory
 from quad_modifiers.records.machine import peak_memory
@@ -67,7 +66,7 @@ def run(
     tokenizer = AutoTokenizer.from_pretrained(original)
     windows = token_windows(tokenizer, held_out_prose(), window_length, window_count, seed=0)
     text = f"{window_count} windows of {window_length} tokens of {held_out_name()}"
-    full, packed = _load_original(original), load_whole_model(output)
+    full, packed = load_reference(original), load_whole_model(output)
     before = _measure(full, original, tokenizer, windows)
     after = _measure(packed, output, tokenizer, windows)
     speed_before, speed_after = measure_speed([full, packed], speed_task)
@@ -97,14 +96,6 @@ def compress(original: Path, recipe: str, output: Path, *, force: bool) -> Compr
             old.unlink()
     move_entries(fresh, output)
     return compression
-
-
-def _load_original(folder: Path) -> PreTrainedModel:
-    """Loads the original as its owner would on this processor: in float32 where bfloat16 is emulated."""
-    model: PreTrainedModel = load_whole_model(folder)
-    if model.dtype == torch.bfloat16 and fast_dtype(model.device) == torch.float32:
-        model = load_whole_model(folder, dtype=torch.float32)
-    return model
 
 
 def _measure(

@@ -1,7 +1,6 @@
 """A short look at a model behind its compression, beside the original: does it still speak?"""
 
 import gc
-import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,15 +9,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from quad_modifiers.checkpoint.opened import find_tokenizer
-from quad_modifiers.checkpoint.whole_model import LoadingOptions, load_whole_model
+from quad_modifiers.checkpoint.whole_model import LoadingOptions, load_reference
 from quad_modifiers.data import CalibrationSource, calibration_windows, held_out_name, held_out_prose, token_windows
-from quad_modifiers.linalg.fast_dtype import fast_dtype
 from quad_modifiers.tools.evaluation.window_perplexity import perplexity
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
-
-logger = logging.getLogger(__name__)
 
 BROKEN = 2.0  # times the original's perplexity, from which a result is called broken
 _WINDOWS = 4
@@ -122,15 +118,9 @@ class SanityCheck:
         """
         after = self.look(take())
         gc.collect()  # before the original takes its memory
-        before = self.look(self._load())
+        before = self.look(load_reference(self.original, self.options))
         prompt = self._words(self._windows[0, :_PROMPT_TOKENS])
         return Sanity(self.text, len(self._windows), prompt, before, after)
-
-    def _load(self) -> "PreTrainedModel":
-        model: PreTrainedModel = load_whole_model(self.original, self.options)
-        if model.device.type == "cpu" and fast_dtype(model.device) == torch.float32:
-            model = model.float()  # many times faster where bfloat16 is emulated
-        return model
 
     def _words(self, ids: torch.Tensor) -> str:
         return "" if self._tokens is None else " ".join(str(self._tokens.decode(ids, skip_special_tokens=True)).split())

@@ -327,7 +327,7 @@ def test_a_comparison_that_fails_loses_nothing(
     def fail(*_: object, **__: object) -> None:
         raise OSError("the disk is gone")
 
-    monkeypatch.setattr("quad_modifiers.tools.evaluation.sanity.load_whole_model", fail)
+    monkeypatch.setattr("quad_modifiers.tools.evaluation.sanity.load_reference", fail)
     arguments = ("compress", toy_checkpoint("llama"), recipe, "--dataset", text, *SHORT)
     done = quad(*arguments, "-o", tmp_path / "out")
     assert done.code == 0

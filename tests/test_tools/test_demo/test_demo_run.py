@@ -57,7 +57,7 @@ def test_the_original_runs_in_the_dtype_that_this_processor_is_fast_in(
     toy_tokenizer.save_pretrained(folder)
     toy_tokenizer.chat_template = None
     monkeypatch.setattr(demo, "held_out_prose", lambda: ["Held-out text about bridges. " * 20])
-    monkeypatch.setattr(demo, "fast_dtype", lambda device: fast)
+    monkeypatch.setattr("quad_modifiers.checkpoint.whole_model.fast_dtype", lambda device: fast)
     demo.run("smollm2", folder, "some.yaml", tmp_path / "out", window_length=16, window_count=2, speed_task=SPEED)
     assert f"before in {seen}\n" in capsys.readouterr().out
 

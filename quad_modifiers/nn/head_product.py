@@ -4,7 +4,7 @@ import torch
 from quad_kernels import processor
 from quad_kernels.native.lines import DTYPES
 
-FEW_TOKENS = 8
+_FEW_TOKENS = 8
 
 
 def linear(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
@@ -18,7 +18,7 @@ def linear(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         x: `[batch, positions, in]`, or of other dimensions.
         weight: `[out, in]`.
     """
-    few = x.dim() == 3 and x.shape[1] == 1 and x.shape[0] <= FEW_TOKENS
+    few = x.dim() == 3 and x.shape[1] == 1 and x.shape[0] <= _FEW_TOKENS
     if few and weight.dtype == torch.bfloat16 and weight.is_contiguous() and runs_natively(x, weight):
         return torch.ops.quad_native.dense_head(x, weight)
     return processor.linear(x, weight)
