@@ -1,11 +1,14 @@
 """What is checked before a compression begins: recipe, output, model, and how they go together."""
 
+import hashlib
+import json
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -14,12 +17,14 @@ from quad_modifiers.checkpoint.rehearsal import rehearse_saving
 from quad_modifiers.checkpoint.source_model import check_in_memory, check_no_adapters, check_source_model
 from quad_modifiers.checkpoint.whole_model import LoadingOptions
 from quad_modifiers.data.windows import warn_of_length
+from quad_modifiers.journal import check_absent, digest_of, unfinished_folder
 from quad_modifiers.model.architecture import find_architecture
 from quad_modifiers.model.decoder import Decoder
 from quad_modifiers.model.rotary import restore_frequencies
 from quad_modifiers.nn.quad_linear import QuadLinear
 from quad_modifiers.oneshot_arguments import check_for_recipe
 from quad_modifiers.output_folder import check_space, check_target, user_path
+from quad_modifiers.passes.calibration_stream import working_device
 from quad_modifiers.plugins import architectures
 from quad_modifiers.recipe import check_recipe, fresh_recipe, is_recipe_text, resolve_recipe
 from quad_modifiers.recipe.order import unties_head
@@ -27,11 +32,15 @@ from quad_modifiers.recipe.overrides import overridden
 from quad_modifiers.recipe.patterns import check_patterns, has_patterns
 from quad_modifiers.recipe.resolve import read_recipe
 from quad_modifiers.recipe.stored_size import stored_size
+from quad_modifiers.records.machine import package_versions
 
 if TYPE_CHECKING:
     from llmcompressor.modifiers import Modifier
 
 logger = logging.getLogger(__name__)
+
+PARTIAL = ".partial"  # ending of the folder that keeps what is finished
+_VERSIONS = ("torch", "transformers", "llmcompressor", "compressed-tensors")
 
 
 @dataclass(frozen=True)
@@ -88,6 +97,22 @@ class Job:
         untying = [type(each).__name__ for each in self.modifiers if unties_head(each)]
         if tied and untying:
             raise ValueError(f"tie_word_embeddings=True, but {untying[0]} gives the head a tensor of its own; omit it")
+
+    def identity(self, model: PreTrainedModel, windows: Sequence[torch.Tensor]) -> dict[str, Any]:
+        """Returns what an interrupted run and the one that resumes it must have in common, as JSON takes it.
+
+        Args:
+            model: as it is loaded.
+            windows: of calibration text.
+        """
+        recipe = [[type(each).__name__, each.model_dump()] for each in self.modifiers]
+        return {
+            "model": digest_of(model.named_parameters()),
+            "recipe": hashlib.sha256(json.dumps(recipe, sort_keys=True, default=str).encode()).hexdigest(),
+            "calibration data": digest_of((str(index), window) for index, window in enumerate(windows)),
+            "device": working_device().type,
+            "versions": package_versions(_VERSIONS),
+        }
 
     @property
     def vocabulary(self) -> int:
@@ -146,6 +171,7 @@ def checked_job(
     output_dir: str | Path | None,
     options: LoadingOptions,
     arguments: dict[str, Any],
+    resume: bool = False,
 ) -> Job:
     """Checks recipe and output folder, and opens the model; the arguments are those of `oneshot`.
 
@@ -169,7 +195,11 @@ def checked_job(
     check_for_recipe(arguments, options.device, modifiers)
     output = None if output_dir is None else user_path(output_dir)
     if output is not None:
-        check_target(output)
+        partial = unfinished_folder(output, PARTIAL)
+        check_target(output, besides=(partial.name,))
+        check_absent(partial, resume)
+    elif resume:
+        raise ValueError("resume=True goes on with what is kept beside output_dir; give the output_dir of that run")
     # The weights stay where they are; blocks are brought to the device one at a time.
     opening = replace(options, device=None)
     source = open_checkpoint(model, options=opening) if isinstance(model, (str, Path)) else model

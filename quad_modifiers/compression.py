@@ -3,19 +3,22 @@
 import inspect
 import logging
 import os
+import shutil
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from quad_modifiers.before_compression import checked_job, quantized_linears
+from quad_modifiers.before_compression import PARTIAL, Job, checked_job, quantized_linears
 from quad_modifiers.checkpoint.contribute import contributions_of
 from quad_modifiers.checkpoint.native_runtime import use_native_blocks
+from quad_modifiers.checkpoint.opened import open_checkpoint
 from quad_modifiers.checkpoint.whole_model import LoadingOptions
 from quad_modifiers.data.calibration import (
     CalibrationSource,
@@ -24,17 +27,18 @@ from quad_modifiers.data.calibration import (
     calibration_reading,
 )
 from quad_modifiers.data.token_rows import check_vocabulary
+from quad_modifiers.journal import Journal, journaled, note_saving, settle_saving, unfinished_folder
 from quad_modifiers.model.architecture import find_architecture
 from quad_modifiers.model.decoder import Decoder
 from quad_modifiers.model.rotary import restore_frequencies
 from quad_modifiers.nn.quad_linear import QuadLinear
 from quad_modifiers.oneshot_arguments import PASSED, SEQUENTIAL, check_arguments, dtype_name
-from quad_modifiers.output_folder import complete_or_absent
+from quad_modifiers.output_folder import complete_or_absent, user_path
 from quad_modifiers.passes.calibration_stream import work_on
 from quad_modifiers.plugins import architectures
 from quad_modifiers.process_state import kept_apart
 from quad_modifiers.records.calibration_record import CALIBRATION_NAME, calibration_record
-from quad_modifiers.records.checksums import complete_checksums
+from quad_modifiers.records.checksums import complete_checksums, damages, need_checksums
 from quad_modifiers.reporting import SUMMARY, file_size, table
 
 logger = logging.getLogger(__name__)
@@ -64,12 +68,16 @@ def oneshot(
     cache_dir: str | Path | None = None,
     device: str | None = None,
     tie_word_embeddings: bool | None = None,
+    resume: bool = False,
     **arguments: Any,
 ) -> PreTrainedModel:
     """Compresses a causal language model by a recipe and, if asked, writes the checkpoint.
 
     Everything that can be wrong without looking at the weights is checked first: recipe, output folder, model type. An
     argument of `llmcompressor.oneshot` that would have no effect here is refused, with what to do instead.
+
+    What is finished is kept in a folder beside `output_dir`, with the ending `.partial`, until the checkpoint is
+    complete; in `output_dir` itself, if that exists in a folder that cannot be written to.
 
     Args:
         model: folder, hub id, or loaded transformers model (which is changed in place).
@@ -95,6 +103,8 @@ def oneshot(
         cache_dir: folder in place of the Hub's cache.
         device: where the blocks are worked on, such as "cpu"; the GPU if there is one by default.
         tie_word_embeddings: False gives the head a tensor of its own; True insists that it keeps the embedding's.
+        resume: True to go on with an interrupted run of the same model, recipe and data, if there is one; the result is
+            that of a run without the interruption.
         arguments: `pipeline`, `moe_calibrate_all_experts`, `log_dir`, and what llm-compressor's own modifiers read.
 
     Returns:
@@ -102,7 +112,8 @@ def oneshot(
 
     Raises:
         RecipeError: with line and remedy for everything wrong in the recipe.
-        FileNotFoundError, FileExistsError, ValueError, TypeError, OSError: naming the argument that cannot be used.
+        FileExistsError: if `output_dir` is not empty, or an unfinished run is beside it and `resume` is not set.
+        FileNotFoundError, ValueError, TypeError, OSError: naming the argument that cannot be used.
     """
     from llmcompressor import oneshot as llmcompressor_oneshot
 
@@ -115,7 +126,11 @@ def oneshot(
             device=device,
             cache_dir=cache_dir,
         )
-        job = checked_job(model, recipe, overrides, output_dir, options, arguments)
+        if resume and output_dir is not None:
+            finished = _finished_before(user_path(output_dir), options)
+            if finished is not None:
+                return finished
+        job = checked_job(model, recipe, overrides, output_dir, options, arguments, resume)
         job.check_model(max_seq_length, tie_word_embeddings)
         start = time.perf_counter()
         tokens = job.tokenizer(tokenizer, processor)
@@ -126,22 +141,23 @@ def oneshot(
         check_vocabulary(data.windows, job.vocabulary, "the calibration data")
         loaded = job.load(tokens)
         before = loaded.get_memory_footprint(return_buffers=False)
-        with _config_on_disk(loaded, options), work_on(device):
-            llmcompressor_oneshot(
-                model=loaded,
-                tokenizer=tokens if tokens is not None else _NO_TOKENIZER,
-                recipe=job.recipe,
-                dataset=as_dataloader(data.windows),
-                trust_remote_code_model=trust_remote_code_model,
-                tie_word_embeddings=tie_word_embeddings is not False,
-                **{"pipeline": "independent", **_passed_on(arguments)},
-            )
-        restore_frequencies(loaded, warn=False)  # a long calibration text may have rescaled them
-        _use_native_blocks(loaded)
-        record = calibration_record(data.sources, max_seq_length, seed).model_dump_json(indent=1) + "\n"
-        contributions_of(loaded).files[CALIBRATION_NAME] = record
-        if job.output is not None:
-            _save(loaded, tokens, record, job.output)
+        with work_on(device), journaled(_journal(job, loaded, data.windows, resume)) as journal:
+            with _config_on_disk(loaded, options):
+                llmcompressor_oneshot(
+                    model=loaded,
+                    tokenizer=tokens if tokens is not None else _NO_TOKENIZER,
+                    recipe=job.recipe,
+                    dataset=as_dataloader(data.windows),
+                    trust_remote_code_model=trust_remote_code_model,
+                    tie_word_embeddings=tie_word_embeddings is not False,
+                    **{"pipeline": "independent", **_passed_on(arguments)},
+                )
+            restore_frequencies(loaded, warn=False)  # a long calibration text may have rescaled them
+            _use_native_blocks(loaded)
+            record = calibration_record(data.sources, max_seq_length, seed).model_dump_json(indent=1) + "\n"
+            contributions_of(loaded).files[CALIBRATION_NAME] = record
+            if job.output is not None:
+                _save(loaded, tokens, record, job.output, journal)
         _log_summary(loaded, before, job.output, time.perf_counter() - start)
     return loaded
 
@@ -200,8 +216,33 @@ def _use_native_blocks(model: PreTrainedModel) -> None:
     use_native_blocks(decoder)
 
 
-def _save(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, record: str, folder: Path) -> None:
-    with complete_or_absent(folder) as temporary:
+def _finished_before(output: Path, options: LoadingOptions) -> PreTrainedModel | None:
+    """Returns the checkpoint of a run that was cut off when nothing was left to do but to tidy up."""
+    folder = unfinished_folder(output, PARTIAL)
+    if not settle_saving(folder, output, lambda written: not damages(written, need_checksums(written))):
+        return None
+    shutil.rmtree(folder)
+    logger.info("the interrupted run had finished: its checkpoint is in %s", output)
+    return open_checkpoint(output, options=replace(options, revision=None)).load()
+
+
+def _journal(job: Job, model: PreTrainedModel, windows: list[torch.Tensor], resume: bool) -> Journal | None:
+    if job.output is None:
+        return None
+    return Journal(unfinished_folder(job.output, PARTIAL), job.identity(model, windows), resume)
+
+
+def _save(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase | None,
+    record: str,
+    folder: Path,
+    journal: Journal | None,
+) -> None:
+    kept = None if journal is None or not journal.has_something else journal.folder
+    with complete_or_absent(folder, besides=() if journal is None else (journal.folder.name,)) as temporary:
+        if kept is not None:
+            note_saving(kept, temporary, is_complete=False)
         inner = temporary / "checkpoint"
         model.save_pretrained(inner)
         if tokenizer is not None:
@@ -211,6 +252,8 @@ def _save(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, rec
         for item in inner.iterdir():
             item.rename(temporary / item.name)
         inner.rmdir()
+        if kept is not None:
+            note_saving(kept, temporary, is_complete=True)
     logger.info("checkpoint in %s", folder)
 
 

@@ -135,12 +135,39 @@ def complete_or_absent(folder: Path, besides: Collection[str] = ()) -> Iterator[
         except BaseException:
             shutil.rmtree(temporary, ignore_errors=True)
             raise
-        _put_in_place(temporary, folder, real, fills, besides)
+        put_in_place(temporary, folder, besides)
     except BaseException:
         for parent in reversed(made):
             with suppress(OSError):  # not empty: somebody else writes there
                 parent.rmdir()
         raise
+
+
+def put_in_place(temporary: Path, folder: Path, besides: Collection[str] = (), begun: bool = False) -> None:
+    """Makes `temporary`, which lies in `folder` if that exists and beside it if not, what `folder` holds.
+
+    Args:
+        temporary: complete files.
+        folder: the target.
+        besides: names of entries that may be in it.
+        begun: True if some of the files may be there already.
+
+    Raises:
+        OSError: if `folder` cannot be written or was taken meanwhile; it names where the complete files are.
+    """
+    real = _real(folder)
+    try:
+        if temporary.parent != real:
+            temporary.rename(real)
+            return
+        if not begun:
+            _check_empty(folder, real, (temporary.name, *besides))
+        move_entries(temporary, real)
+    except OSError as error:
+        reason = error.strerror or str(error)
+        raise OSError(
+            f"{folder} cannot be written any more ({reason}); what it was to hold is in {temporary}"
+        ) from error
 
 
 def move_entries(source: Path, target: Path) -> None:
@@ -244,20 +271,6 @@ def _make_parents(parent: Path) -> list[Path]:
     missing = [each for each in (parent, *parent.parents) if not each.exists()][::-1]
     parent.mkdir(parents=True, exist_ok=True)
     return missing
-
-
-def _put_in_place(temporary: Path, folder: Path, real: Path, fills: bool, besides: Collection[str]) -> None:
-    try:
-        if not fills:
-            temporary.rename(real)
-            return
-        _check_empty(folder, real, (temporary.name, *besides))
-        move_entries(temporary, real)
-    except OSError as error:
-        reason = error.strerror or str(error)
-        raise OSError(
-            f"{folder} cannot be written any more ({reason}); what it was to hold is in {temporary}"
-        ) from error
 
 
 def _is_written_in_place(real: Path) -> bool:

@@ -13,6 +13,7 @@ from llmcompressor.modifiers import Modifier
 from pydantic import Field, PrivateAttr
 
 from quad_modifiers.data.token_rows import loader_rows
+from quad_modifiers.journal import folder_in_journal
 from quad_modifiers.model.decoder import Decoder
 from quad_modifiers.modifiers.base import Batches, QuadModifier
 from quad_modifiers.nn.from_compressed_tensors import scheme_of
@@ -41,7 +42,8 @@ class OutlierLoRA(QuadModifier):
     Lifecycle:
 
     - prepare
-        - by distillation: last hidden states of the original model for all calibration samples, to a temporary folder
+        - by distillation: last hidden states of the original model for all calibration samples, to a folder that is
+          kept with the run, or a temporary one
     - run
         - pack the quantized weights, add an outlier adapter, train it, merge it
     - on_finalize
@@ -73,7 +75,8 @@ class OutlierLoRA(QuadModifier):
     gradient_checkpointing: bool = False
     seed: int = 0
 
-    _folder: TemporaryDirectory[str] | None = PrivateAttr(default=None)
+    _temporary: TemporaryDirectory[str] | None = PrivateAttr(default=None)
+    _folder: Path | None = PrivateAttr(default=None)  # of the states
     _teacher: "Teacher | None" = PrivateAttr(default=None)
     _data: "TrainingData | None" = PrivateAttr(default=None)
     _outcome: "Outcome | None" = PrivateAttr(default=None)
@@ -104,13 +107,16 @@ class OutlierLoRA(QuadModifier):
         """Records what the original model says about the samples while it is still there."""
         _check_installed()
         self._data = self._samples(batches())
-        self._folder = TemporaryDirectory(prefix="quad-outlier-lora-")
+        self._folder = folder_in_journal("outlier-lora")
+        if self._folder is None:
+            self._temporary = TemporaryDirectory(prefix="quad-outlier-lora-")
+            self._folder = Path(self._temporary.name)
         if self.loss == "distillation":
             from quad_peft.training.teacher import cache_teacher
 
             device = decoder.model.device
             model = decoder.model.to(working_device()).eval()
-            self._teacher = cache_teacher(model, self._data.samples, Path(self._folder.name))
+            self._teacher = cache_teacher(model, self._data.samples, self._folder)
             model.to(device)
 
     def run(self, decoder: Decoder, batches: Batches) -> None:
@@ -141,8 +147,8 @@ class OutlierLoRA(QuadModifier):
                 else f" (original {before.original_perplexity:.3f}), KL to the original {before.divergence:.4f} -> "
                 f"{after.divergence:.4f}",
             )
-        if self._folder is not None:
-            self._folder.cleanup()
+        if self._temporary is not None:
+            self._temporary.cleanup()
         return super().on_finalize(state, **kwargs)
 
     def _samples(self, batches: list[dict[str, torch.Tensor]]) -> "TrainingData":
@@ -164,7 +170,7 @@ class OutlierLoRA(QuadModifier):
         settings = TuningSettings(**{f.name: getattr(self, f.name) for f in fields(TuningSettings) if f.name in own})
         tuned = get_outlier_model(model, OutlierLoraConfig(train_weight_scales=self.train_weight_scales))
         try:
-            arguments = settings.arguments(Path(self._folder.name) / "run")
+            arguments = settings.arguments(self._folder / "run")
             self._outcome = tune(tuned, self._data, settings, arguments, self._teacher)
         except BaseException:
             tuned.unload()

@@ -73,6 +73,14 @@ class DynamicActQuant(QuadModifier):
     def _quantization(self, bits: int, clip_ratio: float) -> InputQuantization:
         return InputQuantization(bits, clip_ratio, self.group_size, self.sub_scale_bits)
 
+    def input_words(self, group: Group) -> str:
+        """Returns what the inputs of a group become, in words; nothing where they stay as they are."""
+        bits = self.d_type_bits if group.writes_stream else self.u_type_bits
+        if bits is None:
+            return ""
+        levels = " of two levels" if self.sub_scale_bits else ""
+        return f"{bits} bits, {f'groups of {self.group_size}{levels}' if self.group_size else 'per token'}"
+
     def prepare(self, decoder: Decoder, batches: Batches) -> None:
         """Sets the input quantization of every linear in the decoder blocks."""
         for linear in decoder.linears():

@@ -5,9 +5,12 @@ from typing import Any
 import torch
 from torch import nn
 
+from quad_modifiers.journal import open_step
 from quad_modifiers.model.decoder import Decoder
 from quad_modifiers.nn.cache_argument import NEW, OLD
 from quad_modifiers.reporting import layer_progress
+
+_KINDS = ("keys", "values")
 
 
 class _Recorder:
@@ -46,12 +49,16 @@ def cache_means(decoder: Decoder, batches: list[dict[str, torch.Tensor]]) -> lis
     Raises:
         ValueError: if a block hands no keys to a cache, or no sequence has two tokens.
     """
+    log = open_step("cache-means")
+    device, dtype = decoder.model.device, decoder.model.dtype
+    if log.done:
+        kept = {name: mean.to(device) for name, mean in log.result(0)[0].items()}
+        return [(kept[f"{_KINDS[0]}.{index}"], kept[f"{_KINDS[1]}.{index}"]) for index in range(len(decoder.blocks))]
     recorders = [_Recorder() for _ in decoder.blocks]
     hooks = [
         block.module.register_forward_pre_hook(recorder.before, with_kwargs=True)
         for block, recorder in zip(decoder.blocks, recorders, strict=True)
     ]
-    device, dtype = decoder.model.device, decoder.model.dtype
     try:
         for batch in layer_progress(batches, "mean keys and values", "batch"):
             mask = batch.get("attention_mask")
@@ -66,4 +73,5 @@ def cache_means(decoder: Decoder, batches: list[dict[str, torch.Tensor]]) -> lis
         if not recorder.count:
             raise ValueError(f"{block.name} hands no keys to a cache, or the calibration data has no second token")
     means = [[(total / recorder.count).to(dtype) for total in recorder.totals] for recorder in recorders]
+    log.finish({f"{name}.{i}": mean for i, both in enumerate(means) for name, mean in zip(_KINDS, both, strict=True)})
     return [(keys, values) for keys, values in means]

@@ -140,6 +140,22 @@ def _to_working(value: torch.Tensor) -> torch.Tensor:
     return value.to(working_device(), torch.float32 if value.is_floating_point() else value.dtype)
 
 
+def keep_streams(stream: list[CalibrationBatch], original: list[torch.Tensor] | None = None) -> dict[str, torch.Tensor]:
+    """Returns the residual streams of all batches for the journal of a run, and those of the original model."""
+    kept = {f"stream.{index}": batch.hidden for index, batch in enumerate(stream)}
+    return kept | {f"original.{index}": hidden for index, hidden in enumerate(original or ())}
+
+
+def put_streams_back(
+    stream: list[CalibrationBatch], original: list[torch.Tensor] | None, kept: dict[str, torch.Tensor]
+) -> None:
+    """Moves the streams to where they were when `keep_streams` saw them."""
+    for index, batch in enumerate(stream):
+        batch.hidden = kept[f"stream.{index}"].to(batch.hidden)
+        if original is not None:
+            original[index] = kept[f"original.{index}"].to(batch.hidden)
+
+
 @contextmanager
 def in_float32(layer: nn.Module) -> Iterator[None]:
     """Holds a decoder block in float32 on the working device; it returns to the dtype and device it had."""

@@ -7,6 +7,7 @@ from itertools import accumulate
 import torch
 from quad_kernels import fake_quantize, split_input
 
+from quad_modifiers.journal import open_step
 from quad_modifiers.model.architecture import Group
 from quad_modifiers.model.decoder import Decoder, PlacedGroup
 from quad_modifiers.passes.calibration_stream import CalibrationBatch, first_block_inputs, in_float32
@@ -32,6 +33,9 @@ def choose_clip_ratios(
         batches: `input_ids` and optional `attention_mask`; the first ones are used.
         wanted: tells the groups to choose for.
     """
+    log = open_step("clip-ratios")
+    if log.done:
+        return dict(log.result(0)[1])
     before = accumulate((batch["input_ids"].numel() for batch in batches), initial=0)
     few = [batch for batch, tokens in zip(batches, before, strict=False) if tokens < _TOKENS]
     stream = first_block_inputs(decoder, few)
@@ -45,7 +49,9 @@ def choose_clip_ratios(
                 batch.hidden = runner.run(batch.hidden, batch.arguments[block.index], errors.see)
         for roles, found in errors.relative().items():
             total[roles] = total[roles] + found if roles in total else found
-    return {role: CANDIDATES[int(found.argmin())] for roles, found in total.items() for role in roles}
+    chosen = {role: CANDIDATES[int(found.argmin())] for roles, found in total.items() for role in roles}
+    log.finish({}, chosen)
+    return chosen
 
 
 class _BlockErrors:

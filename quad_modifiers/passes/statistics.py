@@ -4,10 +4,17 @@ from dataclasses import dataclass
 
 import torch
 
+from quad_modifiers.journal import open_step
 from quad_modifiers.linalg import StreamingGram
 from quad_modifiers.model.decoder import Block, Decoder, PlacedGroup
 from quad_modifiers.model.geometry import ModelGeometry
-from quad_modifiers.passes.calibration_stream import CalibrationBatch, first_block_inputs, in_float32
+from quad_modifiers.passes.calibration_stream import (
+    CalibrationBatch,
+    first_block_inputs,
+    in_float32,
+    keep_streams,
+    put_streams_back,
+)
 from quad_modifiers.passes.runners import runner_of
 from quad_modifiers.reporting import layer_progress
 
@@ -49,16 +56,40 @@ def collect_statistics(decoder: Decoder, batches: list[dict[str, torch.Tensor]])
     residual = StreamingGram(geometry.hidden, stream[0].hidden.device)
     heads: dict[str, torch.Tensor] = {}
     channels: dict[str, torch.Tensor] = {}
+    log = open_step("statistics")
+    resumed = log.done
+    if resumed:
+        kept = log.carried()
+        put_streams_back(stream, None, kept)
+        residual.total, residual.tokens = kept["residual"].to(residual.total), int(kept["tokens"])
     for block in layer_progress(decoder.blocks, "calibrating"):
+        if block.index < resumed:
+            found, _ = log.result(block.index)
+            heads |= _of_kind(found, "heads", stream)
+            channels |= _of_kind(found, "channels", stream)
+            continue
         moments = _BlockMoments(geometry, residual)
         try:
             with in_float32(block.module):
                 _run(decoder, block, stream, moments)
         except ValueError as error:
             raise ValueError(f"layer {block.index}: {error}") from error
-        heads |= {path: torch.stack([gram.mean() for gram in grams]) for path, grams in moments.heads.items()}
+        means = {path: torch.stack([gram.mean() for gram in grams]) for path, grams in moments.heads.items()}
+        heads |= means
         channels |= moments.channels
+        carried = {"residual": residual.total, "tokens": torch.tensor(residual.tokens)}
+        log.finish(_named("heads", means) | _named("channels", moments.channels), None, keep_streams(stream) | carried)
     return ActivationStatistics(residual.mean(), heads, channels)
+
+
+def _named(kind: str, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    return {f"{kind}.{path}": tensor for path, tensor in tensors.items()}
+
+
+def _of_kind(tensors: dict[str, torch.Tensor], kind: str, stream: list[CalibrationBatch]) -> dict[str, torch.Tensor]:
+    """What was `_named`, on the device of the stream."""
+    device = stream[0].hidden.device
+    return {name.removeprefix(f"{kind}."): each.to(device) for name, each in tensors.items() if name.startswith(kind)}
 
 
 def _run(decoder: Decoder, block: Block, stream: list[CalibrationBatch], moments: "_BlockMoments") -> None:

@@ -5,14 +5,24 @@ quantized so far (input quantization included). Otherwise only the second.
 """
 
 from collections.abc import Callable, Iterator
+from dataclasses import asdict
+from typing import Any
 
 import torch
 from quad_kernels import QuantizedWeight, choose_backend
 from quad_kernels.backends.native_cpu import NativeBackend
 
+from quad_modifiers.journal import digest_of, open_step
 from quad_modifiers.model.decoder import Block, Decoder, PlacedGroup, PlacedLinear
 from quad_modifiers.nn.quad_linear import QuadLinear
-from quad_modifiers.passes.calibration_stream import CalibrationBatch, first_block_inputs, in_float32
+from quad_modifiers.passes.calibration_stream import (
+    CalibrationBatch,
+    first_block_inputs,
+    in_float32,
+    keep_streams,
+    put_streams_back,
+)
+from quad_modifiers.passes.quantized_tensors import keep_weight, kept_weight
 from quad_modifiers.passes.runners import BlockRunner, runner_of
 from quad_modifiers.quantization.group import InputMoments, LinearReport, WeightQuantization, quantize_group
 
@@ -31,6 +41,8 @@ def quantize_blocks(
 ) -> Iterator[list[tuple[PlacedGroup, LinearReport]]]:
     """Quantizes all decoder blocks in order; yields each group of a block with its report when it is done.
 
+    Each block is a layer in the journal of the run: one that is finished there is put in its place instead.
+
     Args:
         decoder: with `QuadLinear` linears.
         batches: `input_ids` and optional `attention_mask`; None for RTN.
@@ -42,8 +54,16 @@ def quantize_blocks(
     stream = [] if batches is None else first_block_inputs(decoder, batches)
     original = [batch.hidden for batch in stream] if settings.error_correction else None
     scale_dtype = next(decoder.linears()).module.qweight.dtype
+    log = open_step("weights", lambda: digest_of(decoder.model.named_parameters()))
+    if log.done:
+        put_streams_back(stream, original, log.carried())
+    resumed = log.done
     for block in decoder.blocks:
         work = _BlockWork(block, settings, scale_dtype, finish, skipped)
+        if block.index < resumed:
+            work.take(*log.result(block.index), quantized_inputs=batches is not None)
+            yield work.reports
+            continue
         with in_float32(block.module):
             if batches is None:
                 work.round_to_nearest()
@@ -53,6 +73,8 @@ def quantize_blocks(
             _check_representable(linear)
             if linear.name not in work.in_place:
                 finish(linear, weight)
+        if log.keeps:
+            log.finish(*work.result(), carried=keep_streams(stream, original))
         yield work.reports
 
 
@@ -96,6 +118,25 @@ class _BlockWork:
         self.finished: list[tuple[PlacedLinear, QuantizedWeight]] = []
         self.in_place: set[str] = set()
         self.reports: list[tuple[PlacedGroup, LinearReport]] = []
+
+    def result(self) -> tuple[dict[str, torch.Tensor], Any]:
+        """Returns the tensors and facts from which `take` makes the same block of the one that came."""
+        tensors: dict[str, torch.Tensor] = {}
+        for linear, weight in self.finished:
+            tensors |= keep_weight(linear, weight)
+        return tensors, {group.names: asdict(report) for group, report in self.reports}
+
+    def take(self, tensors: dict[str, torch.Tensor], facts: Any, quantized_inputs: bool) -> None:
+        """Puts the weights of an earlier run in their places."""
+        if quantized_inputs:
+            self._switch_inputs(True)
+        for linear in self.block.linears():
+            weight = kept_weight(linear, tensors, self.settings.grid)
+            if weight is not None:
+                self.finish(linear, weight)
+        self.reports = [
+            (group, LinearReport(**facts[group.names])) for group in self.block.groups if group.names in facts
+        ]
 
     def round_to_nearest(self) -> None:
         """Quantizes the groups without inputs."""

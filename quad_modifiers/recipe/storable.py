@@ -58,6 +58,16 @@ def decoder_places(decoder: Decoder) -> tuple[Place, ...]:
     )
 
 
+def weight_words(placed: Sequence[PlacedModifier], names: Sequence[str]) -> dict[str, str]:
+    """Returns what the modifiers make of the weights of linears, in words; nothing of one that is left as it is."""
+    treated: dict[str, list[str]] = {name: [] for name in names}
+    for each in placed:
+        for words, reached in _treatments(each, names):
+            for name in reached:
+                treated[name].append(words)
+    return {name: " and ".join(words) for name, words in treated.items()}
+
+
 def storage_problems(placed: Sequence[PlacedModifier], places: Sequence[Place] | None = None) -> list[Problem]:
     """Returns what the checkpoint could not hold.
 

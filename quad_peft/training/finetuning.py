@@ -1,6 +1,5 @@
 """`finetune`: from a QUAD checkpoint and a text to an adapter folder."""
 
-import json
 import logging
 import os
 import shutil
@@ -12,15 +11,9 @@ from quad_modifiers.checkpoint.opened import Opened, find_tokenizer, open_checkp
 from quad_modifiers.checkpoint.source_model import check_source_model
 from quad_modifiers.checkpoint.whole_model import DEFAULTS, LoadingOptions
 from quad_modifiers.data.token_rows import check_vocabulary
+from quad_modifiers.journal import open_unfinished, unfinished_folder
 from quad_modifiers.nn.quad_linear import QuadLinear
-from quad_modifiers.output_folder import (
-    check_parent,
-    check_target,
-    complete_or_absent,
-    may_write,
-    replace_file,
-    user_path,
-)
+from quad_modifiers.output_folder import check_parent, check_target, complete_or_absent, user_path
 from quad_modifiers.process_state import kept_apart
 from quad_modifiers.records.tuning_record import TUNING_NAME, Tuning
 from quad_peft.training.curve import write_curve
@@ -30,7 +23,6 @@ from quad_peft.training.tuning_loop import Outcome, TuningSettings, model_name, 
 
 logger = logging.getLogger(__name__)
 
-_RUN = "run.json"
 _TENSORBOARD = "runs"
 
 
@@ -110,10 +102,10 @@ def finetune(
     from quad_peft import OutlierLoraConfig, get_outlier_model
 
     output, settings = user_path(output), settings or TuningSettings()
-    folder = _run_folder(output)
+    folder = unfinished_folder(output, ".training")
     check_target(output, besides=(folder.name,))
     if teacher_cache is not None:
-        check_parent(user_path(teacher_cache) / _RUN)
+        check_parent(user_path(teacher_cache) / "teacher")
     device, options = options.device, replace(options, device=None)  # the trainer moves the models
     opened = open_checkpoint(checkpoint, options=options)
     opened.check_weights()
@@ -151,7 +143,7 @@ def finetune(
     }
     with arguments.main_process_first(local=False):
         if writes:
-            _open_folder(folder, identity, resume)
+            open_unfinished(folder, identity, resume)
     with arguments.main_process_first(local=False):
         teacher = _teacher(source, found, teacher_cache)
     outcome = tune(model, found, settings, arguments, teacher, _pad_token(tokenizer))
@@ -168,13 +160,6 @@ def finetune(
     return FinetuneResult(output, record, writes)
 
 
-def _run_folder(output: Path) -> Path:
-    """Returns where the states of a run go; a target that is a link, or the current folder, has its real name."""
-    real = Path(os.path.realpath(output))
-    name = f"{real.name}.training"
-    return real / name if real.is_dir() and not may_write(real.parent) else real.with_name(name)
-
-
 def _check_launch(arguments: Any) -> None:
     """Refuses processes that do not know of each other: all would write to one folder."""
     started = int(os.environ.get("WORLD_SIZE", "1"))
@@ -182,28 +167,6 @@ def _check_launch(arguments: Any) -> None:
         raise ValueError(
             f"the launcher started {started} processes, but transformers sees {arguments.world_size}; without a GPU "
             "set ACCELERATE_USE_CPU=true and start `accelerate launch --multi_gpu --num_processes N`"
-        )
-
-
-def _open_folder(folder: Path, identity: dict[str, Any], resume: bool) -> None:
-    """Makes the folder of a run, or checks that the one there is the same run."""
-    file = folder / _RUN
-    fresh = file.is_file() and len(list(folder.iterdir())) == 1  # it ended before it had anything to go on with
-    if not file.is_file() or fresh:
-        if not fresh and folder.exists() and any(folder.iterdir()):
-            raise FileExistsError(f"{folder} exists and is no training run; move it away, or choose another output")
-        folder.mkdir(parents=True, exist_ok=True)
-        replace_file(file, json.dumps(identity, indent=1) + "\n")
-        return
-    if not resume:
-        raise FileExistsError(f"{folder} holds an unfinished run; go on with --resume (resume=True), or remove it")
-    found, wanted = json.loads(file.read_text()), json.loads(json.dumps(identity))
-    differing = sorted(key for key in wanted.keys() | found.keys() if wanted.get(key) != found.get(key))
-    if differing:
-        key = differing[0]
-        raise ValueError(
-            f"the unfinished run in {folder} had another {', another '.join(differing)} ({key} {found.get(key)}, now "
-            f"{wanted.get(key)}); give the same, or remove the folder to start anew"
         )
 
 

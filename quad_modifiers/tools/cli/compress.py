@@ -69,6 +69,13 @@ def compress(
     dtype: LoadingDtype = Dtype.auto,
     device: Device = None,
     cache_dir: CacheDir = None,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on with an interrupted run of the same model, recipe and text.")
+    ] = False,
+    dry_run: Annotated[
+        bool,
+        typer.Option("--dry-run", help="Only say what each linear becomes, and what memory, disk and time it takes."),
+    ] = False,
     no_check: Annotated[
         bool, typer.Option("--no-check", help="Do not measure the perplexity before and after on a few windows.")
     ] = False,
@@ -81,14 +88,28 @@ def compress(
     """Compress a model by a recipe and write the checkpoint.
 
     Recipe, output folder and model type are checked before the weights are loaded. The output appears complete or not
-    at all. Then original and result are compared on a few windows of text, and a warning says if the result is broken.
-    Progress goes to stderr, the closing table to stdout.
+    at all; until then OUT.partial keeps what is finished, for --resume. Then original and result are compared on a few
+    windows of text, and a warning says if the result is broken. Progress goes to stderr, the closing table to stdout.
     """
     from quad_modifiers import oneshot
     from quad_modifiers.data.mixture import named_sources
 
     if no_check and max_perplexity_ratio is not None:
         raise ValueError("--no-check leaves out what --max-perplexity-ratio is about; give one of them")
+    if dry_run:
+        options = loading(revision, trust_remote_code, dtype, device, cache_dir)
+        _show_plan(
+            model,
+            recipe,
+            as_json,
+            output_dir=output,
+            overrides=overrides or (),
+            num_calibration_samples=samples,
+            max_seq_length=seq_length,
+            resume=resume,
+            options=options,
+        )
+        return
     start = time.perf_counter()
     sources = named_sources(dataset or ())
     with log_on_stderr(summaries=False):
@@ -111,6 +132,7 @@ def compress(
                 trust_remote_code_model=trust_remote_code,
                 cache_dir=cache_dir,
                 device=device,
+                resume=resume,
             )
         ]
         cost = _Cost.since(start)  # the comparison is no part of it
@@ -137,6 +159,39 @@ def compress(
         print_table((), rows)
     if max_perplexity_ratio is not None and (seen is None or not seen.ratio <= max_perplexity_ratio):
         raise typer.Exit(FAILURE)
+
+
+def _show_plan(model: str, recipe: str, as_json: bool, **arguments: Any) -> None:
+    """Prints what the compression would make and take."""
+    from quad_modifiers.compression_plan import plan_compression
+
+    with log_on_stderr(summaries=False):
+        plan = plan_compression(model, recipe, **arguments)
+    if as_json:
+        print_json(asdict(plan))
+        return
+    header = ("linear", "number", "inputs x outputs", "weight", "inputs", "outlier columns")
+    print_table(
+        header,
+        [
+            (each.role, str(each.count), f"{each.width} x {each.outputs}", each.weight, each.inputs, str(each.outlier))
+            for each in plan.linears
+        ],
+    )
+    rows = [
+        ("size before", file_size(plan.original_bytes)),
+        ("size after", f"at most {file_size(plan.checkpoint_bytes)}"),
+        ("disk until it is complete", f"about {file_size(plan.checkpoint_bytes + plan.journal_bytes)}"),
+        ("memory", f"about {file_size(plan.memory_bytes)}"),
+        ("time", f"about {_duration(plan.seconds)} for {plan.tokens} tokens of calibration text"),
+    ]
+    print_table((), rows)
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 90:
+        return f"{max(seconds, 1):.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 90 * 60 else f"{seconds / 3600:.1f} h"
 
 
 def _inventories(original: Path | None, output: Path) -> "tuple[Inventory | None, Inventory]":

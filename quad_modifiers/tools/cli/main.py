@@ -1,9 +1,11 @@
 """The root of the command line: the list of command groups, and what happens to their errors."""
 
+import signal
 import sys
 import traceback
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Annotated
 
 import typer
@@ -22,7 +24,7 @@ from quad_modifiers.tools.cli import (
     support,
     verify,
 )
-from quad_modifiers.tools.cli.errors import INTERRUPTED, describe, exit_code
+from quad_modifiers.tools.cli.errors import INTERRUPTED, TERMINATED, describe, exit_code
 from quad_modifiers.tools.console import show_warning
 
 _DEBUG = "--debug"
@@ -65,7 +67,8 @@ _EXAMPLES = {
 app = typer.Typer(
     name="quad",
     help="4-bit weights and activations for LLMs with a full-precision outlier subspace (QUAD, arXiv 2503.19353).",
-    epilog="Exit codes: 0 done, 1 failed, 2 bad input, 130 interrupted. Each command's help names its Python function.",
+    epilog="Exit codes: 0 done, 1 failed, 2 bad input, 130 interrupted, 143 terminated. Each command's help names its "
+    "Python function.",
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
 )
@@ -106,7 +109,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     wait_briefly()
     debug = _DEBUG in given
     given = [each for each in given if each != _DEBUG]
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), _tidy_termination() as terminated:
         if not debug:
             warnings.showwarning = show_warning
         try:
@@ -116,8 +119,29 @@ def main(arguments: Sequence[str] | None = None) -> int:
         except Exception as error:
             return _report(error, debug)
     if code == INTERRUPTED:  # newer versions of typer return it instead of raising
-        print("interrupted", file=sys.stderr)
+        print("terminated" if terminated else "interrupted", file=sys.stderr)
+        return TERMINATED if terminated else code
     return code
+
+
+@contextmanager
+def _tidy_termination() -> Iterator[list[int]]:
+    """Lets SIGTERM end a command as Ctrl-C does, so that it leaves no half file; yields what came of it."""
+    came: list[int] = []
+
+    def interrupt(number: int, frame: object) -> None:
+        came.append(number)
+        raise KeyboardInterrupt
+
+    try:
+        before = signal.signal(signal.SIGTERM, interrupt)
+    except ValueError:  # not in the main thread, which alone gets signals
+        yield came
+        return
+    try:
+        yield came
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _report(error: Exception, debug: bool) -> int:

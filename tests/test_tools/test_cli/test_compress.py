@@ -334,3 +334,14 @@ def test_a_comparison_that_fails_loses_nothing(
     assert "the checkpoint is written, but could not be looked at: the disk is gone" in done.err
     assert (tmp_path / "out" / "config.json").is_file()
     assert quad(*arguments, "-o", tmp_path / "strict", "--max-perplexity-ratio", 3).code == 1
+
+
+def test_a_dry_run_only_says_what_it_would_do(quad, toy_checkpoint, recipe: Path, tmp_path: Path) -> None:
+    arguments = ("compress", toy_checkpoint("llama"), recipe, "-o", tmp_path / "new" / "out", "--dry-run", *SHORT)
+    done = quad(*arguments)
+    assert done.code == 0, done.err
+    for words in ("down_proj", "4 bits, per token", "at most", "288 tokens"):
+        assert words in done.out
+    assert not (tmp_path / "new").exists()
+    done = quad(*arguments, "--json")
+    assert {each["role"] for each in json.loads(done.out)["linears"]} >= {"q_proj", "down_proj"}

@@ -1,0 +1,354 @@
+"""A compression that was cut off, and resumed: the same checkpoint as without the interruption."""
+
+from __future__ import annotations
+
+import json
+import logging
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import quad_modifiers
+from quad_modifiers.journal import Step, unfinished
+from quad_modifiers.output_folder import move_entries
+
+pytest.importorskip("llmcompressor")
+
+TEXTS = [f"Document {index} measures the bridge {index * 7} times. " * 20 for index in range(30)]
+SETTINGS = {"dataset": TEXTS, "num_calibration_samples": 6, "max_seq_length": 48}
+PROJECTION = "SVDOutlierProjection: {rank: 8, o_proj_rank_per_head: 2, down_proj_rank: 8}"
+RECIPES = {
+    "corrected": (PROJECTION, "DynamicActQuant: {}", "OutlierSplitGPTQ: {error_correction: 0.4, sweeps: 1}"),
+    "auto": (
+        PROJECTION,
+        "DynamicActQuant: {u_type_clip_ratio: auto, d_type_clip_ratio: auto}",
+        "OutlierSplitGPTQ: {error_correction: auto}",
+    ),
+    "two levels": (
+        PROJECTION,
+        "DynamicActQuant: {strategy: group, group_size: 16, sub_scale_bits: 4}",
+        "OutlierSplitGPTQ: {group_size: 16, sub_scale_bits: 4, ignore: [gate_proj, up_proj, lm_head]}",
+    ),
+    "zero points": ("OutlierSplitGPTQ: {symmetric: false, group_size: 16}",),
+    "rounded": (PROJECTION, "OutlierSplitGPTQ: {method: rtn}"),
+    "cache": (PROJECTION, "DynamicActQuant: {}", "OutlierSplitGPTQ: {}", "KVCacheQuant: {}"),
+    "ends": (PROJECTION, "OutlierSplitGPTQ: {}", "EmbeddingHeadQuant: {}"),
+    "smoothed": ("SmoothQuantModifier: {smoothing_strength: 0.5}", PROJECTION, "OutlierSplitGPTQ: {}"),
+    "tuned": (PROJECTION, "DynamicActQuant: {}", "OutlierSplitGPTQ: {}", "OutlierLoRA: {batch_size: 2}"),
+}
+
+
+def recipe_text(name: str) -> str:
+    return "quad_stage:\n  quad_modifiers:\n" + "".join(f"    {line}\n" for line in RECIPES[name])
+
+
+def files_of(folder: Path) -> dict[str, bytes]:
+    """What a checkpoint holds but for the time that its tuning took, and the checksum of that."""
+    timed = {"tuning.json", "checksums.json"} if (folder / "tuning.json").exists() else set()
+    return {file.name: file.read_bytes() for file in folder.iterdir() if file.name not in timed}
+
+
+class CutOff:
+    """Ends the process's run, as Ctrl-C would, before or after the given layer is kept; counts the layers."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, at: int = -1, after: bool = True) -> None:
+        self.count = 0
+        real = Step.finish
+
+        def finish(step: Step, *arguments: Any, **named: Any) -> None:
+            self.count += 1
+            if self.count == at and not after:
+                raise KeyboardInterrupt
+            real(step, *arguments, **named)
+            if self.count == at:
+                raise KeyboardInterrupt
+
+        monkeypatch.setattr(Step, "finish", finish)
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_resumed_anywhere_it_is_the_same(name: str, toy_checkpoint, tmp_path: Path) -> None:
+    if name == "tuned":
+        pytest.importorskip("peft")
+    model, text = toy_checkpoint("llama"), recipe_text(name)
+    with pytest.MonkeyPatch.context() as patched:
+        whole = CutOff(patched)
+        quad_modifiers.oneshot(model, text, output_dir=tmp_path / "whole", **SETTINGS)
+    assert whole.count
+    wanted = files_of(tmp_path / "whole")
+    cuts = range(1, whole.count + 1) if name == "corrected" else (whole.count - 1,)
+    for at in cuts:
+        output = tmp_path / f"cut-{at}"
+        with pytest.MonkeyPatch.context() as patched:
+            CutOff(patched, at, after=at % 2 == 0)
+            with pytest.raises(KeyboardInterrupt):
+                quad_modifiers.oneshot(model, text, output_dir=output, **SETTINGS)
+        assert not output.exists()
+        with pytest.MonkeyPatch.context() as patched:
+            rest = CutOff(patched)
+            quad_modifiers.oneshot(model, text, output_dir=output, resume=True, **SETTINGS)
+        assert rest.count == whole.count - at + at % 2
+        assert files_of(output) == wanted
+        assert {each.name for each in tmp_path.iterdir()} >= {"whole", output.name}
+        assert not output.with_name(f"{output.name}.partial").exists()
+
+
+def test_cut_off_twice(cut_off, whole, toy_checkpoint) -> None:
+    with pytest.MonkeyPatch.context() as patched:
+        CutOff(patched, 1)
+        with pytest.raises(KeyboardInterrupt):
+            resume(toy_checkpoint, cut_off)
+    resume(toy_checkpoint, cut_off)
+    assert files_of(cut_off) == whole
+
+
+@pytest.fixture(scope="module")
+def whole(toy_checkpoint, tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
+    """Files of the run that is cut off below, without the interruption."""
+    output = tmp_path_factory.mktemp("whole") / "out"
+    quad_modifiers.oneshot(toy_checkpoint("llama"), recipe_text("corrected"), output_dir=output, **SETTINGS)
+    return files_of(output)
+
+
+@pytest.fixture(scope="module")
+def interrupted(toy_checkpoint, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What is left of a run that was cut off behind its third layer, the first of the weights."""
+    output = tmp_path_factory.mktemp("interrupted") / "out"
+    with pytest.MonkeyPatch.context() as patched:
+        CutOff(patched, 3)
+        with pytest.raises(KeyboardInterrupt):
+            quad_modifiers.oneshot(toy_checkpoint("llama"), recipe_text("corrected"), output_dir=output, **SETTINGS)
+    return output.with_name("out.partial")
+
+
+@pytest.fixture
+def cut_off(interrupted: Path, tmp_path: Path) -> Path:
+    """The folder that the output of an interrupted run was to be; what is left of it lies beside."""
+    shutil.copytree(interrupted, tmp_path / "out.partial")
+    return tmp_path / "out"
+
+
+def resume(toy_checkpoint, output: Path, **changed: Any) -> None:
+    settings = {"model": toy_checkpoint("llama"), "recipe": recipe_text("corrected"), "resume": True, **SETTINGS}
+    quad_modifiers.oneshot(output_dir=output, **{**settings, **changed})
+
+
+def test_without_resume_it_is_refused_before_anything_is_loaded(cut_off, toy_checkpoint) -> None:
+    kept = sorted(cut_off.with_name("out.partial").rglob("*"))
+    with pytest.raises(FileExistsError, match=r"out\.partial holds an unfinished run; go on with --resume"):
+        resume(toy_checkpoint, cut_off, resume=False)
+    assert sorted(cut_off.with_name("out.partial").rglob("*")) == kept
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"recipe": recipe_text("two levels")}, "another recipe"),
+        ({"overrides": ["OutlierSplitGPTQ.damping=0.05"]}, "another recipe"),
+        ({"model": "qwen2"}, "another model"),
+        ({"seed": 5}, "another calibration data"),
+        ({"dataset": TEXTS[:20]}, "another calibration data"),
+    ],
+)
+def test_another_run_is_refused_by_name(changed: dict[str, Any], message: str, cut_off, toy_checkpoint) -> None:
+    if "model" in changed:
+        changed = {"model": toy_checkpoint(changed["model"])}
+    with pytest.raises(ValueError, match=message):
+        resume(toy_checkpoint, cut_off, **changed)
+    assert cut_off.with_name("out.partial").exists()
+
+
+def test_other_versions_are_refused(cut_off, toy_checkpoint) -> None:
+    file = cut_off.with_name("out.partial") / "run.json"
+    run = json.loads(file.read_text())
+    run["versions"]["torch"] = "1.0"
+    file.write_text(json.dumps(run))
+    with pytest.raises(ValueError, match="another versions"):
+        resume(toy_checkpoint, cut_off)
+
+
+def test_other_weights_before_the_step_are_refused(cut_off, toy_checkpoint) -> None:
+    file = next(cut_off.with_name("out.partial").glob("*-weights/start.json"))
+    file.write_text('"0"')
+    with pytest.raises(ValueError, match="begun with other weights"):
+        resume(toy_checkpoint, cut_off)
+
+
+def test_a_layer_that_is_not_whole_is_computed_again(cut_off, whole, toy_checkpoint) -> None:
+    """Files are complete or absent; what else lies there, such as one cut off while it was written, is passed over."""
+    step = next(cut_off.with_name("out.partial").glob("*-weights"))
+    (step / ".layer-0001.safetensors").write_bytes(b"half")
+    (step / "layer-0001.safetensors").write_bytes(b"written, but not what the next layer begins with")
+    resume(toy_checkpoint, cut_off)
+    assert files_of(cut_off) == whole
+
+
+def test_nothing_to_resume(toy_checkpoint, tmp_path: Path) -> None:
+    quad_modifiers.oneshot(
+        toy_checkpoint("llama"), recipe_text("corrected"), output_dir=tmp_path / "out", resume=True, **SETTINGS
+    )
+    assert [each.name for each in tmp_path.iterdir()] == ["out"]
+    with pytest.raises(ValueError, match="output_dir of that run"):
+        quad_modifiers.oneshot(toy_checkpoint("llama"), recipe_text("corrected"), resume=True, **SETTINGS)
+
+
+def test_nothing_finished_leaves_nothing(toy_checkpoint, tmp_path: Path) -> None:
+    with pytest.MonkeyPatch.context() as patched:
+        CutOff(patched, 1, after=False)
+        with pytest.raises(KeyboardInterrupt):
+            quad_modifiers.oneshot(
+                toy_checkpoint("llama"), recipe_text("corrected"), output_dir=tmp_path / "new" / "out", **SETTINGS
+            )
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_something_else_of_that_name_is_left_alone(toy_checkpoint, tmp_path: Path) -> None:
+    (tmp_path / "out.partial").mkdir()
+    (tmp_path / "out.partial" / "notes.txt").write_text("mine")
+    with pytest.raises(FileExistsError, match="is no unfinished run"):
+        quad_modifiers.oneshot(
+            toy_checkpoint("llama"), recipe_text("corrected"), output_dir=tmp_path / "out", **SETTINGS
+        )
+    assert (tmp_path / "out.partial" / "notes.txt").read_text() == "mine"
+
+
+def test_two_at_once(cut_off, toy_checkpoint) -> None:
+    fcntl = pytest.importorskip("fcntl")
+    with (cut_off.with_name("out.partial") / "lock").open("w") as handle:
+        fcntl.flock(handle, fcntl.LOCK_EX)
+        with pytest.raises(FileExistsError, match="another process works in"):
+            resume(toy_checkpoint, cut_off)
+
+
+def test_a_full_disk_does_not_end_the_run(
+    toy_checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The journal is lost, the run is not."""
+    from quad_modifiers.journal import durable
+
+    def full(*arguments: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(durable.os, "fsync", full)
+    monkeypatch.setattr(durable, "save_file", full)
+    with caplog.at_level(logging.WARNING, logger="quad_modifiers"):
+        quad_modifiers.oneshot(
+            toy_checkpoint("llama"), recipe_text("corrected"), output_dir=tmp_path / "out", **SETTINGS
+        )
+    assert caplog.text.count("could not be resumed from here") == 1
+    assert "No space left" in caplog.text
+    assert [each.name for each in tmp_path.iterdir()] == ["out"]
+
+
+def test_a_full_disk_at_the_end_loses_nothing(whole, toy_checkpoint, tmp_path: Path) -> None:
+    """What the checkpoint could not be written for, the next run finds."""
+    from quad_modifiers import compression
+
+    with pytest.MonkeyPatch.context() as patched:
+
+        def full(folder: Path) -> None:
+            raise OSError(28, "No space left on device")
+
+        patched.setattr(compression, "complete_checksums", full)
+        with pytest.raises(OSError, match="No space left"):
+            resume(toy_checkpoint, tmp_path / "out")
+    assert {each.name for each in tmp_path.iterdir()} == {"out.partial"}
+    with pytest.MonkeyPatch.context() as patched:
+        rest = CutOff(patched)
+        resume(toy_checkpoint, tmp_path / "out")
+    assert rest.count == 0
+    assert files_of(tmp_path / "out") == whole
+
+
+@pytest.mark.parametrize("exists", [False, True], ids=["new folder", "existing folder"])
+@pytest.mark.parametrize("moved", [False, True], ids=["before the move", "half moved"])
+def test_cut_off_while_the_files_are_moved(exists: bool, moved: bool, whole, cut_off, toy_checkpoint) -> None:
+    """Killed, so that nothing tidies up: the hidden folder is complete, and its files are on their way or not."""
+    from quad_modifiers import output_folder
+
+    output = cut_off
+    if exists:
+        output.mkdir()
+
+    real = output_folder.put_in_place
+
+    def killed(temporary: Path, folder: Path, besides: Any = ()) -> None:
+        if folder != output:
+            real(temporary, folder, besides)
+            return
+        if moved and exists:
+            some = sorted(temporary.iterdir())[0]
+            some.rename(output / some.name)
+        elif moved:
+            temporary.rename(output)
+        raise SystemExit  # what would tidy up is below this
+
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(output_folder, "put_in_place", killed)
+        with pytest.raises(SystemExit):
+            resume(toy_checkpoint, output)
+    with pytest.MonkeyPatch.context() as patched:
+        rest = CutOff(patched)
+        resume(toy_checkpoint, output)
+    assert rest.count == 0
+    assert files_of(output) == whole
+    assert [each.name for each in output.parent.iterdir()] == ["out"]
+
+
+def test_in_a_folder_whose_parent_cannot_be_written(
+    interrupted, whole, toy_checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As where a volume is mounted: what is finished is kept inside."""
+    output = tmp_path / "out"
+    shutil.copytree(interrupted, output / "out.partial")
+    monkeypatch.setattr(unfinished, "may_write", lambda path: path != tmp_path)
+    resume(toy_checkpoint, output)
+    assert files_of(output) == whole
+
+
+def test_killed_at_any_moment(toy_checkpoint, tmp_path: Path) -> None:
+    """SIGKILL, which nothing can tidy up behind, and SIGTERM."""
+    model = toy_checkpoint("llama")
+    (tmp_path / "recipe.yaml").write_text(recipe_text("corrected"))
+    (tmp_path / "text.txt").write_text("\n".join(TEXTS))
+    command = [sys.executable, "-m", "quad_modifiers", "compress", str(model), str(tmp_path / "recipe.yaml")]
+    command += ["--dataset", str(tmp_path / "text.txt"), "--samples", "6", "--seq-length", "48", "--no-check", "-o"]
+
+    def finish(output: Path, *more: str) -> None:
+        done = subprocess.run([*command, str(output), *more], capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr
+
+    finish(tmp_path / "whole")
+    wanted, drawn = files_of(tmp_path / "whole"), random.Random(0)
+    for way in (signal.SIGKILL, signal.SIGTERM):
+        output = tmp_path / f"out-{way}"
+        partial = output.with_name(f"{output.name}.partial")
+        running = subprocess.Popen([*command, str(output)], stderr=subprocess.PIPE, text=True)
+        deadline = time.monotonic() + 120
+        while not partial.exists() and running.poll() is None and time.monotonic() < deadline:
+            time.sleep(0.002)
+        time.sleep(drawn.random() * 0.3)
+        running.send_signal(way)
+        said = running.communicate()[1]
+        if running.returncode:
+            assert running.returncode == (-signal.SIGKILL if way == signal.SIGKILL else 143), said
+            finish(output, "--resume")
+        assert files_of(output) == wanted
+        assert not [each for each in tmp_path.iterdir() if each.name.startswith((f".{output.name}", partial.name))]
+
+
+def test_moving_goes_on_where_it_was_cut_off(tmp_path: Path) -> None:
+    (tmp_path / "hidden").mkdir()
+    (tmp_path / "target").mkdir()
+    for name in ("config.json", "b"):
+        (tmp_path / "hidden" / name).write_text(name)
+    (tmp_path / "target" / "a").write_text("a")
+    move_entries(tmp_path / "hidden", tmp_path / "target")
+    assert sorted(each.name for each in (tmp_path / "target").iterdir()) == ["a", "b", "config.json"]
