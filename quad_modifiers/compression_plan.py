@@ -161,12 +161,9 @@ class _Shape:
         return 4 * both * self.tokens * self.decoder.geometry.hidden if self.calibrates or self.projections else 0
 
     def working(self) -> int:
-        """Bytes that are needed beyond the model: by the tables while they are projected, later by a block."""
-        if not self.projections:
-            return self._of_working_block()
-        outlier = max(getattr(each, "rank", 0) for each in self.projections)
-        table = self.decoder.embedding.weight.shape[0] * (self.decoder.geometry.hidden + outlier)
-        return max(3 * 8 * table, self._of_working_block())  # float64, and what is made of it
+        """Bytes that are needed beyond the model: by a table while it is projected, later by a block."""
+        table = self.decoder.embedding.weight
+        return max(2 * table.numel() * table.element_size(), self._of_working_block())
 
     def _of_working_block(self) -> int:
         """A block's weights in float32, streams, inputs and moments."""

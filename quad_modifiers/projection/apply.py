@@ -5,7 +5,8 @@ becomes c x Q, so that a stock RMSNorm over d + r coordinates, with the original
 c x Q / rms(x): writers are multiplied by c, readers divided by it. docs/concepts/projection.md has the derivation.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from itertools import chain
 
 import torch
 from quad_kernels import InputSplit, split_input
@@ -17,6 +18,8 @@ from quad_modifiers.nn.quad_linear import QuadLinear
 from quad_modifiers.nn.transformed_norm import add_head_transform
 from quad_modifiers.projection.plan import Projection, ResidualBasis
 from quad_modifiers.reporting import layer_progress
+
+_ROWS = 4096  # of an embedding or head, at once
 
 
 @torch.no_grad()
@@ -66,13 +69,25 @@ def _project_ends(decoder: Decoder, basis: ResidualBasis, shared: bool) -> None:
     if shared:
         add_head_transform(norm, basis.between_ends(norm.weight))
     else:
-        _set(head, "weight", basis.read(head.weight, norm.weight))
-    _set(embedding, "weight", basis.write(embedding.weight.T).T.contiguous())
+        _set(head, "weight", _by_rows(head.weight, lambda rows: basis.read(rows, norm.weight)))
+    _set(embedding, "weight", _by_rows(embedding.weight, lambda rows: basis.write(rows.T).T))
     if shared:
         head.weight = embedding.weight
     embedding.embedding_dim = head.in_features = basis.width
     _set(norm, "weight", torch.ones(basis.width))
     decoder.model.config.tie_word_embeddings = shared
+
+
+def _by_rows(table: torch.Tensor, project: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
+    """Projects the rows of a table, some at a time: float64 takes four times the memory of bfloat16."""
+    parts = (project(rows).to(table) for rows in table.split(_ROWS))
+    first = next(parts)
+    projected = first.new_empty(len(table), first.shape[1])
+    start = 0
+    for part in chain((first,), parts):
+        projected[start : start + len(part)] = part
+        start += len(part)
+    return projected
 
 
 def _project_block(block: Block, projection: Projection, sizes: dict[Space, int]) -> None:

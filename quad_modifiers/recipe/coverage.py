@@ -21,6 +21,10 @@ LAYERS = 64
 """Layers in the sample; targets that name one layer beyond it are taken to reach nothing."""
 
 
+# A pattern without digits, whose single dots stand between letters: numbers of layers stand between two dots.
+_BLIND = re.compile(r"(?:re:)?(?:\.\*|\\\.|[A-Za-z_]|(?<=[A-Za-z_])\.(?=[A-Za-z_]))*\$?")
+
+
 def linear_names(roles: Iterable[str] | None = None, child: str = "") -> tuple[str, ...]:
     """Returns the names of linears in every layer of every known architecture, or of their children `child`.
 
@@ -100,6 +104,14 @@ def _matching(module: "Module", names: Iterable[str], targets: Iterable[str], ig
 
     targets, ignore = list(targets), list(ignore)
     return {name for name in names if is_match(name, module, targets, ignore)}
+
+
+def tells_layers_apart(modifier: "Modifier") -> bool:
+    """Returns whether `targets` or `ignore` of a modifier could name a linear in one layer and not in another."""
+    given = (getattr(modifier, name, None) or [] for name in ("targets", "ignore"))
+    patterns = [pattern for some in given for pattern in ([some] if isinstance(some, str) else some)]
+    patterns += [target for scheme in stock_schemes(modifier) for target in scheme.targets]
+    return not all(_BLIND.fullmatch(pattern) for pattern in patterns)
 
 
 def stock_schemes(modifier: "Modifier") -> "list[QuantizationScheme]":

@@ -33,12 +33,12 @@ class Place:
     name: str
 
 
-def sample_places() -> tuple[Place, ...]:
+def sample_places(layers: int = coverage.LAYERS) -> tuple[Place, ...]:
     """Returns the linears of the first layers of every known architecture."""
     return tuple(
         Place((known.model_type, member.role), layer, path, f"{known.layers}.{layer}.{path}")
         for known in architectures().values()
-        for layer in range(coverage.LAYERS)
+        for layer in range(layers)
         for group, member in known.quantized_members()
         for path in (f"{group.parent}.{member.name}".replace("*", "0"),)
     )
@@ -78,7 +78,11 @@ def storage_problems(placed: Sequence[PlacedModifier], places: Sequence[Place] |
     if not any(getattr(type(each.modifier), "makes_quad_checkpoint", False) for each in placed):
         return []
     problems = [problem for each in placed if each.is_stock for problem in _unstorable(each)]
-    problems = problems or list(_uneven(placed, sample_places() if places is None else places))
+    if places is None:
+        places = (
+            sample_places() if any(coverage.tells_layers_apart(each.modifier) for each in placed) else sample_places(1)
+        )
+    problems = problems or list(_uneven(placed, places))
     return list(dict.fromkeys(problems))  # several architectures have the same names
 
 

@@ -7,7 +7,9 @@ from pathlib import Path
 import pytest
 
 pytest.importorskip("llmcompressor")
-from quad_modifiers.recipe import validate_recipe
+from quad_modifiers.modifiers.outlier_split_gptq import OutlierSplitGPTQ
+from quad_modifiers.recipe import coverage, validate_recipe
+from quad_modifiers.recipe.storable import sample_places
 from quad_modifiers.tools.cli import main
 
 PROJECTION = "SVDOutlierProjection: {rank: 8}"
@@ -96,3 +98,41 @@ def test_what_can_be_stored_is_sound(scheme: str) -> None:
 )
 def test_no_more_than_must_be_is_refused(modifiers: tuple[str, ...]) -> None:
     assert validate_recipe(text(*modifiers)) == []
+
+
+@pytest.mark.parametrize(
+    ("pattern", "expected"),
+    [
+        ("q_proj", False),
+        ("self_attn.q_proj", False),
+        ("lm_head", False),
+        ("re:.*outlier$", False),
+        ("re:.*self_attn.*", False),
+        (r"re:.*\.mlp\..*", False),
+        ("re:model.layers.*mlp.*", False),
+        ("re:.*layers.1[0-9].*", True),
+        ("model.layers.3.mlp.down_proj", True),
+        ("re:.*layers...mlp.*", True),
+        (r"re:.*layers\.\d\..*", True),
+        ("re:.*s.?.mlp.*", True),
+        ("re:.*(2|3).mlp.*", True),
+        ("re:.*layers.+mlp.*", True),  # it does not, but looking at all layers is never wrong
+    ],
+)
+def test_patterns_that_tell_layers_apart(pattern: str, expected: bool) -> None:
+    """Recipes without one are checked by a single layer: that must give what all layers give."""
+    modifier = OutlierSplitGPTQ(ignore=[pattern])
+    assert coverage.tells_layers_apart(modifier) is expected
+    if not expected:
+        reached = coverage.covered(modifier, "weights", tuple(place.name for place in sample_places()))
+        by_path: dict[tuple[object, ...], set[bool]] = {}
+        for place in sample_places():
+            by_path.setdefault((place.family, place.within), set()).add(place.name in reached)
+        assert all(len(found) == 1 for found in by_path.values())
+
+
+def test_targets_that_tell_layers_apart() -> None:
+    from llmcompressor.modifiers.gptq import GPTQModifier
+
+    assert not coverage.tells_layers_apart(GPTQModifier(targets="Linear", scheme="W4A16"))
+    assert coverage.tells_layers_apart(GPTQModifier(targets="re:.*layers.3.*", scheme="W4A16"))
