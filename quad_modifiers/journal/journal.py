@@ -10,12 +10,13 @@ from pathlib import Path
 from typing import IO, Any
 
 from quad_modifiers.journal.step import Step
-from quad_modifiers.journal.unfinished import LOCK, is_unfinished, open_unfinished
+from quad_modifiers.journal.unfinished import LOCK, RUN, is_unfinished, open_unfinished
 from quad_modifiers.output_folder import replace_file
 
 logger = logging.getLogger(__name__)
 
 _START = "start.json"
+_NO_RESULTS = (RUN, LOCK, _START)
 
 
 class Journal:
@@ -38,14 +39,16 @@ class Journal:
         self._steps = 0
         self._lock: IO[str] | None = None
         self._given_up = False
+        self._is_ours = False  # made or locked by this process
         if is_unfinished(folder):
             open_unfinished(folder, identity, resume)
             self._lock = _locked(folder)
+            self._is_ours = True
 
     @property
     def has_something(self) -> bool:
         """Whether there is anything to go on with."""
-        return is_unfinished(self.folder)
+        return any(path.is_file() and path.name not in _NO_RESULTS for path in self.folder.rglob("*"))
 
     def step(self, name: str, start: str | None = None) -> Step:
         """Returns the next step of the run, with the layers that are finished.
@@ -81,15 +84,16 @@ class Journal:
 
     def remove(self) -> None:
         """Removes the folder, if it is this run's."""
-        if self._lock is not None:
+        if self._is_ours:
             shutil.rmtree(self.folder, ignore_errors=True)
+        if self._lock is not None:
             self._lock.close()
 
     def close(self) -> None:
         """Lets another process go on; a folder in which nothing is finished is removed."""
         if not self.has_something:
             self.remove()
-        elif self._lock is not None:
+        elif self._lock is not None:  # else it is another's
             self._lock.close()
             logger.warning("what is finished is in %s; --resume (resume=True) goes on from there", self.folder)
 
@@ -99,8 +103,10 @@ class Journal:
             return False
         try:
             if self._lock is None:
+                self._is_ours = not self.folder.exists()
                 open_unfinished(self.folder, self._identity, False)
                 self._lock = _locked(self.folder)
+                self._is_ours = True
             for write in writes:
                 write()
         except OSError as error:

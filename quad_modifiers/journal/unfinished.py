@@ -8,7 +8,7 @@ from typing import Any
 from quad_modifiers.output_folder import may_write, replace_file
 
 LOCK = "lock"
-_RUN = "run.json"
+RUN = "run.json"
 
 
 def unfinished_folder(output: Path, ending: str) -> Path:
@@ -24,7 +24,7 @@ def unfinished_folder(output: Path, ending: str) -> Path:
 
 def is_unfinished(folder: Path) -> bool:
     """Returns whether a folder holds a run that has something to go on with."""
-    return (folder / _RUN).is_file() and any(each.name not in (_RUN, LOCK) for each in folder.iterdir())
+    return (folder / RUN).is_file() and any(each.name not in (RUN, LOCK) for each in folder.iterdir())
 
 
 def check_absent(folder: Path, resume: bool) -> None:
@@ -36,7 +36,7 @@ def check_absent(folder: Path, resume: bool) -> None:
     if is_unfinished(folder):
         if not resume:
             raise FileExistsError(f"{folder} holds an unfinished run; go on with --resume (resume=True), or remove it")
-    elif not (folder / _RUN).is_file() and folder.exists() and any(folder.iterdir()):
+    elif not (folder / RUN).is_file() and folder.exists() and any(folder.iterdir()):
         raise FileExistsError(f"{folder} exists and is no unfinished run; move it away, or choose another output")
 
 
@@ -53,7 +53,7 @@ def open_unfinished(folder: Path, identity: dict[str, Any], resume: bool) -> Non
         ValueError: if the run that is there is another one, naming in what they differ.
     """
     check_absent(folder, resume)
-    file = folder / _RUN
+    file = folder / RUN
     if not is_unfinished(folder):
         folder.mkdir(parents=True, exist_ok=True)
         replace_file(file, json.dumps(identity, indent=1) + "\n")

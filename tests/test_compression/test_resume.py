@@ -247,6 +247,36 @@ def test_a_full_disk_does_not_end_the_run(
     assert [each.name for each in tmp_path.iterdir()] == ["out"]
 
 
+def test_a_disk_that_fills_up(whole, toy_checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Layers before that are kept; the file that was being written leaves nothing."""
+    from quad_modifiers.journal import durable
+
+    real, count = durable.save_file, 0
+
+    def fill(tensors: Any, file: Path, *arguments: Any) -> None:
+        nonlocal count
+        count += 1
+        if count > 5:  # the result of the third layer, but not what the next one begins with
+            Path(file).write_bytes(b"some")
+            raise OSError(28, "No space left on device")
+        real(tensors, file, *arguments)
+
+    monkeypatch.setattr(durable, "save_file", fill)
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr("quad_modifiers.compression.complete_checksums", None)  # the disk is full at the end, too
+        with pytest.raises(TypeError):
+            resume(toy_checkpoint, tmp_path / "out")
+    partial = tmp_path / "out.partial"
+    assert not [file for file in partial.rglob("*") if file.is_file() and file.read_bytes() == b"some"]
+    assert [len(list(step.glob("layer-*"))) for step in sorted(partial.glob("0*"))] == [2, 1]
+    monkeypatch.undo()
+    with pytest.MonkeyPatch.context() as patched:
+        rest = CutOff(patched)
+        resume(toy_checkpoint, tmp_path / "out")
+    assert rest.count == 2  # of the first of the weights' layers only the result was kept
+    assert files_of(tmp_path / "out") == whole
+
+
 def test_a_full_disk_at_the_end_loses_nothing(whole, toy_checkpoint, tmp_path: Path) -> None:
     """What the checkpoint could not be written for, the next run finds."""
     from quad_modifiers import compression
