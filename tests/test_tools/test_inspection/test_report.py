@@ -136,7 +136,7 @@ def test_files(kind: str, request: pytest.FixtureRequest) -> None:
     source = (folder / "report.html").read_text(encoding="utf-8")
     charts = {file.stem for file in folder.glob("*.png")}
     assert {"spectrum", "input-error", "grid-ratio", "loss-parts", "loss-blocks"} <= charts
-    assert ("weight-error" in charts) == (kind == "of_a_model")
+    assert ("weight-error" in charts) == ("weight-grid-ratio" in charts) == (kind == "of_a_model")
     assert ("block-error" in charts) == (kind == "of_a_checkpoint")
     for name in charts:
         assert f'<section id="{name}">' in source
