@@ -13,6 +13,7 @@ def quad_modifiers_modifiers() -> Mapping[str, str]:
     """The modifiers of this project by recipe name."""
     return {
         "SVDOutlierProjection": "quad_modifiers.modifiers.svd_outlier_projection:SVDOutlierProjection",
+        "FlattenedRotation": "quad_modifiers.modifiers.flattened_rotation:FlattenedRotation",
         "OutlierSplitGPTQ": "quad_modifiers.modifiers.outlier_split_gptq:OutlierSplitGPTQ",
         "EmbeddingHeadQuant": "quad_modifiers.modifiers.embedding_head_quant:EmbeddingHeadQuant",
         "OutlierLoRA": "quad_peft.modifier:OutlierLoRA",
