@@ -23,6 +23,7 @@ from typer.testing import CliRunner
 
 from quad_modifiers.modifiers.dynamic_act_quant import DynamicActQuant
 from quad_modifiers.modifiers.flattened_rotation import FlattenedRotation
+from quad_modifiers.modifiers.kv_cache_quant import KVCacheQuant
 from quad_modifiers.modifiers.low_rank_branch import LowRankBranch
 from quad_modifiers.modifiers.outlier_split_gptq import OutlierSplitGPTQ
 from quad_modifiers.modifiers.svd_outlier_projection import SVDOutlierProjection
@@ -140,6 +141,17 @@ def test_loaded_it_gives_the_same_logits_and_saves_to_the_same_bytes(
     quad = json.loads((folder / "config.json").read_text())["quantization_config"]["quad"]
     assert quad["format_version"] == 3
     assert {str(linear["terms"]) for linear in quad["linears"].values()} == {"{'low_rank_branch': {'rank': 8}}"}
+
+
+def test_keys_and_values_in_4_bits_as_well(make_toy, compress, logits_of, tmp_path) -> None:
+    modifiers = [projection(), FlattenedRotation(rounds=2, tokens=200), branch(), DynamicActQuant(), OutlierSplitGPTQ()]
+    model = compress(make_toy("llama", "even"), *modifiers, KVCacheQuant(), output_dir=tmp_path / "out")
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert torch.equal(logits_of(loaded), logits_of(model))
+    found, wanted = by_tokens(loaded), at_once(loaded)
+    assert relative_error(found, wanted) < 2e-2
+    with torch.no_grad():
+        assert loaded(torch.tensor([[5, 6, 7]]), use_cache=True).past_key_values.layers[0].keys.dtype == torch.uint8
 
 
 def test_a_plain_model_has_it_in_its_weights(make_toy, compress, logits_of, tmp_path) -> None:
