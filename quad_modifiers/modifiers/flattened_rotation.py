@@ -144,4 +144,4 @@ def _summary(found: list[LearnedRotation]) -> str:
         if known:
             before, after = fmean(each.before for each in known), fmean(each.after for each in known)
             parts.append(f"{name} {before:.4g} -> {after:.4g} on other tokens")
-    return ", ".join(parts) or "unchanged: its inputs are not quantized"
+    return ", ".join(parts) or "unchanged: its inputs are zero, or not quantized"

@@ -14,7 +14,7 @@ from quad_modifiers.modifiers.base import Batches, QuadModifier
 from quad_modifiers.nn.branch_term import BranchTerm
 from quad_modifiers.passes.branch_pass import add_branches
 from quad_modifiers.quantization.flat_residual import flat_residual
-from quad_modifiers.recipe.coverage import is_ignored
+from quad_modifiers.recipe.coverage import covered, is_ignored, linear_names
 from quad_modifiers.recipe.order import QUANTIZE_ACTIVATIONS, QUANTIZE_WEIGHTS, PlacedModifier
 from quad_modifiers.reporting import layer_progress
 
@@ -60,13 +60,12 @@ class LowRankBranch(QuadModifier):
         """
         if any(isinstance(other, LowRankBranch) for other in others):
             raise ValueError("the recipe has another LowRankBranch; keep one of them")
-        roles = frozenset[str]().union(*(PlacedModifier(other).roles for other in others))
-        if QUANTIZE_WEIGHTS not in roles:
+        if not any(_quantizes(other, QUANTIZE_WEIGHTS, "weights") for other in others):
             raise ValueError(
                 "it takes a part out of weights that are quantized later, and the recipe quantizes none; add "
                 "OutlierSplitGPTQ after it"
             )
-        if QUANTIZE_ACTIVATIONS not in roles:
+        if not any(_quantizes(other, QUANTIZE_ACTIVATIONS, "input_activations") for other in others):
             raise ValueError(
                 "it is made for products of integers, and a weight-only recipe leaves all inputs in full precision; "
                 "add DynamicActQuant, or leave LowRankBranch out"
@@ -116,3 +115,9 @@ class LowRankBranch(QuadModifier):
 
     def _is_ignored(self, name: str) -> bool:
         return is_ignored(name, self.ignore)
+
+
+def _quantizes(other: Modifier, role: str, part: str) -> bool:
+    """Whether a modifier quantizes that part of a linear in the blocks, not of the ends alone."""
+    names = (*linear_names(), *linear_names(child="residual"))
+    return role in PlacedModifier(other).roles and bool(covered(other, part, names))

@@ -34,6 +34,8 @@ class RotationSearch:
             quantization: quantization of the rows.
         """
         rotation, flattening, refinement = identities(fitted), None, None
+        if not fitted.tokens or not chosen.tokens:  # inputs of zeros throughout, as of a block that was put in
+            return LearnedRotation(rotation, None, None)
         if self.rounds:
             flattening = flattened(fitted, chosen, self.rounds, self.start_percentile, self.end)
             rotation = flattening.rotation
@@ -51,9 +53,9 @@ class LearnedRotation:
     Attributes:
         rotation: R, `[blocks, size, size]`, float64.
         flattening: its measure is the mean over tokens of the largest magnitude over the root mean square; None if it
-            was not asked for.
+            was not asked for, or all inputs are zero.
         refinement: its measure is the mean squared rounding error over the mean square; None if it was not asked for,
-            or the inputs are not quantized.
+            the inputs are not quantized, or all are zero.
     """
 
     rotation: torch.Tensor

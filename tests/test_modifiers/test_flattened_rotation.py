@@ -193,6 +193,15 @@ def test_refused_before_anything_is_touched(modifiers, message, make_toy, compre
     assert all(torch.equal(tensor, state[name]) for name, tensor in model.state_dict().items())
 
 
+def test_values_of_zeros_stay(make_toy, compress, logits_of, assert_same_function) -> None:
+    """As in a block that was put in: its attention adds nothing."""
+    model = make_toy("llama", "even")
+    model.model.layers[1].self_attn.v_proj.weight.data.zero_()
+    wanted = logits_of(model)
+    compress(model, SVDOutlierProjection(rank=4), FlattenedRotation(rounds=2, tokens=100))
+    assert_same_function(logits_of(model), wanted)
+
+
 @pytest.mark.parametrize("field", [{"rounds": -1}, {"end": 0.5}, {"start_percentile": 0}, {"tokens": 0}, {"rank": 3}])
 def test_settings_out_of_range(field) -> None:
     with pytest.raises(ValueError, match=next(iter(field))):

@@ -21,7 +21,9 @@ pytest.importorskip("llmcompressor")
 from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
+from quad_modifiers.modifiers.base import prepared_decoder
 from quad_modifiers.modifiers.dynamic_act_quant import DynamicActQuant
+from quad_modifiers.modifiers.embedding_head_quant import EmbeddingHeadQuant
 from quad_modifiers.modifiers.flattened_rotation import FlattenedRotation
 from quad_modifiers.modifiers.kv_cache_quant import KVCacheQuant
 from quad_modifiers.modifiers.low_rank_branch import LowRankBranch
@@ -39,6 +41,18 @@ def branch(**fields) -> LowRankBranch:
 
 def projection(**fields) -> SVDOutlierProjection:
     return SVDOutlierProjection(**{"rank": 8, "o_proj_rank_per_head": 2, "down_proj_rank": 4, **fields})
+
+
+def run_by_hand(model, *modifiers) -> None:
+    """Runs modifiers of which no complete recipe is made."""
+    decoder = prepared_decoder(model)
+    for linear in decoder.linears():
+        linear.module.take_bias()
+    ids = torch.randint(3, 320, (8, 48), generator=torch.Generator().manual_seed(5))
+    for modifier in modifiers:
+        modifier.check(decoder)
+        with torch.no_grad():
+            modifier.run(decoder, lambda: [{"input_ids": row} for row in ids.split(1)])
 
 
 def terms(model) -> list[BranchTerm]:
@@ -61,14 +75,12 @@ def branched(make_toy, compress, tmp_path_factory) -> Path:
 
 @pytest.mark.parametrize("split", ["whole", "rank", "everything"])
 @pytest.mark.parametrize(("model_type", "size"), [("llama", "even"), ("qwen2", "odd"), ("phi3", "even")])
-def test_the_function_stays(model_type, size, split, make_toy, compress, logits_of, assert_same_function) -> None:
+def test_the_function_stays(model_type, size, split, make_toy, logits_of, assert_same_function) -> None:
     """On its own, and behind outliers and online transforms."""
     model = make_toy(model_type, size)
     wanted = logits_of(model)
     before = [] if split == "whole" else [projection(**({} if split == "everything" else {"online_rotation": []}))]
-    activations = DynamicActQuant(u_type_bits=None, d_type_bits=None)
-    weights = OutlierSplitGPTQ(ignore=["re:.*"])
-    compress(model, *before, branch(), activations, weights)
+    run_by_hand(model, *before, branch())
     assert len(terms(model)) == len(linears(model)) > 0
     assert all(term.down.shape[0] == 8 for term in terms(model))
     assert_same_function(logits_of(model), wanted)
@@ -78,16 +90,10 @@ def test_the_function_stays(model_type, size, split, make_toy, compress, logits_
         assert term.dense().norm() > 0.05 * linear.residual.weight.norm()
 
 
-def test_bfloat16(make_toy, compress, logits_of, assert_same_function) -> None:
+def test_bfloat16(make_toy, logits_of, assert_same_function) -> None:
     model = make_toy("llama", "even", dtype=torch.bfloat16)
     wanted = logits_of(model)
-    compress(
-        model,
-        projection(),
-        branch(),
-        DynamicActQuant(u_type_bits=None, d_type_bits=None),
-        OutlierSplitGPTQ(ignore=["re:.*"]),
-    )
+    run_by_hand(model, projection(), branch())
     assert {term.up.dtype for term in terms(model)} == {torch.bfloat16}
     assert_same_function(logits_of(model), wanted, bound=6e-2)
 
@@ -106,6 +112,17 @@ def test_it_lowers_the_error(method, make_toy, compress, logits_of) -> None:
         errors.append(relative_error(logits_of(model), wanted))
     print(f"relative error of the logits: {errors[0]:.3f} without, {errors[1]:.3f} with the branch")
     assert errors[1] < 0.9 * errors[0]
+
+
+def test_weights_and_inputs_of_zeros(make_toy, compress, logits_of) -> None:
+    """As in a block that was put in: its branch is zero too."""
+    model = make_toy("llama", "even")
+    model.model.layers[1].mlp.up_proj.weight.data.zero_()  # so that down_proj reads zeros
+    compress(model, projection(), branch(), DynamicActQuant(), OutlierSplitGPTQ())
+    mlp = model.model.layers[1].mlp
+    assert not mlp.up_proj.terms()[0].dense().any()
+    assert torch.isfinite(logits_of(model)).all()
+    assert torch.isfinite(mlp.down_proj.terms()[0].dense()).all()
 
 
 def test_some_linears_get_none(make_toy, compress) -> None:
@@ -258,10 +275,11 @@ def test_a_damaged_section_is_refused(section) -> None:
             "FlattenedRotation comes after LowRankBranch",
         ),
         ((branch(), DynamicActQuant()), "the recipe quantizes none; add OutlierSplitGPTQ"),
+        ((branch(), DynamicActQuant(), EmbeddingHeadQuant()), "the recipe quantizes none; add OutlierSplitGPTQ"),
         ((projection(), branch(), OutlierSplitGPTQ()), "a weight-only recipe leaves all inputs in full precision"),
         ((branch(), branch(), DynamicActQuant(), OutlierSplitGPTQ()), "another LowRankBranch; keep one of them"),
     ],
-    ids=["rank", "quantized", "projection", "rotation", "nothing", "weight-only", "two"],
+    ids=["rank", "quantized", "projection", "rotation", "nothing", "ends", "weight-only", "two"],
 )
 def test_refused_before_anything_is_touched(modifiers, message, make_toy, compress) -> None:
     model = make_toy("llama", "even")
