@@ -9,7 +9,6 @@ import torch
 from llmcompressor.modifiers import Modifier
 from pydantic import Field
 
-from quad_modifiers.checkpoint.contribute import contributions_of
 from quad_modifiers.model.decoder import Decoder
 from quad_modifiers.modifiers.base import Batches, QuadModifier
 from quad_modifiers.passes.row_sample import RowSample, sample_rows
@@ -41,8 +40,8 @@ class FlattenedRotation(QuadModifier):
         refinement_rounds: rounds of DFRot (arXiv 2412.00648) after it at most, with the grid of the recipe's inputs;
             0 for none.
         values: whether the values of each key-value head are turned too.
-        tokens: tokens that the rotation of the stream is fitted to, over all norms; some times the hidden size squared
-            over 64 is not too many.
+        tokens: tokens that the rotation of the stream is fitted to, over all norms: its degrees of freedom are half the
+            square of the width, so that few tokens are fitted by what others do not share.
         seed: seed that chooses them.
     """
 
@@ -118,10 +117,11 @@ class FlattenedRotation(QuadModifier):
 
 
 def _check_projected(decoder: Decoder) -> None:
-    if contributions_of(decoder.model).basis is None:
+    norms = [norm for block in decoder.blocks for norm in block.norms()]
+    if not all(bool((norm.weight == 1).all()) for norm in (*norms, decoder.final_norm)):
         raise ValueError(
-            "FlattenedRotation turns the residual coordinates of a projection, and the model was not projected; put "
-            "SVDOutlierProjection before it"
+            "FlattenedRotation turns the residual coordinates of a projection, which folds the weights of norms, and a "
+            "norm of the model has weights that are not 1; put SVDOutlierProjection before it"
         )
     for linear in decoder.linears():
         if linear.module.is_quantized:

@@ -16,6 +16,7 @@ from quad_modifiers.tools.inspection.measure.inputs import measure_inputs
 pytest.importorskip("llmcompressor")
 from transformers import AutoModelForCausalLM
 
+from quad_modifiers.modifiers.base import prepared_decoder
 from quad_modifiers.modifiers.dynamic_act_quant import DynamicActQuant
 from quad_modifiers.modifiers.flattened_rotation import FlattenedRotation
 from quad_modifiers.modifiers.outlier_split_gptq import OutlierSplitGPTQ
@@ -191,6 +192,16 @@ def test_refused_before_anything_is_touched(modifiers, message, make_toy, compre
     with pytest.raises((RecipeError, ValueError), match=message):
         compress(model, *[each.model_copy(deep=True) for each in modifiers])
     assert all(torch.equal(tensor, state[name]) for name, tensor in model.state_dict().items())
+
+
+def test_a_model_that_was_not_projected_is_refused(make_toy, token_ids) -> None:
+    model = make_toy("llama", "even")
+    state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    with pytest.raises(ValueError, match="a norm of the model has weights that are not 1; put SVDOutlierProjection"):
+        FlattenedRotation().run(prepared_decoder(model), lambda: [{"input_ids": token_ids(2, 16)}])
+    assert all(
+        torch.equal(model.state_dict()[name.replace("_proj.", "_proj.residual.")], state[name]) for name in state
+    )
 
 
 def test_values_of_zeros_stay(make_toy, compress, logits_of, assert_same_function) -> None:

@@ -250,8 +250,6 @@ def project(
     for linear in decoder.linears():
         linear.module.take_bias()
     batches = [{"input_ids": window} for window in windows]
-    plan = projection.plan(decoder, lambda: batches)
-    apply_projection(decoder, plan)
-    projection.contribute(decoder, basis=plan.origin)
+    apply_projection(decoder, projection.plan(decoder, lambda: batches))
     for rotation in rotations:
         rotation.run(decoder, lambda: batches)
