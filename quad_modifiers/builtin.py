@@ -13,6 +13,8 @@ def quad_modifiers_modifiers() -> Mapping[str, str]:
     """The modifiers of this project by recipe name."""
     return {
         "SVDOutlierProjection": "quad_modifiers.modifiers.svd_outlier_projection:SVDOutlierProjection",
+        "FlattenedRotation": "quad_modifiers.modifiers.flattened_rotation:FlattenedRotation",
+        "LowRankBranch": "quad_modifiers.modifiers.low_rank_branch:LowRankBranch",
         "OutlierSplitGPTQ": "quad_modifiers.modifiers.outlier_split_gptq:OutlierSplitGPTQ",
         "EmbeddingHeadQuant": "quad_modifiers.modifiers.embedding_head_quant:EmbeddingHeadQuant",
         "OutlierLoRA": "quad_peft.modifier:OutlierLoRA",
@@ -25,6 +27,12 @@ def quad_modifiers_modifiers() -> Mapping[str, str]:
 def quad_modifiers_architectures() -> Sequence[Architecture]:
     """Llama, Mistral, Qwen2 / 2.5 and Qwen3."""
     return BUILTIN_ARCHITECTURES
+
+
+@hookimpl
+def quad_modifiers_linear_terms() -> Mapping[str, str]:
+    """What a linear may have beside its residual and outlier parts."""
+    return {"low_rank_branch": "quad_modifiers.nn.branch_term:BranchTerm"}
 
 
 @hookimpl

@@ -18,11 +18,13 @@ if TYPE_CHECKING:
 
 SMOOTH = "smooth"
 PROJECT = "project"
+ROTATE = "rotate"
+BRANCH = "branch"
 QUANTIZE_ACTIVATIONS = "quantize_activations"
 QUANTIZE_WEIGHTS = "quantize_weights"
 QUANTIZE_CACHE = "quantize_cache"
 TUNE = "tune"
-ROLES = (SMOOTH, PROJECT, QUANTIZE_ACTIVATIONS, QUANTIZE_WEIGHTS, QUANTIZE_CACHE, TUNE)
+ROLES = (SMOOTH, PROJECT, ROTATE, BRANCH, QUANTIZE_ACTIVATIONS, QUANTIZE_WEIGHTS, QUANTIZE_CACHE, TUNE)
 
 STOCK_ROLES = {
     "SmoothQuantModifier": SMOOTH,  # its subclass LogarithmicEqualizationModifier as well
@@ -35,6 +37,18 @@ FORBIDDEN_ORDER = {
     (QUANTIZE_WEIGHTS, PROJECT): "the projection would rotate weights that are quantized already",
     (QUANTIZE_ACTIVATIONS, PROJECT): "the projection changes the inputs that the quantizer was set up for",
     (PROJECT, SMOOTH): "smoothing would scale channels of the rotated basis, where no channel stands out any more",
+    (ROTATE, PROJECT): "it refines the rotation of a projection, which has to come first",
+    (ROTATE, SMOOTH): "smoothing would scale channels of the rotated basis, where no channel stands out any more",
+    (QUANTIZE_WEIGHTS, ROTATE): "it would rotate weights that are quantized already",
+    (QUANTIZE_ACTIVATIONS, ROTATE): "it changes the inputs that the quantizer was set up for",
+    (QUANTIZE_CACHE, ROTATE): "it would calibrate with rounded keys and values",
+    (TUNE, ROTATE): "it would rotate weights that were tuned for the old basis",
+    (BRANCH, PROJECT): "the projection would change the basis that the branch was made for",
+    (BRANCH, ROTATE): "it would change the basis that the branch was made for",
+    (BRANCH, SMOOTH): "smoothing would scale weights that a part was taken out of",
+    (QUANTIZE_WEIGHTS, BRANCH): "it takes a part out of weights before they are quantized",
+    (QUANTIZE_CACHE, BRANCH): "it would calibrate with rounded keys and values",
+    (TUNE, BRANCH): "it would take a part out of weights that were tuned",
     (QUANTIZE_WEIGHTS, SMOOTH): "smoothing would scale weights that are quantized already",
     (QUANTIZE_CACHE, SMOOTH): "smoothing would calibrate with rounded keys and values",
     (QUANTIZE_CACHE, PROJECT): "the projection would calibrate with rounded keys and values",

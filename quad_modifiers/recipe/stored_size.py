@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from quad_modifiers.recipe import coverage
-from quad_modifiers.recipe.order import PROJECT, QUANTIZE_WEIGHTS, PlacedModifier, unties_head
+from quad_modifiers.recipe.order import BRANCH, PROJECT, QUANTIZE_WEIGHTS, PlacedModifier, unties_head
 
 if TYPE_CHECKING:
     from llmcompressor.modifiers import Modifier
@@ -14,7 +14,7 @@ def stored_size(model: Any, modifiers: "Sequence[Modifier]") -> int:
     """Returns about how many bytes the tensors of the checkpoint will take, hardly ever more than they do.
 
     Weights to be quantized count with their bits and nothing for scales; the outlier columns of a projection count in
-    the dtype of the model, and so does a head that it unties from the embedding.
+    the dtype of the model, and so do a head that it unties from the embedding and a low-rank branch.
 
     Args:
         model: transformers model, not compressed yet.
@@ -40,7 +40,15 @@ def stored_size(model: Any, modifiers: "Sequence[Modifier]") -> int:
         widened = [linear for name, linear in linears.items() if name.rpartition(".")[2] in roles]
         rank = getattr(each.modifier, "rank", 0)
         size += sum(rank * linear.out_features * linear.weight.element_size() for linear in widened)
-    return size
+    return size + sum(_branch_size(each.modifier, linears) for each in placed if BRANCH in each.roles)
+
+
+def _branch_size(modifier: "Modifier", linears: dict[str, Any]) -> int:
+    """Bytes of what a modifier keeps of the weights of the blocks, by its field `rank`."""
+    inside = set(linears) - set(coverage.table_names())
+    chosen = [linears[name] for name in coverage.covered(modifier, "weights", tuple(inside))]
+    rank = getattr(modifier, "rank", 0)
+    return sum(rank * (linear.in_features + linear.out_features) * linear.weight.element_size() for linear in chosen)
 
 
 def _bits(placed: Sequence[PlacedModifier], linears: dict[str, Any]) -> dict[str, int]:

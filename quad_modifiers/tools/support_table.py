@@ -15,6 +15,7 @@ from quad_modifiers.vllm_plugin import MODEL_CLASSES
 # Saved as plain compressed-tensors: transformers needs nothing of this package to load them.
 PLAIN_RECIPES = ("quad_w4a4_portable", "rtn_w4a4")
 FLOAT_INPUTS = ("quad_w4a16",)  # the native blocks take quantized inputs only
+BRANCHED = ("frtq_w4a4", "frtq_w4a4kv4")  # linears with a term, which neither the native blocks nor vLLM compute
 ROUNDED_CACHES = ("quad_w4a4_kv4",)  # which the native step of a whole decoder does not read
 SERVED_RECIPES = ("quad_w4a4",)  # by a vLLM server in the tests; of the others, vLLM runs the formats of their linears
 
@@ -137,14 +138,22 @@ def recipe_rows() -> Iterator[tuple[str, ...]]:
             "compressed-tensors" if plain else "QUAD",
             "yes" if plain else "no",
             "no" if plain else _native_part(name),
-            "no: vLLM's own" if plain else "yes" if name in SERVED_RECIPES else "its formats",
+            _served_part(name),
         )
 
 
 def _native_part(recipe: str) -> str:
-    if recipe in FLOAT_INPUTS:
+    if recipe in FLOAT_INPUTS + BRANCHED:
         return "linears"
     return "blocks" if recipe in ROUNDED_CACHES else "blocks and decoding"
+
+
+def _served_part(recipe: str) -> str:
+    if recipe in PLAIN_RECIPES:
+        return "no: vLLM's own"
+    if recipe in BRANCHED:
+        return "no: refused by name"
+    return "yes" if recipe in SERVED_RECIPES else "its formats"
 
 
 RECIPE_HEADER = ("recipe", "checkpoint", "loads without this package", "native CPU kernels", "vLLM plugin")

@@ -234,6 +234,7 @@ RECIPES = {
         "OutlierSplitGPTQ: {method: rtn}",
         'QuantizationModifier: {scheme: W8A16, ignore: [lm_head, "re:.*outlier$"]}',
     ),
+    "branch": RECIPE.replace("    DynamicActQuant", "    LowRankBranch: {rank: 24, rounds: 1}\n    DynamicActQuant"),
     "no weights": RECIPE.replace("    OutlierSplitGPTQ: {method: rtn}\n", ""),
 }
 

@@ -67,6 +67,8 @@ QUALITY = {
     "rtn_w4a4": Row("RTN W4A4", "rtn_w4a4"),
     "spinquant_gptq_w4a4": Row("llm-compressor SpinQuant (R1, R2, R4) + GPTQ, W4A4", _PEER),
     "quarot_w4a4": Row("quarot_w4a4", "quarot_w4a4"),
+    "frtq_w4a4": Row("frtq_w4a4", "frtq_w4a4"),
+    "frtq_w4a4kv4": Row("frtq_w4a4kv4", "frtq_w4a4kv4"),
     "quad_w4a4": Row("quad_w4a4", "quad_w4a4"),
     "quad_w4a4_e8": Row("quad_w4a4_e8", "quad_w4a4_e8"),
     "quad_w4a4_g32": Row("quad_w4a4_g32", "quad_w4a4_g32"),

@@ -83,10 +83,13 @@ def inspect(
 
     An unquantized model is measured as it is and as the projection of a recipe would make it; nothing is written but
     the report. A QUAD checkpoint is measured as stored. The report is one HTML file, with its charts as PNGs and its
-    numbers as JSON beside it, and ends with a recommendation, which is also printed; with --json, as JSON.
+    numbers as JSON beside it, and ends with a recommendation, which is also printed, with how coarse the 4-bit grids
+    are on either side of the projection; with --json, the recommendation as JSON.
     """
     from quad_modifiers.data.mixture import named_sources
     from quad_modifiers.tools.inspection import inspect_model
+    from quad_modifiers.tools.inspection.measure.grid_ratios import HEADER as GRID_RATIOS
+    from quad_modifiers.tools.inspection.measure.grid_ratios import mean_grid_ratios
     from quad_modifiers.tools.inspection.model_report import NUMBERS_NAME, REPORT_NAME
 
     with log_on_stderr():
@@ -116,4 +119,5 @@ def inspect(
     rules = found.recommendation.rules if found.recommendation is not None else []
     header = ("rule", "question", "measured", "answer")
     print_table(header, [(rule.number, rule.question, rule.measured, rule.answer) for rule in rules])
+    print_table(GRID_RATIOS, mean_grid_ratios(found))
     typer.echo(str(output / REPORT_NAME))

@@ -27,12 +27,13 @@ from quad_modifiers.tools.inspection.measure.weights import RoundedWeights, meas
 from quad_modifiers.tools.inspection.recommendation import recommend
 
 if TYPE_CHECKING:
+    from quad_modifiers.modifiers.flattened_rotation import FlattenedRotation
     from quad_modifiers.modifiers.svd_outlier_projection import SVDOutlierProjection
 
 logger = logging.getLogger(__name__)
 
 DEFAULT_RECIPE = "quad_w4a4"
-_PROJECTION = "SVDOutlierProjection"
+_PROJECTION, _ROTATION = "SVDOutlierProjection", "FlattenedRotation"
 _progress = partial(tqdm, unit="part", leave=False)
 
 
@@ -90,7 +91,7 @@ def _measure_model(
     found = Inspection(subject, text.settings, reference.perplexity, "the model in full precision", spectrum)
     _add_side(found, "before", decoder, windows, chosen, reference)
     logger.info("projecting by %s, rank %d", recipe, projection.rank)
-    project(decoder, projection, text.calibration)
+    project(decoder, projection, text.calibration, rotations_of(recipe))
     _add_side(found, "after", decoder, windows, chosen, reference)
     return found
 
@@ -210,12 +211,10 @@ def projection_of(recipe: str, rank: int | None) -> "SVDOutlierProjection":
         FileNotFoundError: if there is no such recipe.
         ValueError: if it has no projection, or the rank is negative.
     """
-    from llmcompressor.recipe import Recipe
-
-    from quad_modifiers.recipe import check_recipe, resolve_recipe
+    from quad_modifiers.recipe import check_recipe
 
     check_recipe(recipe)
-    modifiers = Recipe.create_instance(str(resolve_recipe(recipe))).modifiers
+    modifiers = _modifiers(recipe)
     found = [modifier for modifier in modifiers if type(modifier).__name__ == _PROJECTION]
     if not found:
         names = ", ".join(type(modifier).__name__ for modifier in modifiers)
@@ -228,8 +227,29 @@ def projection_of(recipe: str, rank: int | None) -> "SVDOutlierProjection":
     return kind(**{**first.model_dump(include=set(kind.model_fields)), "rank": rank})
 
 
-def project(decoder: Decoder, projection: "SVDOutlierProjection", windows: list[torch.Tensor]) -> None:
-    """Projects a model in place; its function stays the same. The decoder comes from `prepared_decoder`."""
+def rotations_of(recipe: str) -> list["FlattenedRotation"]:
+    """Returns the modifiers of a recipe that turn what its projection left."""
+    return [modifier for modifier in _modifiers(recipe) if type(modifier).__name__ == _ROTATION]
+
+
+def _modifiers(recipe: str) -> list[Any]:
+    from llmcompressor.recipe import Recipe
+
+    from quad_modifiers.recipe import resolve_recipe
+
+    return list(Recipe.create_instance(str(resolve_recipe(recipe))).modifiers)
+
+
+def project(
+    decoder: Decoder,
+    projection: "SVDOutlierProjection",
+    windows: list[torch.Tensor],
+    rotations: Sequence["FlattenedRotation"] = (),
+) -> None:
+    """Projects a model in place, and turns it; its function stays. The decoder comes from `prepared_decoder`."""
     for linear in decoder.linears():
         linear.module.take_bias()
-    apply_projection(decoder, projection.plan(decoder, lambda: [{"input_ids": window} for window in windows]))
+    batches = [{"input_ids": window} for window in windows]
+    apply_projection(decoder, projection.plan(decoder, lambda: batches))
+    for rotation in rotations:
+        rotation.run(decoder, lambda: batches)

@@ -9,6 +9,8 @@ from quad_modifiers.data import CalibrationSource
 from quad_modifiers.output_folder import check_target, complete_or_absent, user_path
 from quad_modifiers.process_state import kept_apart
 from quad_modifiers.tools.inspection.evaluation_text import TextOptions
+from quad_modifiers.tools.inspection.measure.grid_ratios import HEADER as GRID_RATIOS
+from quad_modifiers.tools.inspection.measure.grid_ratios import mean_grid_ratios
 from quad_modifiers.tools.inspection.measure.results import Inspection, Recommendation, write_json
 from quad_modifiers.tools.inspection.measuring import measure
 from quad_modifiers.tools.inspection.page import Section, callout, folded, page, preformatted, table
@@ -107,7 +109,7 @@ def inspection_page(found: Inspection, charts: Sequence[Section]) -> str:
         facts.append(f"unquantized; projected in memory as {subject.recipe} does")
     else:
         facts.append("QUAD checkpoint" + (f"; original {subject.baseline}" if subject.baseline else ""))
-    sections = [_with_table(section, found) if section.name == "loss-parts" else section for section in charts]
+    sections = [_with_numbers(section, found) for section in charts]
     recipe = subject.recipe if subject.kind == "checkpoint" else None
     versions = ", ".join(f"{name} {number}" for name, number in settings.versions.items())
     sections.append(
@@ -151,6 +153,15 @@ def _cards(found: Inspection) -> list[tuple[str, str]]:
     if found.recommendation is not None and found.recommendation.recipe is not None:
         cards.append((found.recommendation.recipe, "recommended recipe; why is at the end"))
     return cards
+
+
+def _with_numbers(section: Section, found: Inspection) -> Section:
+    if section.name == "grid-ratio":
+        rows = mean_grid_ratios(found)
+        return section._replace(
+            body=section.body + folded("Means over the blocks", table(GRID_RATIOS, rows, numbers=2))
+        )
+    return _with_table(section, found) if section.name == "loss-parts" else section
 
 
 def _with_table(section: Section, found: Inspection) -> Section:

@@ -1,7 +1,7 @@
 """The charts of an inspection, drawn from its numbers alone: which there are, what the page says, how they look."""
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from typing import Any
 
@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 from quad_modifiers.tools.inspection.figures import AFTER, BEFORE, INK, OTHER, WIDTH, Chart, legend_below, new_figure
-from quad_modifiers.tools.inspection.measure.results import Inspection, LossRow, Surface
+from quad_modifiers.tools.inspection.measure.results import Inspection, LossRow, Surface, WeightRow
 
 PART_TITLES = {"qkv": "q, k, v", "o": "o_proj", "gate_up": "gate, up", "down": "down_proj"}  # others by their names
 _STAGE_COLOURS = {"before": BEFORE, "after": AFTER}
@@ -65,6 +65,13 @@ def charts(found: Inspection) -> Iterator[Chart]:
             "input unquantized. Higher is better. GPTQ, which the recipes use, does better than this; the pattern "
             "stays.",
             partial(draw_weight_error, found),
+        )
+        yield Chart(
+            "weight-grid-ratio",
+            "Step of the weights' 4-bit grid over the standard deviation",
+            "The same ratio as above for the rows of each residual weight, mean over rows, with the scale that has the "
+            "least squared error. Lower is better.",
+            partial(draw_weight_ratio, found),
         )
     if found.subject.kind == "model":
         loss = (
@@ -201,21 +208,30 @@ def draw_grid_ratio(found: Inspection) -> Figure:
 
 def draw_weight_error(found: Inspection) -> Figure:
     """Draws output errors of the weights, block by role."""
+    return _by_role(found, lambda row: _decibels(row.output_error), "signal / error, dB")
+
+
+def draw_weight_ratio(found: Inspection) -> Figure:
+    """Draws step over standard deviation of the weights, block by role."""
+    return _by_role(found, lambda row: row.step_to_std, "step / standard deviation")
+
+
+def _by_role(found: Inspection, value: Callable[[WeightRow], float], label: str) -> Figure:
     stages = [stage for stage in ("before", "after") if any(row.stage == stage for row in found.weights)]
     roles = list(dict.fromkeys(row.role for row in found.weights))
-    low, high = np.percentile([_decibels(row.output_error) for row in found.weights], (2, 98))
+    low, high = np.percentile([value(row) for row in found.weights], (2, 98))
     figure, grid = new_figure(2.4 * len(stages), len(stages), 1, sharex=True, squeeze=False)
     for stage, axes in zip(stages, grid[:, 0], strict=True):
         image = np.full((len(roles), found.subject.layers), np.nan)
         for row in found.weights:
             if row.stage == stage:
-                image[roles.index(row.role), row.layer] = _decibels(row.output_error)
+                image[roles.index(row.role), row.layer] = value(row)
         drawn = axes.imshow(image, cmap="viridis", vmin=low, vmax=high, aspect="auto", interpolation="nearest")
         axes.set(title=f"{stage} the projection", yticks=range(len(roles)), yticklabels=roles)
         axes.grid(False)
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.set_xlabel("block")
-    figure.colorbar(drawn, ax=list(grid[:, 0]), label="signal / error, dB", extend="both", shrink=0.9)
+    figure.colorbar(drawn, ax=list(grid[:, 0]), label=label, extend="both", shrink=0.9)
     return figure
 
 

@@ -35,6 +35,14 @@ def test_inspect_a_model(quad, toy_checkpoint, recipe: Path, text: Path, tmp_pat
         assert rule["number"] in done.out
     assert rules[-1]["answer"].split()[0].rstrip(",") in done.out
     assert {surface["layer"] for surface in numbers["surfaces"]} == {1}
+    for kind, part in (("inputs", "group"), ("weights", "role")):
+        for name in {row[part] for row in numbers[kind]}:
+            rows = [row for row in numbers[kind] if row[part] == name]
+            means = [
+                sum(row["step_to_std"] for row in rows if row["stage"] == stage) / 2 for stage in ("before", "after")
+            ]
+            (line,) = [line for line in done.out.splitlines() if line.strip().startswith(f"{kind}: {name} ")]
+            assert line.split()[-2:] == [f"{mean:.3f}" for mean in means]
     assert "inspecting" in done.err
 
 

@@ -11,6 +11,7 @@ from quad_kernels import InputQuantization, RMSNorm, fake_quantize
 from quad_modifiers.model.architecture import Architecture
 from quad_modifiers.model.decoder import Decoder
 from quad_modifiers.nn.quad_linear import QuadLinear
+from quad_modifiers.quantization.grid_step import grid_step_ratio
 from quad_modifiers.tools.evaluation import perplexity
 from quad_modifiers.tools.inspection.measure import trials
 from quad_modifiers.tools.inspection.measure.inputs import measure_inputs, measure_surfaces
@@ -132,6 +133,16 @@ def test_weight_rows(make_toy, windows) -> None:
     assert 0.002 < found.output_error < 0.05
     for row in rounded(linear)[:3]:
         assert len(row.unique()) <= 16
+    steps = [float(torch.diff(row.unique()).min()) for row in rounded(linear)]
+    expected = sum(step / float(row.std()) for step, row in zip(steps, weight, strict=True)) / len(weight)
+    assert found.step_to_std == pytest.approx(expected, rel=1e-3)
+
+
+def test_grid_step_ratio() -> None:
+    rows = torch.tensor([[1.0, -1.0, 3.0, -3.0], [2.0, 2.0, 2.0, 2.0]])
+    found = grid_step_ratio(torch.tensor([0.5, 0.5]), rows)
+    assert found[0] == pytest.approx(0.5 / (20 / 3) ** 0.5, rel=1e-6)
+    assert found[1] == 0, "values that are alike have no spread"
 
 
 def test_weights_of_zeros_have_no_error(make_toy, windows) -> None:

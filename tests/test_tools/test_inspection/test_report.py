@@ -77,6 +77,23 @@ def test_projection_takes_the_planted_outliers_out(of_a_model) -> None:
 
 
 @pytest.mark.usefixtures("undrawn")
+def test_the_rotation_of_a_recipe_is_seen(
+    toy_checkpoint, recipe_file: Path, text_file: Path, tmp_path: Path, of_a_model
+) -> None:
+    plain, _ = of_a_model
+    recipe = tmp_path / "turned.yaml"
+    turned = "\n    FlattenedRotation: {rounds: 4, tokens: 400}\n    DynamicActQuant:"
+    recipe.write_text(recipe_file.read_text().replace("\n    DynamicActQuant:", turned))
+    found = inspect_model(
+        toy_checkpoint("llama"), tmp_path / "report", recipe=str(recipe), dataset=str(text_file), **SHORT
+    )
+    for stage, same in (("before", True), ("after", False)):
+        both = [[row for row in each.inputs if row.stage == stage] for each in (plain, found)]
+        assert (both[0] == both[1]) == same
+    assert found.loss_of("nothing", "inputs and weights", "").divergence < 1e-5, "it keeps the function"
+
+
+@pytest.mark.usefixtures("undrawn")
 def test_rank_is_taken(toy_checkpoint, recipe_file: Path, text_file: Path, tmp_path: Path) -> None:
     found = inspect_model(
         toy_checkpoint("llama"), tmp_path / "out", recipe=str(recipe_file), rank=4, dataset=str(text_file), **SHORT
@@ -136,7 +153,7 @@ def test_files(kind: str, request: pytest.FixtureRequest) -> None:
     source = (folder / "report.html").read_text(encoding="utf-8")
     charts = {file.stem for file in folder.glob("*.png")}
     assert {"spectrum", "input-error", "grid-ratio", "loss-parts", "loss-blocks"} <= charts
-    assert ("weight-error" in charts) == (kind == "of_a_model")
+    assert ("weight-error" in charts) == ("weight-grid-ratio" in charts) == (kind == "of_a_model")
     assert ("block-error" in charts) == (kind == "of_a_checkpoint")
     for name in charts:
         assert f'<section id="{name}">' in source

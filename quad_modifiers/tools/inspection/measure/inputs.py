@@ -8,6 +8,7 @@ from quad_kernels import quantize_input, split_input
 from torch import nn
 
 from quad_modifiers.model.decoder import Decoder
+from quad_modifiers.quantization.grid_step import grid_step_ratio
 from quad_modifiers.tools.inspection.measure.results import InputRow, Stage, Surface
 from quad_modifiers.tools.inspection.measure.watch import INPUT_GRIDS, split_of, watching
 
@@ -35,9 +36,8 @@ class _Sums:
             errors.append((integers * scale - residual).square().sum(-1) / energy)
             steps = scale.squeeze(-1) if steps is None else steps  # of the first grid, 4 bits
         assert steps is not None
-        spread = residual.std(-1)
-        ratio = torch.where(spread > _TINY, steps / spread, 0.0)  # coordinates that are alike have no spread
-        self.totals += torch.stack([outlier_energy, *errors, ratio]).double().sum(-1).cpu()
+        ratios = grid_step_ratio(steps, residual)
+        self.totals += torch.stack([outlier_energy, *errors, ratios]).double().sum(-1).cpu()
         self.tokens += len(x)
 
     def row(self, stage: Stage, layer: int, group: str) -> InputRow:

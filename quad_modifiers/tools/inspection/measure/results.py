@@ -78,7 +78,7 @@ class InputRow:
     # error_4bit, error_8bit: error of the input with its residual rounded, mean over tokens
     error_4bit: float
     error_8bit: float
-    step_to_std: float  # step of the 4-bit grid over the standard deviation of the residual, mean over tokens
+    step_to_std: float  # GSR: step of the 4-bit grid over the standard deviation of the residual, mean over tokens
 
 
 @dataclass(frozen=True)
@@ -90,6 +90,7 @@ class WeightRow:
     role: str
     weight_error: float  # squared error over the squared weight, outlier columns included
     output_error: float  # expected squared output error over the expected squared output, inputs unquantized
+    step_to_std: float  # GSR: step of a row's grid over the standard deviation of its residual part, mean over rows
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,7 @@ from torch import nn
 from quad_modifiers.model.decoder import Decoder
 from quad_modifiers.nn.quad_linear import QuadLinear
 from quad_modifiers.quantization.grid import WeightScales, dequantize, round_to_grid, search_clip
+from quad_modifiers.quantization.grid_step import grid_step_ratio
 from quad_modifiers.tools.inspection.measure.results import Stage, WeightRow
 from quad_modifiers.tools.inspection.measure.watch import watching
 
@@ -25,12 +26,19 @@ class RoundedWeights:
 
     def __call__(self, linear: QuadLinear) -> torch.Tensor:
         """Returns the rounded residual weight, `[out, in]`, float32."""
-        weight = linear.residual.weight.detach()
-        wide = weight.float()
-        if linear not in self._scales:
-            self._scales[linear] = search_clip(wide, GRID, weight.dtype, candidates=_CANDIDATES)
-        scales = self._scales[linear].expand(wide.shape[1])
+        wide = linear.residual.weight.detach().float()
+        scales = self._scales_of(linear).expand(wide.shape[1])
         return dequantize(round_to_grid(wide, scales, GRID), scales)
+
+    def grid_step_ratios(self, linear: QuadLinear) -> torch.Tensor:
+        """Returns the GSR of each row of the residual weight, `[out]`, float32."""
+        return grid_step_ratio(self._scales_of(linear).scale.squeeze(-1), linear.residual.weight.detach().float())
+
+    def _scales_of(self, linear: QuadLinear) -> WeightScales:
+        if linear not in self._scales:
+            weight = linear.residual.weight.detach()
+            self._scales[linear] = search_clip(weight.float(), GRID, weight.dtype, candidates=_CANDIDATES)
+        return self._scales[linear]
 
 
 @torch.no_grad()
@@ -51,7 +59,8 @@ def measure_weights(decoder: Decoder, window: torch.Tensor, rounded: RoundedWeig
         # A linear of zeros, as blocks have that were put in or pruned, has no error.
         output_error = moved.square().sum() / output.square().sum().clamp(min=_TINY)
         error = change.square().sum() / energy.clamp(min=_TINY)
-        rows.append(WeightRow(stage, layer, role, float(error), float(output_error)))
+        ratio = rounded.grid_step_ratios(linear).mean()
+        rows.append(WeightRow(stage, layer, role, float(error), float(output_error), float(ratio)))
 
     watched = [(linear.module, partial(see, linear.layer, linear.role, linear.module)) for linear in decoder.linears()]
     with watching(watched):
