@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 from pathlib import Path
 
-from quad_modifiers.checkpoint.format import InputFormat, QuadFormat, WeightFormat, read_format
+from quad_modifiers.checkpoint.format import InputFormat, LinearFormat, QuadFormat, WeightFormat, read_format
 from quad_modifiers.checkpoint.transforms import transforms_of
 from quad_modifiers.records.calibration_record import CalibrationRecord, read_calibration
 from quad_modifiers.records.evaluation_record import Evaluation, task_scores
@@ -40,7 +40,7 @@ def write_sections(
     needs_vllm = transforms_of(inventory.config) is not None
     return {
         "summary": _summary(inventory, quad, base_model, license),
-        "usage": _usage_of_transforms(repo_id) if needs_vllm else _usage(inventory, repo_id),
+        "usage": _usage_of_transforms(repo_id) if needs_vllm else _usage(inventory, repo_id, _is_served(quad)),
         **({} if exported is None else {"export": _export(exported)}),
         "evaluation": _quality(evaluation),
         **({} if tuning is None else {"tuning": _tuning(tuning)}),
@@ -69,7 +69,12 @@ def _summary(inventory: Inventory, quad: QuadFormat | None, base_model: str | No
     return "\n\n".join(lines)
 
 
-def _usage(inventory: Inventory, repo_id: str) -> str:
+def _is_served(quad: QuadFormat | None) -> bool:
+    """Whether vLLM serves a checkpoint of these linears."""
+    return quad is None or all(linear.outlier is None for linear in quad.linears.values())
+
+
+def _usage(inventory: Inventory, repo_id: str, is_served: bool) -> str:
     if inventory.is_plain:
         packages, note = "transformers", "This is an ordinary checkpoint: it takes the memory of the original model."
     elif inventory.quad is None:
@@ -83,6 +88,15 @@ def _usage(inventory: Inventory, repo_id: str) -> str:
     quad = inventory.quad is not None
     first = "import quad_modifiers  # teaches transformers the format\n" if quad else ""
     install = "pip install quad-modifiers\n" if quad else ""
+    serving = f"""vLLM:
+
+```bash
+{install}vllm serve {repo_id}
+```
+
+{note}"""
+    if not is_served:
+        serving = "The vLLM plugin does not serve it: outliers have 8 bits."
     return f"""## How to load it
 
 transformers (`pip install {packages}`):
@@ -96,13 +110,7 @@ inputs = tokenizer("The capital of France is", return_tensors="pt")
 print(tokenizer.decode(model.generate(**inputs, max_new_tokens=20)[0]))
 ```
 
-vLLM:
-
-```bash
-{install}vllm serve {repo_id}
-```
-
-{note}"""
+{serving}"""
 
 
 def _usage_of_transforms(repo_id: str) -> str:
@@ -207,11 +215,17 @@ def _quad_widths(quad: QuadFormat) -> str:
                 str(input_bits(linear)),
                 _scope("token", inputs) if inputs else "",
                 f"{inputs.clip_ratio:g}" if inputs else "",
-                f"{linear.outliers_per_block * (linear.in_features // linear.block)} of {linear.in_features}",
+                f"{linear.split().rank} of {linear.in_features}",
                 "yes" if linear.hadamard else "no",
             )
         )
-    parts = ["## What is quantized", markdown_table(_QUAD_COLUMNS, rows)]
+    if any(linear.outlier is not None for linear in quad.linears.values()):
+        header = tuple(name.replace("full-precision", "outlier") for name in _QUAD_COLUMNS)
+        rows = [(*row[:6], _outliers(quad.linears[row[0]]), *row[7:]) for row in rows]
+        parts = ["## What is quantized", markdown_table(header, rows)]
+        parts.append("Outliers in 8 bits have scales of their own: one per output channel, and one per token.")
+    else:
+        parts = ["## What is quantized", markdown_table(_QUAD_COLUMNS, rows)]
     basis = quad.residual_basis
     if basis is not None:
         stream = basis.hidden_size + (basis.rank if basis.basis == "extended" else 0)
@@ -222,6 +236,16 @@ def _quad_widths(quad: QuadFormat) -> str:
     ends = {"Embedding": quad.embedding, "Head": quad.head}
     stored = [f"{name}: {'not quantized' if end is None else f'{end.bits} bits'}." for name, end in ends.items()]
     return "\n\n".join([*parts, f"Inputs are quantized at run time. {' '.join(stored)}"])
+
+
+def _outliers(linear: LinearFormat) -> str:
+    """How many input coordinates are outliers, and what is quantized of them."""
+    text = f"{linear.split().rank} of {linear.in_features}"
+    if linear.outlier is None:
+        return f"{text}, full precision" if linear.outliers_per_block else text
+    bits = linear.outlier.input_bits
+    inputs = "full precision" if bits is None else f"{bits} bits"
+    return f"{text}, weights {linear.outlier.weight_bits} bits, inputs {inputs}"
 
 
 def _plain_widths(inventory: Inventory) -> str:
