@@ -59,12 +59,6 @@ class QuadConfig(QuantizationConfig):
                 f"the checkpoint has {', '.join(map(repr, unserved))}, which the vLLM plugin does not compute "
                 "yet; load it with transformers"
             )
-        packed = sorted(role for role, linear in quad.linears.items() if linear.outlier is not None)
-        if packed:
-            raise ValueError(
-                f"the outlier weights of {', '.join(packed)} have 8 bits, which the vLLM plugin does not compute yet; "
-                "load the checkpoint with transformers, or compress without outlier_bits"
-            )
         if KV_CACHE in quad.sections:
             logger.warning_once(
                 "the checkpoint asks for keys and values in 4 bits, which vLLM's cache holds its own way: on CUDA give "

@@ -228,8 +228,6 @@ def test_the_inventory_and_the_card_name_them(folder: Path) -> None:
     assert "| 0 of 128 | yes |" in card
     assert "| outlier inputs |" in card
     assert "Outliers in 8 bits have scales of their own" in card
-    assert "vllm serve" not in card
-    assert "does not serve it: outliers have 8 bits" in card
 
 
 def test_adapters_on_them_are_refused(folder: Path, logits_of) -> None:

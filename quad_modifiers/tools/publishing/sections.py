@@ -40,7 +40,7 @@ def write_sections(
     needs_vllm = transforms_of(inventory.config) is not None
     return {
         "summary": _summary(inventory, quad, base_model, license),
-        "usage": _usage_of_transforms(repo_id) if needs_vllm else _usage(inventory, repo_id, _is_served(quad)),
+        "usage": _usage_of_transforms(repo_id) if needs_vllm else _usage(inventory, repo_id),
         **({} if exported is None else {"export": _export(exported)}),
         "evaluation": _quality(evaluation),
         **({} if tuning is None else {"tuning": _tuning(tuning)}),
@@ -69,12 +69,7 @@ def _summary(inventory: Inventory, quad: QuadFormat | None, base_model: str | No
     return "\n\n".join(lines)
 
 
-def _is_served(quad: QuadFormat | None) -> bool:
-    """Whether vLLM serves a checkpoint of these linears."""
-    return quad is None or all(linear.outlier is None for linear in quad.linears.values())
-
-
-def _usage(inventory: Inventory, repo_id: str, is_served: bool) -> str:
+def _usage(inventory: Inventory, repo_id: str) -> str:
     if inventory.is_plain:
         packages, note = "transformers", "This is an ordinary checkpoint: it takes the memory of the original model."
     elif inventory.quad is None:
@@ -88,15 +83,6 @@ def _usage(inventory: Inventory, repo_id: str, is_served: bool) -> str:
     quad = inventory.quad is not None
     first = "import quad_modifiers  # teaches transformers the format\n" if quad else ""
     install = "pip install quad-modifiers\n" if quad else ""
-    serving = f"""vLLM:
-
-```bash
-{install}vllm serve {repo_id}
-```
-
-{note}"""
-    if not is_served:
-        serving = "The vLLM plugin does not serve it: outliers have 8 bits."
     return f"""## How to load it
 
 transformers (`pip install {packages}`):
@@ -110,7 +96,13 @@ inputs = tokenizer("The capital of France is", return_tensors="pt")
 print(tokenizer.decode(model.generate(**inputs, max_new_tokens=20)[0]))
 ```
 
-{serving}"""
+vLLM:
+
+```bash
+{install}vllm serve {repo_id}
+```
+
+{note}"""
 
 
 def _usage_of_transforms(repo_id: str) -> str:
