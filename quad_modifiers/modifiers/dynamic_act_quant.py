@@ -45,6 +45,8 @@ class DynamicActQuant(QuadModifier):
         sub_scale_bits: 4 for integers of two levels: a group has a 4-bit integer factor and a token the scale, so that
             kernels add up integers as with one scale per token; for inputs of up to 4 bits. None for a floating-point
             scale per group.
+        o_proj_scale: one scale of the input of o_proj per "token", or per token and "head" (ResQ), whatever `strategy`
+            says of the others; by default as the others.
         outlier_bits: 8 quantizes the outlier coordinates of quantized inputs, with one scale per token, where their
             weights have 8 bits, too (`OutlierSplitGPTQ.outlier_bits`); None leaves them unquantized.
         u_type_clip_ratio, d_type_clip_ratio: share of the largest magnitude that the grid covers; 1.0 is the grid of
@@ -60,6 +62,7 @@ class DynamicActQuant(QuadModifier):
     strategy: Literal["token", "group"] = "token"
     group_size: int | None = Field(default=None, ge=8)
     sub_scale_bits: Literal[4] | None = None
+    o_proj_scale: Literal["token", "head"] | None = None
     outlier_bits: Literal[8] | None = None
     u_type_clip_ratio: ClipRatio | Literal["auto"] = 0.92
     d_type_clip_ratio: ClipRatio | Literal["auto"] = 0.92
@@ -74,6 +77,11 @@ class DynamicActQuant(QuadModifier):
         for bits in (self.u_type_bits, self.d_type_bits):
             if bits is not None:
                 self._quantization(bits, 1.0)
+        if self.o_proj_scale is not None and (self.d_type_bits is None or self.sub_scale_bits is not None):
+            raise ValueError(
+                f"o_proj_scale ({self.o_proj_scale!r}) is for quantized D-type inputs without sub_scale_bits "
+                f"(d_type_bits is {self.d_type_bits}, sub_scale_bits {self.sub_scale_bits}); leave it out"
+            )
         if self.outlier_bits is not None and self.u_type_bits is None and self.d_type_bits is None:
             raise ValueError(
                 f"outlier_bits ({self.outlier_bits}) is for the outlier coordinates of quantized inputs, and none are "
@@ -103,6 +111,9 @@ class DynamicActQuant(QuadModifier):
             clip = self._clip_ratio(linear.group)
             given = 1.0 if clip == "auto" else clip
             linear.module.input_quantization = None if bits is None else self._quantization(bits, given)
+            if bits is not None and self.o_proj_scale is not None and linear.group.reads == "values":
+                size = decoder.geometry.head_dim if self.o_proj_scale == "head" else None
+                linear.module.input_quantization = InputQuantization(bits, given, size)
             if bits is not None and self.outlier_bits is not None:
                 linear.module.outlier_quantization = InputQuantization(self.outlier_bits)
         logger.info(

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+from quad_modifiers.projection.rank import rank_of
 from quad_modifiers.recipe import coverage
 from quad_modifiers.recipe.order import PROJECT, QUANTIZE_WEIGHTS, PlacedModifier, unties_head
 
@@ -34,11 +35,11 @@ def stored_size(model: Any, modifiers: "Sequence[Modifier]") -> int:
             size += tensor.numel() * stored // 8
     for each in projections:
         if tied:  # the matrix that lets the head read the embedding's table
-            width = model.config.hidden_size + getattr(each.modifier, "rank", 0)
+            width = model.config.hidden_size + rank_of(getattr(each.modifier, "rank", 0), model.config.hidden_size)
             size += width * width * model.get_output_embeddings().weight.element_size()
         roles = {name.split(".")[-2] for name in coverage.outlier_names(each.modifier)}
         widened = [linear for name, linear in linears.items() if name.rpartition(".")[2] in roles]
-        rank = getattr(each.modifier, "rank", 0)
+        rank = rank_of(getattr(each.modifier, "rank", 0), model.config.hidden_size)
         size += sum(rank * linear.out_features * linear.weight.element_size() for linear in widened)
     return size
 

@@ -15,6 +15,7 @@ from quad_modifiers.vllm_plugin import MODEL_CLASSES
 # Saved as plain compressed-tensors: transformers needs nothing of this package to load them.
 PLAIN_RECIPES = ("quad_w4a4_portable", "rtn_w4a4")
 FLOAT_INPUTS = ("quad_w4a16",)  # the native blocks take quantized inputs only
+PACKED_OUTLIERS = ("resq_w4a4", "resq_w4a4kv4")  # whose product is a call of its own
 ROUNDED_CACHES = ("quad_w4a4_kv4",)  # which the native step of a whole decoder does not read
 SERVED_RECIPES = ("quad_w4a4",)  # by a vLLM server in the tests; of the others, vLLM runs the formats of their linears
 
@@ -142,7 +143,7 @@ def recipe_rows() -> Iterator[tuple[str, ...]]:
 
 
 def _native_part(recipe: str) -> str:
-    if recipe in FLOAT_INPUTS:
+    if recipe in (*FLOAT_INPUTS, *PACKED_OUTLIERS):
         return "linears"
     return "blocks" if recipe in ROUNDED_CACHES else "blocks and decoding"
 

@@ -23,6 +23,8 @@ NAMES = (
     "quad_w4a8_g32",
     "quad_w4a16",
     "quarot_w4a4",
+    "resq_w4a4",
+    "resq_w4a4kv4",
     "rtn_w4a4",
     "smoothquant_quad_w4a4",
 )
