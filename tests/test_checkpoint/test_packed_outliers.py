@@ -230,6 +230,23 @@ def test_the_inventory_and_the_card_name_them(folder: Path) -> None:
     assert "Outliers in 8 bits have scales of their own" in card
 
 
+def test_inspected_and_compared(folder: Path, compressed, toy_tokenizer, text: Path, tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    from quad_modifiers.tools.inspection import compare_checkpoints, inspect_model
+
+    shutil.copytree(folder, tmp_path / "copy")
+    (tmp_path / "copy" / "checksums.json").unlink()
+    toy_tokenizer.save_pretrained(tmp_path / "copy")
+    found = inspect_model(
+        tmp_path / "copy", tmp_path / "report", dataset=str(text), samples=4, eval_windows=2, seq_length=32
+    )
+    assert found.subject.rank == 10
+    assert max(row.divergence for row in found.losses) > 0, "rounding inputs, outliers included, changes something"
+    first, second = compare_checkpoints([tmp_path / "copy", compressed.folder]).entries
+    assert (first.format, second.format) == ("QUAD, version 5", "QUAD, version 1")
+    assert first.widths == "w4a4a5"
+
+
 def test_adapters_on_them_are_refused(folder: Path, logits_of) -> None:
     pytest.importorskip("peft")
     from peft import LoraConfig, get_peft_model
