@@ -180,19 +180,19 @@ class QuadLinear(nn.Module):
             weight = residual.prepared_weight()
         elif quantization is not None:
             weight = stock_quantized_weight(residual)
+        outlier = self._modules.get("outlier")
+        outlier_weight: torch.Tensor | QuantizedWeight | None = None
+        if outlier is not None:
+            outlier_weight = outlier.prepared_weight() if isinstance(outlier, PackedLinear) else outlier.weight
         return LinearParts(
             self.split,
             residual if weight is None else weight,
             quantization,
-            self._outlier_weight_now(),
+            outlier_weight,
             self._parameters["bias"],
             self.terms() if self._has_terms else (),
-            self.outlier_quantization if self.quantize_input and self.split.rank else None,
+            None if outlier is None or not self.quantize_input else self.outlier_quantization,
         )
-
-    def _outlier_weight_now(self) -> torch.Tensor | QuantizedWeight | None:
-        packed = self.packed_outlier
-        return self.outlier_weight if packed is None else packed.prepared_weight()
 
     def extra_repr(self) -> str:
         """The split and the input quantization."""

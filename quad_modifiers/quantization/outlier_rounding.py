@@ -10,7 +10,14 @@ outlier columns are a problem of their own, and their scales are chosen for what
 import torch
 from quad_kernels import IntegerGrid
 
-from quad_modifiers.quantization.gptq import ColumnBlock, GptqResult, RoundedBlock, input_level, quantize_columns
+from quad_modifiers.quantization.gptq import (
+    MAX_DAMPING,
+    ColumnBlock,
+    GptqResult,
+    RoundedBlock,
+    input_level,
+    quantize_columns,
+)
 from quad_modifiers.quantization.grid import dequantize, initial_scales, round_to_grid
 
 
@@ -58,7 +65,7 @@ def round_outliers(
         outlier,
         own,
         [ColumnBlock(outlier.shape[1], grid, scales)],
-        float(added / input_level(own, outlier.shape[1])),
+        min(MAX_DAMPING, float(added / input_level(own, outlier.shape[1]))),
         activation_order,
         block_size,
     ).blocks[0]

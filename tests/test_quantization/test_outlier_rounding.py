@@ -111,11 +111,14 @@ def test_the_scale_is_that_of_what_the_columns_have_become(problem) -> None:
     assert float((result.outlier - first.outlier).norm() / first.outlier.norm()) < 0.05
 
 
-def test_outliers_of_zeros(problem) -> None:
+@pytest.mark.parametrize("energy", [1.0, 1e6])
+def test_outliers_of_zeros(energy: float, problem) -> None:
     weight, hessian = torch.zeros(OUT, COLUMNS + RANK), problem[1]
-    hessian = hessian.clone()
+    hessian = hessian * energy
     hessian[COLUMNS:] = hessian[:, COLUMNS:] = 0
     first, _ = around(weight, hessian)
     result = round_outliers(first, weight, hessian, HIGH, torch.bfloat16)
     assert not result.outlier.any()
+    loud = round_outliers(around(problem[0], hessian)[0], problem[0], hessian, HIGH, torch.float32)
+    torch.testing.assert_close(loud.outlier, problem[0][:, COLUMNS:], rtol=0, atol=5e-3)
     assert bool(torch.isfinite(result.loss).all())
