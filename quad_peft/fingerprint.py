@@ -40,5 +40,7 @@ def _layers(model: nn.Module) -> Iterator[tuple[str, str, list[torch.Tensor]]]:
             outlier, scale = adapted[id(module)].original_weights()
         else:
             outlier, scale = module.outlier_weight, module.weight_scale
+        packed = module.packed_outlier
+        outlier = outlier if packed is None else packed.weight_scale
         tensors = [tensor for tensor in (outlier, scale) if tensor is not None]
         yield name.removesuffix(_WRAPPED).removeprefix("base_model.model."), str(module.split), tensors

@@ -15,6 +15,11 @@ from quad_modifiers.nn.quad_linear import QuadLinear
 from quad_peft.config import OutlierLoraConfig
 from quad_peft.selector import OutlierSelector
 
+PACKED_OUTLIER = (
+    "the outlier weights of this checkpoint are 8-bit integers, which no adapter can change; compress without "
+    "outlier_bits, or train a plain LoraConfig and serve it unmerged"
+)
+
 
 class QuadLoraLayer(nn.Module, LoraLayer):
     """LoRA on a `QuadLinear`.
@@ -111,6 +116,8 @@ class QuadLoraLayer(nn.Module, LoraLayer):
         if not names:
             return
         base = self.get_base_layer()
+        if base.packed_outlier is not None:
+            raise ValueError(f"nothing can be merged into {base.role}: {PACKED_OUTLIER}")
         with torch.no_grad():
             outlier, scale = self._changes(names)
             merged = base.outlier_weight

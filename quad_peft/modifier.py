@@ -96,6 +96,12 @@ class OutlierLoRA(QuadModifier):
                 "the inputs are quantized by a stock modifier, through which nothing can be trained; use "
                 "DynamicActQuant and OutlierSplitGPTQ"
             )
+        packed = next((each.name for each in placed if getattr(each.modifier, "outlier_bits", None)), None)
+        if packed is not None:
+            raise ValueError(
+                f"{packed}.outlier_bits makes integers of the outlier weights, which cannot be trained; leave it out "
+                "of all modifiers"
+            )
         projections = [each.modifier for each in placed if PROJECT in each.roles]
         if not any(outlier_names(each) for each in projections):
             raise ValueError(

@@ -15,7 +15,7 @@ from torch import nn
 from quad_modifiers.nn.packed_table import is_packed
 from quad_modifiers.nn.quad_linear import QuadLinear
 from quad_peft.config import OutlierLoraConfig, refuse_fields
-from quad_peft.layer import QuadLoraLayer
+from quad_peft.layer import PACKED_OUTLIER, QuadLoraLayer
 
 logger = logging.getLogger(__name__)
 
@@ -75,6 +75,12 @@ def check_targets(config: Any, model: nn.Module) -> None:
         )
     if layers and not isinstance(config, OutlierLoraConfig):
         refuse_fields(config, _NEEDS_STOCK_LAYERS, "a LoRA on quantized layers", "load the checkpoint as " + _PLAIN)
+    if isinstance(config, OutlierLoraConfig):
+        for name in layers:
+            module: Any = modules[name]
+            base = module.get_base_layer() if isinstance(module, QuadLoraLayer) else module
+            if base.packed_outlier is not None:
+                raise ValueError(f"{kind} cannot adapt {name}: {PACKED_OUTLIER}")
     for name in targeted:
         if is_packed(modules[name]):
             raise ValueError(f"{kind} cannot adapt {name}, an 8-bit table; {_REMEDY}")

@@ -55,12 +55,14 @@ class InputSplit:
         """Returns outliers `[..., rank]` (None for rank 0) and residual `[..., residual_width]`, not transformed."""
         if not self.outliers:
             return None, x
-        blocks = x.unflatten(-1, (-1, self.block))
-        outlier = blocks[..., : self.outliers].flatten(-2)
-        residual = blocks[..., self.outliers :]
+        residual = x.unflatten(-1, (-1, self.block))[..., self.outliers :]
         if self.keep_width:
             residual = torch.nn.functional.pad(residual, (self.outliers, 0))
-        return outlier, residual.flatten(-2)
+        return self.outliers_of(x), residual.flatten(-2)
+
+    def outliers_of(self, x: torch.Tensor) -> torch.Tensor:
+        """Returns the outlier coordinates of `x`, `[..., rank]`."""
+        return x.unflatten(-1, (-1, self.block))[..., : self.outliers].flatten(-2)
 
 
 @dataclass(frozen=True)

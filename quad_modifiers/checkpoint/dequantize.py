@@ -97,8 +97,9 @@ def _with_outliers(residual: torch.Tensor, container: QuadLinear) -> torch.Tenso
         others = torch.ones(split.width, dtype=torch.bool, device=residual.device)
         others[outliers] = False
         weight[:, others] = residual
-    assert container.outlier is not None
-    weight[:, outliers] = container.outlier.weight.double()
+    outlier = container.dense_outlier(torch.float64)
+    assert outlier is not None
+    weight[:, outliers] = outlier
     return weight
 
 

@@ -8,6 +8,7 @@ from quad_modifiers.checkpoint.format import (
     BasisFormat,
     InputFormat,
     LinearFormat,
+    OutlierBlockFormat,
     QuadFormat,
     TableFormat,
     WeightFormat,
@@ -74,8 +75,17 @@ def _describe(module: QuadLinear, where: str) -> LinearFormat:
         bias=module.bias is not None,
         weight=_weight_format(module, where),
         input=_input_format(module, where),
+        **_outlier_format(module),
         **({"terms": terms} if terms else {}),
     )
+
+
+def _outlier_format(module: QuadLinear) -> dict[str, Any]:
+    """The field, left out in full precision: only version 5 has it."""
+    if module.packed_outlier is None:
+        return {}
+    quantized = module.outlier_quantization if module.quantize_input else None
+    return {"outlier": OutlierBlockFormat(input_bits=None if quantized is None else quantized.bits)}
 
 
 def _input_format(module: QuadLinear, where: str) -> InputFormat | None:
@@ -166,6 +176,9 @@ def config_groups(plain: bool, linears: RoleFormats, tables: list[str]) -> dict[
             "format": "pack-quantized",
         }
         settings.setdefault(repr(scheme), ([], scheme))[0].append(rf"re:.*\.{role}{suffix}$")
+        if linear.outlier is not None:
+            scheme = _outlier_scheme(linear.outlier)
+            settings.setdefault(repr(scheme), ([], scheme))[0].append(rf"re:.*\.{role}\.outlier$")
     if tables:  # a tied head has no tensors of its own
         scheme = {
             "weights": _arguments(TableFormat().bits, None, True, dynamic=False),
@@ -176,6 +189,16 @@ def config_groups(plain: bool, linears: RoleFormats, tables: list[str]) -> dict[
         settings.setdefault(repr(scheme), ([], scheme))[0].extend(tables)
     return {
         f"group_{index}": {"targets": targets, **scheme} for index, (targets, scheme) in enumerate(settings.values())
+    }
+
+
+def _outlier_scheme(outlier: OutlierBlockFormat) -> dict[str, Any]:
+    bits = outlier.input_bits
+    return {
+        "weights": _arguments(outlier.weight_bits, None, True, dynamic=False),
+        "input_activations": None if bits is None else _arguments(bits, None, True, dynamic=True),
+        "output_activations": None,
+        "format": "pack-quantized",
     }
 
 

@@ -218,6 +218,7 @@ def _plain_format(linear: LinearFormat, size: int) -> LinearFormat:
         "block": linear.in_features,
         "keep_width": False,
         "hadamard": False,
+        "outlier": None,
     }
     for name in ("weight", "input"):
         part = getattr(linear, name)
@@ -245,9 +246,10 @@ def merged_weight(container: QuadLinear, linear: LinearFormat, size: int) -> Qua
     groups = torch.arange(split.width // size)
     if not split.rank:
         return _joined(parts, groups, size)
-    assert container.outlier is not None
+    outlier = container.dense_outlier(torch.float32)
+    assert outlier is not None
     grid = IntegerGrid(linear.weight.bits, size, linear.weight.symmetric)
-    parts.append(_rounded(container.outlier.weight.float(), grid, residual.scale.dtype))
+    parts.append(_rounded(outlier, grid, residual.scale.dtype))
     # Where each group of the merged weight comes from: a group of the residual, or after those one of the outliers.
     is_outlier = groups * size % split.block < split.outliers
     origin = torch.empty_like(groups)

@@ -9,7 +9,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 from quad_kernels import InputQuantization, InputSplit, IntegerGrid
 
-FORMAT_VERSIONS = (1, 2, 3, 4)
+FORMAT_VERSIONS = (1, 2, 3, 4, 5)
 QUANT_METHOD = "quad"
 
 
@@ -53,10 +53,22 @@ class WeightFormat(_Strict):
         return IntegerGrid(self.bits, self.group_size, self.symmetric, self.sub_scale_bits)
 
 
+class OutlierBlockFormat(_Strict):
+    """Outlier weights in integers, with one scale per output channel, and maybe their inputs, one scale per token."""
+
+    weight_bits: Literal[8] = 8
+    input_bits: Literal[8] | None = None
+
+    def input_settings(self) -> InputQuantization | None:
+        """Quantization of the outlier input as the module uses it."""
+        return None if self.input_bits is None else InputQuantization(self.input_bits)
+
+
 class LinearFormat(_Strict):
     """One role, such as q_proj, the same in every block.
 
-    `terms` has the sections of further terms of the linear by kind; docs/developer/plugins.md says how to add a kind.
+    `outlier` is None where the outlier weights are in full precision, or there are none. `terms` has the sections of
+    further terms of the linear by kind; docs/developer/plugins.md says how to add a kind.
     """
 
     outliers_per_block: int = Field(ge=0)
@@ -68,7 +80,16 @@ class LinearFormat(_Strict):
     bias: bool
     weight: WeightFormat | None
     input: InputFormat | None
+    outlier: OutlierBlockFormat | None = None
     terms: dict[str, dict[str, Any]] = Field(default={})
+
+    @model_validator(mode="after")
+    def _check_outlier(self) -> "LinearFormat":
+        if self.outlier is not None and not (self.outliers_per_block and self.weight):
+            raise ValueError("outliers have 8 bits only where there are some, beside a quantized weight")
+        if self.outlier is not None and self.outlier.input_bits is not None and self.input is None:
+            raise ValueError("outlier inputs are quantized only where the others are")
+        return self
 
     def split(self) -> InputSplit:
         """As the module uses it."""
@@ -105,10 +126,11 @@ class QuadFormat(_Strict):
     """The whole section. A checkpoint has the lowest version that can hold it, so that older readers read it too.
 
     Version 2 adds `embedding` and `head`. Version 3 adds `terms` of linears and `sections`, whose kinds plugins
-    bring, and leaves out what the first two reserved. Version 4 adds `sub_scale_bits` of weights and inputs.
+    bring, and leaves out what the first two reserved. Version 4 adds `sub_scale_bits` of weights and inputs, version 5
+    `outlier` of linears.
     """
 
-    format_version: Literal[1, 2, 3, 4] = 1
+    format_version: Literal[1, 2, 3, 4, 5] = 1
     base_model_type: str
     residual_basis: BasisFormat | None
     linears: dict[str, LinearFormat]
@@ -127,6 +149,8 @@ class QuadFormat(_Strict):
         grids = [grid for linear in self.linears.values() for grid in linear.grids()]
         if self.format_version < 4 and any("sub_scale_bits" in grid.model_fields_set for grid in grids):
             unknown |= {"sub_scale_bits"}
+        if self.format_version < 5 and any("outlier" in linear.model_fields_set for linear in self.linears.values()):
+            unknown |= {"linears.outlier"}
         if unknown:
             raise ValueError(f"version {self.format_version} has no field {min(unknown)!r}")
         return self
@@ -143,6 +167,8 @@ class QuadFormat(_Strict):
         version = 3 if named else 2 if fields.keys() & {"embedding", "head"} else 1
         if any(grid.sub_scale_bits for linear in fields["linears"].values() for grid in linear.grids()):
             version = 4
+        if any(linear.outlier for linear in fields["linears"].values()):
+            version = 5
         return cls(format_version=version, **fields)
 
     def section(self) -> dict[str, Any]:
@@ -151,6 +177,8 @@ class QuadFormat(_Strict):
         for linear in content["linears"].values():
             if self.format_version < 3:
                 del linear["terms"]
+            if self.format_version < 5:
+                del linear["outlier"]
             for grid in (linear["weight"], linear["input"]):
                 if self.format_version < 4 and grid is not None:
                     del grid["sub_scale_bits"]
@@ -158,7 +186,7 @@ class QuadFormat(_Strict):
 
 
 _RESERVED = {"outlier", "low_rank", "kv_cache"}
-_ABSENT = {1: {"embedding", "head", "sections"}, 2: {"sections"}, 3: _RESERVED, 4: _RESERVED}
+_ABSENT = {1: {"embedding", "head", "sections"}, 2: {"sections"}, 3: _RESERVED, 4: _RESERVED, 5: _RESERVED}
 """Fields that a version does not have."""
 
 

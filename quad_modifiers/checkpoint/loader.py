@@ -161,7 +161,8 @@ def _install(place: PlacedLinear, quad: QuadFormat) -> None:
             grid = linear.weight.grid()
             residual = PackedLinear(split.residual_width, linear.out_features, grid, dtype, quantization)
         container = QuadLinear(residual, role, split)
-        container.allocate(linear.bias, dtype)
+        container.outlier_quantization = None if linear.outlier is None else linear.outlier.input_settings()
+        container.allocate(linear.bias, dtype, linear.outlier is not None)
         for kind, section in linear.terms.items():
             container.add_term(load_term(kind).unset(section, split, linear.out_features, dtype))
     container.input_quantization = quantization

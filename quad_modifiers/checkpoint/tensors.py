@@ -18,6 +18,7 @@ from quad_modifiers.model.architecture import Architecture
 from quad_modifiers.model.decoder import Decoder, PlacedLinear
 from quad_modifiers.nn.packed_shapes import TensorSpec, packed_shapes
 from quad_modifiers.nn.packed_table import BITS
+from quad_modifiers.nn.quad_linear import OUTLIER_GRID
 from quad_modifiers.plugins.checkpoint_parts import load_term
 
 _LISTED = 5  # problems named in one error message
@@ -32,7 +33,10 @@ def linear_tensors(linear: LinearFormat, dtype: torch.dtype) -> dict[str, Tensor
     else:
         packed = packed_shapes(out, split.residual_width, weight.grid(), dtype)
         specs |= {f"residual.{name}": spec for name, spec in packed.items()}
-    if split.rank:
+    if linear.outlier is not None:
+        packed = packed_shapes(out, split.rank, OUTLIER_GRID, dtype)
+        specs |= {f"outlier.{name}": spec for name, spec in packed.items()}
+    elif split.rank:
         specs["outlier.weight"] = TensorSpec((out, split.rank), dtype)
     if linear.bias:
         specs["bias"] = TensorSpec((out,), dtype)

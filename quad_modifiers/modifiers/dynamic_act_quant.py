@@ -1,9 +1,11 @@
 """DynamicActQuant: integer quantization of the inputs of the linears, at run time."""
 
 import logging
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Annotated, ClassVar, Literal
 
+from llmcompressor.modifiers import Modifier
 from pydantic import Field, model_validator
 from quad_kernels import InputQuantization
 
@@ -21,7 +23,8 @@ ClipRatio = Annotated[float, Field(gt=0.3, le=1.0)]
 class DynamicActQuant(QuadModifier):
     """Quantizes the residual part of each linear's input with scales taken from the input itself.
 
-    The outlier coordinates bypass it (QUAD, arXiv 2503.19353, section 3.3). U-type linears read the residual stream
+    The outlier coordinates bypass it (QUAD, arXiv 2503.19353, section 3.3), or get 8 bits and scales of their own
+    (ResQ, arXiv 2412.14363, section 4.1). U-type linears read the residual stream
     (q, k, v, gate, up), D-type linears write it (o_proj, down_proj); "W4A4/A8" is 4 bits for the former, 8 for the
     latter.
 
@@ -42,6 +45,10 @@ class DynamicActQuant(QuadModifier):
         sub_scale_bits: 4 for integers of two levels: a group has a 4-bit integer factor and a token the scale, so that
             kernels add up integers as with one scale per token; for inputs of up to 4 bits. None for a floating-point
             scale per group.
+        o_proj_scale: one scale of the input of o_proj per "token", or per token and "head" (ResQ), whatever `strategy`
+            says of the others; by default as the others.
+        outlier_bits: 8 quantizes the outlier coordinates of quantized inputs, with one scale per token, where their
+            weights have 8 bits, too (`OutlierSplitGPTQ.outlier_bits`); None leaves them unquantized.
         u_type_clip_ratio, d_type_clip_ratio: share of the largest magnitude that the grid covers; 1.0 is the grid of
             compressed-tensors, the paper's 0.9 of absmax / 7 is 0.964. "auto" takes for each role the one of least
             output error on calibration tokens: the wider an input, the more its largest magnitude stands out.
@@ -55,6 +62,8 @@ class DynamicActQuant(QuadModifier):
     strategy: Literal["token", "group"] = "token"
     group_size: int | None = Field(default=None, ge=8)
     sub_scale_bits: Literal[4] | None = None
+    o_proj_scale: Literal["token", "head"] | None = None
+    outlier_bits: Literal[8] | None = None
     u_type_clip_ratio: ClipRatio | Literal["auto"] = 0.92
     d_type_clip_ratio: ClipRatio | Literal["auto"] = 0.92
 
@@ -68,7 +77,29 @@ class DynamicActQuant(QuadModifier):
         for bits in (self.u_type_bits, self.d_type_bits):
             if bits is not None:
                 self._quantization(bits, 1.0)
+        if self.o_proj_scale is not None and (self.d_type_bits is None or self.sub_scale_bits is not None):
+            raise ValueError(
+                f"o_proj_scale ({self.o_proj_scale!r}) is for quantized D-type inputs without sub_scale_bits "
+                f"(d_type_bits is {self.d_type_bits}, sub_scale_bits {self.sub_scale_bits}); leave it out"
+            )
+        if self.outlier_bits is not None and self.u_type_bits is None and self.d_type_bits is None:
+            raise ValueError(
+                f"outlier_bits ({self.outlier_bits}) is for the outlier coordinates of quantized inputs, and none are "
+                "(u_type_bits and d_type_bits); leave it out"
+            )
         return self
+
+    def check_company(self, others: Sequence[Modifier]) -> None:
+        """Checks that the weights of outlier inputs that are to have 8 bits will have them, too.
+
+        Raises:
+            ValueError: if they will not.
+        """
+        if self.outlier_bits is not None and not any(getattr(each, "outlier_bits", None) for each in others):
+            raise ValueError(
+                f"outlier_bits ({self.outlier_bits}) needs outlier weights in {self.outlier_bits} bits: a product of "
+                f"integers is of two; set OutlierSplitGPTQ.outlier_bits: {self.outlier_bits}, or leave it out"
+            )
 
     def _quantization(self, bits: int, clip_ratio: float) -> InputQuantization:
         return InputQuantization(bits, clip_ratio, self.group_size, self.sub_scale_bits)
@@ -88,6 +119,11 @@ class DynamicActQuant(QuadModifier):
             clip = self._clip_ratio(linear.group)
             given = 1.0 if clip == "auto" else clip
             linear.module.input_quantization = None if bits is None else self._quantization(bits, given)
+            if bits is not None and self.o_proj_scale is not None and linear.group.reads == "values":
+                size = decoder.geometry.head_dim if self.o_proj_scale == "head" else None
+                linear.module.input_quantization = InputQuantization(bits, given, size)
+            if bits is not None and self.outlier_bits is not None:
+                linear.module.outlier_quantization = InputQuantization(self.outlier_bits)
         logger.info(
             "DynamicActQuant: U-type inputs %s bits, D-type inputs %s bits, per %s%s",
             self.u_type_bits,

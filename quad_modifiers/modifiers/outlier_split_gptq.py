@@ -1,19 +1,23 @@
-"""OutlierSplitGPTQ: weight quantization around full-precision outlier columns."""
+"""OutlierSplitGPTQ: weight quantization around outlier columns of higher precision."""
 
 import logging
 import time
+from collections.abc import Sequence
 from typing import Annotated, Any, ClassVar, Literal
 
 from llmcompressor.core import State
+from llmcompressor.modifiers import Modifier
 from pydantic import Field, PrivateAttr, model_validator
 from quad_kernels import IntegerGrid, QuantizedWeight
 
 from quad_modifiers.model.decoder import Decoder, PlacedLinear
 from quad_modifiers.modifiers.base import Batches, QuadModifier
 from quad_modifiers.nn.packed_linear import PackedLinear
+from quad_modifiers.nn.quad_linear import OUTLIER_GRID
 from quad_modifiers.passes.weight_pass import quantize_blocks
 from quad_modifiers.quantization.group import LinearReport, WeightQuantization
-from quad_modifiers.recipe.coverage import is_ignored
+from quad_modifiers.recipe.coverage import is_ignored, outlier_names
+from quad_modifiers.recipe.order import PROJECT, PlacedModifier
 from quad_modifiers.reporting import layer_progress, table
 
 logger = logging.getLogger(__name__)
@@ -25,8 +29,9 @@ Share = Annotated[float, Field(ge=0.0, le=1.0)]
 class OutlierSplitGPTQ(QuadModifier):
     """Quantizes the residual weights with GPTQ (arXiv 2210.17323) or by rounding to nearest.
 
-    The full-precision outlier columns take part in the Hessian, come last, and absorb error. The Hessian is that of the
-    inputs the runtime computes with: behind the already quantized blocks, after input quantization.
+    The outlier columns take part in the Hessian, come last, and absorb error; they stay in full precision, or are
+    rounded to 8 bits in the end. The Hessian is that of the inputs the runtime computes with: behind the already
+    quantized blocks, after input quantization.
 
     Lifecycle:
 
@@ -42,6 +47,8 @@ class OutlierSplitGPTQ(QuadModifier):
         sub_scale_bits: 4 for integers of two levels: a group has a 4-bit integer factor, an output channel the scale,
             and sums of products stay exact integers; None for a floating-point scale per group.
         symmetric: False adds a zero point per scale.
+        outlier_bits: 8 rounds the outlier columns, too, with one symmetric scale per output channel of their own (ResQ,
+            arXiv 2412.14363); None leaves them in full precision.
         clip_search: choose each scale by weighted squared error instead of the largest weight.
         scale_candidates: factors on the chosen scale, tried with the whole of GPTQ; each output channel keeps its best.
         activation_order: process columns by falling input energy.
@@ -61,6 +68,7 @@ class OutlierSplitGPTQ(QuadModifier):
     group_size: int | None = Field(default=None, ge=8)
     symmetric: bool = True
     sub_scale_bits: Literal[4] | None = None
+    outlier_bits: Literal[8] | None = None
     clip_search: bool = True
     scale_candidates: list[Annotated[float, Field(gt=0)]] = Field(default=[1.0], min_length=1)
     activation_order: bool = True
@@ -73,9 +81,26 @@ class OutlierSplitGPTQ(QuadModifier):
     _reports: dict[str, dict[str, LinearReport]] = PrivateAttr(default_factory=dict)  # by block and group
     _seconds: float = PrivateAttr(default=0.0)
 
+    def check_company(self, others: Sequence[Modifier]) -> None:
+        """Checks that outliers that are to have 8 bits will be there.
+
+        Raises:
+            ValueError: if no projection makes any.
+        """
+        if self.outlier_bits is not None:
+            projections = [each for each in others if PROJECT in PlacedModifier(each).roles]
+            if not any(outlier_names(each) for each in projections):
+                raise ValueError(
+                    f"outlier_bits ({self.outlier_bits}) is for outlier columns, and there are none (rank 0, or no "
+                    "projection); leave it out, or put SVDOutlierProjection with a rank before it"
+                )
+
     def run(self, decoder: Decoder, batches: Batches) -> None:
         """Quantizes the model block by block."""
         self._check_widths(decoder)
+        for linear in decoder.linears():
+            if self._is_ignored(linear.name):  # its outlier weight stays as it is, and so do the inputs
+                linear.module.outlier_quantization = None
         data = batches() if self.method == "gptq" else None
         logger.info("OutlierSplitGPTQ: %s, %d bits, %s", self.method, self.bits, self._granularity())
         start = time.perf_counter()
@@ -127,6 +152,7 @@ class OutlierSplitGPTQ(QuadModifier):
             block_size=self.block_size,
             sweeps=self.sweeps,
             error_correction=self.error_correction,
+            outlier_grid=None if self.outlier_bits is None else OUTLIER_GRID,
         )
 
     def _is_ignored(self, name: str) -> bool:

@@ -1,9 +1,10 @@
 """SVDOutlierProjection: moves activation outliers into a few full-precision coordinates."""
 
 import logging
-from typing import ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import Field
+from pydantic import Field, TypeAdapter, ValidationError, WrapValidator
+from pydantic_core import PydanticCustomError
 from quad_kernels.hadamard import is_hadamard_order, plan_hadamard
 
 from quad_modifiers.checkpoint.head_transform import NAME as HEAD_TRANSFORM
@@ -11,12 +12,30 @@ from quad_modifiers.model.architecture import Space
 from quad_modifiers.model.decoder import Decoder
 from quad_modifiers.modifiers.base import Batches, QuadModifier
 from quad_modifiers.nn.from_compressed_tensors import reallocate_parameters
-from quad_modifiers.passes.statistics import ActivationStatistics, collect_statistics
+from quad_modifiers.passes.statistics import ActivationStatistics, ValuesBasis, collect_statistics
 from quad_modifiers.projection.apply import apply_projection
 from quad_modifiers.projection.plan import Projection, ProjectionSettings, outlier_energy, plan_projection
+from quad_modifiers.projection.rank import Rank, is_share, rank_of
 
 logger = logging.getLogger(__name__)
 
+_NUMBER: TypeAdapter[int] = TypeAdapter(Annotated[int, Field(ge=0)])
+
+
+def _checked_rank(value: Any, handler: Any) -> Rank:
+    """Returns a share as it is written; else what a non-negative number makes of the value, with its messages."""
+    if is_share(value):
+        return str(value)
+    try:
+        return _NUMBER.validate_python(value)
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise PydanticCustomError(
+            "rank", "{reason}", {"reason": f"a number, or a share such as 1/8: {first['msg']}"}
+        ) from error
+
+
+RankField = Annotated[Rank, WrapValidator(_checked_rank)]
 _SPACES: dict[str, Space] = {"o_proj": "values", "down_proj": "channels"}
 
 
@@ -36,13 +55,16 @@ class SVDOutlierProjection(QuadModifier):
         - allocate anew what stock quantizers had allocated for the old shapes
 
     Attributes:
-        rank: r, outlier coordinates of the residual stream that stay in full precision.
+        rank: r, outlier coordinates of the residual stream, which later modifiers leave in full precision or give more
+            bits; a number, or a share of the width such as 1/8. So are the other ranks.
         basis: "extended" (the paper's, hidden_size grows by r) or "square" (hidden_size stays).
         rotation: rotation of what is left: random "hadamard", "random" orthogonal, or "none".
         seed: seed of the rotation.
         online_rotation: D-type linears whose inputs get an online Hadamard transform.
         o_proj_rank_per_head: outlier coordinates of each head in the o_proj input, by an eigenbasis of the values that
             is folded into v_proj (free at run time).
+        values_basis: what that eigenbasis is made from: what "attention" makes of the values, which is the input of
+            o_proj, or the "values" as v_proj makes them (ResQ, arXiv 2412.14363).
         down_proj_rank: outlier channels of the down_proj input, by a permutation of the MLP's channels (free at run
             time).
         keep_tied: whether a head that shares the embedding's tensor goes on sharing it, by a small matrix behind the
@@ -52,13 +74,14 @@ class SVDOutlierProjection(QuadModifier):
 
     recipe_role: ClassVar[str | None] = "project"
 
-    rank: int = Field(default=64, ge=0)
+    rank: RankField = 64
     basis: Literal["extended", "square"] = "extended"
     rotation: Literal["hadamard", "random", "none"] = "hadamard"
     seed: int = 0
     online_rotation: list[Literal["o_proj", "down_proj"]] = Field(default=["o_proj", "down_proj"])
-    o_proj_rank_per_head: int = Field(default=0, ge=0)
-    down_proj_rank: int = Field(default=0, ge=0)
+    o_proj_rank_per_head: RankField = 0
+    values_basis: ValuesBasis = "attention"
+    down_proj_rank: RankField = 0
     keep_tied: bool | None = None
 
     def settings(self) -> ProjectionSettings:
@@ -71,11 +94,12 @@ class SVDOutlierProjection(QuadModifier):
             online=frozenset(_SPACES[role] for role in self.online_rotation),
             values_rank=self.o_proj_rank_per_head,
             channels_rank=self.down_proj_rank,
+            values_basis=self.values_basis,
         )
 
     def residual_width(self, reads: Space, width: int) -> int:
         """Returns the width of the residual part of an input of `width` that reads a space."""
-        return width - self.rank if reads == "stream" and self.basis == "square" else width
+        return width - rank_of(self.rank, width) if reads == "stream" and self.basis == "square" else width
 
     @property
     def unties_head(self) -> bool:
@@ -107,7 +131,7 @@ class SVDOutlierProjection(QuadModifier):
         if settings.needs_statistics:
             data = batches()
             logger.info("SVDOutlierProjection: second moments of %d calibration batches", len(data))
-            statistics = collect_statistics(decoder, data)
+            statistics = collect_statistics(decoder, data, self.values_basis)
         projection = plan_projection(decoder, settings, statistics)
         self._log(decoder, projection, statistics)
         return projection

@@ -18,17 +18,19 @@ class LinearParts(NamedTuple):
         split: division of the input into outlier and residual coordinates.
         residual: quantized weight, or a function that applies a weight to floating-point inputs `[..., n]`.
         input_quantization: quantization of the residual input, None to leave it as it is.
-        outlier_weight: full-precision weight of the outlier coordinates, `[out, rank]`, None for rank 0.
+        outlier_weight: weight of the outlier coordinates, `[out, rank]`, floating point or quantized, None for rank 0.
         bias: `[out]`, or None.
         terms: functions of the unsplit input whose results are added.
+        outlier_quantization: quantization of the outlier input, None to leave it as it is.
     """
 
     split: InputSplit
     residual: QuantizedWeight | Apply
     input_quantization: InputQuantization | None = None
-    outlier_weight: torch.Tensor | None = None
+    outlier_weight: torch.Tensor | QuantizedWeight | None = None
     bias: torch.Tensor | None = None
     terms: Sequence[Apply] = ()
+    outlier_quantization: InputQuantization | None = None
 
     def with_change(self, outlier: torch.Tensor | None, scale: torch.Tensor | None) -> "LinearParts":
         """Returns the parts with changes of an adapter, which are summed in float32.
@@ -39,6 +41,7 @@ class LinearParts(NamedTuple):
         """
         parts = self
         if outlier is not None and self.outlier_weight is not None:
+            assert isinstance(self.outlier_weight, torch.Tensor), "an outlier weight in integers cannot be changed"
             parts = parts._replace(outlier_weight=changed_outlier_weight(self.outlier_weight, outlier))
         if scale is not None:
             assert isinstance(self.residual, QuantizedWeight), "only a quantized weight has scales to change"
@@ -67,8 +70,16 @@ def linear_forward(x: torch.Tensor, parts: LinearParts) -> torch.Tensor:
         `[..., out]`, dtype of `x`.
     """
     weight, quantization = parts.residual, parts.input_quantization
-    if quantization is not None and isinstance(weight, QuantizedWeight):
-        y = quad_linear(x, weight, parts.split, quantization, outlier_weight=parts.outlier_weight, bias=parts.bias)
+    if quantization is not None and isinstance(weight, QuantizedWeight) and _is_one_call(parts):
+        y = quad_linear(
+            x,
+            weight,
+            parts.split,
+            quantization,
+            outlier_weight=parts.outlier_weight,
+            outlier_quantization=parts.outlier_quantization,
+            bias=parts.bias,
+        )
         return _with_terms(y, x, parts)
     outlier, residual = split_input(x, parts.split)
     if quantization is not None:
@@ -78,10 +89,26 @@ def linear_forward(x: torch.Tensor, parts: LinearParts) -> torch.Tensor:
     else:
         y = weight(residual).float()
     if outlier is not None and parts.outlier_weight is not None:
-        y = y + nn.functional.linear(outlier, parts.outlier_weight).float()
+        y = y + _outlier_product(outlier, parts.outlier_weight, parts.outlier_quantization).float()
     if parts.bias is not None:
         y = y + parts.bias.float()
     return _with_terms(y.to(x.dtype), x, parts)
+
+
+def _is_one_call(parts: LinearParts) -> bool:
+    """False while outlier inputs are rounded and their weight is not yet, as in calibration."""
+    return parts.outlier_quantization is None or not isinstance(parts.outlier_weight, torch.Tensor)
+
+
+def _outlier_product(
+    outlier: torch.Tensor, weight: torch.Tensor | QuantizedWeight, quantization: InputQuantization | None
+) -> torch.Tensor:
+    """Returns the product of the outlier coordinates in their dtype, with both sides in floating point."""
+    if quantization is not None:
+        outlier = fake_quantize(outlier, quantization)
+    return nn.functional.linear(
+        outlier, weight.dequantized(outlier.dtype) if isinstance(weight, QuantizedWeight) else weight
+    )
 
 
 def _with_terms(y: torch.Tensor, x: torch.Tensor, parts: LinearParts) -> torch.Tensor:

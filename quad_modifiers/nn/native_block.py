@@ -267,6 +267,8 @@ def _block_linear(linear: Any) -> BlockLinear | None:
     parts = linear.parts()
     if parts.terms or parts.input_quantization is None or not isinstance(parts.residual, QuantizedWeight):
         return None
+    if isinstance(parts.outlier_weight, QuantizedWeight):  # its product is a call of its own
+        return None
     return BlockLinear(parts.residual, parts.split, parts.input_quantization, parts.outlier_weight, parts.bias)
 
 

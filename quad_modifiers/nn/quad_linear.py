@@ -5,13 +5,16 @@ from contextlib import contextmanager
 from itertools import chain
 
 import torch
-from quad_kernels import InputQuantization, InputSplit, QuantizedWeight
+from quad_kernels import InputQuantization, InputSplit, IntegerGrid, QuantizedWeight
 from torch import nn
 
 from quad_modifiers.nn.forward import LinearParts, linear_forward
 from quad_modifiers.nn.from_compressed_tensors import is_frozen, stock_quantized_weight
 from quad_modifiers.nn.packed_linear import PackedLinear
 from quad_modifiers.nn.term import RESERVED_KINDS, LinearTerm
+
+OUTLIER_GRID = IntegerGrid(8)
+"""Grid of outlier weights that are quantized."""
 
 
 class OutlierLinear(nn.Linear):
@@ -22,9 +25,9 @@ class QuadLinear(nn.Module):
     """y = outlier(x_outlier) + residual(x_residual) + terms(x) + bias.
 
     `residual` is a plain `nn.Linear` until it is quantized, so any llm-compressor modifier can quantize it; then, or in
-    a loaded checkpoint, it is a `PackedLinear`. The container starts as a pass-through around the linear it replaces
-    (which becomes `residual`, the very same object): modifiers that hold a reference to that linear, such as
-    SmoothQuant, keep working until the projection rewrites the weights.
+    a loaded checkpoint, it is a `PackedLinear`. So is `outlier`, where it has 8 bits. The container starts as a
+    pass-through around the linear it replaces (which becomes `residual`, the very same object): modifiers that hold a
+    reference to that linear, such as SmoothQuant, keep working until the projection rewrites the weights.
 
     Args:
         residual: the layer to wrap, or the residual of a loaded checkpoint.
@@ -38,14 +41,19 @@ class QuadLinear(nn.Module):
         self.split = InputSplit(int(residual.in_features)) if split is None else split
         self.input_quantization: InputQuantization | None = None
         self.quantize_input = False  # off until every earlier modifier has seen the unquantized activations
-        self.outlier: OutlierLinear | None = None
+        self.outlier_quantization: InputQuantization | None = None  # of the outlier input, if there are outliers
+        self.outlier: OutlierLinear | PackedLinear | None = None
         self.residual = residual
         self._has_terms = False  # looked up at every call
         self.register_parameter("bias", None)  # stays with the linear until `take_bias`
 
-    def allocate(self, bias: bool, dtype: torch.dtype) -> None:
-        """Allocates an unset outlier weight and bias, to be filled from a checkpoint."""
-        if self.split.rank:
+    def allocate(self, bias: bool, dtype: torch.dtype, packed_outlier: bool = False) -> None:
+        """Allocates an unset outlier weight, packed or not, and bias, to be filled from a checkpoint."""
+        if self.split.rank and packed_outlier:
+            self.outlier = PackedLinear(
+                self.split.rank, self.out_features, OUTLIER_GRID, dtype, self.outlier_quantization
+            )
+        elif self.split.rank:
             self.outlier = OutlierLinear(self.split.rank, self.out_features, bias=False, dtype=dtype)
         if bias:
             self.bias = nn.Parameter(torch.empty(self.out_features, dtype=dtype), requires_grad=False)
@@ -80,9 +88,22 @@ class QuadLinear(nn.Module):
 
     @property
     def outlier_weight(self) -> torch.Tensor | None:
-        """Full-precision weight of the outlier coordinates, `[out, rank]`, None for rank 0."""
+        """Full-precision weight of the outlier coordinates, `[out, rank]`, None for rank 0 or if it is quantized."""
         outlier = self._modules.get("outlier")
-        return None if outlier is None else outlier.weight
+        return None if outlier is None or isinstance(outlier, PackedLinear) else outlier.weight
+
+    @property
+    def packed_outlier(self) -> PackedLinear | None:
+        """The quantized weight of the outlier coordinates, None for rank 0 or in full precision."""
+        outlier = self._modules.get("outlier")
+        return outlier if isinstance(outlier, PackedLinear) else None
+
+    def dense_outlier(self, dtype: torch.dtype) -> torch.Tensor | None:
+        """Returns the weight of the outlier coordinates in floating point, `[out, rank]`, None for rank 0."""
+        packed, weight = self.packed_outlier, self.outlier_weight
+        if packed is not None:
+            return packed.dequantized(dtype)
+        return None if weight is None else weight.to(dtype)
 
     @property
     def in_features(self) -> int:
@@ -159,13 +180,18 @@ class QuadLinear(nn.Module):
             weight = residual.prepared_weight()
         elif quantization is not None:
             weight = stock_quantized_weight(residual)
+        outlier = self._modules.get("outlier")
+        outlier_weight: torch.Tensor | QuantizedWeight | None = None
+        if outlier is not None:
+            outlier_weight = outlier.prepared_weight() if isinstance(outlier, PackedLinear) else outlier.weight
         return LinearParts(
             self.split,
             residual if weight is None else weight,
             quantization,
-            self.outlier_weight,
+            outlier_weight,
             self._parameters["bias"],
             self.terms() if self._has_terms else (),
+            None if outlier is None or not self.quantize_input else self.outlier_quantization,
         )
 
     def extra_repr(self) -> str:

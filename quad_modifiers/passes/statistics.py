@@ -1,12 +1,13 @@
 """What the projection needs to know about the activations."""
 
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 
 from quad_modifiers.journal import open_step
 from quad_modifiers.linalg import StreamingGram
-from quad_modifiers.model.decoder import Block, Decoder, PlacedGroup
+from quad_modifiers.model.decoder import Block, Decoder, PlacedGroup, PlacedLinear
 from quad_modifiers.model.geometry import ModelGeometry
 from quad_modifiers.passes.calibration_stream import (
     CalibrationBatch,
@@ -18,6 +19,9 @@ from quad_modifiers.passes.calibration_stream import (
 from quad_modifiers.passes.runners import runner_of
 from quad_modifiers.reporting import layer_progress
 
+ValuesBasis = Literal["attention", "values"]
+"""What the basis of the value heads is made from."""
+
 
 @dataclass
 class ActivationStatistics:
@@ -25,8 +29,8 @@ class ActivationStatistics:
 
     Attributes:
         residual: mean of x^T x / rms(x)^2 over all norms that feed quantized linears, `[hidden, hidden]`.
-        heads: second moment of what each writer of values reads, per key-value head, `[kv_heads, head_dim, head_dim]`,
-            by the path of its parent.
+        heads: second moment of what each writer of values reads, or of the values as they are made, per key-value head,
+            `[kv_heads, head_dim, head_dim]`, by the path of its parent.
         channels: energy (sum of squares) of each channel that a writer reads, `[channels]`, by the path of its parent.
     """
 
@@ -41,12 +45,15 @@ def _normalized(hidden: torch.Tensor, eps: float) -> torch.Tensor:
 
 
 @torch.no_grad()
-def collect_statistics(decoder: Decoder, batches: list[dict[str, torch.Tensor]]) -> ActivationStatistics:
+def collect_statistics(
+    decoder: Decoder, batches: list[dict[str, torch.Tensor]], values_basis: ValuesBasis = "attention"
+) -> ActivationStatistics:
     """Streams the calibration batches through the model, one block at a time.
 
     Args:
         decoder: in its original basis.
         batches: `input_ids` and optional `attention_mask`.
+        values_basis: whether the moments of the heads are of what attention makes of the values, or of the values.
 
     Raises:
         ValueError: naming the layer in which an activation is NaN or infinite.
@@ -68,7 +75,7 @@ def collect_statistics(decoder: Decoder, batches: list[dict[str, torch.Tensor]])
             heads |= _of_kind(found, "heads", stream)
             channels |= _of_kind(found, "channels", stream)
             continue
-        moments = _BlockMoments(geometry, residual)
+        moments = _BlockMoments(geometry, residual, values_basis)
         try:
             with in_float32(block.module):
                 _run(decoder, block, stream, moments)
@@ -106,8 +113,8 @@ class _BlockMoments:
 
     batch: CalibrationBatch
 
-    def __init__(self, geometry: ModelGeometry, residual: StreamingGram) -> None:
-        self.geometry, self.residual = geometry, residual
+    def __init__(self, geometry: ModelGeometry, residual: StreamingGram, values_basis: ValuesBasis) -> None:
+        self.geometry, self.residual, self.values_basis = geometry, residual, values_basis
         self.heads: dict[str, list[StreamingGram]] = {}
         self.channels: dict[str, torch.Tensor] = {}
 
@@ -116,15 +123,30 @@ class _BlockMoments:
         self.residual.add(self.batch.tokens(_normalized(hidden, self.geometry.eps)))
 
     def see(self, group: PlacedGroup, x: torch.Tensor) -> None:
-        """Adds the input of a writer."""
-        if group.group.reads == "values":
-            values = self.batch.tokens(x).unflatten(-1, (self.geometry.kv_heads, -1, self.geometry.head_dim))
-            if group.path not in self.heads:
-                self.heads[group.path] = [
-                    StreamingGram(self.geometry.head_dim, x.device) for _ in range(self.geometry.kv_heads)
-                ]
-            for head, gram in enumerate(self.heads[group.path]):
-                gram.add(values[:, head])
+        """Adds the input of a writer, or the values that a reader makes of its input."""
+        reads, wanted = group.group.reads, "values" if self.values_basis == "attention" else "stream"
+        if reads == "stream" == wanted:
+            for linear in group.linears:
+                if "values" in linear.member.produces:
+                    self._add_heads(group.path, self._values(linear, self.batch.tokens(x)))
+        elif reads == "values" == wanted:
+            self._add_heads(group.path, self.batch.tokens(x))
         elif group.group.reads == "channels":
             energy = self.batch.tokens(x).double().square().sum(0)
             self.channels[group.path] = self.channels.get(group.path, torch.zeros_like(energy)) + energy
+
+    def _values(self, linear: PlacedLinear, x: torch.Tensor) -> torch.Tensor:
+        """The value heads among the output of a linear, `[tokens, kv_heads * head_dim]`."""
+        sizes = self.geometry.sizes()
+        before = linear.member.produces[: linear.member.produces.index("values")]
+        start = sum(sizes[space] for space in before)
+        y: torch.Tensor = linear.module(x)
+        return y[..., start : start + sizes["values"]]
+
+    def _add_heads(self, path: str, x: torch.Tensor) -> None:
+        """Adds vectors of heads, `[tokens, heads * head_dim]`, each to the moments of its key-value head."""
+        values = x.unflatten(-1, (self.geometry.kv_heads, -1, self.geometry.head_dim))
+        if path not in self.heads:
+            self.heads[path] = [StreamingGram(self.geometry.head_dim, x.device) for _ in range(self.geometry.kv_heads)]
+        for head, gram in enumerate(self.heads[path]):
+            gram.add(values[:, head])

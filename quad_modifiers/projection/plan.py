@@ -10,7 +10,8 @@ from quad_modifiers.linalg import extended_basis, outlier_basis, random_rotation
 from quad_modifiers.model.architecture import Space
 from quad_modifiers.model.decoder import Decoder, PlacedGroup
 from quad_modifiers.model.geometry import ModelGeometry
-from quad_modifiers.passes.statistics import ActivationStatistics
+from quad_modifiers.passes.statistics import ActivationStatistics, ValuesBasis
+from quad_modifiers.projection.rank import Rank, rank_of
 
 
 class ResidualBasis:
@@ -76,22 +77,24 @@ class ProjectionSettings:
     """What `plan_projection` is told; `SVDOutlierProjection` documents the meaning.
 
     Attributes:
-        rank: outlier coordinates of the residual stream.
+        rank: outlier coordinates of the residual stream; ranks are numbers or shares.
         basis: "extended" or "square".
         rotation: rotation of what is left.
         seed: seed of the rotation.
         online: spaces whose readers get an online Hadamard transform.
         values_rank: outlier coordinates of each head in what reads values.
         channels_rank: outlier channels in what reads channels.
+        values_basis: what the basis of the values is made from.
     """
 
-    rank: int = 64
+    rank: Rank = 64
     basis: Literal["extended", "square"] = "extended"
     rotation: Literal["hadamard", "random", "none"] = "hadamard"
     seed: int = 0
     online: frozenset[Space] = field(default=frozenset({"values", "channels"}))
-    values_rank: int = 0
-    channels_rank: int = 0
+    values_rank: Rank = 0
+    channels_rank: Rank = 0
+    values_basis: ValuesBasis = "attention"
 
     @property
     def needs_statistics(self) -> bool:
@@ -111,11 +114,16 @@ class ProjectionSettings:
         _check_rank("down_proj_rank", self.channels_rank, channels, "intermediate_size")
 
 
-def _check_rank(field: str, rank: int, size: int, size_name: str) -> None:
-    """Checks that a rank leaves something to quantize."""
+def _check_rank(field: str, given: Rank, size: int, size_name: str) -> None:
+    """Checks that a rank leaves something to quantize, and that a share is something."""
+    rank = rank_of(given, size)
+    if given and not rank:
+        raise ValueError(
+            f"{field} ({given}) of {size_name} ({size}) is no coordinate at all; choose a number, or 0 for none"
+        )
     if rank >= size:
         raise ValueError(
-            f"{field} ({rank}) must be smaller than {size_name} ({size}); choose about {max(1, size // 8)}"
+            f"{field} ({given}) must be smaller than {size_name} ({size}); choose about {max(1, size // 8)}"
         )
 
 
@@ -130,6 +138,7 @@ def plan_projection(
         statistics: second moments of the activations; may be None if `settings.needs_statistics` is False.
     """
     geometry = decoder.geometry
+    rank, values_rank = rank_of(settings.rank, geometry.hidden), rank_of(settings.values_rank, geometry.head_dim)
     generator = torch.Generator().manual_seed(settings.seed)
     basis = _residual_basis(geometry, settings, statistics, generator)
     heads: dict[str, torch.Tensor] = {}
@@ -150,18 +159,20 @@ def plan_projection(
         orders=orders,
         value_split=InputSplit(
             geometry.heads * geometry.head_dim,
-            settings.values_rank,
+            values_rank,
             geometry.head_dim,
             keep_width=True,
             hadamard="values" in settings.online,
         ),
         channel_splits={
-            path: InputSplit(width, settings.channels_rank, keep_width=True, hadamard="channels" in settings.online)
+            path: InputSplit(
+                width, rank_of(settings.channels_rank, width), keep_width=True, hadamard="channels" in settings.online
+            )
             for path, width in channels.items()
         },
         origin={
             "basis": settings.basis,
-            "rank": settings.rank,
+            "rank": rank,
             "hidden_size": geometry.hidden,
             "rotation": settings.rotation,
             "seed": settings.seed,
@@ -183,14 +194,15 @@ def _residual_basis(
     statistics: ActivationStatistics | None,
     generator: torch.Generator,
 ) -> ResidualBasis:
-    size, rank = geometry.hidden, settings.rank
+    size = geometry.hidden
+    rank = rank_of(settings.rank, size)
     if rank == 0 or statistics is None:
         return ResidualBasis(random_rotation(size, settings.rotation, generator), 0)
     outliers, complement = outlier_basis(statistics.residual, rank)
     if settings.basis == "extended":
         return ResidualBasis(extended_basis(outliers, random_rotation(size, settings.rotation, generator)), rank)
     rotation = random_rotation(size - rank, settings.rotation, generator)
-    # Nothing to gain while the outliers are in full precision, but checkpoint/export.py rounds them.
+    # Nothing to gain while the outliers are in full precision, but 8 bits and checkpoint/export.py round them.
     outlier_rotation = random_rotation(rank, settings.rotation, generator)
     return ResidualBasis(square_basis(outliers, complement, rotation, outlier_rotation), rank)
 
@@ -203,12 +215,13 @@ def _head_rotations(
     generator: torch.Generator,
 ) -> torch.Tensor:
     """Rotation of the values of one attention module, `[kv_heads, head_dim, head_dim]`."""
-    kept = settings.values_rank
+    kept = rank_of(settings.values_rank, geometry.head_dim)
     heads = []
     for head in range(geometry.kv_heads):
         rotation = random_rotation(geometry.head_dim - kept, settings.rotation, generator)
         if kept and statistics is not None:
             outliers, complement = outlier_basis(statistics.heads[path][head], kept)
-            rotation = square_basis(outliers, complement, rotation, torch.eye(kept, dtype=torch.float64))
+            among = random_rotation(kept, "random" if settings.rotation == "random" else "none", generator)
+            rotation = square_basis(outliers, complement, rotation, among)
         heads.append(rotation)
     return torch.stack(heads)

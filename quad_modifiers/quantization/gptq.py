@@ -56,7 +56,8 @@ class GptqResult:
 
     Attributes:
         blocks: the blocks that have a grid, in order.
-        outlier: `[out, columns]`, float32, the full-precision columns after absorbing error.
+        outlier: `[out, columns]`, float32, the full-precision columns after absorbing error, or, from `round_outliers`,
+            the values that they were rounded to.
         loss: `[out]`, (W - W_hat) H (W - W_hat)^T per output channel, the expected squared output error.
         damping: fraction of the mean residual diagonal that was added to the Hessian.
         attempts: number of Cholesky factorizations tried (more than one: the damping asked for was too small).

@@ -95,6 +95,19 @@ def storable(scale: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     return scale.clamp(min=smallest, max=finfo.max).to(dtype).to(scale.dtype)
 
 
+def initial_scales(
+    weight: torch.Tensor,
+    grid: IntegerGrid,
+    scale_dtype: torch.dtype,
+    clip_search: bool,
+    importance: torch.Tensor | None = None,
+) -> WeightScales:
+    """Returns the scales of `search_clip`, or with `clip_search` False those that clip nothing."""
+    if not clip_search:
+        return full_range_scales(weight, grid, scale_dtype)
+    return search_clip(weight, grid, scale_dtype, importance)
+
+
 def search_clip(
     weight: torch.Tensor,
     grid: IntegerGrid,

@@ -10,6 +10,7 @@ from quad_kernels import InputQuantization, IntegerGrid, QuantizedWeight, fake_q
 
 from quad_modifiers.linalg import StreamingGram
 from quad_modifiers.linalg.fast_dtype import fast_dtype
+from quad_modifiers.nn.packed_linear import PackedLinear
 from quad_modifiers.nn.quad_linear import QuadLinear
 from quad_modifiers.quantization.error_correction import Correction, Moments, corrected, cross_fitted
 from quad_modifiers.quantization.gptq import (
@@ -21,10 +22,10 @@ from quad_modifiers.quantization.gptq import (
 from quad_modifiers.quantization.grid import (
     WeightScales,
     dequantize,
-    full_range_scales,
+    initial_scales,
     round_to_grid,
-    search_clip,
 )
+from quad_modifiers.quantization.outlier_rounding import round_outliers, rounded_to_nearest
 
 _TINY = torch.finfo(torch.float32).tiny
 
@@ -41,6 +42,7 @@ class WeightQuantization:
     block_size: int = 128
     sweeps: int = 0
     error_correction: float | Literal["auto"] = 0.0
+    outlier_grid: IntegerGrid | None = None
 
 
 class InputMoments:
@@ -61,23 +63,29 @@ class InputMoments:
     def add(self, x: torch.Tensor, original: torch.Tensor | None) -> None:
         """Adds inputs `[n, width]` of the quantized model and, for error correction, of the original model.
 
-        The Hessian is taken of what the runtime computes with: residual coordinates after input quantization.
+        The Hessian is taken of what the runtime computes with: coordinates after input quantization.
 
         Raises:
             ValueError: if an input of the quantized model is NaN or infinite, or its square is.
         """
-        seen = self._columns(x, self.linear.input_quantization)
-        wanted = None if original is None else self._columns(original, None)
+        seen = self._columns(x, self.linear.input_quantization, self.linear.outlier_quantization)
+        wanted = None if original is None else self._columns(original, None, None)
         size = -(-len(seen) // len(self._sums))
         for index, sums in enumerate(self._sums):
             part = slice(index * size, (index + 1) * size)
             sums.add(seen[part], None if wanted is None else wanted[part])
 
-    def _columns(self, x: torch.Tensor, quantization: InputQuantization | None) -> torch.Tensor:
+    def _columns(
+        self, x: torch.Tensor, quantization: InputQuantization | None, outlier_quantization: InputQuantization | None
+    ) -> torch.Tensor:
         outlier, residual = split_input(x, self.linear.split)
         if quantization is not None:
             residual = fake_quantize(residual, quantization)
-        return residual if outlier is None else torch.cat([residual, outlier], dim=-1)
+        if outlier is None:
+            return residual
+        if outlier_quantization is not None:
+            outlier = fake_quantize(outlier, outlier_quantization)
+        return torch.cat([residual, outlier], dim=-1)
 
     @property
     def tokens(self) -> int:
@@ -160,7 +168,7 @@ def quantize_group(
     """Quantizes linears that share their input, as one stacked weight.
 
     Afterwards each residual weight holds the dequantized values and each outlier weight has absorbed error. The block
-    goes on with them in float32; the integers themselves are returned.
+    goes on with them in float32; the integers themselves are returned. Outlier weights that get a grid are packed.
 
     Args:
         linears: linears of the group, in float32.
@@ -189,39 +197,52 @@ def quantize_group(
             raise ValueError(f"{name}: {problem}") from problem
         hessian = moments.hessian.to(weight)
         relative = float(result.loss.sum() / ((weight @ hessian) * weight).sum().clamp(min=_TINY))
-    weights = _write_back(linears, result, columns, settings.grid, scale_dtype)
+    weights = _write_back(linears, result, columns, settings, scale_dtype)
     return weights, LinearReport(name, relative, result.damping, result.attempts)
 
 
 def _stacked(linear: QuadLinear) -> torch.Tensor:
-    parts = [linear.residual.weight, *([] if linear.outlier is None else [linear.outlier.weight])]
+    parts = [linear.residual.weight, *([] if linear.outlier_weight is None else [linear.outlier_weight])]
     return torch.cat([part.float() for part in parts], dim=1)
 
 
 def _write_back(
-    linears: list[QuadLinear], result: GptqResult, columns: int, grid: IntegerGrid, scale_dtype: torch.dtype
+    linears: list[QuadLinear],
+    result: GptqResult,
+    columns: int,
+    settings: WeightQuantization,
+    scale_dtype: torch.dtype,
 ) -> list[QuantizedWeight]:
-    integers, scales = result.blocks[0]
-    values = dequantize(integers, scales.expand(columns))
-    whole = QuantizedWeight(
-        integers.to(torch.int8),
-        (scales.scale if scales.base is None else scales.base).to(scale_dtype),
-        None if grid.symmetric else scales.zero_point.to(torch.int8),
-        columns,
-        len(integers),
-        grid.bits,
-        sub_scale=None if scales.sub_scale is None else scales.sub_scale.T.to(torch.int8).contiguous(),
-    )
+    whole = _quantized(result.blocks[0], settings.grid, scale_dtype)
+    values = dequantize(result.blocks[0].integers, result.blocks[0].scales.expand(columns))
+    outliers = None
+    if settings.outlier_grid is not None and len(result.blocks) > 1:
+        outliers = _quantized(result.blocks[1], settings.outlier_grid, scale_dtype)
     weights = []
     start = 0
     for linear in linears:
         rows = slice(start, start + linear.out_features)
         start = rows.stop
         linear.residual.weight.copy_(values[rows])
-        if linear.outlier is not None:
-            linear.outlier.weight.copy_(result.outlier[rows])
+        if outliers is not None:
+            linear.outlier = PackedLinear.of(outliers.rows(rows), scale_dtype, linear.outlier_quantization)
+        elif linear.outlier_weight is not None:
+            linear.outlier_weight.copy_(result.outlier[rows])
         weights.append(whole.rows(rows))
     return weights
+
+
+def _quantized(block: RoundedBlock, grid: IntegerGrid, scale_dtype: torch.dtype) -> QuantizedWeight:
+    integers, scales = block
+    return QuantizedWeight(
+        integers.to(torch.int8),
+        (scales.scale if scales.base is None else scales.base).to(scale_dtype),
+        None if grid.symmetric else scales.zero_point.to(torch.int8),
+        integers.shape[1],
+        len(integers),
+        grid.bits,
+        sub_scale=None if scales.sub_scale is None else scales.sub_scale.T.to(torch.int8).contiguous(),
+    )
 
 
 def _round_to_nearest(
@@ -229,15 +250,16 @@ def _round_to_nearest(
 ) -> GptqResult:
     scales = _initial_scales(weight[:, :columns], None, settings, scale_dtype)
     integers = round_to_grid(weight[:, :columns], scales.expand(columns), settings.grid)
-    return GptqResult([RoundedBlock(integers, scales)], weight[:, columns:], torch.zeros(len(weight)), 0.0, 0)
+    blocks, outlier = [RoundedBlock(integers, scales)], weight[:, columns:]
+    if settings.outlier_grid is not None and outlier.shape[1]:
+        blocks.append(rounded_to_nearest(outlier, settings.outlier_grid, settings.clip_search, scale_dtype))
+    return GptqResult(blocks, outlier, torch.zeros(len(weight)), 0.0, 0)
 
 
 def _initial_scales(
     weight: torch.Tensor, importance: torch.Tensor | None, settings: WeightQuantization, scale_dtype: torch.dtype
 ) -> WeightScales:
-    if not settings.clip_search:
-        return full_range_scales(weight, settings.grid, scale_dtype)
-    return search_clip(weight, settings.grid, scale_dtype, importance)
+    return initial_scales(weight, settings.grid, scale_dtype, settings.clip_search, importance)
 
 
 def _gptq(
@@ -267,7 +289,18 @@ def _gptq(
         )
         best = trial if best is None else _better_rows(best, trial)
     assert best is not None
-    return best
+    if settings.outlier_grid is None or weight.shape[1] == columns:
+        return best
+    return round_outliers(
+        best,
+        target,
+        hessian,
+        settings.outlier_grid,
+        scale_dtype,
+        clip_search=settings.clip_search,
+        activation_order=settings.activation_order,
+        block_size=settings.block_size,
+    )
 
 
 def _correction(weight: torch.Tensor, columns: int, moments: InputMoments, settings: WeightQuantization) -> Correction:

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+from quad_modifiers.projection.rank import rank_of
 from quad_modifiers.recipe import coverage
 from quad_modifiers.recipe.order import BRANCH, PROJECT, QUANTIZE_WEIGHTS, PlacedModifier, unties_head
 
@@ -14,7 +15,8 @@ def stored_size(model: Any, modifiers: "Sequence[Modifier]") -> int:
     """Returns about how many bytes the tensors of the checkpoint will take, hardly ever more than they do.
 
     Weights to be quantized count with their bits and nothing for scales; the outlier columns of a projection count in
-    the dtype of the model, and so do a head that it unties from the embedding and a low-rank branch.
+    the dtype of the model, unless a modifier gives them other bits; so do a head that it unties from the embedding and
+    a low-rank branch.
 
     Args:
         model: transformers model, not compressed yet.
@@ -27,6 +29,7 @@ def stored_size(model: Any, modifiers: "Sequence[Modifier]") -> int:
     bits = _bits(placed, linears)
     projections = [each for each in placed if PROJECT in each.roles and not each.is_stock]
     tied = set() if any(unties_head(each.modifier) for each in projections) else set(model.all_tied_weights_keys)
+    outlier_bits = next(filter(None, (getattr(each, "outlier_bits", None) for each in modifiers)), 64)
     size = 0
     for name, tensor in model.state_dict().items():
         if name not in tied:
@@ -34,12 +37,19 @@ def stored_size(model: Any, modifiers: "Sequence[Modifier]") -> int:
             size += tensor.numel() * stored // 8
     for each in projections:
         if tied:  # the matrix that lets the head read the embedding's table
-            width = model.config.hidden_size + getattr(each.modifier, "rank", 0)
+            width = model.config.hidden_size
+            if getattr(each.modifier, "basis", "") != "square":
+                width += rank_of(getattr(each.modifier, "rank", 0), width)
             size += width * width * model.get_output_embeddings().weight.element_size()
         roles = {name.split(".")[-2] for name in coverage.outlier_names(each.modifier)}
-        widened = [linear for name, linear in linears.items() if name.rpartition(".")[2] in roles]
-        rank = getattr(each.modifier, "rank", 0)
-        size += sum(rank * linear.out_features * linear.weight.element_size() for linear in widened)
+        widened = {name: linear for name, linear in linears.items() if name.rpartition(".")[2] in roles}
+        rank = rank_of(getattr(each.modifier, "rank", 0), model.config.hidden_size)
+        for name, linear in widened.items():
+            full = 8 * linear.weight.element_size()
+            more = min(outlier_bits, full)
+            if getattr(each.modifier, "basis", "") == "square":  # in the place of residual columns
+                more -= min(bits.get(name, 64), full)
+            size += rank * linear.out_features * more // 8
     return size + sum(_branch_size(each.modifier, linears) for each in placed if BRANCH in each.roles)
 
 

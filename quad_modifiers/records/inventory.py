@@ -13,9 +13,9 @@ _MAX_HEADER = 100 * 2**20  # bytes; the limit of safetensors itself
 _KINDS = {  # by the names of tensors, of every architecture; the first that fits counts
     "embedding": re.compile(r"embed_tokens"),
     "head": re.compile(r"lm_head|head_transform"),
+    "outlier": re.compile(r"\.outlier\.weight"),
     "packed": re.compile(r"(^|\.)weight_(packed|shape|zero_point|sub_scale)[^.]*$"),
     "scale": re.compile(r"(^|\.)weight_scale$"),
-    "outlier": re.compile(r"\.outlier\.weight$"),
     "residual": re.compile(r"(_proj|\.residual)\.weight$"),
 }
 KIND_NAMES = {

@@ -16,6 +16,7 @@ from quad_modifiers.vllm_plugin import MODEL_CLASSES
 PLAIN_RECIPES = ("quad_w4a4_portable", "rtn_w4a4")
 FLOAT_INPUTS = ("quad_w4a16",)  # the native blocks take quantized inputs only
 BRANCHED = ("frtq_w4a4", "frtq_w4a4kv4")  # linears with a term, which neither the native blocks nor vLLM compute
+PACKED_OUTLIERS = ("resq_w4a4", "resq_w4a4kv4")  # whose product is a call of its own
 ROUNDED_CACHES = ("quad_w4a4_kv4",)  # which the native step of a whole decoder does not read
 SERVED_RECIPES = ("quad_w4a4",)  # by a vLLM server in the tests; of the others, vLLM runs the formats of their linears
 
@@ -143,7 +144,7 @@ def recipe_rows() -> Iterator[tuple[str, ...]]:
 
 
 def _native_part(recipe: str) -> str:
-    if recipe in FLOAT_INPUTS + BRANCHED:
+    if recipe in (*FLOAT_INPUTS, *BRANCHED, *PACKED_OUTLIERS):
         return "linears"
     return "blocks" if recipe in ROUNDED_CACHES else "blocks and decoding"
 

@@ -51,3 +51,14 @@ def prepare_rows(linear: LinearFormat, stored: dict[str, torch.Tensor]) -> Quant
     if linear.input is None:
         return weight.to_layout("nibbles") if scale.device.type == "cpu" else weight.dequantized(scale.dtype)
     return choose_backend(scale.device).prepare_weight(weight, linear.input.settings())
+
+
+def prepare_outlier_rows(linear: LinearFormat, stored: dict[str, torch.Tensor]) -> QuantizedWeight:
+    """Turns packed rows of an 8-bit outlier weight into the weight that the layer computes with.
+
+    `stored` has `weight_packed` `[out, ceil(rank / 4)]`, int32, and `weight_scale` `[out, 1]`, floating point.
+    """
+    assert linear.outlier is not None
+    scale = stored["weight_scale"]
+    weight = QuantizedWeight.from_words(stored["weight_packed"], scale, linear.outlier.weight_bits, linear.split().rank)
+    return choose_backend(scale.device).prepare_weight(weight, linear.outlier.input_settings())

@@ -5,7 +5,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from quad_kernels import QuantizedWeight
+from quad_kernels import IntegerGrid, QuantizedWeight
 from quad_kernels.packing import unpack_int32
 from quad_kernels.weight import SUB_SCALE_BITS, SUB_SCALE_OFFSET
 from torch import nn
@@ -14,11 +14,12 @@ from vllm.distributed import tensor_model_parallel_all_gather
 from vllm.logger import init_logger
 from vllm.model_executor.layers.linear import LinearMethodBase
 
-from quad_modifiers.checkpoint.format import LinearFormat, WeightFormat
+from quad_modifiers.checkpoint.format import LinearFormat
 from quad_modifiers.nn.forward import Apply, LinearParts, linear_forward
 from quad_modifiers.nn.packed_shapes import packed_shapes
+from quad_modifiers.nn.quad_linear import OUTLIER_GRID
 from quad_modifiers.vllm_plugin import weight_only
-from quad_modifiers.vllm_plugin.kernels import backend_name, prepare_rows
+from quad_modifiers.vllm_plugin.kernels import backend_name, prepare_outlier_rows, prepare_rows
 from quad_modifiers.vllm_plugin.layout import (
     Rows,
     ShardId,
@@ -40,7 +41,9 @@ class QuadLinearMethod(LinearMethodBase):
         self.prefix = prefix
         self.split = linear.split()
         self.input_quantization = None if linear.input is None else linear.input.settings()
+        self.outlier_quantization = None if linear.outlier is None else linear.outlier.input_settings()
         self.weight: QuantizedWeight | None = None  # its tensors are parameters of the layer
+        self.outlier_weight: QuantizedWeight | None = None  # likewise, where it has 8 bits
         self.instructions: str | None = None  # of vLLM's own product, if the tensors of the layer are for that
         self.rows: list[Rows] = []
         self.is_stacked = False  # the checkpoint has one tensor for all members
@@ -85,22 +88,23 @@ class QuadLinearMethod(LinearMethodBase):
         if self.linear.weight is None:
             self._register(layer.residual, "weight", torch.empty(out, split.residual_width, dtype=params_dtype))
         else:
-            self._register_packed(layer.residual, self.linear.weight, out, params_dtype)
-        if split.rank:
+            self._register_packed(layer.residual, self.linear.weight.grid(), split.residual_width, out, params_dtype)
+        if self.linear.outlier is not None:
+            self._register_packed(layer.outlier, OUTLIER_GRID, split.rank, out, params_dtype)
+        elif split.rank:
             self._register(layer.outlier, "weight", torch.empty(out, split.rank, dtype=params_dtype))
 
-    def _register_packed(self, residual: nn.Module, weight: WeightFormat, out: int, dtype: torch.dtype) -> None:
-        width = self.split.residual_width
-        specs = packed_shapes(out, width, weight.grid(), dtype)
+    def _register_packed(self, part: nn.Module, grid: IntegerGrid, width: int, out: int, dtype: torch.dtype) -> None:
+        specs = packed_shapes(out, width, grid, dtype)
         words, scale = specs["weight_packed"], specs["weight_scale"]
-        self._register(residual, "weight_packed", torch.zeros(words.shape, dtype=words.dtype))
-        self._register(residual, "weight_scale", torch.empty(scale.shape, dtype=scale.dtype))
+        self._register(part, "weight_packed", torch.zeros(words.shape, dtype=words.dtype))
+        self._register(part, "weight_scale", torch.empty(scale.shape, dtype=scale.dtype))
         # Unpacked while they are loaded: the rank's rows need not fill whole words.
-        if not weight.symmetric:
-            self._register(residual, "weight_zero_point", torch.zeros(scale.shape, dtype=torch.int8))
-        if weight.sub_scale_bits is not None:
-            groups = weight.grid().groups(width)
-            self._register(residual, "weight_sub_scale", torch.ones(out, groups, dtype=torch.int8))
+        if not grid.symmetric:
+            self._register(part, "weight_zero_point", torch.zeros(scale.shape, dtype=torch.int8))
+        if grid.sub_scale_bits is not None:
+            groups = grid.groups(width)
+            self._register(part, "weight_sub_scale", torch.ones(out, groups, dtype=torch.int8))
 
     def _register(self, module: nn.Module, name: str, tensor: torch.Tensor) -> None:
         parameter = nn.Parameter(tensor, requires_grad=False)
@@ -142,7 +146,12 @@ class QuadLinearMethod(LinearMethodBase):
             }
         else:
             tensors = {"weight": weight}
-        if self.split.rank:
+        if self.linear.outlier is not None:
+            stored = {name: parameter.data for name, parameter in layer.outlier.named_parameters()}
+            self.outlier_weight = prepare_outlier_rows(self.linear, stored)
+            tensors["outlier_packed"] = self.outlier_weight.integers
+            tensors["outlier_scale"] = self.outlier_weight.scale
+        elif self.split.rank:
             tensors["outlier_weight"] = layer.outlier.weight.data
         del layer.residual, layer.outlier
         for name, tensor in tensors.items():
@@ -171,8 +180,17 @@ class QuadLinearMethod(LinearMethodBase):
                 zero_point=getattr(layer, "weight_zero_point", None),
                 sub_scale=getattr(layer, "weight_sub_scale", None),
             )
-        outlier_weight = getattr(layer, "outlier_weight", None)
-        return LinearParts(self.split, residual, self.input_quantization, outlier_weight, bias)
+        outlier_weight: torch.Tensor | QuantizedWeight | None = getattr(layer, "outlier_weight", None)
+        if self.outlier_weight is not None:
+            outlier_weight = replace(self.outlier_weight, integers=layer.outlier_packed, scale=layer.outlier_scale)
+        return LinearParts(
+            self.split,
+            residual,
+            self.input_quantization,
+            outlier_weight,
+            bias,
+            outlier_quantization=self.outlier_quantization,
+        )
 
     def apply(self, layer: nn.Module, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
         """Applies the layer to `[..., in]`, or to this rank's part of it in a row-parallel layer.

@@ -228,6 +228,9 @@ def test_a_shared_table_is_refused_before_the_work(make_toy: Any, no_work: None)
 RECIPES = {
     "extended": RECIPE,
     "square": RECIPE.replace("rank: 8", "rank: 8, basis: square"),
+    "8-bit outliers": RECIPE.replace("rank: 8", "rank: 1/4, basis: square").replace(
+        "method: rtn", "method: rtn, outlier_bits: 8"
+    ),
     "packed ends": RECIPE + "    EmbeddingHeadQuant: {}\n",
     "8 bits": RECIPE.replace("method: rtn", "method: rtn, bits: 8, group_size: 32"),
     "stock": RECIPE.replace(

@@ -195,10 +195,25 @@ def linear(x: np.ndarray, name: str, tensors: dict[str, np.ndarray], entry: Sect
         else:
             y = (x_r * steps) @ (weight.astype(np.float32) * scale.repeat(columns, axis=1)).T
     if is_outlier.any():
-        y = y + x[:, is_outlier] @ tensors[f"{name}.outlier.weight"].T
+        y = y + outlier_product(x[:, is_outlier], name, tensors, entry)
     if entry["bias"]:
         y = y + tensors[f"{name}.bias"]
     return y.astype(np.float32)
+
+
+def outlier_product(x_o: np.ndarray, name: str, tensors: dict[str, np.ndarray], entry: Section) -> np.ndarray:
+    if entry.get("outlier") is None:
+        return x_o @ tensors[f"{name}.outlier.weight"].T
+    shape = (entry["out_features"], x_o.shape[1])
+    assert tuple(tensors[f"{name}.outlier.weight_shape"]) == shape
+    weight = unpack(tensors[f"{name}.outlier.weight_packed"], 8, shape[1])
+    scale = tensors[f"{name}.outlier.weight_scale"]
+    if entry["outlier"]["input_bits"] is None:
+        return x_o @ (weight.astype(np.float32) * scale).T
+    assert entry["weight"] is not None
+    integers, steps = quantize(x_o, {"bits": 8, "clip_ratio": 1.0, "group_size": None})
+    total = integers.astype(np.int64) @ weight.T
+    return total.astype(np.float32) * steps[:, :1] * scale[:, 0]
 
 
 # Tensors
@@ -222,7 +237,10 @@ def expected_shapes(name: str, entry: Section) -> dict[str, tuple[int, ...]]:
         shapes["residual.weight_shape"] = (2,)
         if not entry["weight"]["symmetric"]:
             shapes["residual.weight_zero_point"] = (math.ceil(out * bits / 32), groups)
-    if r:
+    if entry.get("outlier") is not None:
+        packed = {"weight_packed": (out, math.ceil(r / 4)), "weight_scale": (out, 1), "weight_shape": (2,)}
+        shapes |= {f"outlier.{key}": shape for key, shape in packed.items()}
+    elif r:
         shapes["outlier.weight"] = (out, r)
     if entry["bias"]:
         shapes["bias"] = (out,)
@@ -273,6 +291,22 @@ CASES = {
     DynamicActQuant: {}
     OutlierSplitGPTQ: {bits: 8, ignore: [lm_head, down_proj, q_proj]}""",
     ),
+    # ranks that do not fill whole words, a role that is ignored and keeps its outliers in full precision
+    "8-bit outliers": (
+        "qwen2",
+        "odd",
+        """
+    SVDOutlierProjection: {rank: 9, basis: square, o_proj_rank_per_head: 1}
+    DynamicActQuant: {outlier_bits: 8}
+    OutlierSplitGPTQ: {outlier_bits: 8, ignore: [lm_head, k_proj]}""",
+    ),
+    "8-bit outlier weights": (
+        "qwen3",
+        "even",
+        """
+    SVDOutlierProjection: {rank: 8, down_proj_rank: 4}
+    OutlierSplitGPTQ: {outlier_bits: 8}""",
+    ),
     "weight-only": (
         "llama",
         "even",
@@ -296,7 +330,7 @@ def test_independent_runtime_reproduces_every_linear(case: str, make_toy, tmp_pa
     tensors = load_file(tmp_path / "out" / "model.safetensors")
     section = config["quantization_config"]["quad"]
     assert config["quantization_config"]["quant_method"] == "quad"
-    assert section["format_version"] == (4 if case == "two levels" else 1)
+    assert section["format_version"] == (5 if case.startswith("8-bit outlier") else 4 if case == "two levels" else 1)
     assert section["base_model_type"] == model_type
 
     seen: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
@@ -405,10 +439,11 @@ MODELS: dict[int, Section] = {
     2: {"head": TableFormat()},
     3: {"sections": {"key_basis": {"rank": 2}}},
     4: {},
+    5: {},
 }
 
 
-LINEARS: dict[int, Section] = {4: {"weight": GROUPS}}
+LINEARS: dict[int, Section] = {4: {"weight": GROUPS}, 5: {"outliers_per_block": 2, "outlier": {"input_bits": 8}}}
 
 
 def model_of(version: int, linear: Section | None = None) -> QuadFormat:
@@ -431,7 +466,7 @@ def fields_by_version() -> dict[int, set[str]]:
 def written_fields(quad: QuadFormat) -> set[str]:
     section = quad.section()
     linear = section["linears"]["q_proj"]
-    found = {"linears.terms"} if "terms" in linear else set()
+    found = {f"linears.{name}" for name in ("terms", "outlier") if name in linear}
     found |= {f"linears.{part}.sub_scale_bits" for part in ("weight", "input") if "sub_scale_bits" in linear[part]}
     return {*section, *found}
 
@@ -458,6 +493,8 @@ def test_a_reader_refuses_fields_of_other_versions(version: int) -> None:
         section = model_of(version).section()
         if field == "linears.terms":
             section["linears"]["q_proj"]["terms"] = {}
+        elif field == "linears.outlier":
+            section["linears"]["q_proj"]["outlier"] = None
         else:
             section[field] = {} if field == "sections" else {"bits": 16} if field == "outlier" else None
         with pytest.raises(ValueError, match=r"has no field|Extra inputs"):
@@ -468,7 +505,7 @@ def test_the_page_describes_every_field_of_a_linear() -> None:
     text = PAGE.read_text(encoding="utf-8").partition("Each entry of `linears`:")[2].partition("\n\n## ")[0]
     described = {name for cell in re.findall(r"^\| (`.*?`) \|", text, re.M) for name in re.findall(r"`([\w.]+)`", cell)}
     fields = set(LinearFormat.model_fields)
-    for part in ("weight", "input"):
+    for part in ("weight", "input", "outlier"):
         (kind,) = (each for each in LinearFormat.model_fields[part].annotation.__args__ if each is not type(None))
         fields |= {f"{part}.{name}" for name in kind.model_fields}
     assert described == fields

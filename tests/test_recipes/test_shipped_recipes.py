@@ -25,6 +25,8 @@ NAMES = (
     "quarot_w4a4",
     "frtq_w4a4",
     "frtq_w4a4kv4",
+    "resq_w4a4",
+    "resq_w4a4kv4",
     "rtn_w4a4",
     "smoothquant_quad_w4a4",
 )

@@ -51,6 +51,42 @@ def text(*modifiers: str) -> str:
         ),
         ((PROJECTION, TUNING), 4, "no weight is quantized", "OutlierSplitGPTQ before it"),
         (("SVDOutlierProjection: {rank: 0}", "OutlierSplitGPTQ: {}", TUNING), 5, "no outlier weights", "rank of 16"),
+        ((PROJECTION, "OutlierSplitGPTQ: {outlier_bits: 8}", TUNING), 5, "cannot be trained", "leave it out"),
+        (("OutlierSplitGPTQ: {outlier_bits: 8}",), 3, "outlier_bits (8) is for outlier columns", "put SVDOutlier"),
+        (
+            ("SVDOutlierProjection: {rank: 0}", "OutlierSplitGPTQ: {outlier_bits: 8}"),
+            4,
+            "there are none (rank 0, or no projection)",
+            "leave it out",
+        ),
+        (
+            (PROJECTION, "DynamicActQuant: {outlier_bits: 8}", "OutlierSplitGPTQ: {}"),
+            4,
+            "DynamicActQuant: outlier_bits (8) needs outlier weights in 8 bits",
+            "set OutlierSplitGPTQ.outlier_bits: 8",
+        ),
+        (
+            (PROJECTION, "DynamicActQuant: {outlier_bits: 8}", STOCK % "W4A16"),
+            4,
+            "needs outlier weights in 8 bits",
+            "OutlierSplitGPTQ.outlier_bits",
+        ),
+        (
+            (
+                PROJECTION,
+                "DynamicActQuant: {outlier_bits: 8, u_type_bits: null, d_type_bits: null}",
+                "OutlierSplitGPTQ: {outlier_bits: 8}",
+            ),
+            4,
+            "the outlier coordinates of quantized inputs, and none are",
+            "leave it out",
+        ),
+        (
+            (PROJECTION, "OutlierSplitGPTQ: {outlier_bits: 4}"),
+            4,
+            "OutlierSplitGPTQ.outlier_bits: Input should be 8, not 4",
+            "outlier_bits",
+        ),
         ((PROJECTION, STOCK % "W4A8", TUNING), 5, "quantized by a stock modifier", "use DynamicActQuant"),
         (
             (PROJECTION, STOCK.replace("GPTQ", "AutoRound") % "W4A16"),

@@ -63,6 +63,8 @@ def toy_format(
         ends |= {"format_version": 3, "sections": {"head_transform": {}}}
     if any(grid.sub_scale_bits for linear in linears.values() for grid in linear.grids()):
         ends["format_version"] = 4
+    if any(linear.outlier for linear in linears.values()):
+        ends["format_version"] = 5
     return QuadFormat(base_model_type=base, residual_basis=None, linears=linears, **ends)
 
 

@@ -19,6 +19,7 @@ from .served_layers import assert_alike, outputs
 pytestmark = [pytest.mark.vllm, pytest.mark.filterwarnings("default")]
 
 W4, A4 = WeightFormat(bits=4), InputFormat(bits=4, clip_ratio=0.9)
+ROLES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 TWO_LEVELS: dict[str, Any] = {
     "weight": WeightFormat(bits=4, group_size=4, sub_scale_bits=4),
     # Groups of whole lines: the native kernels' own products.
@@ -45,6 +46,8 @@ FORMATS: dict[str, dict[str, Any]] = {
         **TWO_LEVELS,
         "quantized": InputFormat(bits=8, clip_ratio=1.0),
     },
+    "8-bit outliers": {role: {"outlier": {"input_bits": 8}} for role in ROLES},
+    "8-bit outlier weights": {"quantized": None, **{role: {"outlier": {}} for role in ROLES}},
     "weight only": {"weight": WeightFormat(bits=4, group_size=4, symmetric=False), "quantized": None},
     "input only": {"weight": None},
     "input only, groups": {"weight": None, "quantized": InputFormat(bits=4, clip_ratio=0.9, group_size=4)},
@@ -272,6 +275,7 @@ SHARDED = {
     "W4A4, biases": {role: {"bias": True} for role in ("q_proj", "k_proj", "v_proj", "o_proj")},
     "groups": FORMATS["groups"],
     "weight only": FORMATS["weight only"],
+    "8-bit outliers": FORMATS["8-bit outliers"],
 }
 
 
@@ -293,7 +297,7 @@ def test_row_parallel_ranks_add_up_to_the_whole_layer(name, ranks, build, toy_qu
             outputs.append(shard.quant_method.apply(shard, part, bias))
             everything = dict(whole.named_parameters())
             for key, own in shard.named_parameters():
-                if key == "weight_packed" and own.dim() == 3:  # in blocks of 16 channels
+                if key in ("weight_packed", "outlier_packed") and own.dim() == 3:  # in blocks of 16 channels
                     assert own.shape[1:] == everything[key].shape[1:]
                     assert len(own) == -(-(whole.output_size // ranks) // 16)
                 elif key != "bias":

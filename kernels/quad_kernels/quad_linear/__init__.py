@@ -8,6 +8,7 @@ from quad_kernels.functional import integer_linear, quantize_activations
 from quad_kernels.layouts import find_layout
 from quad_kernels.quad_linear.autograd import QuadLinearFunction
 from quad_kernels.quad_linear.memo import quantize_once
+from quad_kernels.quad_linear.quantized_outlier import quantized_outlier_linear
 from quad_kernels.weight import QuantizedWeight
 
 
@@ -17,7 +18,8 @@ def quad_linear(
     split: InputSplit,
     quantization: InputQuantization,
     *,
-    outlier_weight: torch.Tensor | None = None,
+    outlier_weight: torch.Tensor | QuantizedWeight | None = None,
+    outlier_quantization: InputQuantization | None = None,
     bias: torch.Tensor | None = None,
     norm: RMSNorm | None = None,
     backend: str | None = None,
@@ -29,14 +31,17 @@ def quad_linear(
         weight: weight of the residual, from `prepare_weight`; `weight.in_features == split.residual_width`.
         split: division of the input.
         quantization: quantization of the residual input.
-        outlier_weight: `[out, split.rank]`, None for rank 0.
+        outlier_weight: `[out, split.rank]`, floating point or quantized, None for rank 0.
+        outlier_quantization: quantization of the outlier input, which needs a quantized `outlier_weight`; None leaves
+            it in floating point.
         bias: `[out]` or None.
         norm: norm that is applied to `x` first, in the same pass.
         backend: name of a backend; by default the environment variable QUAD_KERNELS or the best for the device.
 
     Returns:
         `[..., out]`, dtype of `x`. Gradients flow to `x`, `outlier_weight`, `bias` and `weight.scale` by the
-        straight-through estimator: quantization counts as the identity where it does not clip.
+        straight-through estimator: quantization counts as the identity where it does not clip. A quantized outlier
+        weight gets one to its scale, if its inputs are quantized.
 
     Raises:
         ValueError: if the parts do not fit each other; NotImplementedError for gradients through `norm`.
@@ -51,6 +56,17 @@ def quad_linear(
     """
     if weight.in_features != split.residual_width:
         raise ValueError(f"the weight has {weight.in_features} inputs, the split's residual {split.residual_width}")
+    if isinstance(outlier_weight, QuantizedWeight):
+        if outlier_weight.in_features != split.rank:
+            raise ValueError(f"the outlier weight has {outlier_weight.in_features} inputs, the split {split.rank}")
+        if outlier_quantization is not None:
+            x = x if norm is None else norm(x)
+            return quantized_outlier_linear(
+                x, weight, split, quantization, outlier_weight, outlier_quantization, bias, backend
+            )
+        outlier_weight = outlier_weight.dequantized(x.dtype)
+    elif outlier_quantization is not None:
+        raise ValueError("quantized outlier inputs need a quantized outlier weight; leave outlier_quantization out")
     if torch.is_grad_enabled() and _requires_grad(x, outlier_weight, bias, weight.scale):
         if norm is not None:
             raise NotImplementedError("gradients do not pass the fused norm; apply the norm before the layer")

@@ -29,8 +29,12 @@ class QuadLinearFunction(torch.autograd.Function):
         split: InputSplit,
         quantization: InputQuantization,
         backend: str | None,
+        out_dtype: torch.dtype | None = None,
     ) -> torch.Tensor:
-        """The layer; `weight_scale` is `weight.scale`, named to receive a gradient."""
+        """The layer; `weight_scale` is `weight.scale`, named to receive a gradient.
+
+        Without an `outlier_weight` the outlier coordinates take no part. `out_dtype` is that of `x` by default.
+        """
         outlier, integers, scale = quantize_once(x, split, quantization, backend)
         ctx.save_for_backward(x, scale, weight_scale, outlier_weight)
         ctx.weight, ctx.split, ctx.quantization, ctx.backend = weight, split, quantization, backend
@@ -39,10 +43,10 @@ class QuadLinearFunction(torch.autograd.Function):
             integers,
             scale,
             weight,
-            outlier=outlier,
+            outlier=None if outlier_weight is None else outlier,
             outlier_weight=outlier_weight,
             bias=bias,
-            out_dtype=x.dtype,
+            out_dtype=out_dtype or x.dtype,
             backend=backend,
         )
         # No view: autograd lets nobody write into a view that a function of its own returns, as PEFT does.
@@ -71,6 +75,7 @@ class QuadLinearFunction(torch.autograd.Function):
             None,
             None,
             None,
+            None,
         )
 
 
@@ -87,9 +92,11 @@ def _input_gradient(
         gradient = gradient.unflatten(-1, (-1, split.block))[..., split.outliers :]
     else:
         gradient = gradient.unflatten(-1, (-1, split.block - split.outliers))
-    if split.rank and outlier_weight is not None:
-        outlier = (grad @ outlier_weight.to(grad.dtype)).unflatten(-1, (-1, split.outliers))
-        gradient = torch.cat([outlier, gradient], dim=-1)
+    if split.rank:
+        outlier = grad.new_zeros(len(grad), split.rank)
+        if outlier_weight is not None:
+            outlier = grad @ outlier_weight.to(grad.dtype)
+        gradient = torch.cat([outlier.unflatten(-1, (-1, split.outliers)), gradient], dim=-1)
     return gradient.flatten(-2).to(x.dtype)
 
 

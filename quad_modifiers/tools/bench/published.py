@@ -1,4 +1,4 @@
-"""The settings of the paper (QUAD, arXiv 2503.19353) and of its code, on a model of your choice.
+"""The settings of the paper (QUAD, arXiv 2503.19353) and of its code, and ResQ's, on a model of your choice.
 
     python -m quad_modifiers.bench.published meta-llama/Meta-Llama-3-8B -o outputs/published --damping 0.05
     python -m quad_modifiers.bench.published Qwen/Qwen2.5-7B -o outputs/published-qwen
@@ -10,7 +10,8 @@ part is kept, so the same command resumes after an interruption. It needs the Hu
 What cannot be as published: the outlier columns take part in GPTQ, as everywhere in this package; projection and GPTQ
 see the same calibration windows (the paper takes 32 of 512 tokens for the projection); the embedding is not centred,
 which the published code does and which is wrong for RMSNorm. The clip ratio 0.9 is written on compressed-tensors' grid,
-whose scale is max / ((2^b - 1) / 2) where the paper's is max / (2^(b-1) - 1).
+whose scale is max / ((2^b - 1) / 2) where the paper's is max / (2^(b-1) - 1). ResQ (arXiv 2412.14363) is resq_w4a4 and
+resq_w4a4kv4, whose headers say what differs; it takes 512 windows of WikiText-2 for the projection and 128 for GPTQ.
 """
 
 import argparse
@@ -22,6 +23,7 @@ from pathlib import Path
 
 from quad_modifiers.data import local_texts
 from quad_modifiers.output_folder import replace_file
+from quad_modifiers.recipe.overrides import overridden
 from quad_modifiers.records.evaluation_record import EVALUATION_NAME, Evaluation, write_evaluation
 from quad_modifiers.tools.console import log_on_stderr
 from quad_modifiers.tools.publishing.markdown import markdown_table
@@ -56,7 +58,23 @@ quad_stage:
 """
 
 
-SETTINGS = {"quarot_w4a4": Setting(0, 4), "quad_w4a4": Setting(RANK, 4), "quad_w4a4a8": Setting(RANK, 8)}
+@dataclass(frozen=True)
+class RecipeSetting:
+    """A line whose settings are those of a recipe of this package."""
+
+    name: str  # name of the recipe
+
+    def recipe(self, damping: float) -> str:
+        """Returns the text of the recipe."""
+        return overridden(self.name, [f"OutlierSplitGPTQ.damping={damping}"])
+
+
+RESQ = ("resq_w4a4", "resq_w4a4kv4")
+SETTINGS: dict[str, Setting | RecipeSetting] = {
+    "quarot_w4a4": Setting(0, 4),
+    "quad_w4a4": Setting(RANK, 4),
+    "quad_w4a4a8": Setting(RANK, 8),
+} | {name: RecipeSetting(name) for name in RESQ}
 
 
 @dataclass(frozen=True)
@@ -85,7 +103,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("model", help="folder or Hub id of the original")
     parser.add_argument("-o", "--output", type=Path, required=True, help="folder for checkpoints and results")
     parser.add_argument("--settings", nargs="+", choices=[*SETTINGS, *TUNED], default=[*SETTINGS, *TUNED])
-    parser.add_argument("--damping", type=float, default=0.01, help="published: 0.01 for Qwen2.5, 0.05 for Llama-3")
+    parser.add_argument(
+        "--damping", type=float, default=0.01, help="published: 0.01 for Qwen2.5 and ResQ, 0.05 for Llama-3"
+    )
     parser.add_argument("--calibration", help="text file or `datasets` name; default: a part of C4")
     parser.add_argument("--instructions", help="text file to tune on; default: alpaca-cleaned")
     parser.add_argument("--perplexity", type=Path, help="text file; default: the test split of WikiText-2")

@@ -74,6 +74,8 @@ QUALITY = {
     "quad_w4a4_g32": Row("quad_w4a4_g32", "quad_w4a4_g32"),
     "quad_w4a4_kv4": Row("quad_w4a4_kv4", "quad_w4a4_kv4"),
     "quad_w4a4_square": Row("quad_w4a4_square", "quad_w4a4_square"),
+    "resq_w4a4": Row("resq_w4a4", "resq_w4a4"),
+    "resq_w4a4kv4": Row("resq_w4a4kv4", "resq_w4a4kv4"),
     "smoothquant_quad_w4a4": Row("smoothquant_quad_w4a4", "smoothquant_quad_w4a4"),
     "quad_w4a4_finetuned": Row("quad_w4a4, then quad finetune", "quad_w4a4", tuned=True),
     "quad_w4a4a8": Row("quad_w4a4a8", "quad_w4a4a8"),

@@ -16,6 +16,7 @@ from quad_modifiers.data.windows import warn_of_length
 from quad_modifiers.model.decoder import Decoder
 from quad_modifiers.passes.calibration_stream import work_on, working_device
 from quad_modifiers.projection.apply import apply_projection
+from quad_modifiers.projection.rank import rank_of
 from quad_modifiers.tools.inspection.evaluation_text import TextOptions
 from quad_modifiers.tools.inspection.measure.inputs import measure_inputs, measure_surfaces
 from quad_modifiers.tools.inspection.measure.loss import LossMeter, Reference, unquantized_inputs
@@ -82,15 +83,16 @@ def _measure_model(
     from quad_modifiers.modifiers.base import prepared_decoder  # imports llm-compressor
 
     hidden = decoder.geometry.hidden
-    subject = _subject(opened, decoder, "model", hidden, projection.rank, projection.basis, recipe)
+    outliers = rank_of(projection.rank, hidden)
+    subject = _subject(opened, decoder, "model", hidden, outliers, projection.basis, recipe)
     projection.check(decoder)
     decoder = prepared_decoder(decoder.model)
     logger.info("inspecting %s: spectrum of the residual stream", opened.name)
-    spectrum = measure_spectrum(decoder, text.calibration, windows[0], hidden, projection.rank)
+    spectrum = measure_spectrum(decoder, text.calibration, windows[0], hidden, outliers)
     reference = Reference.of(decoder, windows)
     found = Inspection(subject, text.settings, reference.perplexity, "the model in full precision", spectrum)
     _add_side(found, "before", decoder, windows, chosen, reference)
-    logger.info("projecting by %s, rank %d", recipe, projection.rank)
+    logger.info("projecting by %s, rank %d", recipe, outliers)
     project(decoder, projection, text.calibration, rotations_of(recipe))
     _add_side(found, "after", decoder, windows, chosen, reference)
     return found

@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 from pathlib import Path
 
-from quad_modifiers.checkpoint.format import InputFormat, QuadFormat, WeightFormat, read_format
+from quad_modifiers.checkpoint.format import InputFormat, LinearFormat, QuadFormat, WeightFormat, read_format
 from quad_modifiers.checkpoint.transforms import transforms_of
 from quad_modifiers.records.calibration_record import CalibrationRecord, read_calibration
 from quad_modifiers.records.evaluation_record import Evaluation, task_scores
@@ -207,11 +207,17 @@ def _quad_widths(quad: QuadFormat) -> str:
                 str(input_bits(linear)),
                 _scope("token", inputs) if inputs else "",
                 f"{inputs.clip_ratio:g}" if inputs else "",
-                f"{linear.outliers_per_block * (linear.in_features // linear.block)} of {linear.in_features}",
+                f"{linear.split().rank} of {linear.in_features}",
                 "yes" if linear.hadamard else "no",
             )
         )
-    parts = ["## What is quantized", markdown_table(_QUAD_COLUMNS, rows)]
+    if any(linear.outlier is not None for linear in quad.linears.values()):
+        header = tuple(name.replace("full-precision", "outlier") for name in _QUAD_COLUMNS)
+        rows = [(*row[:6], _outliers(quad.linears[row[0]]), *row[7:]) for row in rows]
+        parts = ["## What is quantized", markdown_table(header, rows)]
+        parts.append("Outliers in 8 bits have scales of their own: one per output channel, and one per token.")
+    else:
+        parts = ["## What is quantized", markdown_table(_QUAD_COLUMNS, rows)]
     basis = quad.residual_basis
     if basis is not None:
         stream = basis.hidden_size + (basis.rank if basis.basis == "extended" else 0)
@@ -222,6 +228,16 @@ def _quad_widths(quad: QuadFormat) -> str:
     ends = {"Embedding": quad.embedding, "Head": quad.head}
     stored = [f"{name}: {'not quantized' if end is None else f'{end.bits} bits'}." for name, end in ends.items()]
     return "\n\n".join([*parts, f"Inputs are quantized at run time. {' '.join(stored)}"])
+
+
+def _outliers(linear: LinearFormat) -> str:
+    """How many input coordinates are outliers, and what is quantized of them."""
+    text = f"{linear.split().rank} of {linear.in_features}"
+    if linear.outlier is None:
+        return f"{text}, full precision" if linear.outliers_per_block else text
+    bits = linear.outlier.input_bits
+    inputs = "full precision" if bits is None else f"{bits} bits"
+    return f"{text}, weights {linear.outlier.weight_bits} bits, inputs {inputs}"
 
 
 def _plain_widths(inventory: Inventory) -> str:
