@@ -92,6 +92,24 @@ def fix_integers(model: nn.Module) -> int:
     return moved
 
 
+@torch.no_grad()
+def scatter_changes(model: nn.Module, seed: int = 0) -> None:
+    """Spreads changes that are all zero evenly over (-0.5, 0.5), which is still no change of an integer.
+
+    Adam moves every number alike. From zero, all of them would reach the next integer in the same step; so a step of
+    length d moves the share d of the integers, and the weight on average by what it would without rounding.
+
+    Args:
+        model: model with changes of integers; those that are not zero are left alone.
+        seed: seed of the random numbers.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    for change in integer_changes(model):
+        if not bool(change.any()):
+            spread = torch.rand(change.shape, generator=generator).sub_(0.5).clamp_(-0.499, 0.499)
+            change.copy_(spread)
+
+
 def integer_changes(model: nn.Module) -> list[nn.Parameter]:
     """Returns all changes of integers in a model, `[out, in]` each."""
     return [change for module in model.modules() if isinstance(module, IntegerChanges) for change in module.values()]

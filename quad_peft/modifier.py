@@ -75,7 +75,7 @@ class OutlierLoRA(QuadModifier):
     validation: float = Field(default=0.05, gt=0, lt=1)
     train: list[str] = Field(default=["outliers"])
     train_weight_scales: bool = False
-    weight_learning_rate: float = Field(default=0.01, gt=0)
+    weight_learning_rate: float = Field(default=0.003, gt=0)
     fixed_share: float = Field(default=0.2, ge=0, lt=1)
     gradient_checkpointing: bool = False
     seed: int = 0

@@ -16,7 +16,7 @@ from quad_modifiers.output_folder import give_usual_modes, replace_file
 from quad_modifiers.records.machine import package_versions
 from quad_modifiers.records.tuning_record import TunedQuality, Tuning
 from quad_peft.equalize import equalize_outliers
-from quad_peft.integer_change import fix_integers
+from quad_peft.integer_change import fix_integers, scatter_changes
 from quad_peft.training.data import Collator, TrainingData
 from quad_peft.training.measure import Quality, measure
 from quad_peft.training.teacher import Teacher
@@ -63,7 +63,7 @@ class TuningSettings:
     seed: int = 0
     report_to: tuple[str, ...] = ()
     train: tuple[str, ...] = (OUTLIERS,)
-    weight_learning_rate: float = 0.01
+    weight_learning_rate: float = 0.003
     fixed_share: float = 0.2
 
     def __post_init__(self) -> None:
@@ -228,6 +228,7 @@ def tune(
     model.config.use_cache = use_cache  # the Trainer switches it off for good, and a checkpoint would say so
     checkpoint = last_complete_state(folder)
     start_weights = {name: p.detach().to("cpu", copy=True) for name, p in model.named_parameters() if p.requires_grad}
+    scatter_changes(model, settings.seed)
     held = (data.validation_samples, collator, settings.batch_size, teacher)
     before = _quality_before(folder, trainer, held)
     if checkpoint is not None:

@@ -82,7 +82,7 @@ def finetune(
     ] = "outliers",
     weight_learning_rate: Annotated[
         float, typer.Option(help="Largest learning rate of the integers, in steps of their grid, with --train weights.")
-    ] = 0.01,
+    ] = 0.003,
     fixed_share: Annotated[
         float, typer.Option(help="Share of the steps, at the end, in which trained integers stay as they are.")
     ] = 0.2,
