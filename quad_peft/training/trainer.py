@@ -55,8 +55,7 @@ class QuadTrainer(Trainer):
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """As transformers' own, with a learning rate of their own for changes of integers."""
         changes = {id(change) for change in integer_changes(self.model)}
-        made: torch.optim.Optimizer | None = self.optimizer
-        if made is not None or not changes:
+        if getattr(self, "optimizer", None) is not None or not changes:
             return super().create_optimizer(model)
         kind, arguments = self.get_optimizer_cls_and_kwargs(self.args, self.model)
         trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
@@ -72,8 +71,7 @@ class QuadTrainer(Trainer):
         self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None
     ) -> torch.optim.lr_scheduler.LRScheduler:
         """As transformers' own, with one for changes of integers that ends where they are fixed."""
-        made: torch.optim.lr_scheduler.LRScheduler | None = self.lr_scheduler
-        if made is not None or not integer_changes(self.model):
+        if getattr(self, "lr_scheduler", None) is not None or not integer_changes(self.model):
             return super().create_scheduler(num_training_steps, optimizer)
         fixed_from = first_fixed_step(num_training_steps, self.fixed_share)
         warmup = self.args.get_warmup_steps(num_training_steps)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -177,7 +178,7 @@ class TestSchedule:
         factor = integers_schedule(2, 8)
         values = [factor(step) for step in range(12)]
         assert values[:3] == [0.0, 0.5, 1.0]
-        assert all(one > two for one, two in zip(values[2:8], values[3:9], strict=True))
+        assert all(one > two for one, two in itertools.pairwise(values[2:9]))
         assert values[8:] == [0.0] * 4
 
     @pytest.mark.parametrize(("steps", "share", "first"), [(10, 0.2, 8), (10, 0.0, 10), (3, 0.5, 2), (1, 0.9, 1)])
@@ -214,7 +215,7 @@ class TestRefusals:
             TuningSettings(**fields)
 
     def test_no_quad_checkpoint(self, original, tmp_path) -> None:
-        with pytest.raises(ValueError, match="no QUAD checkpoint|not a QUAD checkpoint"):
+        with pytest.raises(ValueError, match=r"no QUAD checkpoint|not a QUAD checkpoint"):
             finetune(original, tmp_path / "a", data=TEXT, settings=SETTINGS)
 
     def test_a_disk_that_is_too_small(self, checkpoint, tmp_path, monkeypatch) -> None:
