@@ -117,6 +117,10 @@ def _config(tuner: Any, adapters: Sequence[str], weights: Sequence[float], name:
         )
     configs = [tuner.peft_config[adapter] for adapter in adapters]
     for adapter, config in zip(adapters, configs, strict=True):
+        if config.train_weights:
+            raise ValueError(
+                f"adapter {adapter!r} changes the integers of the weights, which cannot be combined; merge it"
+            )
         if config.modules_to_save or config.trainable_token_indices:
             raise ValueError(f"adapter {adapter!r} has modules_to_save or trainable tokens, which cannot be combined")
         differing = [field for field in _ALIKE if getattr(config, field) != getattr(configs[0], field)]

@@ -37,6 +37,8 @@ class OutlierLoraConfig(LoraConfig):
         r: rank, which must be the model's; 0 takes the rank of each role from the model.
         train_weight_scales: True to train also a change of the residual weights' scales. Such an adapter is no
             longer a LoRA: it can be merged, but vLLM does not serve it.
+        train_weights: True to train also changes of the weights' integers, in float32: 16 bytes of memory per weight.
+            Such an adapter can be merged only, too.
         base_fingerprint: fingerprint of the adapter's checkpoint; filled in by the model.
 
     Raises:
@@ -47,6 +49,7 @@ class OutlierLoraConfig(LoraConfig):
     lora_alpha: int = field(default=0, metadata={"help": "Equal to the rank: the adapter is not scaled."})
     task_type: str | TaskType | None = field(default=TaskType.CAUSAL_LM, metadata={"help": "Of the PEFT model."})
     train_weight_scales: bool = field(default=False, metadata={"help": "Also train the scales of the 4-bit weights."})
+    train_weights: bool = field(default=False, metadata={"help": "Also train the integers of the 4-bit weights."})
     base_fingerprint: str | None = field(default=None, metadata={"help": "Of the checkpoint it belongs to."})
 
     def __post_init__(self) -> None:

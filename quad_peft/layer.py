@@ -1,6 +1,7 @@
 """PEFT's layer around a `QuadLinear`: outlier adapters without a product of their own, and any plain LoRA."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import reduce
 from typing import Any
 
@@ -8,11 +9,14 @@ import torch
 from peft import LoraConfig
 from peft.tuners.lora import LoraLayer
 from peft.tuners.tuners_utils import check_adapters_to_merge
+from quad_kernels import QuantizedWeight
 from torch import nn
 
-from quad_modifiers.nn.forward import changed_outlier_weight, changed_weight_scale, linear_forward
+from quad_modifiers.nn.forward import LinearParts, changed_outlier_weight, changed_weight_scale, linear_forward
+from quad_modifiers.nn.packed_linear import PackedLinear
 from quad_modifiers.nn.quad_linear import QuadLinear
 from quad_peft.config import OutlierLoraConfig
+from quad_peft.integer_change import ChangedWeight, IntegerChanges, stored
 from quad_peft.selector import OutlierSelector
 
 PACKED_OUTLIER = (
@@ -24,8 +28,9 @@ PACKED_OUTLIER = (
 class QuadLoraLayer(nn.Module, LoraLayer):
     """LoRA on a `QuadLinear`.
 
-    An outlier adapter (`OutlierLoraConfig`) changes the outlier weight, and with `train_weight_scales` the scales of
-    the residual weight; both changes are added before the layer runs. Any other LoRA adds `B A x` to the result.
+    An outlier adapter (`OutlierLoraConfig`) changes the outlier weight, with `train_weight_scales` the scales of the
+    residual weight, and with `train_weights` its integers; the changes are added before the layer runs. Any other LoRA
+    adds `B A x` to the result.
 
     Args:
         base_layer: layer to adapt; its own parameters stay as they are.
@@ -34,11 +39,15 @@ class QuadLoraLayer(nn.Module, LoraLayer):
         r: rank of the adapter.
         lora_alpha: alpha of the adapter.
 
+    Attributes:
+        stored_dtype: dtype of the checkpoint that the adapter will be merged into, if that is narrower than the
+            model's: changed outlier weights and scales are rounded to it. None rounds to the model's dtype alone.
+
     Raises:
         ValueError: if the rank of an outlier adapter is not that of the layer.
     """
 
-    adapter_layer_names = (*LoraLayer.adapter_layer_names, "lora_weight_scale")
+    adapter_layer_names = (*LoraLayer.adapter_layer_names, "lora_weight_scale", "lora_integer_change")
 
     def __init__(
         self,
@@ -52,7 +61,10 @@ class QuadLoraLayer(nn.Module, LoraLayer):
         super().__init__()
         LoraLayer.__init__(self, base_layer, **kwargs)
         self.lora_weight_scale = nn.ParameterDict()
-        self._before_merging: tuple[torch.Tensor | None, torch.Tensor | None] | None = None
+        self.lora_integer_change = IntegerChanges()
+        self._changed_weight = ChangedWeight()
+        self.stored_dtype: torch.dtype | None = None
+        self._before_merging: tuple[torch.Tensor | None, ...] | None = None
         self._active_adapter = adapter_name
         self.update_layer(adapter_name, r, lora_alpha=lora_alpha, config=config, **kwargs)
 
@@ -75,6 +87,9 @@ class QuadLoraLayer(nn.Module, LoraLayer):
         self.lora_B[adapter_name] = change
         if config.train_weight_scales:
             self.lora_weight_scale[adapter_name] = nn.Parameter(torch.zeros(self._weight_scale().shape))
+        if config.train_weights:
+            shape = (self.out_features, self._packed("integers").in_features)
+            self.lora_integer_change[adapter_name] = nn.Parameter(torch.zeros(shape, dtype=torch.float32))
         self._move_adapter_to_device_of_base_layer(adapter_name)
         self.lora_A[adapter_name] = OutlierSelector(base.split, self.lora_B[adapter_name])
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
@@ -88,14 +103,14 @@ class QuadLoraLayer(nn.Module, LoraLayer):
         if self.disable_adapters or self.merged:
             return self.base_layer(x)
         if adapter_names is not None:
-            scaled = [name for name in adapter_names if name in self.lora_weight_scale]
-            if scaled:
-                raise ValueError(f"adapter {scaled[0]!r} changes weight scales and cannot share a batch; merge it")
+            for changes, what in ((self.lora_weight_scale, "weight scales"), (self.lora_integer_change, "integers")):
+                found = next((name for name in adapter_names if name in changes), None)
+                if found is not None:
+                    raise ValueError(f"adapter {found!r} changes {what} and cannot share a batch; merge it")
             return self._mixed_batch_forward(x, adapter_names=adapter_names)
         names = [name for name in self.active_adapters if name in self.lora_A]
-        outlier, scale = self._changes([name for name in names if self._is_outlier(name)])
         with self.base_layer.present() as parts:
-            result = linear_forward(x, parts.with_change(outlier, scale))
+            result = linear_forward(x, self._changed(parts, [name for name in names if self._is_outlier(name)]))
         for name in names:
             if not self._is_outlier(name):
                 inner = self.lora_dropout[name](self._cast_input_dtype(x, self.lora_A[name].weight.dtype))
@@ -103,7 +118,7 @@ class QuadLoraLayer(nn.Module, LoraLayer):
         return result.to(x.dtype)
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
-        """Adds adapters to the outlier weight and the weight scales; the 4-bit weight stays as it is.
+        """Adds adapters to the outlier weight, the weight scales and the integers.
 
         Args:
             safe_merge: True to check the result for NaN first.
@@ -124,13 +139,17 @@ class QuadLoraLayer(nn.Module, LoraLayer):
             if merged is not None and outlier is not None:
                 merged = changed_outlier_weight(merged, outlier)
             merged_scale = None if scale is None else changed_weight_scale(self._weight_scale(), scale)
+            integers = self._integer_changes(names)
+            words = stored(self._packed("integers"), integers).to_words() if integers else None
         for tensor in (merged, merged_scale):
             if safe_merge and tensor is not None and not bool(torch.isfinite(tensor).all()):
                 raise ValueError(f"the adapters {', '.join(names)} hold NaN or infinite values; nothing was merged")
         if self._before_merging is None:
             before = None if base.outlier_weight is None else base.outlier_weight.data
-            self._before_merging = before, None if merged_scale is None else self._weight_scale()
-        self._set(merged, merged_scale)
+            self._before_merging = before, None if merged_scale is None else self._weight_scale(), None
+        if words is not None and self._before_merging[2] is None:
+            self._before_merging = *self._before_merging[:2], self._packed("integers").quantized_weight().to_words()
+        self._set(merged, merged_scale, words)
         self.merged_adapters.extend(names)
 
     def unmerge(self) -> None:
@@ -142,8 +161,7 @@ class QuadLoraLayer(nn.Module, LoraLayer):
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> "QuadLoraLayer":
         if self._before_merging is not None:  # moves and casts with what it will replace
-            outlier, scale = self._before_merging
-            self._before_merging = None if outlier is None else fn(outlier), None if scale is None else fn(scale)
+            self._before_merging = tuple(None if tensor is None else fn(tensor) for tensor in self._before_merging)
         return super()._apply(fn, recurse)
 
     def get_delta_weight(self, adapter: str) -> torch.Tensor:
@@ -155,7 +173,7 @@ class QuadLoraLayer(nn.Module, LoraLayer):
         base, scale = self.get_base_layer(), self._weight_scale()
         if self._before_merging is None:
             return base.outlier_weight, scale
-        outlier, before = self._before_merging
+        outlier, before, _ = self._before_merging
         return outlier, scale if before is None else before
 
     def outlier_change(self, name: str) -> torch.Tensor:
@@ -182,17 +200,45 @@ class QuadLoraLayer(nn.Module, LoraLayer):
         change: torch.Tensor = self.lora_weight_scale[name].float() * self.scaling[name]
         return change
 
-    def _set(self, outlier: torch.Tensor | None, scale: torch.Tensor | None) -> None:
+    def _changed(self, parts: LinearParts, names: list[str]) -> LinearParts:
+        """Returns the parts with the changes of outlier adapters."""
+        integers = self._integer_changes(names)
+        if integers:
+            weight = self._changed_weight.of(self._packed("integers"), integers)
+            trained = sum(integers[1:], integers[0])
+            parts = parts._replace(residual=replace(weight, scale=self._weight_scale()), integers_like=trained)
+        outlier, scale = self._changes(names)
+        parts = parts.with_change(outlier, scale)
+        if self.stored_dtype is None:
+            return parts
+        if outlier is not None and parts.outlier_weight is not None:
+            parts = parts._replace(outlier_weight=_rounded(parts.outlier_weight, self.stored_dtype))
+        if scale is not None:
+            assert isinstance(parts.residual, QuantizedWeight)
+            scale = _rounded(parts.residual.scale, self.stored_dtype)
+            parts = parts._replace(residual=replace(parts.residual, scale=scale))
+        return parts
+
+    def _integer_changes(self, names: list[str]) -> list[torch.Tensor]:
+        return [self.lora_integer_change[name] for name in names if name in self.lora_integer_change]
+
+    def _packed(self, what: str) -> PackedLinear:
+        residual = self.get_base_layer().residual
+        if not isinstance(residual, PackedLinear):
+            raise ValueError(f"{self.get_base_layer().role} has no quantized weight, so it has no {what} to train")
+        return residual
+
+    def _set(self, outlier: torch.Tensor | None, scale: torch.Tensor | None, words: torch.Tensor | None) -> None:
         base = self.get_base_layer()
         if base.outlier is not None and outlier is not None:
             base.outlier.weight.data = outlier
         if scale is not None:
             base.residual.weight_scale = scale
+        if words is not None:
+            base.residual.weight_packed = words
 
     def _weight_scale(self) -> torch.Tensor:
-        scale = self.get_base_layer().weight_scale
-        if scale is None:
-            raise ValueError(f"{self.get_base_layer().role} has no quantized weight, so it has no scales to train")
+        scale: torch.Tensor = self._packed("scales").weight_scale
         return scale
 
     def _is_outlier(self, name: str) -> bool:
@@ -210,3 +256,8 @@ class QuadLoraLayer(nn.Module, LoraLayer):
     def __repr__(self) -> str:
         """Marks the layer as PEFT marks its own."""
         return f"lora.{super().__repr__()}"
+
+
+def _rounded(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Rounds to another dtype and comes back; the gradient passes as it is."""
+    return tensor.to(dtype).to(tensor.dtype)

@@ -2,7 +2,7 @@
 
 import logging
 from collections.abc import Sequence
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 import torch
 from llmcompressor.core import State
 from llmcompressor.modifiers import Modifier
-from pydantic import Field, PrivateAttr
+from pydantic import Field, PrivateAttr, field_validator
 
 from quad_modifiers.data.token_rows import loader_rows
 from quad_modifiers.journal import folder_in_journal
@@ -57,7 +57,11 @@ class OutlierLoRA(QuadModifier):
         warmup: share of the steps in which the learning rate rises.
         temperature: temperature of the distillation.
         validation: share of the calibration samples that is held back to choose the best state.
-        train_weight_scales: True to train the scales of the quantized weights too.
+        train: what is trained: "outliers", and with it "scales" and "weights", the scales and integers of the
+            quantized weights.
+        train_weight_scales: True is the same as "scales" in `train`.
+        weight_learning_rate: largest learning rate of the integers, in steps of their grid.
+        fixed_share: share of the steps, at the end, in which the integers stay and the rest is trained.
         gradient_checkpointing: True for less memory and more time.
         seed: seed that orders the samples.
     """
@@ -71,7 +75,10 @@ class OutlierLoRA(QuadModifier):
     warmup: float = Field(default=0.05, ge=0, lt=1)
     temperature: float = Field(default=1.0, gt=0)
     validation: float = Field(default=0.05, gt=0, lt=1)
+    train: list[str] = Field(default=["outliers"])
     train_weight_scales: bool = False
+    weight_learning_rate: float = Field(default=0.003, gt=0)
+    fixed_share: float = Field(default=0.2, ge=0, lt=1)
     gradient_checkpointing: bool = False
     seed: int = 0
 
@@ -80,6 +87,13 @@ class OutlierLoRA(QuadModifier):
     _teacher: "Teacher | None" = PrivateAttr(default=None)
     _data: "TrainingData | None" = PrivateAttr(default=None)
     _outcome: "Outcome | None" = PrivateAttr(default=None)
+
+    @field_validator("train")
+    @classmethod
+    def _check_train(cls, names: list[str]) -> list[str]:
+        from quad_peft.training.trained_parts import trained_parts
+
+        return list(trained_parts(names))
 
     def check_company(self, others: Sequence[Modifier]) -> None:
         """Checks that there will be something to train, and something to make up for.
@@ -167,6 +181,7 @@ class OutlierLoRA(QuadModifier):
 
     def _train(self, decoder: Decoder) -> None:
         from quad_peft import OutlierLoraConfig, get_outlier_model
+        from quad_peft.training.trained_parts import SCALES, adapter_fields
         from quad_peft.training.tuning_loop import TuningSettings, model_name, tune
 
         model = decoder.model
@@ -174,7 +189,9 @@ class OutlierLoRA(QuadModifier):
         assert self._folder is not None
         own = type(self).model_fields
         settings = TuningSettings(**{f.name: getattr(self, f.name) for f in fields(TuningSettings) if f.name in own})
-        tuned = get_outlier_model(model, OutlierLoraConfig(train_weight_scales=self.train_weight_scales))
+        if self.train_weight_scales:
+            settings = replace(settings, train=(*settings.train, SCALES))
+        tuned = get_outlier_model(model, OutlierLoraConfig(**adapter_fields(settings.train)))
         try:
             arguments = settings.arguments(self._folder / "run")
             self._outcome = tune(tuned, self._data, settings, arguments, self._teacher)
@@ -188,7 +205,6 @@ class OutlierLoRA(QuadModifier):
             self._data,
             settings,
             original=None if self._teacher is None else model_name(model),
-            train_weight_scales=self.train_weight_scales,
         )
         self.contribute(decoder, files={TUNING_NAME: record.model_dump_json(indent=1) + "\n"})
 

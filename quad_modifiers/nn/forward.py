@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 import torch
 from quad_kernels import InputQuantization, InputSplit, QuantizedWeight, fake_quantize, quad_linear, split_input
+from quad_kernels.quad_linear import dequantized
 from torch import nn
 
 Apply = Callable[[torch.Tensor], torch.Tensor]
@@ -22,6 +23,7 @@ class LinearParts(NamedTuple):
         bias: `[out]`, or None.
         terms: functions of the unsplit input whose results are added.
         outlier_quantization: quantization of the outlier input, None to leave it as it is.
+        integers_like: receives the gradient of a quantized weight's integers; see `quad_kernels.quad_linear`.
     """
 
     split: InputSplit
@@ -31,6 +33,7 @@ class LinearParts(NamedTuple):
     bias: torch.Tensor | None = None
     terms: Sequence[Apply] = ()
     outlier_quantization: InputQuantization | None = None
+    integers_like: torch.Tensor | None = None
 
     def with_change(self, outlier: torch.Tensor | None, scale: torch.Tensor | None) -> "LinearParts":
         """Returns the parts with changes of an adapter, which are summed in float32.
@@ -48,6 +51,18 @@ class LinearParts(NamedTuple):
             weight = replace(self.residual, scale=changed_weight_scale(self.residual.scale, scale))
             parts = parts._replace(residual=weight)
         return parts
+
+
+def changed_integers(weight: QuantizedWeight, change: torch.Tensor) -> QuantizedWeight:
+    """Returns a weight, in layout int8, whose integers are those of `weight` plus a change, kept on their grid.
+
+    Args:
+        weight: as a checkpoint has it (`PackedLinear.quantized_weight`).
+        change: in steps of the grid, `[out, in]`, floating point; it is rounded, halves to the even number.
+    """
+    half = 2 ** (weight.bits - 1)
+    integers = change.detach().round().add_(weight.integers).clamp_(-half, half - 1).to(torch.int8)
+    return replace(weight, integers=integers)
 
 
 def changed_outlier_weight(weight: torch.Tensor, change: torch.Tensor) -> torch.Tensor:
@@ -79,13 +94,14 @@ def linear_forward(x: torch.Tensor, parts: LinearParts) -> torch.Tensor:
             outlier_weight=parts.outlier_weight,
             outlier_quantization=parts.outlier_quantization,
             bias=parts.bias,
+            integers_like=parts.integers_like,
         )
         return _with_terms(y, x, parts)
     outlier, residual = split_input(x, parts.split)
     if quantization is not None:
         residual = fake_quantize(residual, quantization)
     if isinstance(weight, QuantizedWeight):
-        y = nn.functional.linear(residual, weight.dequantized(x.dtype)).float()
+        y = nn.functional.linear(residual, dequantized(weight, parts.integers_like, x.dtype)).float()
     else:
         y = weight(residual).float()
     if outlier is not None and parts.outlier_weight is not None:

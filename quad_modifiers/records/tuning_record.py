@@ -47,6 +47,8 @@ class Tuning(_Strict):
         seed: seed that orders the samples.
         trainable_parameters: number of trained parameters.
         weight_scales: the scales of the quantized weights were trained too.
+        weights: the integers of the quantized weights were trained too.
+        moved_integers: number of integers that differ from those before the training.
         before, after: quality on the validation samples.
         original_perplexity: perplexity of the original model on the validation samples, if it was at hand.
         seconds: duration of the training.
@@ -68,6 +70,8 @@ class Tuning(_Strict):
     seed: int
     trainable_parameters: int = Field(ge=1)
     weight_scales: bool
+    weights: bool = False
+    moved_integers: int = Field(default=0, ge=0)
     before: TunedQuality
     after: TunedQuality
     original_perplexity: float | None = None

@@ -7,23 +7,30 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from quad_modifiers.checkpoint.opened import Opened, find_tokenizer, open_checkpoint
 from quad_modifiers.checkpoint.source_model import check_source_model
 from quad_modifiers.checkpoint.whole_model import DEFAULTS, LoadingOptions
 from quad_modifiers.data.token_rows import check_vocabulary
 from quad_modifiers.journal import open_unfinished, unfinished_folder
 from quad_modifiers.nn.quad_linear import QuadLinear
-from quad_modifiers.output_folder import check_parent, check_target, complete_or_absent, user_path
+from quad_modifiers.output_folder import check_parent, check_space, check_target, complete_or_absent, user_path
 from quad_modifiers.process_state import kept_apart
 from quad_modifiers.records.tuning_record import TUNING_NAME, Tuning
+from quad_peft.integer_change import integer_changes
+from quad_peft.layer import QuadLoraLayer
 from quad_peft.training.curve import write_curve
 from quad_peft.training.data import TrainingData, training_data
 from quad_peft.training.teacher import LiveTeacher, Teacher, cache_teacher
+from quad_peft.training.trained_parts import SCALES, adapter_fields
 from quad_peft.training.tuning_loop import Outcome, TuningSettings, model_name, tune
 
 logger = logging.getLogger(__name__)
 
 _TENSORBOARD = "runs"
+_MEMORY_PER_INTEGER = 20  # bytes: change, gradient, two moments, and the change at the start
+_STATE_PER_INTEGER = 12  # bytes: change and two moments
 
 
 @dataclass(frozen=True)
@@ -62,7 +69,7 @@ def finetune(
     options: LoadingOptions = DEFAULTS,
     original_revision: str | None = None,
 ) -> FinetuneResult:
-    """Trains the outlier weights of a QUAD checkpoint and writes them as a PEFT adapter.
+    """Trains the outlier weights of a QUAD checkpoint, or more of it, and writes them as a PEFT adapter.
 
     With `original`, by distillation: the loss is the divergence from the original model, which brings back what the
     quantization lost. Without it, on the next token, which also teaches the text.
@@ -84,7 +91,8 @@ def finetune(
         text_column: field or column of the text.
         split: split of a `datasets` name or a DatasetDict.
         dataset_config: configuration of a `datasets` name.
-        train_weight_scales: True to train the weights' scales too. Such an adapter can be merged, but is not a LoRA.
+        train_weight_scales: True to train the weights' scales too, as "scales" in the settings' `train` does. Such an
+            adapter can be merged, but is not a LoRA.
         teacher_cache: folder for the original model's hidden states; computed once, then the model is not needed in
             memory. By default they are computed as they are needed.
         resume: True to continue an interrupted run of the same settings, if there is one.
@@ -103,6 +111,8 @@ def finetune(
 
     output, settings = user_path(output), settings or TuningSettings()
     folder = unfinished_folder(output, ".training")
+    if train_weight_scales:
+        settings = replace(settings, train=(*settings.train, SCALES))
     check_target(output, besides=(folder.name,))
     if teacher_cache is not None:
         check_parent(user_path(teacher_cache) / "teacher")
@@ -128,7 +138,8 @@ def finetune(
     check_vocabulary(found.samples, opened.config.vocab_size, "the training data")
     if isinstance(source, Opened):
         source = source.load()  # before a folder is made: it may lack weights
-    model = get_outlier_model(model, OutlierLoraConfig(train_weight_scales=train_weight_scales))
+    model = get_outlier_model(model, OutlierLoraConfig(**adapter_fields(settings.train)))
+    _round_as_stored(model, opened.config.dtype)
     original_name = None if original is None else model_name(original)
     arguments = settings.arguments(folder, device)
     _check_launch(arguments)
@@ -138,11 +149,12 @@ def finetune(
         "original": original_name,
         "data": found.fingerprint,
         "validation": found.validation,
-        "train_weight_scales": train_weight_scales,
+        "train_weight_scales": SCALES in settings.train,
         **asdict(settings),
     }
     with arguments.main_process_first(local=False):
         if writes:
+            _check_room(model, folder)
             open_unfinished(folder, identity, resume)
     with arguments.main_process_first(local=False):
         teacher = _teacher(source, found, teacher_cache)
@@ -151,7 +163,6 @@ def finetune(
         found,
         settings,
         original=original_name,
-        train_weight_scales=train_weight_scales,
         processes=arguments.world_size,
     )
     with arguments.main_process_first(local=False):
@@ -199,6 +210,29 @@ def _opened_original(original: Any, checkpoint: Any, options: LoadingOptions) ->
                 "checkpoint was made from"
             )
     return original
+
+
+def _round_as_stored(model: Any, dtype: torch.dtype | None) -> None:
+    """Lets a model that was loaded in a wider dtype than its checkpoint's compute what the merged checkpoint will."""
+    if dtype is None or dtype.itemsize >= model.dtype.itemsize:
+        return
+    for module in model.modules():
+        if isinstance(module, QuadLoraLayer):
+            module.stored_dtype = dtype
+
+
+def _check_room(model: Any, folder: Path) -> None:
+    """Says what the training of integers needs, and checks that its saved states fit on the disk."""
+    weights = sum(change.numel() for change in integer_changes(model))
+    if weights:
+        logger.info(
+            "training the integers of %s weights: %.1f GB of memory beside model and activations, two states of %.1f "
+            "GB each on the disk",
+            f"{weights:,}",
+            _MEMORY_PER_INTEGER * weights / 1e9,
+            _STATE_PER_INTEGER * weights / 1e9,
+        )
+        check_space(folder, 2 * _STATE_PER_INTEGER * weights)
 
 
 def _teacher(original: Any, data: TrainingData, cache: str | Path | None) -> Teacher | None:

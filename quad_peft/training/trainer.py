@@ -7,7 +7,9 @@ import torch
 from torch import nn
 from transformers import Trainer, TrainerCallback
 
+from quad_peft.integer_change import integer_changes
 from quad_peft.training.losses import IGNORED, distillation_loss, head_input, next_token_loss, shifted
+from quad_peft.training.phases import FixIntegers, first_fixed_step, with_two_phases
 from quad_peft.training.teacher import Teacher
 
 
@@ -23,12 +25,23 @@ class QuadTrainer(Trainer):
     Args:
         teacher: the original model; None trains on the next token.
         temperature: temperature of the distillation.
+        weight_learning_rate: largest learning rate of changes of integers, in steps of the grid; None is that of all.
+        fixed_share: share of the steps, at the end, in which integers stay as they are.
         arguments: arguments of `transformers.Trainer`. Batches are those of `Collator`.
     """
 
-    def __init__(self, *args: Any, teacher: Teacher | None = None, temperature: float = 1.0, **arguments: Any) -> None:
+    def __init__(
+        self,
+        *args: Any,
+        teacher: Teacher | None = None,
+        temperature: float = 1.0,
+        weight_learning_rate: float | None = None,
+        fixed_share: float = 0.0,
+        **arguments: Any,
+    ) -> None:
         super().__init__(*args, **arguments)
         self.teacher, self.temperature = teacher, temperature
+        self.weight_learning_rate, self.fixed_share = weight_learning_rate, fixed_share
         self.model_accepts_loss_kwargs = True  # the mean is taken here, over all batches of a step
         self.can_return_loss = True
         if any(parameter.requires_grad for parameter in self.model.get_output_embeddings().parameters()):
@@ -36,6 +49,35 @@ class QuadTrainer(Trainer):
                 "the head is trainable, but the fused losses give it no gradient; use transformers.Trainer"
             )
         self.add_callback(StopOnNonFinite())
+        if integer_changes(self.model):
+            self.add_callback(FixIntegers(fixed_share, freeze=self.args.world_size == 1))
+
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        """As transformers' own, with a learning rate of their own for changes of integers."""
+        changes = {id(change) for change in integer_changes(self.model)}
+        if getattr(self, "optimizer", None) is not None or not changes:
+            return super().create_optimizer(model)
+        kind, arguments = self.get_optimizer_cls_and_kwargs(self.args, self.model)
+        trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
+        rate = self.args.learning_rate if self.weight_learning_rate is None else self.weight_learning_rate
+        groups = [
+            {"params": [parameter for parameter in trained if id(parameter) not in changes]},
+            {"params": [parameter for parameter in trained if id(parameter) in changes], "lr": rate},
+        ]
+        self.optimizer = kind(groups, **{**arguments, "weight_decay": 0.0})
+        return self.optimizer
+
+    def create_scheduler(
+        self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None
+    ) -> torch.optim.lr_scheduler.LRScheduler:
+        """As transformers' own, with one for changes of integers that ends where they are fixed."""
+        if getattr(self, "lr_scheduler", None) is not None or not integer_changes(self.model):
+            return super().create_scheduler(num_training_steps, optimizer)
+        fixed_from = first_fixed_step(num_training_steps, self.fixed_share)
+        warmup = self.args.get_warmup_steps(num_training_steps)
+        optimizer = optimizer or self.optimizer
+        self.lr_scheduler = with_two_phases(optimizer, warmup, num_training_steps, fixed_from, [False, True])
+        return self.lr_scheduler
 
     def get_batch_samples(
         self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device

@@ -9,15 +9,18 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import torch
 from transformers import TrainingArguments
 
 from quad_modifiers.output_folder import give_usual_modes, replace_file
 from quad_modifiers.records.machine import package_versions
 from quad_modifiers.records.tuning_record import TunedQuality, Tuning
 from quad_peft.equalize import equalize_outliers
+from quad_peft.integer_change import fix_integers, scatter_changes
 from quad_peft.training.data import Collator, TrainingData
 from quad_peft.training.measure import Quality, measure
 from quad_peft.training.teacher import Teacher
+from quad_peft.training.trained_parts import OUTLIERS, SCALES, WEIGHTS, trained_parts
 from quad_peft.training.trainer import NonFiniteError, QuadTrainer
 
 logger = logging.getLogger(__name__)
@@ -43,6 +46,9 @@ class TuningSettings:
         evaluations: number of evaluations on the validation samples during the run; after each the state is saved.
         seed: seed that orders the samples.
         report_to: integrations of transformers, such as "tensorboard".
+        train: what is trained, see `trained_parts.PARTS`.
+        weight_learning_rate: largest learning rate of the weights' integers, in steps of their grid.
+        fixed_share: share of the steps, at the end, in which the integers stay and the rest is trained.
     """
 
     epochs: float = 1.0
@@ -56,10 +62,15 @@ class TuningSettings:
     evaluations: int = 10
     seed: int = 0
     report_to: tuple[str, ...] = ()
+    train: tuple[str, ...] = (OUTLIERS,)
+    weight_learning_rate: float = 0.003
+    fixed_share: float = 0.2
 
     def __post_init__(self) -> None:
         """Checks the ranges."""
-        for name, lowest in (("epochs", 0), ("learning_rate", 0), ("temperature", 0)):
+        object.__setattr__(self, "train", trained_parts(self.train))
+        positive = ("epochs", "learning_rate", "temperature", "weight_learning_rate")
+        for name, lowest in ((name, 0) for name in positive):
             if not getattr(self, name) > lowest:
                 raise ValueError(f"{name} ({getattr(self, name)}) must be above {lowest}")
         for name, smallest in (("batch_size", 1), ("accumulation", 1), ("evaluations", 2)):
@@ -69,6 +80,8 @@ class TuningSettings:
             raise ValueError(f"max_steps ({self.max_steps}) must be at least 1")
         if not 0 <= self.warmup < 1:
             raise ValueError(f"warmup ({self.warmup}) is a share of the steps, from 0 to below 1")
+        if not 0 <= self.fixed_share < 1:
+            raise ValueError(f"fixed_share ({self.fixed_share}) is a share of the steps, from 0 to below 1")
 
     def arguments(self, folder: Path, device: str | None = None) -> TrainingArguments:
         """As transformers' Trainer takes them; states go to `folder`.
@@ -129,6 +142,7 @@ class Outcome:
         trainable_parameters: number of trained parameters.
         before, after: quality on the validation samples.
         seconds: duration in this process, the time before an interruption not counted.
+        moved_integers: number of integers that differ from the checkpoint's.
     """
 
     history: list[dict[str, float]]
@@ -138,6 +152,7 @@ class Outcome:
     before: Quality
     after: Quality
     seconds: float
+    moved_integers: int = 0
 
     def record(
         self,
@@ -145,7 +160,6 @@ class Outcome:
         settings: TuningSettings,
         *,
         original: str | None,
-        train_weight_scales: bool,
         processes: int = 1,
     ) -> Tuning:
         """Returns the content of `tuning.json`; without an `original`, the loss was that of the next token."""
@@ -164,7 +178,9 @@ class Outcome:
             learning_rate=settings.learning_rate,
             seed=settings.seed,
             trainable_parameters=self.trainable_parameters,
-            weight_scales=train_weight_scales,
+            weight_scales=SCALES in settings.train,
+            weights=WEIGHTS in settings.train,
+            moved_integers=self.moved_integers,
             before=TunedQuality(perplexity=self.before.perplexity, divergence=self.before.divergence),
             after=TunedQuality(perplexity=self.after.perplexity, divergence=self.after.divergence),
             original_perplexity=self.before.original_perplexity,
@@ -206,10 +222,13 @@ def tune(
         data_collator=collator,
         teacher=teacher,
         temperature=settings.temperature,
+        weight_learning_rate=settings.weight_learning_rate,
+        fixed_share=settings.fixed_share,
     )
     model.config.use_cache = use_cache  # the Trainer switches it off for good, and a checkpoint would say so
     checkpoint = last_complete_state(folder)
     start_weights = {name: p.detach().to("cpu", copy=True) for name, p in model.named_parameters() if p.requires_grad}
+    scatter_changes(model, settings.seed)
     held = (data.validation_samples, collator, settings.batch_size, teacher)
     before = _quality_before(folder, trainer, held)
     if checkpoint is not None:
@@ -223,6 +242,7 @@ def tune(
         raise NonFiniteError(f"{error}. The weights from before that step are in {folder / LAST_GOOD}") from error
     state = trainer.state
     best = int(state.best_global_step or state.global_step)
+    moved = fix_integers(model)
     after = measure(model, *held)
     if not after.loss < before.loss:  # nor if it is NaN
         logger.warning(
@@ -231,14 +251,16 @@ def tune(
             before.loss,
             after.loss,
         )
-        for name, parameter in model.named_parameters():
-            if name in start_weights:
-                parameter.data.copy_(start_weights[name])
-        best, after = 0, before
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                if name in start_weights:
+                    parameter.copy_(start_weights[name])
+        best, after, moved = 0, before, fix_integers(model)
     _warn_if_worse(before, after)
     trainer.accelerator.wait_for_everyone()  # the main process removes the folder that all read the best state from
     size = sum(weight.numel() for weight in start_weights.values())
-    return Outcome(state.log_history, state.global_step, best, size, before, after, time.perf_counter() - start)
+    seconds = time.perf_counter() - start
+    return Outcome(state.log_history, state.global_step, best, size, before, after, seconds, moved)
 
 
 def _warn_if_worse(before: Quality, after: Quality) -> None:

@@ -13,6 +13,7 @@ from quad_kernels import (
     InputSplit,
     QuantizedWeight,
     RMSNorm,
+    choose_backend,
     quad_linear,
     quantize_activations,
     quantize_input,
@@ -20,6 +21,7 @@ from quad_kernels import (
 )
 from quad_kernels.backends import temporary_registrations
 from quad_kernels.hadamard import hadamard_matrix
+from quad_kernels.quad_linear import dequantized
 from quad_kernels.quad_linear.memo import remembered
 
 OUT = 24
@@ -112,6 +114,69 @@ def test_values_and_gradients(name: str, groups: int, zero_points: bool, clip_ra
         results.append([y.detach()] + [leaf.grad for leaf in leaves])
     for ours, plain in zip(*results, strict=True):
         torch.testing.assert_close(ours, plain, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("kind", ["plain", "groups", "zero points", "sub-scales"])
+@pytest.mark.parametrize("bits", [2, 4, 8])
+def test_the_gradient_of_the_integers_is_that_of_real_numbers(kind: str, bits: int) -> None:
+    """Central differences of the layer with real numbers for integers, in float64; at an end none points outwards."""
+    if kind == "sub-scales" and bits == 8:
+        pytest.skip("8 bits take no sub-scales")
+    low, high = -(2 ** (bits - 1)), 2 ** (bits - 1) - 1
+    generator = torch.Generator().manual_seed(3)
+    integers = torch.randint(low, high + 1, (OUT, 64), dtype=torch.int8, generator=generator)
+    integers[0], integers[1] = low, high
+    groups = 1 if kind == "plain" else 4
+    scale = torch.rand(OUT, 1 if kind == "sub-scales" else groups, generator=generator) / 10 + 0.01
+    zero = torch.randint(low, high, (OUT, groups), dtype=torch.int8) if kind == "zero points" else None
+    sub = torch.randint(1, 9, (groups, OUT), dtype=torch.int8, generator=generator) if kind == "sub-scales" else None
+    weight = QuantizedWeight(integers, scale, zero, 64, OUT, bits, sub_scale=sub)
+    quantization = InputQuantization(4, 0.9)
+    x, direction = draw(5, 64), draw(5, OUT, seed=2)
+    like = torch.zeros(OUT, 64, requires_grad=True)
+    prepared = choose_backend(torch.device("cpu")).prepare_weight(weight, quantization)
+    (quad_linear(x, prepared, InputSplit(64), quantization, integers_like=like) * direction).sum().backward()
+
+    rounded, step = quantize_input(x, quantization)
+    inputs = (rounded * step).double()
+
+    def loss(real: torch.Tensor) -> torch.Tensor:
+        real = real if zero is None else real - zero.double().repeat_interleave(64 // groups, 1)
+        dense = real * scale.double().repeat_interleave(64 // scale.shape[1], 1)
+        dense = dense if sub is None else dense * sub.T.double().repeat_interleave(64 // groups, 1)
+        return ((inputs @ dense.T) * direction).sum()
+
+    assert like.grad is not None
+    free = 0
+    for row, column in [(0, 3), (1, 5), (0, 40), (1, 50), (2, 0), (7, 63), (OUT - 1, 31), (9, 17)]:
+        nudge = torch.zeros(OUT, 64, dtype=torch.float64)
+        nudge[row, column] = 0.5
+        wanted = (loss(integers.double() + nudge) - loss(integers.double() - nudge)).float()
+        value = int(integers[row, column])
+        if (value == low and wanted > 0) or (value == high and wanted < 0):
+            wanted = torch.zeros(())
+        free += bool(wanted)
+        torch.testing.assert_close(like.grad[row, column], wanted, rtol=1e-4, atol=1e-4)
+    assert free >= 3
+    rows = like.grad[:2]
+    assert bool((rows == 0).any())
+    assert bool((rows != 0).any())
+
+
+def test_a_dense_weight_passes_the_same_gradients() -> None:
+    """For layers whose inputs are not quantized."""
+    weight = make_weight(64, groups=2)
+    scale = weight.scale.clone().requires_grad_()
+    like = torch.zeros(OUT, 64, requires_grad=True)
+    direction = draw(OUT, 64)
+    dense = dequantized(replace(weight, scale=scale), like, torch.float32)
+    assert torch.equal(dense, weight.dequantized(torch.float32))
+    (dense * direction).sum().backward()
+    expanded = weight.scale.repeat_interleave(32, 1)
+    integers = weight.integers
+    outward = ((integers == 7) & (direction < 0)) | ((integers == -8) & (direction > 0))
+    torch.testing.assert_close(like.grad, (direction * expanded).masked_fill(outward, 0.0))
+    torch.testing.assert_close(scale.grad, (direction * integers).unflatten(1, (2, 32)).sum(-1))
 
 
 def test_clipped_values_have_no_gradient() -> None:

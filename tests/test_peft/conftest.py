@@ -58,3 +58,16 @@ def load(quad_folder: Callable[..., Path]) -> Callable[..., PreTrainedModel]:
         return AutoModelForCausalLM.from_pretrained(quad_folder(**arguments), dtype=dtype)
 
     return loaded
+
+
+@pytest.fixture(scope="session")
+def compress() -> Callable[..., PreTrainedModel]:
+    """Return `compress(model, *modifiers, **oneshot_arguments)`, which changes and returns the model."""
+    pytest.importorskip("llmcompressor")
+    from quad_modifiers import oneshot
+
+    def run(model: PreTrainedModel, *modifiers: Any, **arguments: Any) -> PreTrainedModel:
+        given = {"dataset": IDS, "num_calibration_samples": 8, "max_seq_length": 48, **arguments}
+        return oneshot(model, list(modifiers), **given)
+
+    return run

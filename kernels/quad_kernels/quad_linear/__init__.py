@@ -6,7 +6,7 @@ from quad_kernels.backends import choose_backend
 from quad_kernels.formats import InputQuantization, InputSplit, RMSNorm
 from quad_kernels.functional import integer_linear, quantize_activations
 from quad_kernels.layouts import find_layout
-from quad_kernels.quad_linear.autograd import QuadLinearFunction
+from quad_kernels.quad_linear.autograd import DequantizedFunction, QuadLinearFunction
 from quad_kernels.quad_linear.memo import quantize_once
 from quad_kernels.quad_linear.quantized_outlier import quantized_outlier_linear
 from quad_kernels.weight import QuantizedWeight
@@ -22,6 +22,7 @@ def quad_linear(
     outlier_quantization: InputQuantization | None = None,
     bias: torch.Tensor | None = None,
     norm: RMSNorm | None = None,
+    integers_like: torch.Tensor | None = None,
     backend: str | None = None,
 ) -> torch.Tensor:
     """Returns a QUAD linear layer of `x` (QUAD paper, section 4.1).
@@ -36,6 +37,9 @@ def quad_linear(
             it in floating point.
         bias: `[out]` or None.
         norm: norm that is applied to `x` first, in the same pass.
+        integers_like: `[out, split.residual_width]`, float32, or None; its values are not read, and its gradient is
+            that of the weight's integers as if they were real numbers, but for those at an end of the grid that it
+            would push beyond it: theirs is zero.
         backend: name of a backend; by default the environment variable QUAD_KERNELS or the best for the device.
 
     Returns:
@@ -67,10 +71,12 @@ def quad_linear(
         outlier_weight = outlier_weight.dequantized(x.dtype)
     elif outlier_quantization is not None:
         raise ValueError("quantized outlier inputs need a quantized outlier weight; leave outlier_quantization out")
-    if torch.is_grad_enabled() and _requires_grad(x, outlier_weight, bias, weight.scale):
+    if torch.is_grad_enabled() and _requires_grad(x, outlier_weight, bias, weight.scale, integers_like):
         if norm is not None:
             raise NotImplementedError("gradients do not pass the fused norm; apply the norm before the layer")
-        return QuadLinearFunction.apply(x, weight.scale, outlier_weight, bias, weight, split, quantization, backend)
+        return QuadLinearFunction.apply(
+            x, weight.scale, outlier_weight, bias, weight, split, quantization, backend, integers_like
+        )
     linear = find_layout(weight.layout).linear
     if linear is not None and norm is None:
         if x.shape[-1] != split.width:
@@ -98,8 +104,22 @@ def quad_linear(
     )
 
 
+def dequantized(weight: QuantizedWeight, integers_like: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor:
+    """Returns a weight as floating point, `[out, in]`, for a layer whose inputs are not quantized.
+
+    Args:
+        weight: quantized weight; its scales receive a gradient.
+        integers_like: as in `quad_linear`.
+        dtype: of the result.
+    """
+    if integers_like is None:
+        return weight.dequantized(dtype)
+    dense: torch.Tensor = DequantizedFunction.apply(weight.scale, integers_like, weight, dtype)
+    return dense
+
+
 def _requires_grad(*tensors: torch.Tensor | None) -> bool:
     return any(tensor is not None and tensor.requires_grad for tensor in tensors)
 
 
-__all__ = ["quad_linear"]
+__all__ = ["dequantized", "quad_linear"]

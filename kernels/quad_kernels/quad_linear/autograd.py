@@ -29,11 +29,13 @@ class QuadLinearFunction(torch.autograd.Function):
         split: InputSplit,
         quantization: InputQuantization,
         backend: str | None,
+        integers_like: torch.Tensor | None = None,
         out_dtype: torch.dtype | None = None,
     ) -> torch.Tensor:
         """The layer; `weight_scale` is `weight.scale`, named to receive a gradient.
 
-        Without an `outlier_weight` the outlier coordinates take no part. `out_dtype` is that of `x` by default.
+        So is `integers_like` for the gradient of the integers; its values are not read. Without an `outlier_weight` the
+        outlier coordinates take no part. `out_dtype` is that of `x` by default.
         """
         outlier, integers, scale = quantize_once(x, split, quantization, backend)
         ctx.save_for_backward(x, scale, weight_scale, outlier_weight)
@@ -57,15 +59,20 @@ class QuadLinearFunction(torch.autograd.Function):
         """`grad` is `[..., out]`."""
         x, x_scale, weight_scale, outlier_weight = ctx.saved_tensors
         needs_x, needs_scale, needs_outlier, needs_bias = ctx.needs_input_grad[:4]
+        needs_integers = ctx.needs_input_grad[8]
         flat_x, flat = x.reshape(-1, x.shape[-1]), grad.reshape(-1, grad.shape[-1])
         x_scale = x_scale.reshape(-1, x_scale.shape[-1])
-        scale_gradient = outlier_gradient = None
+        scale_gradient = outlier_gradient = integer_gradient = None
         if needs_outlier and outlier_weight is not None:
             outlier, _ = ctx.split.divide(flat_x)
             outlier_gradient = (flat.T @ outlier.to(flat.dtype)).to(outlier_weight.dtype)
-        if needs_scale:
+        if needs_scale or needs_integers:
             _, integers, _ = quantize_activations(flat_x, ctx.quantization, ctx.split, backend=ctx.backend)
-            scale_gradient = _scale_gradient(ctx.weight, flat, integers, x_scale).to(weight_scale.dtype)
+            products = flat.float().T @ (integers.float() * expand_scales(x_scale, ctx.weight.in_features))
+            if needs_scale:
+                scale_gradient = _scale_gradient(ctx.weight, products).to(weight_scale.dtype)
+            if needs_integers:
+                integer_gradient = _integer_gradient(ctx.weight, products)
         return (
             _input_gradient(ctx, flat_x, x_scale, flat, outlier_weight).view(x.shape) if needs_x else None,
             scale_gradient,
@@ -75,8 +82,29 @@ class QuadLinearFunction(torch.autograd.Function):
             None,
             None,
             None,
+            integer_gradient,
             None,
         )
+
+
+class DequantizedFunction(torch.autograd.Function):
+    """The weight in floating point; gradients as those of `QuadLinearFunction`."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, weight_scale: torch.Tensor, integers_like: torch.Tensor, weight: QuantizedWeight, dtype: torch.dtype
+    ) -> torch.Tensor:
+        """Returns `[out, in]`, `dtype`."""
+        ctx.weight, ctx.scale_dtype = weight, weight_scale.dtype
+        return weight.dequantized(dtype)
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        """`grad` is `[out, in]`."""
+        needs_scale, needs_integers = ctx.needs_input_grad[:2]
+        products = grad.to(torch.float32, copy=True)
+        scale_gradient = _scale_gradient(ctx.weight, products).to(ctx.scale_dtype) if needs_scale else None
+        return scale_gradient, _integer_gradient(ctx.weight, products) if needs_integers else None, None, None
 
 
 def _input_gradient(
@@ -124,13 +152,25 @@ def _clipped(
     return (residual > step * (half - 0.5)) | (residual < step * -(half + 0.5))
 
 
-def _scale_gradient(
-    weight: QuantizedWeight, grad: torch.Tensor, integers: torch.Tensor, x_scale: torch.Tensor
-) -> torch.Tensor:
-    """Sum over tokens and the group's inputs of grad * x * integer weight, `[out, groups]`, float32."""
-    x = integers.float() * expand_scales(x_scale, weight.in_features)
+def _scale_gradient(weight: QuantizedWeight, products: torch.Tensor) -> torch.Tensor:
+    """Sum over the group's inputs of products * integer weight, `[out, groups]`, float32.
+
+    `products` are those of grad and x, summed over tokens, `[out, in]`, float32.
+    """
     wide = weight.unpacked().float()
     if weight.zero_point is not None:
-        wide = wide - expand_scales(weight.zero_point.float(), weight.in_features)
-    products = (grad.float().T @ x) * wide
-    return products.unflatten(1, (weight.scale.shape[1], -1)).sum(-1)
+        wide -= expand_scales(weight.zero_point.float(), weight.in_features)
+    return wide.mul_(products).unflatten(1, (weight.scale.shape[1], -1)).sum(-1)
+
+
+def _integer_gradient(weight: QuantizedWeight, products: torch.Tensor) -> torch.Tensor:
+    """Products times what one integer counts, `[out, in]`, float32; written over `products`.
+
+    An integer at an end of its grid is not pushed beyond it.
+    """
+    stored, high = weight.stored(), 2 ** (weight.stored_bits - 1) - 1
+    products.masked_fill_(((stored == high) & (products < 0)) | ((stored == -high - 1) & (products > 0)), 0.0)
+    products *= expand_scales(weight.scale.float(), weight.in_features)
+    if weight.sub_scale is not None:
+        products *= expand_scales(weight.sub_scale.T, weight.in_features)
+    return products

@@ -1,6 +1,5 @@
 """`quad finetune` and `quad merge`: train the outlier weights of a checkpoint, and write them into one."""
 
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -73,9 +72,21 @@ def finetune(
     learning_rate: Annotated[float, typer.Option(help="Largest learning rate; it falls to zero by a cosine.")] = 2e-5,
     warmup: Annotated[float, typer.Option(help="Share of the steps in which the learning rate rises.")] = 0.05,
     temperature: Annotated[float, typer.Option(help="Of the distillation.")] = 1.0,
-    weight_scales: Annotated[
-        bool, typer.Option("--weight-scales", help="Train the scales of the 4-bit weights too; merge such an adapter.")
-    ] = False,
+    train: Annotated[
+        str,
+        typer.Option(
+            metavar="PARTS",
+            help="What is trained: outliers, and after a comma scales and weights, the scales and integers of the "
+            "4-bit weights; merge such an adapter.",
+        ),
+    ] = "outliers",
+    weight_learning_rate: Annotated[
+        float, typer.Option(help="Largest learning rate of the integers, in steps of their grid, with --train weights.")
+    ] = 0.003,
+    fixed_share: Annotated[
+        float, typer.Option(help="Share of the steps, at the end, in which trained integers stay as they are.")
+    ] = 0.2,
+    weight_scales: Annotated[bool, typer.Option("--weight-scales", help="The same as scales in --train.")] = False,
     gradient_checkpointing: Annotated[
         bool, typer.Option("--gradient-checkpointing", help="Less memory, more time.")
     ] = False,
@@ -130,6 +141,9 @@ def finetune(
             evaluations=evaluations,
             seed=seed,
             report_to=tuple(report_to or ()),
+            train=tuple(train.split(",")),
+            weight_learning_rate=weight_learning_rate,
+            fixed_share=fixed_share,
         )
         result = training.finetune(
             checkpoint,
@@ -153,7 +167,7 @@ def finetune(
         if not result.is_main_process:
             return
         if merge is not None:
-            training.merge(checkpoint, output, merge, replace(options, device=None))
+            training.merge(checkpoint, output, merge, loading(revision, trust_remote_code, Dtype.auto, None, cache_dir))
     _print(result.record, output, merge)
 
 

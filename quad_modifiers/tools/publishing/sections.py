@@ -168,6 +168,10 @@ def _task(name: str, shots: int | None) -> str:
 
 def _tuning(tuning: Tuning) -> str:
     trained = "outlier weights and the scales of the quantized weights" if tuning.weight_scales else "outlier weights"
+    integers = "the quantized integers are unchanged"
+    if tuning.weights:
+        trained = trained.replace(" and", ",") + " and the integers of the quantized weights"
+        integers = f"{tuning.moved_integers:,} quantized integers changed"
     goal = "on the next token" if tuning.original is None else f"by distillation from {tuning.original}"
     before, after = tuning.before, tuning.after
     rows = [("perplexity", f"{before.perplexity:.3f}", f"{after.perplexity:.3f}")]
@@ -176,8 +180,8 @@ def _tuning(tuning: Tuning) -> str:
     header = (f"on {tuning.validation_samples} samples of that text that were not trained on", "before", "after")
     parts = [
         "## Fine-tuning",
-        f"After quantization the {trained} ({tuning.trainable_parameters:,} parameters) were trained {goal}; the "
-        f"quantized integers are unchanged. Text: {tuning.data}, {tuning.samples} samples, {tuning.tokens:,} tokens. "
+        f"After quantization the {trained} ({tuning.trainable_parameters:,} parameters) were trained {goal}; "
+        f"{integers}. Text: {tuning.data}, {tuning.samples} samples, {tuning.tokens:,} tokens. "
         f"AdamW, largest learning rate {tuning.learning_rate:g}, {tuning.steps} steps of {tuning.batch_size} samples; "
         f"the weights are those of step {tuning.best_step}.",
         markdown_table(header, rows),
