@@ -16,6 +16,7 @@ from quad_modifiers.model.architecture import find_architecture
 from quad_modifiers.model.decoder import Block, Decoder, PlacedGroup
 from quad_modifiers.passes.calibration_stream import work_on, working_device
 from quad_modifiers.plugins import architectures
+from quad_modifiers.projection.rank import rank_of
 from quad_modifiers.recipe.order import PROJECT, QUANTIZE_ACTIVATIONS, PlacedModifier
 from quad_modifiers.recipe.storable import weight_words
 from quad_modifiers.recipe.stored_size import stored_size
@@ -152,7 +153,8 @@ class _Shape:
     def width(self, group: PlacedGroup) -> int:
         """Inputs of a group, with outlier columns."""
         linear = group.linears[0].module
-        extra = sum(_outlier(each, group, self.decoder) for each in self.projections)
+        wider = [each for each in self.projections if getattr(each, "basis", "") != "square"]
+        extra = sum(_outlier(each, group, self.decoder) for each in wider)
         return int(linear.in_features + (extra if group.group.reads == "stream" else 0))
 
     def streams(self) -> int:
@@ -196,14 +198,14 @@ class _Shape:
 
 def _outlier(projection: Any, group: PlacedGroup, decoder: Decoder) -> int:
     """Outlier columns of a group's inputs."""
-    heads = decoder.geometry.heads
-    return int(
-        {
-            "stream": getattr(projection, "rank", 0),
-            "values": getattr(projection, "o_proj_rank_per_head", 0) * heads,
-            "channels": getattr(projection, "down_proj_rank", 0),
-        }.get(group.group.reads, 0)
-    )
+    geometry = decoder.geometry
+    ranks = {
+        "stream": ("rank", geometry.hidden, 1),
+        "values": ("o_proj_rank_per_head", geometry.head_dim, geometry.heads),
+        "channels": ("down_proj_rank", group.linears[0].module.in_features, 1),
+    }
+    name, size, times = ranks[group.group.reads]
+    return times * rank_of(getattr(projection, name, 0), size)
 
 
 def _planned(decoder: Decoder, modifiers: "Sequence[Modifier]") -> Iterator[PlannedLinears]:

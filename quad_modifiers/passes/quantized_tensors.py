@@ -4,18 +4,23 @@ import torch
 from quad_kernels import IntegerGrid, QuantizedWeight
 
 from quad_modifiers.model.decoder import PlacedLinear
+from quad_modifiers.nn.packed_linear import PackedLinear
+from quad_modifiers.nn.quad_linear import OUTLIER_GRID
 
 
 def keep_weight(linear: PlacedLinear, weight: QuantizedWeight) -> dict[str, torch.Tensor]:
     """Returns the tensors of a linear whose weight was quantized, by names that begin with its own."""
-    outlier = linear.module.outlier_weight
+    packed_outlier = linear.module.packed_outlier
     parts = {
         "packed": weight.to_words(),
         "scale": weight.scale,
         "zero_point": weight.zero_point_words(),
         "sub_scale": weight.sub_scale_words(),
-        "outlier": outlier,
+        "outlier": linear.module.outlier_weight,
     }
+    if packed_outlier is not None:
+        kept = packed_outlier.quantized_weight()
+        parts |= {"outlier_packed": kept.to_words(), "outlier_scale": kept.scale}
     return {f"{linear.name}.{part}": value for part, value in parts.items() if value is not None}
 
 
@@ -26,10 +31,14 @@ def kept_weight(linear: PlacedLinear, tensors: dict[str, torch.Tensor], grid: In
         found = tensors.get(f"{linear.name}.{name}")
         return None if found is None else found.to(linear.module.qweight.device)
 
-    packed, scale, outlier = part("packed"), part("scale"), part("outlier")
+    module, packed, scale = linear.module, part("packed"), part("scale")
     if packed is None or scale is None:
         return None
+    outlier, outlier_packed, outlier_scale = part("outlier"), part("outlier_packed"), part("outlier_scale")
     if outlier is not None:
-        linear.module.outlier.weight.copy_(outlier)
-    columns = linear.module.split.residual_width
+        module.outlier_weight.copy_(outlier)
+    if outlier_packed is not None and outlier_scale is not None:
+        rounded = QuantizedWeight.from_words(outlier_packed, outlier_scale, OUTLIER_GRID.bits, module.split.rank)
+        module.outlier = PackedLinear.of(rounded, outlier_scale.dtype, module.outlier_quantization)
+    columns = module.split.residual_width
     return QuantizedWeight.from_words(packed, scale, grid.bits, columns, part("zero_point"), part("sub_scale"))

@@ -41,6 +41,18 @@ RECIPES = {
     "cache": (PROJECTION, "DynamicActQuant: {}", "OutlierSplitGPTQ: {}", "KVCacheQuant: {}"),
     "ends": (PROJECTION, "OutlierSplitGPTQ: {}", "EmbeddingHeadQuant: {}"),
     "smoothed": ("SmoothQuantModifier: {smoothing_strength: 0.5}", PROJECTION, "OutlierSplitGPTQ: {}"),
+    "outliers in 8 bits": (
+        "SVDOutlierProjection: {rank: 1/8, basis: square, rotation: random, o_proj_rank_per_head: 1/8}",
+        "DynamicActQuant: {outlier_bits: 8, o_proj_scale: head}",
+        "OutlierSplitGPTQ: {outlier_bits: 8}",
+    ),
+    "learned": (
+        PROJECTION,
+        "FlattenedRotation: {tokens: 128, rounds: 4}",
+        "LowRankBranch: {rank: 4}",
+        "DynamicActQuant: {}",
+        "OutlierSplitGPTQ: {}",
+    ),
     "tuned": (PROJECTION, "DynamicActQuant: {}", "OutlierSplitGPTQ: {}", "OutlierLoRA: {batch_size: 2}"),
 }
 

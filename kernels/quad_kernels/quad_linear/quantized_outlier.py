@@ -55,4 +55,6 @@ def _with_gradients(
     x: torch.Tensor, weight: QuantizedWeight, split: InputSplit, quantization: InputQuantization, backend: str | None
 ) -> torch.Tensor:
     """The product of the residual part of `x`, float32; the gradient of the outlier coordinates is zero."""
-    return QuadLinearFunction.apply(x, weight.scale, None, None, weight, split, quantization, backend, None, torch.float32)
+    return QuadLinearFunction.apply(
+        x, weight.scale, None, None, weight, split, quantization, backend, None, torch.float32
+    )
