@@ -48,9 +48,9 @@ class FlattenedRotation(QuadModifier):
     recipe_role: ClassVar[str | None] = "rotate"
     ignored_by_default: ClassVar[tuple[str, ...]] = ()
 
-    rounds: int = Field(default=30, ge=0)
+    rounds: int = Field(default=50, ge=0)
     start_percentile: float = Field(default=99.9, gt=0.0, le=100.0)
-    end: float = Field(default=2.3, gt=1.0)
+    end: float = Field(default=0.8, gt=0.0)
     refinement_rounds: int = Field(default=0, ge=0)
     values: bool = True
     tokens: int = Field(default=16384, ge=1)

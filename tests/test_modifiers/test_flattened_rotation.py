@@ -213,7 +213,7 @@ def test_values_of_zeros_stay(make_toy, compress, logits_of, assert_same_functio
     assert_same_function(logits_of(model), wanted)
 
 
-@pytest.mark.parametrize("field", [{"rounds": -1}, {"end": 0.5}, {"start_percentile": 0}, {"tokens": 0}, {"rank": 3}])
+@pytest.mark.parametrize("field", [{"rounds": -1}, {"end": 0.0}, {"start_percentile": 0}, {"tokens": 0}, {"rank": 3}])
 def test_settings_out_of_range(field) -> None:
     with pytest.raises(ValueError, match=next(iter(field))):
         FlattenedRotation(**field)
