@@ -51,7 +51,7 @@ def test_states_of_a_run_whose_folder_alone_can_be_written_to(
     """They go into the folder, which then counts as empty, and the run can be resumed."""
     output = tmp_path / "volume"
     output.mkdir()
-    monkeypatch.setattr("quad_peft.training.finetuning.may_write", lambda path: path != tmp_path)
+    monkeypatch.setattr("quad_modifiers.journal.unfinished.may_write", lambda path: path != tmp_path)
 
     def interrupt(*_: object) -> None:
         raise KeyboardInterrupt
