@@ -51,9 +51,9 @@ def _alone(value: torch.Tensor) -> torch.Tensor:
 
 def _sync(path: Path) -> None:
     """Waits until a file, or the names in a folder, are on the disk."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        with suppress(OSError):  # a file system that cannot; a folder on some
+    with suppress(OSError):  # a file system that cannot; a folder on some systems
+        handle = os.open(path, os.O_RDONLY)
+        try:
             os.fsync(handle)
-    finally:
-        os.close(handle)
+        finally:
+            os.close(handle)

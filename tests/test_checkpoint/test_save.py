@@ -131,14 +131,21 @@ def test_interrupted_save_leaves_nothing(error, when, make_toy, tmp_path, monkey
     AutoModelForCausalLM.from_pretrained(tmp_path / "out")
 
 
-def test_interrupted_oneshot_leaves_nothing(make_toy, tmp_path, monkeypatch) -> None:
+def test_interrupted_oneshot_leaves_nothing_but_its_journal(make_toy, tmp_path, monkeypatch) -> None:
+    """No half-written checkpoint: what is finished of the work, for a run that goes on."""
+
     def failing(*_, **__):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(saving, "save_file", failing)
     with pytest.raises(KeyboardInterrupt):
         run(make_toy(num_hidden_layers=1), tmp_path / "out")
-    assert list(tmp_path.iterdir()) == []
+    assert [path.name for path in tmp_path.iterdir()] == ["out.partial"]
+    assert not list(tmp_path.rglob("config.json"))
+    monkeypatch.undo()
+    run(make_toy(num_hidden_layers=1), tmp_path / "out", resume=True)
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    AutoModelForCausalLM.from_pretrained(tmp_path / "out")
 
 
 def test_full_disk_is_noticed_before_writing(compressed, tmp_path, monkeypatch) -> None:
