@@ -105,14 +105,19 @@ class Job:
             model: as it is loaded.
             windows: of calibration text.
         """
-        recipe = [[type(each).__name__, each.model_dump()] for each in self.modifiers]
         return {
             "model": digest_of(model.named_parameters()),
-            "recipe": hashlib.sha256(json.dumps(recipe, sort_keys=True, default=str).encode()).hexdigest(),
+            "recipe": self.recipe_digest,
             "calibration data": digest_of((str(index), window) for index, window in enumerate(windows)),
             "device": working_device().type,
             "versions": package_versions(_VERSIONS),
         }
+
+    @property
+    def recipe_digest(self) -> str:
+        """SHA-256 of all settings of the modifiers, in hexadecimal."""
+        recipe = [[type(each).__name__, each.model_dump()] for each in self.modifiers]
+        return hashlib.sha256(json.dumps(recipe, sort_keys=True, default=str).encode()).hexdigest()
 
     @property
     def vocabulary(self) -> int:

@@ -27,7 +27,7 @@ from quad_modifiers.data.calibration import (
     calibration_reading,
 )
 from quad_modifiers.data.token_rows import check_vocabulary
-from quad_modifiers.journal import Journal, journaled, note_saving, settle_saving, unfinished_folder
+from quad_modifiers.journal import Journal, identity_of, journaled, note_saving, settle_saving, unfinished_folder
 from quad_modifiers.model.architecture import find_architecture
 from quad_modifiers.model.decoder import Decoder
 from quad_modifiers.model.rotary import restore_frequencies
@@ -126,10 +126,10 @@ def oneshot(
             device=device,
             cache_dir=cache_dir,
         )
-        if resume and output_dir is not None:
-            finished = _finished_before(user_path(output_dir), options)
-            if finished is not None:
-                return finished
+        finished = _finished_before(output_dir) if resume and output_dir is not None else None
+        if finished is not None:
+            job = checked_job(model, recipe, overrides, None, options, arguments)
+            return _take_finished(finished, job)
         job = checked_job(model, recipe, overrides, output_dir, options, arguments, resume)
         job.check_model(max_seq_length, tie_word_embeddings)
         start = time.perf_counter()
@@ -216,14 +216,26 @@ def _use_native_blocks(model: PreTrainedModel) -> None:
     use_native_blocks(decoder)
 
 
-def _finished_before(output: Path, options: LoadingOptions) -> PreTrainedModel | None:
+def _finished_before(output_dir: str | Path) -> Path | None:
     """Returns the checkpoint of a run that was cut off when nothing was left to do but to tidy up."""
+    output = user_path(output_dir)
+    whole = settle_saving(
+        unfinished_folder(output, PARTIAL), output, lambda written: not damages(written, need_checksums(written))
+    )
+    return output if whole else None
+
+
+def _take_finished(output: Path, job: Job) -> PreTrainedModel:
+    """Tidies up behind a run that had finished, and loads its checkpoint."""
     folder = unfinished_folder(output, PARTIAL)
-    if not settle_saving(folder, output, lambda written: not damages(written, need_checksums(written))):
-        return None
+    if identity_of(folder)["recipe"] != job.recipe_digest:
+        raise ValueError(
+            f"the run in {folder} had another recipe; it had finished, and its checkpoint is in {output}: remove "
+            f"{folder}, and choose another output"
+        )
     shutil.rmtree(folder)
     logger.info("the interrupted run had finished: its checkpoint is in %s", output)
-    return open_checkpoint(output, options=replace(options, revision=None)).load()
+    return open_checkpoint(output, options=replace(job.options, revision=None)).load()
 
 
 def _journal(job: Job, model: PreTrainedModel, windows: list[torch.Tensor], resume: bool) -> Journal | None:

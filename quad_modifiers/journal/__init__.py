@@ -7,7 +7,7 @@ from quad_modifiers.journal.digest import digest_of
 from quad_modifiers.journal.journal import Journal, folder_in_journal, journaled, open_step
 from quad_modifiers.journal.saving import note_saving, settle_saving
 from quad_modifiers.journal.step import Step
-from quad_modifiers.journal.unfinished import check_absent, open_unfinished, unfinished_folder
+from quad_modifiers.journal.unfinished import check_absent, identity_of, open_unfinished, unfinished_folder
 
 __all__ = [
     "Journal",
@@ -15,6 +15,7 @@ __all__ = [
     "check_absent",
     "digest_of",
     "folder_in_journal",
+    "identity_of",
     "journaled",
     "note_saving",
     "open_step",

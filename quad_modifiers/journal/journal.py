@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from quad_modifiers.journal.step import Step
-from quad_modifiers.journal.unfinished import LOCK, RUN, is_unfinished, open_unfinished
+from quad_modifiers.journal.unfinished import LOCK, RUN, is_unfinished, locked, open_unfinished
 from quad_modifiers.output_folder import replace_file
 
 logger = logging.getLogger(__name__)
@@ -42,7 +42,7 @@ class Journal:
         self._is_ours = False  # made or locked by this process
         if is_unfinished(folder):
             open_unfinished(folder, identity, resume)
-            self._lock = _locked(folder)
+            self._lock = locked(folder)
             self._is_ours = True
 
     @property
@@ -105,7 +105,7 @@ class Journal:
             if self._lock is None:
                 self._is_ours = not self.folder.exists()
                 open_unfinished(self.folder, self._identity, False)
-                self._lock = _locked(self.folder)
+                self._lock = locked(self.folder)
                 self._is_ours = True
             for write in writes:
                 write()
@@ -164,20 +164,3 @@ def _begun(file: Path, start: str | None) -> None:
     if not file.is_file():
         file.parent.mkdir(exist_ok=True)
         replace_file(file, json.dumps(start) + "\n")
-
-
-def _locked(folder: Path) -> IO[str]:
-    """Returns the lock of a folder, held until it is closed or the process ends, however it ends."""
-    handle = (folder / LOCK).open("w")
-    try:
-        import fcntl
-    except ImportError:  # pragma: no cover - not on Windows
-        return handle
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
-        handle.close()
-        raise FileExistsError(f"another process works in {folder}; wait for it, or end it") from error
-    except OSError:  # a network file system without locks
-        return handle
-    return handle

@@ -5,6 +5,7 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
+from quad_modifiers.journal.unfinished import locked
 from quad_modifiers.output_folder import put_in_place, replace_file
 
 _SAVING = "saving.json"
@@ -27,16 +28,18 @@ def settle_saving(journal_folder: Path, output: Path, is_whole: Callable[[Path],
         Whether `output` is complete: the run had ended but for the removal of its journal.
 
     Raises:
+        FileExistsError: if another process works on that run.
         OSError: if the checkpoint cannot be put in its place.
     """
     file = journal_folder / _SAVING
     if not file.is_file():
         return False
-    noted = json.loads(file.read_text(encoding="utf-8"))
-    hidden = Path(noted["hidden"])
-    if not noted["complete"]:
-        shutil.rmtree(hidden, ignore_errors=True)
-        return False
-    if hidden.is_dir():
-        put_in_place(hidden, output, begun=True)
-    return output.is_dir() and is_whole(output)
+    with locked(journal_folder):
+        noted = json.loads(file.read_text(encoding="utf-8"))
+        hidden = Path(noted["hidden"])
+        if not noted["complete"]:
+            shutil.rmtree(hidden, ignore_errors=True)
+            return False
+        if hidden.is_dir():
+            put_in_place(hidden, output, begun=True)
+        return output.is_dir() and is_whole(output)

@@ -3,7 +3,7 @@
 import json
 import os
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from quad_modifiers.output_folder import may_write, replace_file
 
@@ -58,7 +58,7 @@ def open_unfinished(folder: Path, identity: dict[str, Any], resume: bool) -> Non
         folder.mkdir(parents=True, exist_ok=True)
         replace_file(file, json.dumps(identity, indent=1) + "\n")
         return
-    found, wanted = json.loads(file.read_text(encoding="utf-8")), json.loads(json.dumps(identity))
+    found, wanted = identity_of(folder), json.loads(json.dumps(identity))
     differing = sorted(key for key in wanted.keys() | found.keys() if wanted.get(key) != found.get(key))
     if differing:
         key = differing[0]
@@ -66,3 +66,30 @@ def open_unfinished(folder: Path, identity: dict[str, Any], resume: bool) -> Non
             f"the unfinished run in {folder} had another {', another '.join(differing)} ({key} {found.get(key)}, now "
             f"{wanted.get(key)}); give the same, or remove the folder to start anew"
         )
+
+
+def locked(folder: Path) -> IO[str]:
+    """Returns the lock of a run's folder, held until it is closed or the process ends, however it ends.
+
+    Raises:
+        FileExistsError: if another process holds it.
+    """
+    handle = (folder / LOCK).open("w")
+    try:
+        import fcntl
+    except ImportError:  # pragma: no cover - not on Windows
+        return handle
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        handle.close()
+        raise FileExistsError(f"another process works in {folder}; wait for it, or end it") from error
+    except OSError:  # a network file system without locks
+        return handle
+    return handle
+
+
+def identity_of(folder: Path) -> dict[str, Any]:
+    """Returns what the run in a folder was made from, as `open_unfinished` was told."""
+    found: dict[str, Any] = json.loads((folder / RUN).read_text(encoding="utf-8"))
+    return found

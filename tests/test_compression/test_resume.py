@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 
 import quad_modifiers
-from quad_modifiers.journal import Step, unfinished
+from quad_modifiers.journal import Step, note_saving, unfinished
 from quad_modifiers.output_folder import move_entries
 
 pytest.importorskip("llmcompressor")
@@ -237,6 +237,12 @@ def test_two_at_once(cut_off, toy_checkpoint) -> None:
         fcntl.flock(handle, fcntl.LOCK_EX)
         with pytest.raises(FileExistsError, match="another process works in"):
             resume(toy_checkpoint, cut_off)
+        hidden = cut_off.with_name(".out.01234567")  # which the other process is filling
+        hidden.mkdir()
+        note_saving(cut_off.with_name("out.partial"), hidden, is_complete=False)
+        with pytest.raises(FileExistsError, match="another process works in"):
+            resume(toy_checkpoint, cut_off)
+        assert hidden.is_dir()
 
 
 def test_a_full_disk_does_not_end_the_run(
@@ -336,6 +342,8 @@ def test_cut_off_while_the_files_are_moved(exists: bool, moved: bool, whole, cut
         patched.setattr(output_folder, "put_in_place", killed)
         with pytest.raises(SystemExit):
             resume(toy_checkpoint, output)
+    with pytest.raises(ValueError, match="had another recipe; it had finished, and its checkpoint is in"):
+        resume(toy_checkpoint, output, recipe=recipe_text("rounded"))
     with pytest.MonkeyPatch.context() as patched:
         rest = CutOff(patched)
         resume(toy_checkpoint, output)
