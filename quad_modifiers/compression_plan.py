@@ -17,7 +17,7 @@ from quad_modifiers.model.decoder import Block, Decoder, PlacedGroup
 from quad_modifiers.passes.calibration_stream import work_on, working_device
 from quad_modifiers.plugins import architectures
 from quad_modifiers.projection.rank import rank_of
-from quad_modifiers.recipe.order import PROJECT, QUANTIZE_ACTIVATIONS, PlacedModifier
+from quad_modifiers.recipe.order import PROJECT, QUANTIZE_ACTIVATIONS, QUANTIZE_WEIGHTS, PlacedModifier
 from quad_modifiers.recipe.storable import weight_words
 from quad_modifiers.recipe.stored_size import stored_size
 
@@ -91,8 +91,8 @@ def plan_compression(
 ) -> CompressionPlan:
     """Returns what `oneshot` with these arguments will make and take; it refuses what `oneshot` refuses beforehand.
 
-    The time is an estimate: that of the products, at a rate that is measured on the device, and a third more. Neither
-    the training of `OutlierLoRA` nor what a stock modifier does is in it.
+    The time is an estimate: that of the products, at a rate that is measured on the device, and a third more. It leaves
+    out the training of `OutlierLoRA`, and what `FlattenedRotation`, `LowRankBranch` and stock modifiers do.
 
     Args:
         model: folder, hub id, or loaded transformers model.
@@ -145,7 +145,7 @@ class _Shape:
         self.decoder, self.tokens, self.length = decoder, tokens, length
         placed = [PlacedModifier(each) for each in modifiers]
         self.projections = [each.modifier for each in placed if PROJECT in each.roles and not each.is_stock]
-        weights = [each for each in modifiers if hasattr(type(each), "error_correction") or hasattr(each, "sweeps")]
+        weights = [each.modifier for each in placed if QUANTIZE_WEIGHTS in each.roles and not each.is_stock]
         self.calibrates = any(getattr(each, "method", "gptq") == "gptq" for each in weights)
         self.corrects = self.calibrates and any(getattr(each, "error_correction", 0) for each in weights)
         self.sweeps = max((getattr(each, "sweeps", 0) for each in weights), default=0)

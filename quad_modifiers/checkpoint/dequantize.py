@@ -9,14 +9,13 @@ widened by coordinates that are always zero.
 from typing import Any
 
 import torch
-from quad_kernels.hadamard import plan_hadamard
-from quad_kernels.hadamard.construct import hadamard_factor
 from torch import nn
 from transformers import AutoModelForCausalLM
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from quad_modifiers.checkpoint.format import QuadFormat
 from quad_modifiers.checkpoint.installed_sections import fold_sections
+from quad_modifiers.linalg.split_adjoint import unsplit_residual
 from quad_modifiers.model.architecture import Architecture
 from quad_modifiers.model.decoder import Decoder
 from quad_modifiers.nn.native_block import remove_native_blocks
@@ -78,38 +77,13 @@ def dense_weight(container: QuadLinear) -> torch.Tensor:
     split = container.split
     packed = container.packed()
     residual = container.residual.weight.double() if packed is None else packed.dequantized(torch.float64)
-    if split.hadamard:
-        residual = _undo_hadamard(residual)
-    weight = _with_outliers(residual, container) if split.rank else residual
+    weight = unsplit_residual(residual, split)
+    outlier = container.dense_outlier(torch.float64)
+    if outlier is not None:
+        weight[:, split.outlier_index(weight.device)] = outlier
     for term in container.terms():
         weight = weight + term.dense().to(weight)
     return weight
-
-
-def _with_outliers(residual: torch.Tensor, container: QuadLinear) -> torch.Tensor:
-    """The weight on the unsplit input, from that on the residual coordinates."""
-    split = container.split
-    outliers = split.outlier_index(residual.device)
-    weight = residual.new_empty(residual.shape[0], split.width)
-    if split.keep_width:
-        weight.copy_(residual)
-    else:
-        others = torch.ones(split.width, dtype=torch.bool, device=residual.device)
-        others[outliers] = False
-        weight[:, others] = residual
-    outlier = container.dense_outlier(torch.float64)
-    assert outlier is not None
-    weight[:, outliers] = outlier
-    return weight
-
-
-def _undo_hadamard(weight: torch.Tensor) -> torch.Tensor:
-    """Returns W M^T for the online transform M of the input: z M W^T = z (W M^T)^T."""
-    plan = plan_hadamard(weight.shape[1])
-    y = weight.reshape(-1, *plan.factors)
-    for axis, order in enumerate(plan.factors, start=1):
-        y = (y.movedim(axis, -1) @ hadamard_factor(order, y.dtype, y.device).T).movedim(-1, axis)
-    return y.reshape(weight.shape)
 
 
 def _widen_norm(norm: Any, fill: int) -> None:

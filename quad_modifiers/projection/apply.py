@@ -5,21 +5,18 @@ becomes c x Q, so that a stock RMSNorm over d + r coordinates, with the original
 c x Q / rms(x): writers are multiplied by c, readers divided by it. docs/concepts/projection.md has the derivation.
 """
 
-from collections.abc import Callable, Iterator
-from itertools import chain
+from collections.abc import Iterator
 
 import torch
 from quad_kernels import InputSplit, split_input
-from torch import nn
 
 from quad_modifiers.model.architecture import Space
 from quad_modifiers.model.decoder import Block, Decoder, PlacedGroup, PlacedLinear
 from quad_modifiers.nn.quad_linear import QuadLinear
 from quad_modifiers.nn.transformed_norm import add_head_transform
+from quad_modifiers.projection.parameters import by_rows, set_parameter
 from quad_modifiers.projection.plan import Projection, ResidualBasis
 from quad_modifiers.reporting import layer_progress
-
-_ROWS = 4096  # of an embedding or head, at once
 
 
 @torch.no_grad()
@@ -69,25 +66,13 @@ def _project_ends(decoder: Decoder, basis: ResidualBasis, shared: bool) -> None:
     if shared:
         add_head_transform(norm, basis.between_ends(norm.weight))
     else:
-        _set(head, "weight", _by_rows(head.weight, lambda rows: basis.read(rows, norm.weight)))
-    _set(embedding, "weight", _by_rows(embedding.weight, lambda rows: basis.write(rows.T).T))
+        set_parameter(head, "weight", by_rows(head.weight, lambda rows: basis.read(rows, norm.weight)))
+    set_parameter(embedding, "weight", by_rows(embedding.weight, lambda rows: basis.write(rows.T).T))
     if shared:
         head.weight = embedding.weight
     embedding.embedding_dim = head.in_features = basis.width
-    _set(norm, "weight", torch.ones(basis.width))
+    set_parameter(norm, "weight", torch.ones(basis.width))
     decoder.model.config.tie_word_embeddings = shared
-
-
-def _by_rows(table: torch.Tensor, project: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
-    """Projects the rows of a table, some at a time: float64 takes four times the memory of bfloat16."""
-    parts = (project(rows).to(table) for rows in table.split(_ROWS))
-    first = next(parts)
-    projected = first.new_empty(len(table), first.shape[1])
-    start = 0
-    for part in chain((first,), parts):
-        projected[start : start + len(part)] = part
-        start += len(part)
-    return projected
 
 
 def _project_block(block: Block, projection: Projection, sizes: dict[Space, int]) -> None:
@@ -98,14 +83,14 @@ def _project_block(block: Block, projection: Projection, sizes: dict[Space, int]
             else:
                 _project_writer(group, linear, projection)
     for norm in block.norms():  # after every group that reads it
-        _set(norm, "weight", torch.ones(projection.residual.width))
+        set_parameter(norm, "weight", torch.ones(projection.residual.width))
 
 
 def _project_reader(group: PlacedGroup, linear: PlacedLinear, projection: Projection, sizes: dict[Space, int]) -> None:
     basis, module, norm = projection.residual, linear.module, group.norm
     assert norm is not None
     if not group.group.quantized:
-        _set(module, "weight", basis.read(module.weight, norm.weight))
+        set_parameter(module, "weight", basis.read(module.weight, norm.weight))
         module.in_features = basis.width
         return
     weight, bias = basis.read(module.residual.weight, norm.weight), module.bias
@@ -164,9 +149,3 @@ def _install(linear: QuadLinear, split: InputSplit, weight: torch.Tensor, bias: 
     # split is orthogonal on its range: outlier columns are picked, the residual keeps zeros and is rotated.
     outlier, residual = split_input(weight, split)
     linear.set_weights(split, residual, outlier, bias)
-
-
-def _set(module: nn.Module, name: str, value: torch.Tensor) -> None:
-    """Replaces a parameter, keeping its dtype and device."""
-    reference = getattr(module, name)
-    setattr(module, name, nn.Parameter(value.to(reference), requires_grad=False))

@@ -6,7 +6,6 @@ they are. Products are computed in float64 and cast back once.
 """
 
 from collections.abc import Iterator
-from typing import Any
 
 import torch
 from quad_kernels import split_input
@@ -18,6 +17,7 @@ from quad_modifiers.model.decoder import Decoder, PlacedGroup
 from quad_modifiers.model.geometry import ModelGeometry
 from quad_modifiers.nn.quad_linear import QuadLinear
 from quad_modifiers.nn.transformed_norm import TransformedNorm
+from quad_modifiers.projection.parameters import by_rows, set_parameter
 from quad_modifiers.reporting import layer_progress
 
 
@@ -60,18 +60,18 @@ def _rotate_group(group: PlacedGroup, turn: _Turn, heads: dict[str, torch.Tensor
     for linear in group.linears:
         module = linear.module
         if not group.group.quantized:
-            _set(module, "weight", turn.columns(module.weight))
+            set_parameter(module, "weight", turn.columns(module.weight))
             continue
         if group.group.reads == "stream":
-            _set(module.residual, "weight", turn.columns(module.residual.weight))
+            set_parameter(module.residual, "weight", turn.columns(module.residual.weight))
         elif rotations is not None:
             _rotate_reader_of_values(module, rotations, geometry.head_dim)
         for owner, name in _weights(module):
             tensor = getattr(owner, name)
             if group.group.writes_stream:
-                _set(owner, name, turn.rows(tensor))
+                set_parameter(owner, name, turn.rows(tensor))
             elif rotations is not None and "values" in linear.member.produces:
-                _set(owner, name, _new_values(tensor, linear.member.produces, rotations, geometry.sizes()))
+                set_parameter(owner, name, _new_values(tensor, linear.member.produces, rotations, geometry.sizes()))
 
 
 def _weights(linear: QuadLinear) -> Iterator[tuple[nn.Module, str]]:
@@ -100,22 +100,16 @@ def _rotate_reader_of_values(linear: QuadLinear, rotations: torch.Tensor, head_d
     columns = unsplit.unflatten(1, (len(rotations), -1, head_dim))
     turned = [_Turn(rotation).columns(columns[:, head]) for head, rotation in enumerate(rotations)]
     _, residual = split_input(torch.stack(turned, dim=1).flatten(1), linear.split)
-    _set(linear.residual, "weight", residual)
+    set_parameter(linear.residual, "weight", residual)
 
 
 def _rotate_ends(decoder: Decoder, turn: _Turn) -> None:
     embedding, head, norm = decoder.embedding, decoder.head, decoder.final_norm
     tied = decoder.is_tied
-    _set(embedding, "weight", turn.columns(embedding.weight))
+    set_parameter(embedding, "weight", by_rows(embedding.weight, turn.columns))
     if isinstance(norm, TransformedNorm):  # the head reads the embedding's table behind M: R^T M R
-        _set(norm, "head_transform", turn.rows(turn.columns(norm.head_transform)))
+        set_parameter(norm, "head_transform", turn.rows(turn.columns(norm.head_transform)))
     if tied:
         head.weight = embedding.weight
     else:
-        _set(head, "weight", turn.columns(head.weight))
-
-
-def _set(module: Any, name: str, value: torch.Tensor) -> None:
-    """Replaces a parameter, keeping its dtype and device."""
-    reference = getattr(module, name)
-    setattr(module, name, nn.Parameter(value.to(reference).contiguous(), requires_grad=False))
+        set_parameter(head, "weight", by_rows(head.weight, turn.columns))

@@ -17,7 +17,6 @@ import pytest
 
 import quad_modifiers
 from quad_modifiers.journal import Step, note_saving, unfinished
-from quad_modifiers.output_folder import move_entries
 
 pytest.importorskip("llmcompressor")
 
@@ -392,13 +391,3 @@ def test_killed_at_any_moment(toy_checkpoint, tmp_path: Path) -> None:
             finish(output, "--resume")
         assert files_of(output) == wanted
         assert not [each for each in tmp_path.iterdir() if each.name.startswith((f".{output.name}", partial.name))]
-
-
-def test_moving_goes_on_where_it_was_cut_off(tmp_path: Path) -> None:
-    (tmp_path / "hidden").mkdir()
-    (tmp_path / "target").mkdir()
-    for name in ("config.json", "b"):
-        (tmp_path / "hidden" / name).write_text(name)
-    (tmp_path / "target" / "a").write_text("a")
-    move_entries(tmp_path / "hidden", tmp_path / "target")
-    assert sorted(each.name for each in (tmp_path / "target").iterdir()) == ["a", "b", "config.json"]
