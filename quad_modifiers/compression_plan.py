@@ -28,6 +28,7 @@ _LIBRARIES = 700e6  # bytes: torch, transformers and llm-compressor
 _BEHIND_PRODUCTS = 1.35  # time of a run over that of its products: SmolLM2-135M on 2 cores of an EPYC, AVX2
 _BEHIND_TENSORS = 1.2  # memory of a run over that of what is counted here; within 10 % on two models, of 2.5 and 6.7 GB
 _PRODUCT = 1024  # side of the matrices whose product is timed
+_RANKS = {"stream": "rank", "values": "o_proj_rank_per_head", "channels": "down_proj_rank"}  # fields of a projection
 
 
 @dataclass(frozen=True)
@@ -41,7 +42,8 @@ class PlannedLinears:
         outputs: output channels, in the original.
         weight: what the weights become, in words.
         inputs: what the inputs become at run time, in words.
-        outlier: outlier columns that are added to or taken from the inputs, and stay in full precision.
+        outlier: outlier columns that are added to or taken from the inputs.
+        outlier_weight: what the weights of those become, in words.
     """
 
     role: str
@@ -51,6 +53,7 @@ class PlannedLinears:
     weight: str
     inputs: str
     outlier: int
+    outlier_weight: str
 
 
 @dataclass(frozen=True)
@@ -146,6 +149,7 @@ class _Shape:
         placed = [PlacedModifier(each) for each in modifiers]
         self.projections = [each.modifier for each in placed if PROJECT in each.roles and not each.is_stock]
         weights = [each.modifier for each in placed if QUANTIZE_WEIGHTS in each.roles and not each.is_stock]
+        self.measures = any(getattr(each, name, 0) for each in self.projections for name in _RANKS.values())
         self.calibrates = any(getattr(each, "method", "gptq") == "gptq" for each in weights)
         self.corrects = self.calibrates and any(getattr(each, "error_correction", 0) for each in weights)
         self.sweeps = max((getattr(each, "sweeps", 0) for each in weights), default=0)
@@ -185,9 +189,9 @@ class _Shape:
         geometry = self.decoder.geometry
         forward = sum(linear.module.weight.numel() for linear in block.linears())
         forward += 2 * self.length * geometry.heads * geometry.head_dim
-        passes = bool(self.projections) + self.calibrates * (1 + self.corrects)
+        passes = self.measures + self.calibrates * (1 + self.corrects)
         total = self.tokens * passes * forward
-        if self.projections:
+        if self.measures:
             total += self.tokens * len(block.norms()) * geometry.hidden**2 // 2
         for group in block.quantized_groups() if self.calibrates else ():
             width, rows = self.width(group), sum(linear.module.out_features for linear in group.linears)
@@ -198,20 +202,18 @@ class _Shape:
 
 def _outlier(projection: Any, group: PlacedGroup, decoder: Decoder) -> int:
     """Outlier columns of a group's inputs."""
-    geometry = decoder.geometry
-    ranks = {
-        "stream": ("rank", geometry.hidden, 1),
-        "values": ("o_proj_rank_per_head", geometry.head_dim, geometry.heads),
-        "channels": ("down_proj_rank", group.linears[0].module.in_features, 1),
-    }
-    name, size, times = ranks[group.group.reads]
-    return times * rank_of(getattr(projection, name, 0), size)
+    reads, geometry = group.group.reads, decoder.geometry
+    rank = getattr(projection, _RANKS[reads], 0)
+    if reads == "values":
+        return geometry.heads * rank_of(rank, geometry.head_dim)
+    return rank_of(rank, geometry.hidden if reads == "stream" else group.linears[0].module.in_features)
 
 
 def _planned(decoder: Decoder, modifiers: "Sequence[Modifier]") -> Iterator[PlannedLinears]:
     placed = [PlacedModifier(each) for each in modifiers]
     words = weight_words(placed, [linear.name for linear in decoder.linears()])
     dtype = str(next(decoder.model.parameters()).dtype).removeprefix("torch.")
+    bits = next((each.modifier.outlier_bits for each in placed if getattr(each.modifier, "outlier_bits", None)), None)
     roles: dict[tuple[Any, ...], int] = {}
     for group in decoder.groups():
         outlier = sum(
@@ -226,10 +228,11 @@ def _planned(decoder: Decoder, modifiers: "Sequence[Modifier]") -> Iterator[Plan
                 words[linear.name] or dtype,
                 _input_words(placed, group, dtype),
                 outlier,
+                "" if not outlier else dtype if bits is None or not words[linear.name] else f"{bits} bits",
             )
             roles[row] = roles.get(row, 0) + 1
-    for (role, width, outputs, weight, inputs, outlier), count in roles.items():
-        yield PlannedLinears(role, count, width, outputs, weight, inputs, outlier)
+    for (role, *rest), count in roles.items():
+        yield PlannedLinears(role, count, *rest)
 
 
 def _input_words(placed: Sequence[PlacedModifier], group: PlacedGroup, dtype: str) -> str:

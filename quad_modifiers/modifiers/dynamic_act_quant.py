@@ -110,7 +110,10 @@ class DynamicActQuant(QuadModifier):
         if bits is None:
             return ""
         levels = " of two levels" if self.sub_scale_bits else ""
-        return f"{bits} bits, {f'groups of {self.group_size}{levels}' if self.group_size else 'per token'}"
+        grouped = f"groups of {self.group_size}{levels}" if self.group_size else "per token"
+        if group.reads == "values" and self.o_proj_scale is not None:
+            grouped = "per token and head" if self.o_proj_scale == "head" else "per token"
+        return f"{bits} bits, {grouped}"
 
     def prepare(self, decoder: Decoder, batches: Batches) -> None:
         """Sets the input quantization of every linear in the decoder blocks."""

@@ -69,10 +69,9 @@ class TuningSettings:
     def __post_init__(self) -> None:
         """Checks the ranges."""
         object.__setattr__(self, "train", trained_parts(self.train))
-        positive = ("epochs", "learning_rate", "temperature", "weight_learning_rate")
-        for name, lowest in ((name, 0) for name in positive):
-            if not getattr(self, name) > lowest:
-                raise ValueError(f"{name} ({getattr(self, name)}) must be above {lowest}")
+        for name in ("epochs", "learning_rate", "temperature", "weight_learning_rate"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"{name} ({getattr(self, name)}) must be above 0")
         for name, smallest in (("batch_size", 1), ("accumulation", 1), ("evaluations", 2)):
             if getattr(self, name) < smallest:
                 raise ValueError(f"{name} ({getattr(self, name)}) must be at least {smallest}")

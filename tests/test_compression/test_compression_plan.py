@@ -64,6 +64,29 @@ def test_products_are_counted(toy_checkpoint) -> None:
     assert plan.products == 6 * 48 * layers * by_token
 
 
+def test_without_ranks_nothing_is_measured_for_the_projection(toy_checkpoint) -> None:
+    plan = plan_compression(
+        toy_checkpoint("llama"), "quad_stage:\n  quad_modifiers:\n    SVDOutlierProjection: {rank: 0}\n", **WINDOWS
+    )
+    assert plan.products == 0
+    assert {(each.outlier, each.outlier_weight) for each in plan.linears} == {(0, "")}
+
+
+def test_outliers_in_8_bits_and_scales_per_head(toy_checkpoint) -> None:
+    recipe = """quad_stage:
+  quad_modifiers:
+    SVDOutlierProjection: {rank: 1/8, basis: square, o_proj_rank_per_head: 1/8}
+    DynamicActQuant: {outlier_bits: 8, o_proj_scale: head}
+    OutlierSplitGPTQ: {outlier_bits: 8, ignore: [k_proj, lm_head]}
+"""
+    found = {each.role: each for each in plan_compression(toy_checkpoint("llama"), recipe, **WINDOWS).linears}
+    assert found["o_proj"].inputs == "4 bits, per token and head"
+    assert (found["q_proj"].inputs, found["q_proj"].outlier_weight) == ("4 bits, per token", "8 bits")
+    assert (found["k_proj"].weight, found["k_proj"].outlier_weight) == ("float32", "float32")
+    assert found["q_proj"].outlier == 8
+    assert (found["down_proj"].outlier, found["down_proj"].outlier_weight) == (0, "")
+
+
 def test_more_windows_take_more(toy_checkpoint) -> None:
     few, many = (
         plan_compression(toy_checkpoint("llama"), RECIPE, num_calibration_samples=count, max_seq_length=48)

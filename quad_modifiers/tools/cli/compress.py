@@ -174,7 +174,14 @@ def _show_plan(model: str, recipe: str, as_json: bool, **arguments: Any) -> None
     print_table(
         header,
         [
-            (each.role, str(each.count), f"{each.width} x {each.outputs}", each.weight, each.inputs, str(each.outlier))
+            (
+                each.role,
+                str(each.count),
+                f"{each.width} x {each.outputs}",
+                each.weight,
+                each.inputs,
+                f"{each.outlier}, {each.outlier_weight}" if each.outlier else "none",
+            )
             for each in plan.linears
         ],
     )

@@ -167,10 +167,13 @@ def _task(name: str, shots: int | None) -> str:
 
 
 def _tuning(tuning: Tuning) -> str:
-    trained = "outlier weights and the scales of the quantized weights" if tuning.weight_scales else "outlier weights"
+    parts_of_weights = {"scales": tuning.weight_scales, "integers": tuning.weights}
+    of_weights = [name for name, is_trained in parts_of_weights.items() if is_trained]
+    trained = "outlier weights"
+    if of_weights:
+        trained += f" and the {' and '.join(of_weights)} of the quantized weights"
     integers = "the quantized integers are unchanged"
     if tuning.weights:
-        trained = trained.replace(" and", ",") + " and the integers of the quantized weights"
         integers = f"{tuning.moved_integers:,} quantized integers changed"
     goal = "on the next token" if tuning.original is None else f"by distillation from {tuning.original}"
     before, after = tuning.before, tuning.after
