@@ -42,6 +42,21 @@ def compress() -> Compress:
     return run
 
 
+@pytest.fixture
+def refuses(compress: Compress, make_toy: Any) -> Callable[[Sequence[Any], str], None]:
+    """Return `refuses(modifiers, message)`: the recipe is refused with that message, and the model is as it was."""
+    from quad_modifiers.recipe import RecipeError
+
+    def check(modifiers: Sequence[Any], message: str) -> None:
+        model = make_toy("llama", "even")
+        state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+        with pytest.raises((RecipeError, ValueError), match=message):
+            compress(model, *[each.model_copy(deep=True) for each in modifiers])
+        assert all(torch.equal(tensor, state[name]) for name, tensor in model.state_dict().items())
+
+    return check
+
+
 @pytest.fixture(scope="session")
 def logits_of() -> Callable[[PreTrainedModel], torch.Tensor]:
     """Return `logits_of(model)`: float32 logits of 3 x 20 tokens that no calibration uses."""

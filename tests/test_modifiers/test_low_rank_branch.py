@@ -29,7 +29,6 @@ from quad_modifiers.modifiers.kv_cache_quant import KVCacheQuant
 from quad_modifiers.modifiers.low_rank_branch import LowRankBranch
 from quad_modifiers.modifiers.outlier_split_gptq import OutlierSplitGPTQ
 from quad_modifiers.modifiers.svd_outlier_projection import SVDOutlierProjection
-from quad_modifiers.recipe import RecipeError
 from quad_modifiers.tools.cli.main import app
 
 UP = "model.layers.1.mlp.down_proj.low_rank_branch.up"
@@ -281,12 +280,8 @@ def test_a_damaged_section_is_refused(section) -> None:
     ],
     ids=["rank", "quantized", "projection", "rotation", "nothing", "ends", "weight-only", "two"],
 )
-def test_refused_before_anything_is_touched(modifiers, message, make_toy, compress) -> None:
-    model = make_toy("llama", "even")
-    state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    with pytest.raises((RecipeError, ValueError), match=message):
-        compress(model, *[each.model_copy(deep=True) for each in modifiers])
-    assert all(torch.equal(tensor, state[name]) for name, tensor in model.state_dict().items())
+def test_refused_before_anything_is_touched(modifiers, message, refuses) -> None:
+    refuses(modifiers, message)
 
 
 @pytest.mark.parametrize("field", [{"rank": 0}, {"quantile": 0.2}, {"damping": 0.0}, {"rounds": -1}, {"bits": 4}])
