@@ -9,6 +9,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -252,9 +253,9 @@ def _save(
     journal: Journal | None,
 ) -> None:
     kept = None if journal is None or not journal.has_something else journal.folder
-    with complete_or_absent(folder, besides=() if journal is None else (journal.folder.name,)) as temporary:
-        if kept is not None:
-            note_saving(kept, temporary, is_complete=False)
+    besides = () if journal is None else (journal.folder.name,)
+    announce = None if kept is None else partial(note_saving, kept)
+    with complete_or_absent(folder, besides, announce) as temporary:
         inner = temporary / "checkpoint"
         model.save_pretrained(inner)
         if tokenizer is not None:
@@ -264,8 +265,6 @@ def _save(
         for item in inner.iterdir():
             item.rename(temporary / item.name)
         inner.rmdir()
-        if kept is not None:
-            note_saving(kept, temporary, is_complete=True)
     logger.info("checkpoint in %s", folder)
 
 

@@ -9,7 +9,7 @@ import os
 import secrets
 import shutil
 import stat
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -70,18 +70,9 @@ def rehearsal(path: Path) -> Iterator[Path]:
         NotADirectoryError: if a parent of `path` is a file.
         PermissionError: if nothing can be written there.
     """
-    real = _real(path)
-    place = real if real.is_dir() else _existing_parent(real)
-    if not place.is_dir():
-        raise NotADirectoryError(f"{path} cannot be written: {place} is a file; choose another output")
-    try:
-        for part in real.relative_to(place).parts:
-            with suppress(FileNotFoundError):
-                os.lstat(place / part)  # a name that is too long, or has no place on this file system
-        temporary = _make_hidden(place, real.name)
-    except OSError as error:
-        reason = error.strerror or str(error)
-        raise PermissionError(f"{path} cannot be written: {place}: {reason}; choose another output") from error
+    with _naming_what_cannot_be_written(path):
+        temporary = _hidden(_place_of(path), _real(path).name)
+        temporary.mkdir()
     try:
         yield temporary
     finally:
@@ -110,7 +101,9 @@ def check_space(folder: Path, size: int) -> None:
 
 
 @contextmanager
-def complete_or_absent(folder: Path, besides: Collection[str] = ()) -> Iterator[Path]:
+def complete_or_absent(
+    folder: Path, besides: Collection[str] = (), announce: Callable[[Path, bool], None] | None = None
+) -> Iterator[Path]:
     """Yields a temporary folder whose files become those of `folder` if the block succeeds and vanish if it does not.
 
     Files and folders get the modes that the umask and the place give.
@@ -118,20 +111,31 @@ def complete_or_absent(folder: Path, besides: Collection[str] = ()) -> Iterator[
     Args:
         folder: must not exist or be empty.
         besides: names of entries that may be in it.
+        announce: is told the temporary folder and whether it is complete, before it is made and before it is put in
+            place, so that it can be found whatever ends the process.
 
     Raises:
         FileExistsError, NotADirectoryError, PermissionError: as `check_target`, before the block.
         OSError: if `folder` was taken while the block ran; it names where the complete files are.
     """
-    check_target(folder, besides)
     real = _real(folder)
+    _check_empty(folder, real, besides)
+    with _naming_what_cannot_be_written(folder):
+        _place_of(folder)
     fills = real.is_dir()
-    made = [] if fills else _make_parents(real.parent)
+    temporary = _hidden(real if fills else real.parent, real.name)
+    if announce is not None:
+        announce(temporary, False)
+    made: list[Path] = []
     try:
-        temporary = _make_hidden(real if fills else real.parent, real.name)
+        with _naming_what_cannot_be_written(folder):
+            made = [] if fills else _make_parents(real.parent)
+            temporary.mkdir()
         try:
             yield temporary
             give_usual_modes(temporary)
+            if announce is not None:
+                announce(temporary, True)
         except BaseException:
             shutil.rmtree(temporary, ignore_errors=True)
             raise
@@ -259,11 +263,38 @@ def _check_empty(folder: Path, real: Path, besides: Collection[str]) -> None:
         raise NotADirectoryError(f"{folder} is a file; choose a folder")
 
 
-def _make_hidden(place: Path, name: str) -> Path:
-    """Makes a new folder with the usual mode, which `tempfile` would not give it."""
-    hidden = place / f".{name[:60]}.{secrets.token_hex(4)}"
-    hidden.mkdir()
-    return hidden
+def _place_of(path: Path) -> Path:
+    """Returns the folder that exists in which that of `path` is to be made, or `path` itself if it exists.
+
+    Raises:
+        NotADirectoryError: if it is a file.
+        OSError: if a folder that is missing cannot have its name here.
+    """
+    real = _real(path)
+    place = real if real.is_dir() else _existing_parent(real)
+    if not place.is_dir():
+        raise NotADirectoryError(f"{path} cannot be written: {place} is a file; choose another output")
+    for part in real.relative_to(place).parts:
+        with suppress(FileNotFoundError):
+            os.lstat(place / part)  # a name that is too long, or has no place on this file system
+    return place
+
+
+@contextmanager
+def _naming_what_cannot_be_written(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except NotADirectoryError:
+        raise
+    except OSError as error:
+        reason = error.strerror or str(error)
+        place = _existing_parent(_real(path)) if not _real(path).is_dir() else _real(path)
+        raise PermissionError(f"{path} cannot be written: {place}: {reason}; choose another output") from error
+
+
+def _hidden(place: Path, name: str) -> Path:
+    """Returns the name of a new folder; `mkdir` gives it the usual mode, which `tempfile` would not."""
+    return place / f".{name[:60]}.{secrets.token_hex(4)}"
 
 
 def _make_parents(parent: Path) -> list[Path]:

@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import logging
+import os
 import random
 import shutil
 import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 import quad_modifiers
-from quad_modifiers.journal import Step, note_saving, unfinished
+from quad_modifiers.journal import Step, note_saving, settle_saving, unfinished
+from quad_modifiers.output_folder import complete_or_absent
 
 pytest.importorskip("llmcompressor")
 
@@ -360,6 +364,49 @@ def test_in_a_folder_whose_parent_cannot_be_written(
     monkeypatch.setattr(unfinished, "may_write", lambda path: path != tmp_path)
     resume(toy_checkpoint, output)
     assert files_of(output) == whole
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+@pytest.mark.filterwarnings("ignore:.*use of fork:DeprecationWarning")
+@pytest.mark.parametrize("exists", [False, True], ids=["new folder", "existing folder"])
+def test_killed_before_any_change_of_the_files(exists: bool, tmp_path: Path) -> None:
+    """Whatever change was the last one: all of the checkpoint is in its place, or nothing of it anywhere."""
+    files = {"config.json": "{}", "model.safetensors": "weights", "tokenizer.json": "{}"}
+
+    def save_until(change: int, journal: Path, output: Path) -> bool:
+        """Returns whether saving was ended by the given change."""
+        child = os.fork()
+        if child == 0:
+            changes = itertools.count()
+
+            def kill(event: str, arguments: tuple[Any, ...]) -> None:
+                writes = event == "open" and arguments[2] & (os.O_WRONLY | os.O_RDWR | os.O_CREAT)
+                if (writes or event in ("os.mkdir", "os.rename", "os.remove", "os.rmdir")) and next(changes) == change:
+                    os.kill(os.getpid(), signal.SIGKILL)
+
+            sys.addaudithook(kill)
+            with complete_or_absent(output, announce=partial(note_saving, journal)) as hidden:
+                for name, text in files.items():
+                    (hidden / name).write_text(text)
+            os._exit(0)
+        return os.waitpid(child, 0)[1] != 0
+
+    settled = set()
+    for change in itertools.count():
+        folder = tmp_path / str(change)
+        journal, output = folder / "out.partial", folder / "out"
+        journal.mkdir(parents=True)
+        if exists:
+            output.mkdir()
+        if not save_until(change, journal, output):
+            break
+        whole = settle_saving(journal, output, lambda written: {file.name for file in written.iterdir()} == {*files})
+        settled.add(whole)
+        kept = {file.name: file.read_text() for file in output.iterdir()} if output.is_dir() else {}
+        assert kept == (files if whole else {})
+        assert {entry.name for entry in folder.iterdir()} == {"out.partial"} | ({"out"} if whole or exists else set())
+    assert settled == {True, False}
+    assert change > 10
 
 
 def test_killed_at_any_moment(toy_checkpoint, tmp_path: Path) -> None:
