@@ -77,7 +77,7 @@ class Job:
             RecipeError: for patterns of the recipe that match nothing.
         """
         _check_source(self.source)
-        if any(_is_ours(each) for each in self.modifiers):
+        if any(is_ours(each) for each in self.modifiers):
             _check_architecture(self.source, self.modifiers)
         if isinstance(self.source, Opened):
             self.source.check_weights()
@@ -235,7 +235,7 @@ def _check_architecture(model: Opened | PreTrainedModel, modifiers: "Sequence[Mo
         check_in_memory(model)
 
 
-def _is_ours(modifier: "Modifier") -> bool:
+def is_ours(modifier: "Modifier") -> bool:
     """Returns whether a modifier works on known architectures only."""
     from quad_modifiers.modifiers.base import QuadModifier  # imports llm-compressor
 

@@ -7,7 +7,7 @@ import shutil
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -21,6 +21,7 @@ from quad_modifiers.checkpoint.contribute import contributions_of
 from quad_modifiers.checkpoint.native_runtime import use_native_blocks
 from quad_modifiers.checkpoint.opened import open_checkpoint
 from quad_modifiers.checkpoint.whole_model import LoadingOptions
+from quad_modifiers.compression_size import Offload, check_offload, offload_folder
 from quad_modifiers.data.calibration import (
     CalibrationSource,
     as_dataloader,
@@ -33,6 +34,7 @@ from quad_modifiers.model.architecture import find_architecture
 from quad_modifiers.model.decoder import Decoder
 from quad_modifiers.model.rotary import restore_frequencies
 from quad_modifiers.nn.quad_linear import QuadLinear
+from quad_modifiers.on_disk import offloading
 from quad_modifiers.oneshot_arguments import PASSED, SEQUENTIAL, check_arguments, dtype_name
 from quad_modifiers.output_folder import complete_or_absent, user_path
 from quad_modifiers.passes.calibration_stream import work_on
@@ -70,6 +72,7 @@ def oneshot(
     device: str | None = None,
     tie_word_embeddings: bool | None = None,
     resume: bool = False,
+    offload: Offload = "auto",
     **arguments: Any,
 ) -> PreTrainedModel:
     """Compresses a causal language model by a recipe and, if asked, writes the checkpoint.
@@ -106,6 +109,9 @@ def oneshot(
         tie_word_embeddings: False gives the head a tensor of its own; True insists that it keeps the embedding's.
         resume: True to go on with an interrupted run of the same model, recipe and data, if there is one; the result is
             that of a run without the interruption.
+        offload: where weights and activations are that are not worked on: "disk", in files without a name beside
+            `output_dir`, "memory", or "auto" for the disk where they would not fit in memory. The checkpoint's tensors
+            are the same. On Linux.
         arguments: `pipeline`, `moe_calibrate_all_experts`, `log_dir`, and what llm-compressor's own modifiers read.
 
     Returns:
@@ -133,6 +139,7 @@ def oneshot(
             return _take_finished(finished, job)
         job = checked_job(model, recipe, overrides, output_dir, options, arguments, resume)
         job.check_model(max_seq_length, tie_word_embeddings)
+        check_offload(offload, job)
         start = time.perf_counter()
         tokens = job.tokenizer(tokenizer, processor)
         reading = calibration_reading(
@@ -140,9 +147,13 @@ def oneshot(
         )
         data = calibration_data(dataset, reading, num_samples=num_calibration_samples, sequence_length=max_seq_length)
         check_vocabulary(data.windows, job.vocabulary, "the calibration data")
-        loaded = job.load(tokens)
-        before = loaded.get_memory_footprint(return_buffers=False)
-        with work_on(device), journaled(_journal(job, loaded, data.windows, resume)) as journal:
+        folder = offload_folder(offload, job, sum(window.numel() for window in data.windows), max_seq_length)
+        with ExitStack() as stack:
+            stack.enter_context(offloading(folder))
+            loaded = job.load(tokens)
+            before = loaded.get_memory_footprint(return_buffers=False)
+            stack.enter_context(work_on(device))
+            journal = stack.enter_context(journaled(_journal(job, loaded, data.windows, resume)))
             with _config_on_disk(loaded, options):
                 llmcompressor_oneshot(
                     model=loaded,
@@ -154,11 +165,11 @@ def oneshot(
                     **{"pipeline": "independent", **_passed_on(arguments)},
                 )
             restore_frequencies(loaded, warn=False)  # a long calibration text may have rescaled them
-            _use_native_blocks(loaded)
             record = calibration_record(data.sources, max_seq_length, seed).model_dump_json(indent=1) + "\n"
             contributions_of(loaded).files[CALIBRATION_NAME] = record
             if job.output is not None:
                 _save(loaded, tokens, record, job.output, journal)
+            _use_native_blocks(loaded)
         _log_summary(loaded, before, job.output, time.perf_counter() - start)
     return loaded
 

@@ -79,6 +79,12 @@ def rehearsal(path: Path) -> Iterator[Path]:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
+def existing_place(path: Path) -> Path:
+    """Returns the folder that exists in which that of `path` is or will be made, or `path` itself if it exists."""
+    real = _real(path)
+    return real if real.is_dir() else _existing_parent(real)
+
+
 def check_space(folder: Path, size: int) -> None:
     """Checks that a checkpoint of `size` bytes fits on the disk of `folder`, which need not exist yet.
 
@@ -87,8 +93,7 @@ def check_space(folder: Path, size: int) -> None:
     Raises:
         OSError: with the space that is free and the space needed.
     """
-    real = _real(folder)
-    existing = real if real.is_dir() else _existing_parent(real)
+    existing = existing_place(folder)
     try:
         usage = shutil.disk_usage(existing)
     except OSError:
@@ -270,8 +275,7 @@ def _place_of(path: Path) -> Path:
         NotADirectoryError: if it is a file.
         OSError: if a folder that is missing cannot have its name here.
     """
-    real = _real(path)
-    place = real if real.is_dir() else _existing_parent(real)
+    real, place = _real(path), existing_place(path)
     if not place.is_dir():
         raise NotADirectoryError(f"{path} cannot be written: {place} is a file; choose another output")
     for part in real.relative_to(place).parts:
@@ -288,8 +292,9 @@ def _naming_what_cannot_be_written(path: Path) -> Iterator[None]:
         raise
     except OSError as error:
         reason = error.strerror or str(error)
-        place = _existing_parent(_real(path)) if not _real(path).is_dir() else _real(path)
-        raise PermissionError(f"{path} cannot be written: {place}: {reason}; choose another output") from error
+        raise PermissionError(
+            f"{path} cannot be written: {existing_place(path)}: {reason}; choose another output"
+        ) from error
 
 
 def _hidden(place: Path, name: str) -> Path:

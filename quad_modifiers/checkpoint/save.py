@@ -28,6 +28,7 @@ from quad_modifiers.checkpoint.saving_arguments import check_saving_arguments
 from quad_modifiers.model.architecture import Architecture
 from quad_modifiers.model.decoder import Decoder
 from quad_modifiers.nn.quad_linear import QuadLinear
+from quad_modifiers.on_disk import is_offloading, let_go
 from quad_modifiers.output_folder import check_space, check_target, complete_or_absent, user_path
 from quad_modifiers.records.checksums import write_checksums
 from quad_modifiers.records.inventory import INDEX_NAME
@@ -35,6 +36,8 @@ from quad_modifiers.records.inventory import INDEX_NAME
 logger = logging.getLogger(__name__)
 
 WEIGHTS_NAME = "model{suffix}.safetensors"
+_USUAL_SHARD_SIZE = "5GB"
+_SHARD_SIZE_OFFLOADED = "300MB"  # where weights are on the disk: a shard is read as a whole while it is written
 
 
 def attach_saver(model: nn.Module, architecture: Architecture) -> None:
@@ -67,7 +70,7 @@ class CheckpointSaver:
         self,
         save_directory: str | Path,
         is_main_process: bool = True,
-        max_shard_size: str | int = "5GB",
+        max_shard_size: str | int = _USUAL_SHARD_SIZE,
         **arguments: Any,
     ) -> None:
         """Writes the checkpoint; nothing where this is not the main process.
@@ -84,7 +87,7 @@ def save_checkpoint(
     model: nn.Module,
     architecture: Architecture,
     folder: Path,
-    max_shard_size: str | int = "5GB",
+    max_shard_size: str | int = _USUAL_SHARD_SIZE,
 ) -> None:
     """Writes model, config, generation config, the recipe and the checksums of them all.
 
@@ -161,9 +164,13 @@ def _config(decoder: Decoder, plain: bool, linears: dict[str, Any], contributed:
 
 def write_tensors(tensors: dict[str, torch.Tensor], folder: Path, max_shard_size: str | int) -> None:
     """Writes one safetensors file, or shards and their index."""
+    if is_offloading() and max_shard_size == _USUAL_SHARD_SIZE:
+        max_shard_size = _SHARD_SIZE_OFFLOADED
     split = split_torch_state_dict_into_shards(tensors, filename_pattern=WEIGHTS_NAME, max_shard_size=max_shard_size)
     for filename, names in split.filename_to_tensors.items():
         save_file({name: tensors[name].cpu() for name in names}, folder / filename, metadata={"format": "pt"})
+        for name in names:
+            let_go(tensors[name])
     if split.is_sharded:
         index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
         (folder / INDEX_NAME).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")

@@ -10,6 +10,7 @@ from quad_modifiers.linalg.split_adjoint import unsplit_residual
 from quad_modifiers.model.decoder import Block, Decoder, PlacedGroup, PlacedLinear
 from quad_modifiers.nn.branch_term import BranchTerm
 from quad_modifiers.nn.quad_linear import QuadLinear
+from quad_modifiers.on_disk import on_disk, rest
 from quad_modifiers.passes.calibration_stream import CalibrationBatch, first_block_inputs, in_float32
 from quad_modifiers.passes.runners import runner_of
 from quad_modifiers.quantization.flat_residual import FlatResidual
@@ -46,6 +47,7 @@ def add_branches(
                 found.append((linear, part))
         for linear, part in found:
             _install(linear.module, part, dtype)
+        rest(block.module)
         yield found
 
 
@@ -65,7 +67,7 @@ def _moments(decoder: Decoder, block: Block, stream: list[CalibrationBatch]) -> 
                 except ValueError as error:
                     raise ValueError(f"{group.names}: {error}") from error
 
-        batch.hidden = runner.run(batch.hidden, batch.arguments[block.index], see)
+        batch.hidden = on_disk(runner.run(batch.hidden, batch.arguments[block.index], see))
     return {
         linear.name: grams[group.names].mean() if grams[group.names].tokens else grams[group.names].total
         for group in block.quantized_groups()

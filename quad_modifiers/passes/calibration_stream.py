@@ -17,8 +17,10 @@ from torch.utils._pytree import tree_map
 
 from quad_modifiers.linalg.fast_dtype import fast_dtype
 from quad_modifiers.model.decoder import Decoder
+from quad_modifiers.on_disk import on_disk, rest, unchanged_kept
 
-_TOKENS_AT_ONCE = 2048  # weights are converted and moments summed once for so many; more no longer pays
+TOKENS_AT_ONCE = 2048
+"""Tokens for which weights are converted and moments summed once; more no longer pays."""
 
 
 @dataclass
@@ -89,18 +91,18 @@ def first_block_inputs(decoder: Decoder, batches: list[dict[str, torch.Tensor]])
             backbone(**call)
         converted: dict[int, torch.Tensor] = {}  # blocks share their arguments: so do the copies
         arguments = [tree_map(partial(_shared_copy, converted), kwargs) for _, kwargs in seen]
-        collected.append(CalibrationBatch(_to_working(seen[0][0]), arguments, keep))
+        collected.append(CalibrationBatch(on_disk(_to_working(seen[0][0])), arguments, keep))
     return collected
 
 
 def _merged(batches: list[dict[str, torch.Tensor]]) -> Iterator[dict[str, torch.Tensor]]:
-    """Neighbours of the same length without padding as one batch of up to `_TOKENS_AT_ONCE` tokens."""
+    """Neighbours of the same length without padding as one batch of up to `TOKENS_AT_ONCE` tokens."""
     pending: list[torch.Tensor] = []
     for batch in batches:
         ids, mask = batch["input_ids"], batch.get("attention_mask")
         padded = mask is not None and not bool(mask.all())
         tokens = sum(each.numel() for each in pending) + ids.numel()
-        if pending and (padded or pending[0].shape[1] != ids.shape[1] or tokens > _TOKENS_AT_ONCE):
+        if pending and (padded or pending[0].shape[1] != ids.shape[1] or tokens > TOKENS_AT_ONCE):
             yield {"input_ids": torch.cat(pending)}
             pending = []
         if padded:
@@ -151,18 +153,20 @@ def put_streams_back(
 ) -> None:
     """Moves the streams to where they were when `keep_streams` saw them."""
     for index, batch in enumerate(stream):
-        batch.hidden = kept[f"stream.{index}"].to(batch.hidden)
+        batch.hidden = on_disk(kept[f"stream.{index}"].to(batch.hidden))
         if original is not None:
-            original[index] = kept[f"original.{index}"].to(batch.hidden)
+            original[index] = on_disk(kept[f"original.{index}"].to(batch.hidden))
 
 
 @contextmanager
 def in_float32(layer: nn.Module) -> Iterator[None]:
-    """Holds a decoder block in float32 on the working device; it returns to the dtype and device it had."""
+    """Holds a decoder block in float32 on the working device; it returns to the dtype, device and disk it had."""
     first = next(layer.parameters())
     dtype, device = first.dtype, first.device
-    layer.to(device=working_device(), dtype=torch.float32)
-    try:
-        yield
-    finally:
-        layer.to(device=device, dtype=dtype)
+    with unchanged_kept(layer):
+        layer.to(device=working_device(), dtype=torch.float32)
+        try:
+            yield
+        finally:
+            layer.to(device=device, dtype=dtype)
+    rest(layer)

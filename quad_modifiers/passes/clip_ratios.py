@@ -10,6 +10,7 @@ from quad_kernels import fake_quantize, split_input
 from quad_modifiers.journal import open_step
 from quad_modifiers.model.architecture import Group
 from quad_modifiers.model.decoder import Decoder, PlacedGroup
+from quad_modifiers.on_disk import on_disk
 from quad_modifiers.passes.calibration_stream import CalibrationBatch, first_block_inputs, in_float32
 from quad_modifiers.passes.runners import runner_of
 from quad_modifiers.reporting import layer_progress
@@ -46,7 +47,7 @@ def choose_clip_ratios(
             runner = runner_of(block, decoder.architecture)
             for batch in stream:
                 errors.batch = batch
-                batch.hidden = runner.run(batch.hidden, batch.arguments[block.index], errors.see)
+                batch.hidden = on_disk(runner.run(batch.hidden, batch.arguments[block.index], errors.see))
         for roles, found in errors.relative().items():
             total[roles] = total[roles] + found if roles in total else found
     chosen = {role: CANDIDATES[int(found.argmin())] for roles, found in total.items() for role in roles}

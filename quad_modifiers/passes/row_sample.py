@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 import torch
 
 from quad_modifiers.model.decoder import Decoder, PlacedGroup
+from quad_modifiers.on_disk import on_disk
 from quad_modifiers.passes.calibration_stream import CalibrationBatch, first_block_inputs, in_float32
 from quad_modifiers.passes.runners import runner_of
 from quad_modifiers.reporting import layer_progress
@@ -46,7 +47,9 @@ def sample_rows(decoder: Decoder, batches: list[dict[str, torch.Tensor]], tokens
             runner = runner_of(block, decoder.architecture)
             for batch in stream:
                 seen.batch = batch
-                batch.hidden = runner.run(batch.hidden, batch.arguments[block.index], seen.see, seen.see_stream)
+                batch.hidden = on_disk(
+                    runner.run(batch.hidden, batch.arguments[block.index], seen.see, seen.see_stream)
+                )
                 if not torch.isfinite(batch.hidden).all():
                     raise ValueError(f"layer {block.index}: its output is NaN or infinite")
         sample.stream += [torch.cat(parts) for parts in seen.stream.values()]

@@ -16,6 +16,7 @@ from torch import nn
 
 from quad_modifiers.model.architecture import Architecture
 from quad_modifiers.model.decoder import Block, PlacedGroup
+from quad_modifiers.on_disk import on_disk
 from quad_modifiers.passes.calibration_stream import CalibrationBatch, fast_products
 
 See = Callable[[PlacedGroup, torch.Tensor], None]
@@ -96,14 +97,15 @@ class SegmentedRunner(BlockRunner):
         """See `BlockRunner.visit`."""
         index = self.block.index
         for reader, writer in self.branches:
-            inputs = [_norm(reader, batch.hidden) for batch in batches]
+            inputs = [on_disk(_norm(reader, batch.hidden)) for batch in batches]
             visit(reader, inputs)
             inputs = [
-                _core(reader, writer, x, batch.arguments[index]) for x, batch in zip(inputs, batches, strict=True)
+                on_disk(_core(reader, writer, x, batch.arguments[index]))
+                for x, batch in zip(inputs, batches, strict=True)
             ]
             visit(writer, inputs)
             for x, batch in zip(inputs, batches, strict=True):
-                batch.hidden = self._add_output(writer, batch.hidden, x)
+                batch.hidden = on_disk(self._add_output(writer, batch.hidden, x))
 
     def _add_output(self, writer: PlacedGroup, hidden: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
         with fast_products():
@@ -181,11 +183,11 @@ class HookedRunner(BlockRunner):
             none = batches[0].hidden.new_empty(0, group.linears[0].module.in_features)
             visit(group, [seen.pop(group.names, none) for seen in inputs])
         for batch in batches:
-            batch.hidden = self.run(batch.hidden, batch.arguments[index], lambda group, x: None)
+            batch.hidden = on_disk(self.run(batch.hidden, batch.arguments[index], lambda group, x: None))
 
 
 def _keep(seen: dict[str, torch.Tensor], group: PlacedGroup, x: torch.Tensor) -> None:
-    seen[group.names] = x
+    seen[group.names] = on_disk(x)
 
 
 def _listen(module: nn.Module, group: PlacedGroup, see: See) -> Any:

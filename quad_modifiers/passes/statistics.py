@@ -9,6 +9,7 @@ from quad_modifiers.journal import open_step
 from quad_modifiers.linalg import StreamingGram
 from quad_modifiers.model.decoder import Block, Decoder, PlacedGroup, PlacedLinear
 from quad_modifiers.model.geometry import ModelGeometry
+from quad_modifiers.on_disk import on_disk
 from quad_modifiers.passes.calibration_stream import (
     CalibrationBatch,
     first_block_inputs,
@@ -103,7 +104,7 @@ def _run(decoder: Decoder, block: Block, stream: list[CalibrationBatch], moments
     runner = runner_of(block, decoder.architecture)
     for batch in stream:
         moments.batch = batch
-        batch.hidden = runner.run(batch.hidden, batch.arguments[block.index], moments.see, moments.see_stream)
+        batch.hidden = on_disk(runner.run(batch.hidden, batch.arguments[block.index], moments.see, moments.see_stream))
         if not torch.isfinite(batch.hidden).all():  # no norm comes after the last block
             raise ValueError("its output is NaN or infinite")
 

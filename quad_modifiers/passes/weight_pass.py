@@ -15,6 +15,7 @@ from quad_kernels.backends.native_cpu import NativeBackend
 from quad_modifiers.journal import digest_of, open_step
 from quad_modifiers.model.decoder import Block, Decoder, PlacedGroup, PlacedLinear
 from quad_modifiers.nn.quad_linear import QuadLinear
+from quad_modifiers.on_disk import on_disk, rest
 from quad_modifiers.passes.calibration_stream import (
     CalibrationBatch,
     first_block_inputs,
@@ -62,6 +63,7 @@ def quantize_blocks(
         work = _BlockWork(block, settings, scale_dtype, finish, skipped)
         if block.index < resumed:
             work.take(*log.result(block.index), quantized_inputs=batches is not None)
+            rest(block.module)
             yield work.reports
             continue
         with in_float32(block.module):
@@ -73,6 +75,7 @@ def quantize_blocks(
             _check_representable(linear)
             if linear.name not in work.in_place:
                 finish(linear, weight)
+        rest(block.module)
         if log.keeps:
             log.finish(*work.result(), carried=keep_streams(stream, original))
         yield work.reports
@@ -171,9 +174,9 @@ class _BlockWork:
             def see(group: PlacedGroup, x: torch.Tensor, seen: dict[str, torch.Tensor] = seen) -> None:
                 if self._is_corrected(group):
                     # Kept until their group is reached: half the memory, and the drift they serve is an average.
-                    seen[group.names] = x.bfloat16()
+                    seen[group.names] = on_disk(x.bfloat16())
 
-            original[index] = runner.run(original[index], batch.arguments[self.block.index], see)
+            original[index] = on_disk(runner.run(original[index], batch.arguments[self.block.index], see))
             inputs.append(seen)
         return inputs
 

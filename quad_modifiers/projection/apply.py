@@ -14,6 +14,7 @@ from quad_modifiers.model.architecture import Space
 from quad_modifiers.model.decoder import Block, Decoder, PlacedGroup, PlacedLinear
 from quad_modifiers.nn.quad_linear import QuadLinear
 from quad_modifiers.nn.transformed_norm import add_head_transform
+from quad_modifiers.on_disk import let_go, rest
 from quad_modifiers.projection.parameters import by_rows, set_parameter
 from quad_modifiers.projection.plan import Projection, ResidualBasis
 from quad_modifiers.reporting import layer_progress
@@ -35,8 +36,11 @@ def apply_projection(decoder: Decoder, projection: Projection, keep_tied: bool =
     _refuse_terms(decoder)
     geometry, config = decoder.geometry, decoder.model.config  # the sizes of before are read before they change
     _project_ends(decoder, projection.residual, keep_tied and decoder.is_tied)
+    for end in (decoder.embedding, decoder.head):
+        rest(end)
     for block in layer_progress(decoder.blocks, "projecting"):
         _project_block(block, projection, geometry.sizes())
+        rest(block.module)
     _check_representable(decoder)
     config.hidden_size = projection.residual.width
     config.head_dim = geometry.head_dim
@@ -49,6 +53,7 @@ def _check_representable(decoder: Decoder) -> None:
             raise ValueError(
                 f"{name} does not fit {parameter.dtype} after the projection; load the model in bfloat16 or float32"
             )
+        let_go(parameter)
 
 
 def _refuse_terms(decoder: Decoder) -> None:

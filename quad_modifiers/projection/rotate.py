@@ -17,6 +17,7 @@ from quad_modifiers.model.decoder import Decoder, PlacedGroup
 from quad_modifiers.model.geometry import ModelGeometry
 from quad_modifiers.nn.quad_linear import QuadLinear
 from quad_modifiers.nn.transformed_norm import TransformedNorm
+from quad_modifiers.on_disk import rest
 from quad_modifiers.projection.parameters import by_rows, set_parameter
 from quad_modifiers.reporting import layer_progress
 
@@ -35,7 +36,10 @@ def rotate_residual(decoder: Decoder, rotation: torch.Tensor, heads: dict[str, t
     for block in layer_progress(decoder.blocks, "rotating"):
         for group in block.groups:
             _rotate_group(group, turn, heads, decoder.geometry)
+        rest(block.module)
     _rotate_ends(decoder, turn)
+    for end in (decoder.embedding, decoder.head):
+        rest(end)
 
 
 class _Turn:

@@ -20,6 +20,7 @@ from quad_modifiers.tools.cli.options import (
     Device,
     Dtype,
     LoadingDtype,
+    OffloadTo,
     Revision,
     Seed,
     SeqLength,
@@ -72,6 +73,10 @@ def compress(
     resume: Annotated[
         bool, typer.Option("--resume", help="Go on with an interrupted run of the same model, recipe and text.")
     ] = False,
+    offload: Annotated[
+        OffloadTo,
+        typer.Option(help="Where weights and activations are that are not worked on; auto: where they fit."),
+    ] = OffloadTo.auto,
     dry_run: Annotated[
         bool,
         typer.Option("--dry-run", help="Only say what each linear becomes, and what memory, disk and time it takes."),
@@ -133,6 +138,7 @@ def compress(
                 cache_dir=cache_dir,
                 device=device,
                 resume=resume,
+                offload=offload.value,
             )
         ]
         cost = _Cost.since(start)  # the comparison is no part of it
@@ -189,7 +195,7 @@ def _show_plan(model: str, recipe: str, as_json: bool, **arguments: Any) -> None
         ("size before", file_size(plan.original_bytes)),
         ("size after", f"at most {file_size(plan.checkpoint_bytes)}"),
         ("disk until it is complete", f"about {file_size(plan.checkpoint_bytes + plan.journal_bytes)}"),
-        ("memory", f"about {file_size(plan.memory_bytes)}"),
+        ("memory", f"about {file_size(plan.memory_bytes)}; {file_size(plan.offloaded_bytes)} with --offload disk"),
         ("time", f"about {_duration(plan.seconds)} for {plan.tokens} tokens of calibration text"),
     ]
     print_table((), rows)

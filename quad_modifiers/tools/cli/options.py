@@ -50,6 +50,14 @@ class Dtype(StrEnum):
     float32 = "float32"
 
 
+class OffloadTo(StrEnum):
+    """Where a compression keeps what it does not work on."""
+
+    auto = "auto"
+    disk = "disk"
+    memory = "memory"
+
+
 _HUB = "Branch, tag or commit of the Hub id given as"
 Revision: TypeAlias = Annotated[str | None, typer.Option(metavar="REF", help=f"{_HUB} MODEL or OUT.")]
 BaselineRevision: TypeAlias = Annotated[str | None, typer.Option(metavar="REF", help=f"{_HUB} --baseline.")]
