@@ -83,7 +83,14 @@ def rest(module: nn.Module) -> None:
                     tensor.data = _written(tensor.data, folder)
                 else:
                     tensors[name] = _written(tensor, folder)
-    gc.collect()  # a block's temporaries, many of them in circles: they would pile up block after block
+    give_back()
+
+
+def give_back() -> None:
+    """Returns the memory of temporaries to the system, many of which are in circles: they would pile up."""
+    if not is_offloading():
+        return
+    gc.collect()
     with suppress(AttributeError):  # another library than glibc
         ctypes.CDLL(None).malloc_trim(0)  # it keeps for itself what is freed
 

@@ -15,7 +15,7 @@ from quad_kernels.backends.native_cpu import NativeBackend
 from quad_modifiers.journal import digest_of, open_step
 from quad_modifiers.model.decoder import Block, Decoder, PlacedGroup, PlacedLinear
 from quad_modifiers.nn.quad_linear import QuadLinear
-from quad_modifiers.on_disk import on_disk, rest
+from quad_modifiers.on_disk import give_back, on_disk, rest
 from quad_modifiers.passes.calibration_stream import (
     CalibrationBatch,
     first_block_inputs,
@@ -155,6 +155,7 @@ class _BlockWork:
         def visit(group: PlacedGroup, inputs: list[torch.Tensor]) -> None:
             if group.group.quantized and self._chosen(group):
                 self._solve(group, self._moments(group, inputs, stream, wanted))
+                give_back()
                 self._go_on_with_integers(group)
 
         runner.visit(stream, visit)
