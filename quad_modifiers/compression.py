@@ -169,7 +169,7 @@ def oneshot(
             contributions_of(loaded).files[CALIBRATION_NAME] = record
             if job.output is not None:
                 _save(loaded, tokens, record, job.output, journal)
-            _use_native_blocks(loaded)
+        _use_native_blocks(loaded)
         _log_summary(loaded, before, job.output, time.perf_counter() - start)
     return loaded
 

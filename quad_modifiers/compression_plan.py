@@ -11,12 +11,10 @@ from transformers import PreTrainedModel
 
 from quad_modifiers.before_compression import checked_job
 from quad_modifiers.checkpoint.whole_model import DEFAULTS, LoadingOptions
-from quad_modifiers.compression_size import WorkSize, in_stored_dtype, outlier_columns
+from quad_modifiers.compression_size import WorkSize, outlier_columns
 from quad_modifiers.linalg.fast_dtype import fast_dtype
-from quad_modifiers.model.architecture import find_architecture
 from quad_modifiers.model.decoder import Decoder, PlacedGroup
 from quad_modifiers.passes.calibration_stream import work_on, working_device
-from quad_modifiers.plugins import architectures
 from quad_modifiers.recipe.order import PROJECT, QUANTIZE_ACTIVATIONS, PlacedModifier
 from quad_modifiers.recipe.storable import weight_words
 from quad_modifiers.recipe.stored_size import stored_size
@@ -111,11 +109,10 @@ def plan_compression(
     """
     job = checked_job(model, recipe, overrides, output_dir, options, {}, resume)
     job.check_model(max_seq_length, None)
-    skeleton = job.source if isinstance(job.source, PreTrainedModel) else in_stored_dtype(job)
-    decoder = Decoder(skeleton, find_architecture(skeleton.config, architectures()))
     tokens = num_calibration_samples * max_seq_length
-    shape = WorkSize(decoder, job.modifiers, tokens, max_seq_length)
-    stored = stored_size(skeleton, job.modifiers)
+    shape = WorkSize.of_job(job, tokens, max_seq_length)
+    decoder = shape.decoder
+    stored = stored_size(decoder.model, job.modifiers)
     products = shape.products()
     with work_on(options.device):
         rate = _products_per_second(working_device())

@@ -66,9 +66,7 @@ def offload_folder(offload: Offload, job: Job, tokens: int, length: int) -> Path
         free = free_memory()
         if free is None or isinstance(job.source, PreTrainedModel):  # which is in memory
             return None
-        skeleton = in_stored_dtype(job)
-        decoder = Decoder(skeleton, find_architecture(skeleton.config, architectures()))
-        needed = WorkSize(decoder, job.modifiers, tokens, length).in_memory()
+        needed = WorkSize.of_job(job, tokens, length).in_memory()
         if needed <= _ROOM * free:
             return None
         logger.info("%s of memory are free, the run could take %s", file_size(free), file_size(needed))
@@ -103,8 +101,10 @@ def free_memory() -> int | None:
     return free if limit.strip() == "max" else min(free, max(0, int(limit) - int(used) + of_files))
 
 
-def in_stored_dtype(job: Job) -> Any:
-    """The model on the meta device, in the dtype in which it would be loaded."""
+def _in_stored_dtype(job: Job) -> Any:
+    """The model on the meta device, in the dtype in which it would be loaded; as it is, if it is loaded."""
+    if isinstance(job.source, PreTrainedModel):
+        return job.source
     skeleton = job.source.skeleton()
     wanted = job.options.dtype
     dtype = getattr(torch, wanted) if wanted not in (None, "auto") else skeleton.config.dtype
@@ -124,6 +124,13 @@ class WorkSize:
         self.calibrates = any(getattr(each, "method", "gptq") == "gptq" for each in weights)
         self.corrects = self.calibrates and any(getattr(each, "error_correction", 0) for each in weights)
         self.sweeps = max((getattr(each, "sweeps", 0) for each in weights), default=0)
+
+    @classmethod
+    def of_job(cls, job: Job, tokens: int, length: int) -> "WorkSize":
+        """Returns the sizes of a checked run with so many tokens of calibration text, in windows of `length`."""
+        skeleton = _in_stored_dtype(job)
+        decoder = Decoder(skeleton, find_architecture(skeleton.config, architectures()))
+        return cls(decoder, job.modifiers, tokens, length)
 
     def width(self, group: PlacedGroup) -> int:
         """Inputs of a group, with outlier columns."""
