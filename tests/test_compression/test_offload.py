@@ -7,10 +7,12 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 import quad_modifiers
 from quad_modifiers import compression_size, on_disk
 from quad_modifiers.checkpoint.opened import open_checkpoint
+from quad_modifiers.checkpoint.save import write_tensors
 
 from .test_resume import SETTINGS, CutOff, files_of, recipe_text
 
@@ -104,3 +106,13 @@ def test_a_recipe_of_others_is_refused(toy_checkpoint, tmp_path: Path) -> None:
     recipe = "quant_stage:\n  quant_modifiers:\n    QuantizationModifier: {targets: Linear, scheme: W4A16}\n"
     with pytest.raises(ValueError, match="is for the modifiers of this package, and the recipe has none"):
         quad_modifiers.oneshot(toy_checkpoint("llama"), recipe, output_dir=tmp_path / "out", offload="disk", **SETTINGS)
+
+
+def test_a_shard_is_small_unless_another_size_is_asked_for(tmp_path: Path) -> None:
+    tensors = {name: torch.zeros(160_000_000, dtype=torch.int8) for name in ("a", "b")}
+    for size, count in (("5GB", 2), ("1GB", 1)):
+        folder = tmp_path / size
+        folder.mkdir()
+        with on_disk.offloading(tmp_path):
+            write_tensors(tensors, folder, size)
+        assert len([*folder.glob("*.safetensors")]) == count
