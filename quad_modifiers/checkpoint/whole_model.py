@@ -104,11 +104,18 @@ def load_whole_model(name: str | Path, options: LoadingOptions = DEFAULTS, **arg
 
 
 def load_reference(name: str | Path, options: LoadingOptions = DEFAULTS) -> Any:
-    """Returns an original to be measured beside what was made of it; the arguments are those of `load_whole_model`.
+    """Returns an original to be measured beside what was made of it, `in_fast_dtype`.
 
-    In float32 instead of bfloat16 where the processor emulates that: it is several times faster, and rounds less.
+    The arguments are those of `load_whole_model`.
     """
-    model = load_whole_model(name, options)
+    return in_fast_dtype(load_whole_model(name, options))
+
+
+def in_fast_dtype(model: Any) -> Any:
+    """Returns a model in float32 instead of bfloat16 where the processor emulates that.
+
+    It is several times faster there, and rounds less.
+    """
     emulated = model.dtype == torch.bfloat16 and fast_dtype(model.device) == torch.float32
     return model.float() if emulated else model
 

@@ -11,7 +11,7 @@ import torch
 from tqdm import tqdm
 
 from quad_modifiers.checkpoint.opened import Opened, open_checkpoint
-from quad_modifiers.checkpoint.whole_model import DEFAULTS, LoadingOptions
+from quad_modifiers.checkpoint.whole_model import DEFAULTS, LoadingOptions, in_fast_dtype
 from quad_modifiers.data.windows import warn_of_length
 from quad_modifiers.model.decoder import Decoder
 from quad_modifiers.passes.calibration_stream import work_on, working_device
@@ -79,7 +79,10 @@ def _measure_model(
     projection = projection_of(recipe, rank)
     chosen = _chosen(layers, opened)
     text = options.windows(opened.tokenizer(), False, opened.config.vocab_size)
-    decoder, windows = Decoder(opened.load(), opened.architecture), text.measured
+    model = opened.load()
+    if opened.options.dtype == "auto":
+        model = in_fast_dtype(model)
+    decoder, windows = Decoder(model, opened.architecture), text.measured
     from quad_modifiers.modifiers.base import prepared_decoder  # imports llm-compressor
 
     hidden = decoder.geometry.hidden

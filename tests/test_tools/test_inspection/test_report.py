@@ -9,7 +9,10 @@ from pathlib import Path
 from statistics import fmean
 
 import pytest
+import torch
 
+from quad_modifiers.checkpoint import whole_model
+from quad_modifiers.checkpoint.whole_model import LoadingOptions
 from quad_modifiers.tools.inspection import inspect_model
 from quad_modifiers.tools.inspection.model_report import _title
 
@@ -101,6 +104,26 @@ def test_rank_is_taken(toy_checkpoint, recipe_file: Path, text_file: Path, tmp_p
     assert found.subject.rank == 4
     surface = next(each for each in found.surfaces if (each.stage, each.group) == ("after", "qkv"))
     assert surface.channels == 68
+
+
+@pytest.mark.parametrize(("dtype", "is_rounded"), [("auto", False), ("bfloat16", True)])
+def test_bfloat16_is_measured_in_float32_where_it_is_emulated(
+    dtype: str,
+    is_rounded: bool,
+    toy_checkpoint,
+    recipe_file: Path,
+    text_file: Path,
+    tmp_path: Path,
+    undrawn,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Unless the dtype is asked for. The projected weights, not quantized, tell: bfloat16 rounds them."""
+    monkeypatch.setattr(whole_model, "fast_dtype", lambda device: torch.float32)
+    model = toy_checkpoint("llama", dtype=torch.bfloat16)
+    options = LoadingOptions(dtype=dtype)
+    found = inspect_model(model, tmp_path, recipe=str(recipe_file), dataset=str(text_file), options=options, **SHORT)
+    rounded = next(row for row in found.losses if row.stage == "after" and row.part == "nothing")
+    assert (abs(rounded.divergence) > 1e-7) == is_rounded
 
 
 def test_of_a_checkpoint_with_its_original(of_a_checkpoint) -> None:
