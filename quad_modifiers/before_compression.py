@@ -26,6 +26,7 @@ from quad_modifiers.oneshot_arguments import check_for_recipe
 from quad_modifiers.output_folder import check_space, check_target, user_path
 from quad_modifiers.passes.calibration_stream import working_device
 from quad_modifiers.plugins import architectures
+from quad_modifiers.ranks import ranks
 from quad_modifiers.recipe import check_recipe, fresh_recipe, is_recipe_text, resolve_recipe
 from quad_modifiers.recipe.order import unties_head
 from quad_modifiers.recipe.overrides import overridden
@@ -163,7 +164,7 @@ class Job:
         model: PreTrainedModel = self.source.load() if isinstance(self.source, Opened) else self.source.eval()
         check_source_model(model)
         restore_frequencies(model)
-        if self.output is not None:
+        if self.output is not None and ranks().is_first:
             beside_weights = rehearse_saving(model, tokenizer, self.output)
             check_space(self.output, beside_weights + stored_size(model, self.modifiers))
         return model
@@ -199,11 +200,11 @@ def checked_job(
     modifiers = list(Recipe.create_instance(recipe).modifiers)
     check_for_recipe(arguments, options.device, modifiers)
     output = None if output_dir is None else user_path(output_dir)
-    if output is not None:
+    if output is not None and ranks().is_first:
         partial = unfinished_folder(output, PARTIAL)
         check_target(output, besides=(partial.name,))
         check_absent(partial, resume)
-    elif resume:
+    elif output is None and resume:
         raise ValueError("resume=True goes on with what is kept beside output_dir; give the output_dir of that run")
     # The weights stay where they are; blocks are brought to the device one at a time.
     opening = replace(options, device=None)
@@ -233,6 +234,26 @@ def _check_architecture(model: Opened | PreTrainedModel, modifiers: "Sequence[Mo
     if isinstance(model, PreTrainedModel):
         Decoder(model, architecture)
         check_in_memory(model)
+
+
+def check_shared(modifiers: "Sequence[Modifier]") -> None:
+    """Refuses a recipe that several processes cannot share; docs/developer/many-ranks.md says how they share others.
+
+    Raises:
+        ValueError: naming the modifier.
+    """
+    if ranks().size == 1:
+        return
+    alone = next((type(each).__name__ for each in modifiers if getattr(each, "runs_alone", False)), None)
+    if alone is not None:
+        raise ValueError(
+            f"{alone} works in one process; leave it out, and run `quad finetune` afterwards, without torchrun"
+        )
+    if not any(is_ours(each) for each in modifiers):
+        raise ValueError(
+            "the recipe has no modifier of this package to share its work among the processes of torchrun; "
+            "llm-compressor's own oneshot does that for its own modifiers"
+        )
 
 
 def is_ours(modifier: "Modifier") -> bool:

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from quad_modifiers.before_compression import PARTIAL, Job, checked_job, quantized_linears
+from quad_modifiers.before_compression import PARTIAL, Job, check_shared, checked_job, quantized_linears
 from quad_modifiers.checkpoint.contribute import contributions_of
 from quad_modifiers.checkpoint.native_runtime import use_native_blocks
 from quad_modifiers.checkpoint.opened import open_checkpoint
@@ -40,9 +40,11 @@ from quad_modifiers.output_folder import complete_or_absent, user_path
 from quad_modifiers.passes.calibration_stream import work_on
 from quad_modifiers.plugins import architectures
 from quad_modifiers.process_state import kept_apart
+from quad_modifiers.ranks import joined, ranks
 from quad_modifiers.records.calibration_record import CALIBRATION_NAME, calibration_record
 from quad_modifiers.records.checksums import complete_checksums, damages, need_checksums
 from quad_modifiers.reporting import SUMMARY, file_size, table
+from quad_modifiers.torchrun import is_first_rank
 
 logger = logging.getLogger(__name__)
 
@@ -83,6 +85,8 @@ def oneshot(
     What is finished is kept in a folder beside `output_dir`, with the ending `.partial`, until the checkpoint is
     complete; in `output_dir` itself, if that exists in a folder that cannot be written to.
 
+    Processes that torchrun started share the work, if all of them call this; the first one writes.
+
     Args:
         model: folder, hub id, or loaded transformers model (which is changed in place).
         recipe: path or name of a recipe YAML, its text, or llm-compressor modifiers, of which the run takes copies.
@@ -121,10 +125,11 @@ def oneshot(
         RecipeError: with line and remedy for everything wrong in the recipe.
         FileExistsError: if `output_dir` is not empty, or an unfinished run is beside it and `resume` is not set.
         FileNotFoundError, ValueError, TypeError, OSError: naming the argument that cannot be used.
+        RankLost: if another of the processes that torchrun started has ended.
     """
     from llmcompressor import oneshot as llmcompressor_oneshot
 
-    with _visible_log():
+    with _visible_log(), joined():
         check_arguments(arguments, list(inspect.signature(oneshot).parameters))
         options = LoadingOptions(
             revision=None if model_revision == "main" else model_revision,  # llm-compressor's default
@@ -133,19 +138,26 @@ def oneshot(
             device=device,
             cache_dir=cache_dir,
         )
-        finished = _finished_before(output_dir) if resume and output_dir is not None else None
+        finished = None
+        if resume and output_dir is not None:
+            finished = ranks().from_first(partial(_finished_before, output_dir))
         if finished is not None:
             job = checked_job(model, recipe, overrides, None, options, arguments)
             return _take_finished(finished, job)
         job = checked_job(model, recipe, overrides, output_dir, options, arguments, resume)
         job.check_model(max_seq_length, tie_word_embeddings)
+        check_shared(job.modifiers)
         check_offload(offload, job)
         start = time.perf_counter()
         tokens = job.tokenizer(tokenizer, processor)
         reading = calibration_reading(
             tokens, text_column=text_column, splits=splits, config_name=dataset_config_name, seed=seed
         )
-        data = calibration_data(dataset, reading, num_samples=num_calibration_samples, sequence_length=max_seq_length)
+        data = ranks().from_first(
+            lambda: calibration_data(
+                dataset, reading, num_samples=num_calibration_samples, sequence_length=max_seq_length
+            )
+        )
         check_vocabulary(data.windows, job.vocabulary, "the calibration data")
         folder = offload_folder(offload, job, sum(window.numel() for window in data.windows), max_seq_length)
         with ExitStack() as stack:
@@ -168,7 +180,7 @@ def oneshot(
             record = calibration_record(data.sources, max_seq_length, seed).model_dump_json(indent=1) + "\n"
             contributions_of(loaded).files[CALIBRATION_NAME] = record
             if job.output is not None:
-                _save(loaded, tokens, record, job.output, journal)
+                ranks().from_first(partial(_save, loaded, tokens, record, job.output, journal))
         _use_native_blocks(loaded)
         _log_summary(loaded, before, job.output, time.perf_counter() - start)
     return loaded
@@ -197,7 +209,7 @@ def _config_on_disk(model: PreTrainedModel, options: LoadingOptions) -> Iterator
 def _visible_log() -> Iterator[None]:
     """Shows this package's INFO lines while compressing, unless the application has set up logging itself."""
     package = logging.getLogger("quad_modifiers")
-    if package.hasHandlers():
+    if package.hasHandlers() or not is_first_rank():
         yield
         return
     handler = logging.StreamHandler()
@@ -240,20 +252,29 @@ def _finished_before(output_dir: str | Path) -> Path | None:
 def _take_finished(output: Path, job: Job) -> PreTrainedModel:
     """Tidies up behind a run that had finished, and loads its checkpoint."""
     folder = unfinished_folder(output, PARTIAL)
-    if identity_of(folder)["recipe"] != job.recipe_digest:
-        raise ValueError(
-            f"the run in {folder} had another recipe; it had finished, and its checkpoint is in {output}: remove "
-            f"{folder}, and choose another output"
-        )
-    shutil.rmtree(folder)
+
+    def tidy_up() -> None:
+        if identity_of(folder)["recipe"] != job.recipe_digest:
+            raise ValueError(
+                f"the run in {folder} had another recipe; it had finished, and its checkpoint is in {output}: remove "
+                f"{folder}, and choose another output"
+            )
+        shutil.rmtree(folder)
+
+    ranks().from_first(tidy_up)
     logger.info("the interrupted run had finished: its checkpoint is in %s", output)
     return open_checkpoint(output, options=replace(job.options, revision=None)).load()
 
 
 def _journal(job: Job, model: PreTrainedModel, windows: list[torch.Tensor], resume: bool) -> Journal | None:
-    if job.output is None:
+    if job.output is None and ranks().size == 1:
         return None
-    return Journal(unfinished_folder(job.output, PARTIAL), job.identity(model, windows), resume)
+    identity = job.identity(model, windows)
+    for what, value in identity.items():
+        ranks().agree(f"the {what}", value)
+    if job.output is None or not ranks().is_first:
+        return None
+    return Journal(unfinished_folder(job.output, PARTIAL), identity, resume)
 
 
 def _save(

@@ -16,6 +16,7 @@ from quad_modifiers.output_folder import existing_place
 from quad_modifiers.passes.calibration_stream import TOKENS_AT_ONCE
 from quad_modifiers.plugins import architectures
 from quad_modifiers.projection.rank import rank_of
+from quad_modifiers.ranks import ranks
 from quad_modifiers.recipe.order import PROJECT, QUANTIZE_WEIGHTS, PlacedModifier
 from quad_modifiers.reporting import file_size
 
@@ -66,7 +67,7 @@ def offload_folder(offload: Offload, job: Job, tokens: int, length: int) -> Path
         free = free_memory()
         if free is None or isinstance(job.source, PreTrainedModel):  # which is in memory
             return None
-        needed = WorkSize.of_job(job, tokens, length).in_memory()
+        needed = WorkSize.of_job(job, -(-tokens // ranks().size), length).in_memory() * ranks().on_this_machine
         if needed <= _ROOM * free:
             return None
         logger.info("%s of memory are free, the run could take %s", file_size(free), file_size(needed))

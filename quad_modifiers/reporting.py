@@ -7,13 +7,15 @@ from typing import TypeVar
 
 from tqdm import tqdm
 
+from quad_modifiers.torchrun import is_first_rank
+
 Item = TypeVar("Item")
 SUMMARY = "quad_summary"  # marks the log record that closes a run; a caller with a table of its own can drop it
 
 
 def layer_progress(items: Sequence[Item], description: str, unit: str = "layer") -> Iterator[Item]:
     """Iterates with a progress bar that shows the time left; an item is a layer, or what `unit` says."""
-    return iter(tqdm(items, desc=description, unit=unit, leave=False))
+    return iter(tqdm(items, desc=description, unit=unit, leave=False, disable=not is_first_rank()))
 
 
 @contextmanager

@@ -67,6 +67,7 @@ class OutlierLoRA(QuadModifier):
     """
 
     recipe_role: ClassVar[str | None] = "tune"
+    runs_alone: ClassVar[bool] = True
 
     loss: Literal["distillation", "next_token"] = "distillation"
     epochs: float = Field(default=1.0, gt=0)

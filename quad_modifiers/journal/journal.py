@@ -9,9 +9,11 @@ from contextvars import ContextVar
 from pathlib import Path
 from typing import IO, Any
 
+from quad_modifiers.journal.shared_step import SharedStep
 from quad_modifiers.journal.step import Step
 from quad_modifiers.journal.unfinished import LOCK, RUN, is_unfinished, locked, open_unfinished
 from quad_modifiers.output_folder import replace_file
+from quad_modifiers.ranks import ranks
 
 logger = logging.getLogger(__name__)
 
@@ -148,10 +150,12 @@ def open_step(name: str, start: Callable[[], str] | None = None) -> Step:
     Raises:
         ValueError: as `Journal.step`.
     """
-    journal = _current.get()
-    if journal is None:
-        return Step(None, lambda write: False)
-    return journal.step(name, None if start is None else start())
+    journal, step = _current.get(), Step(None, lambda write: False)
+    if journal is not None:
+        step = journal.step(name, None if start is None else start())
+    if ranks().size == 1:
+        return step
+    return SharedStep(step if ranks().is_first else None)
 
 
 def folder_in_journal(name: str) -> Path | None:

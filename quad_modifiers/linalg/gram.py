@@ -38,11 +38,16 @@ class StreamingGram:
             self.total[start : start + _BLOCK, start:] += product
         self.tokens += x.shape[0]
 
+    @classmethod
+    def of(cls, total: torch.Tensor, tokens: int) -> "StreamingGram":
+        """Returns a sum that was taken out: `total` `[d, d]`, float64, over `tokens` tokens."""
+        gram = cls(0, total.device)
+        gram.total, gram.tokens = total, tokens
+        return gram
+
     def joined(self, other: "StreamingGram") -> "StreamingGram":
         """Returns the sum over the tokens of both."""
-        both = StreamingGram(0, self.total.device)
-        both.total, both.tokens = self.total + other.total, self.tokens + other.tokens
-        return both
+        return StreamingGram.of(self.total + other.total, self.tokens + other.tokens)
 
     def mean(self) -> torch.Tensor:
         """Returns X^T X / tokens, `[d, d]`, float64.

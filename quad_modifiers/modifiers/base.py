@@ -61,12 +61,14 @@ class QuadModifier(Modifier):
         ignored_by_default: names of linears that it leaves alone, where it has no field `ignore`.
         has_own_pass: whether it runs the model itself, so that no other modifier may calibrate in the same pass.
         makes_quad_checkpoint: True: what is made of the model has to fit into our format.
+        runs_alone: whether it cannot be run by several processes at once, each with the whole model.
     """
 
     recipe_role: ClassVar[str | None] = None
     ignored_by_default: ClassVar[tuple[str, ...]] = ("lm_head",)
     has_own_pass: ClassVar[bool] = True
     makes_quad_checkpoint: ClassVar[bool] = True
+    runs_alone: ClassVar[bool] = False
 
     def check_company(self, others: Sequence[Modifier]) -> None:
         """Refuses a recipe whose other modifiers, before it and after it, do not go with this one.

@@ -16,6 +16,7 @@ from quad_modifiers.passes.statistics import ActivationStatistics, ValuesBasis, 
 from quad_modifiers.projection.apply import apply_projection
 from quad_modifiers.projection.plan import Projection, ProjectionSettings, outlier_energy, plan_projection
 from quad_modifiers.projection.rank import Rank, is_share, rank_of
+from quad_modifiers.ranks import ranks
 
 logger = logging.getLogger(__name__)
 
@@ -132,7 +133,8 @@ class SVDOutlierProjection(QuadModifier):
             data = batches()
             logger.info("SVDOutlierProjection: second moments of %d calibration batches", len(data))
             statistics = collect_statistics(decoder, data, self.values_basis)
-        projection = plan_projection(decoder, settings, statistics)
+        # An eigenvector computed elsewhere may have another sign: all ranks take the same.
+        projection = ranks().from_first(lambda: plan_projection(decoder, settings, statistics))
         self._log(decoder, projection, statistics)
         return projection
 

@@ -11,9 +11,10 @@ from quad_modifiers.model.decoder import Block, Decoder, PlacedGroup, PlacedLine
 from quad_modifiers.nn.branch_term import BranchTerm
 from quad_modifiers.nn.quad_linear import QuadLinear
 from quad_modifiers.on_disk import on_disk, rest
-from quad_modifiers.passes.calibration_stream import CalibrationBatch, first_block_inputs, in_float32
+from quad_modifiers.passes.calibration_stream import CalibrationBatch, first_block_inputs, in_float32, in_parts
 from quad_modifiers.passes.runners import runner_of
 from quad_modifiers.quantization.flat_residual import FlatResidual
+from quad_modifiers.ranks import OrderedSum, ranks
 
 Find = Callable[[torch.Tensor, torch.Tensor], FlatResidual]
 """From a residual weight, `[out, n]`, float32, and the second moment of its inputs, `[n, n]`, float64."""
@@ -31,20 +32,20 @@ def add_branches(
         find: what the branch is to be.
         skipped: predicate on full module names: linears that get none.
     """
-    stream = first_block_inputs(decoder, batches)
+    stream = first_block_inputs(decoder, batches, shared=True)
     for block in decoder.blocks:
-        found: list[tuple[PlacedLinear, FlatResidual]] = []
         dtype = next(block.linears()).module.qweight.dtype
         with in_float32(block.module):
             moments = _moments(decoder, block, stream)
-            for linear in block.linears():
-                if skipped(linear.name):
-                    continue
+            chosen = [linear for linear in block.linears() if not skipped(linear.name)]
+
+            def branch(linear: PlacedLinear, moments: dict[str, torch.Tensor] = moments) -> FlatResidual:
                 try:
-                    part = find(linear.module.residual.weight, moments[linear.name])
+                    return find(linear.module.residual.weight, moments[linear.name])
                 except ValueError as error:
                     raise ValueError(f"{linear.name}: {error}") from error
-                found.append((linear, part))
+
+            found = list(zip(chosen, ranks().each(chosen, branch), strict=True))
         for linear, part in found:
             _install(linear.module, part, dtype)
         rest(block.module)
@@ -53,26 +54,41 @@ def add_branches(
 
 def _moments(decoder: Decoder, block: Block, stream: list[CalibrationBatch]) -> dict[str, torch.Tensor]:
     """Second moment of the residual input of each linear, `[n, n]`; moves the stream past the block."""
-    grams: dict[str, StreamingGram] = {}
-    runner = runner_of(block, decoder.architecture)
+    runner, total = runner_of(block, decoder.architecture), OrderedSum()
+    for places in in_parts(stream):
+        grams = _grams(block)
+        for batch in (stream[place] for place in places):
+
+            def see(group: PlacedGroup, x: torch.Tensor, batch: CalibrationBatch = batch, grams: Grams = grams) -> None:
+                if group.names in grams:
+                    try:
+                        grams[group.names].add(split_input(batch.tokens(x), group.linears[0].module.split)[1])
+                    except ValueError as error:
+                        raise ValueError(f"{group.names}: {error}") from error
+
+            batch.hidden = on_disk(runner.run(batch.hidden, batch.arguments[block.index], see))
+        total.add({name: gram.total for name, gram in grams.items()})
+        total.add({f"tokens {name}": torch.tensor(gram.tokens) for name, gram in grams.items()})
+    sums = total.total()
+    moments: dict[str, torch.Tensor] = {}
+    for group in block.quantized_groups():
+        tokens = int(sums[f"tokens {group.names}"])
+        gram = sums[group.names].to(group.linears[0].module.residual.weight.device)
+        mean = StreamingGram.of(gram, tokens).mean() if tokens else gram
+        moments |= {linear.name: mean for linear in group.linears}
+    return moments
+
+
+Grams = dict[str, StreamingGram]
+
+
+def _grams(block: Block) -> Grams:
+    """An empty sum for each group of linears."""
+    grams = {}
     for group in block.quantized_groups():
         module = group.linears[0].module
         grams[group.names] = StreamingGram(module.split.residual_width, module.residual.weight.device)
-    for batch in stream:
-
-        def see(group: PlacedGroup, x: torch.Tensor, batch: CalibrationBatch = batch) -> None:
-            if group.names in grams:
-                try:
-                    grams[group.names].add(split_input(batch.tokens(x), group.linears[0].module.split)[1])
-                except ValueError as error:
-                    raise ValueError(f"{group.names}: {error}") from error
-
-        batch.hidden = on_disk(runner.run(batch.hidden, batch.arguments[block.index], see))
-    return {
-        linear.name: grams[group.names].mean() if grams[group.names].tokens else grams[group.names].total
-        for group in block.quantized_groups()
-        for linear in group.linears
-    }
+    return grams
 
 
 def _install(linear: QuadLinear, part: FlatResidual, dtype: torch.dtype) -> None:

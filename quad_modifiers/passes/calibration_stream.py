@@ -4,11 +4,12 @@ A block's weights are float32 while it is worked on, so that a model never has t
 products are bfloat16 where that is fast, the residual stream is float32.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import partial
+from itertools import groupby
 from typing import Any
 
 import torch
@@ -18,6 +19,7 @@ from torch.utils._pytree import tree_map
 from quad_modifiers.linalg.fast_dtype import fast_dtype
 from quad_modifiers.model.decoder import Decoder
 from quad_modifiers.on_disk import on_disk, rest, unchanged_kept
+from quad_modifiers.ranks import is_own_part, part_of
 
 TOKENS_AT_ONCE = 2048
 """Tokens for which weights are converted and moments summed once; more no longer pays."""
@@ -31,11 +33,15 @@ class CalibrationBatch:
         hidden: residual stream, `[batch, tokens, hidden]`, float32.
         arguments: per block, the keyword arguments it is called with (positions, masks).
         keep: `[batch, tokens]` bool, False for padding; None if there is none.
+        number: which one of the run it is.
+        part: of the batches, that is summed up on its own (`quad_modifiers.ranks`).
     """
 
     hidden: torch.Tensor
     arguments: list[dict[str, Any]]
     keep: torch.Tensor | None
+    number: int = 0
+    part: int = 0
 
     def tokens(self, activations: torch.Tensor) -> torch.Tensor:
         """Returns the activations of real tokens, `[n, width]`.
@@ -72,16 +78,27 @@ def fast_products() -> AbstractContextManager[Any]:
 
 
 @torch.no_grad()
-def first_block_inputs(decoder: Decoder, batches: list[dict[str, torch.Tensor]]) -> list[CalibrationBatch]:
+def first_block_inputs(
+    decoder: Decoder, batches: list[dict[str, torch.Tensor]], shared: bool = False
+) -> list[CalibrationBatch]:
     """Returns the inputs of the first decoder block for each batch (`input_ids`, optional `attention_mask`).
 
     The blocks themselves are passed over: each only records the arguments it is called with, which differ between
     blocks where some attend to a sliding window. Short batches of one length and without padding become one.
+
+    Args:
+        decoder: the model.
+        batches: of calibration text.
+        shared: whether the ranks of the run divide the batches among them; then this is the share of this one.
     """
     layers, backbone = [block.module for block in decoder.blocks], decoder.backbone
     device = decoder.embedding.weight.device
     collected = []
-    for batch in _merged(batches):
+    merged = list(_merged(batches))
+    for number, batch in enumerate(merged):
+        part = part_of(number, len(merged))
+        if shared and not is_own_part(part):
+            continue
         mask = batch.get("attention_mask")
         keep = None if mask is None or bool(mask.all()) else mask.bool()
         call: dict[str, Any] = {"input_ids": batch["input_ids"].to(device), "use_cache": False}
@@ -91,8 +108,14 @@ def first_block_inputs(decoder: Decoder, batches: list[dict[str, torch.Tensor]])
             backbone(**call)
         converted: dict[int, torch.Tensor] = {}  # blocks share their arguments: so do the copies
         arguments = [tree_map(partial(_shared_copy, converted), kwargs) for _, kwargs in seen]
-        collected.append(CalibrationBatch(on_disk(_to_working(seen[0][0])), arguments, keep))
+        collected.append(CalibrationBatch(on_disk(_to_working(seen[0][0])), arguments, keep, number, part))
     return collected
+
+
+def in_parts(stream: Sequence[CalibrationBatch]) -> Iterator[list[int]]:
+    """Yields the places in a stream of the batches of each part."""
+    for _, places in groupby(range(len(stream)), lambda place: stream[place].part):
+        yield list(places)
 
 
 def _merged(batches: list[dict[str, torch.Tensor]]) -> Iterator[dict[str, torch.Tensor]]:
@@ -144,8 +167,9 @@ def _to_working(value: torch.Tensor) -> torch.Tensor:
 
 def keep_streams(stream: list[CalibrationBatch], original: list[torch.Tensor] | None = None) -> dict[str, torch.Tensor]:
     """Returns the residual streams of all batches for the journal of a run, and those of the original model."""
-    kept = {f"stream.{index}": batch.hidden for index, batch in enumerate(stream)}
-    return kept | {f"original.{index}": hidden for index, hidden in enumerate(original or ())}
+    kept = {f"stream.{batch.number}": batch.hidden for batch in stream}
+    pairs = zip(stream, original or (), strict=False)
+    return kept | {f"original.{batch.number}": hidden for batch, hidden in pairs}
 
 
 def put_streams_back(
@@ -153,9 +177,9 @@ def put_streams_back(
 ) -> None:
     """Moves the streams to where they were when `keep_streams` saw them."""
     for index, batch in enumerate(stream):
-        batch.hidden = on_disk(kept[f"stream.{index}"].to(batch.hidden))
+        batch.hidden = on_disk(kept[f"stream.{batch.number}"].to(batch.hidden))
         if original is not None:
-            original[index] = on_disk(kept[f"original.{index}"].to(batch.hidden))
+            original[index] = on_disk(kept[f"original.{batch.number}"].to(batch.hidden))
 
 
 @contextmanager

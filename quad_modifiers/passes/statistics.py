@@ -14,10 +14,13 @@ from quad_modifiers.passes.calibration_stream import (
     CalibrationBatch,
     first_block_inputs,
     in_float32,
+    in_parts,
     keep_streams,
     put_streams_back,
+    working_device,
 )
 from quad_modifiers.passes.runners import runner_of
+from quad_modifiers.ranks import OrderedSum
 from quad_modifiers.reporting import layer_progress
 
 ValuesBasis = Literal["attention", "values"]
@@ -60,8 +63,8 @@ def collect_statistics(
         ValueError: naming the layer in which an activation is NaN or infinite.
     """
     geometry = decoder.geometry
-    stream = first_block_inputs(decoder, batches)
-    residual = StreamingGram(geometry.hidden, stream[0].hidden.device)
+    stream, device = first_block_inputs(decoder, batches, shared=True), working_device()
+    residual = StreamingGram(geometry.hidden, device)
     heads: dict[str, torch.Tensor] = {}
     channels: dict[str, torch.Tensor] = {}
     log = open_step("statistics")
@@ -73,20 +76,27 @@ def collect_statistics(
     for block in layer_progress(decoder.blocks, "calibrating"):
         if block.index < resumed:
             found, _ = log.result(block.index)
-            heads |= _of_kind(found, "heads", stream)
-            channels |= _of_kind(found, "channels", stream)
+            heads |= _of_kind(found, "heads", device)
+            channels |= _of_kind(found, "channels", device)
             continue
-        moments = _BlockMoments(geometry, residual, values_basis)
         try:
             with in_float32(block.module):
-                _run(decoder, block, stream, moments)
+                sums = _run(decoder, block, stream, values_basis)
         except ValueError as error:
             raise ValueError(f"layer {block.index}: {error}") from error
-        means = {path: torch.stack([gram.mean() for gram in grams]) for path, grams in moments.heads.items()}
+        residual.total += sums["residual"].to(device)
+        residual.tokens += int(sums["residual tokens"])
+        counts = _of_kind(sums, "head tokens", device)
+        totals = _of_kind(sums, "heads", device)
+        means = {
+            path: torch.stack([StreamingGram.of(each, int(counts[path])).mean() for each in total])
+            for path, total in totals.items()
+        }
+        energies = _of_kind(sums, "channels", device)
         heads |= means
-        channels |= moments.channels
+        channels |= energies
         carried = {"residual": residual.total, "tokens": torch.tensor(residual.tokens)}
-        log.finish(_named("heads", means) | _named("channels", moments.channels), None, keep_streams(stream) | carried)
+        log.finish(_named("heads", means) | _named("channels", energies), None, keep_streams(stream) | carried)
     return ActivationStatistics(residual.mean(), heads, channels)
 
 
@@ -94,30 +104,46 @@ def _named(kind: str, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tenso
     return {f"{kind}.{path}": tensor for path, tensor in tensors.items()}
 
 
-def _of_kind(tensors: dict[str, torch.Tensor], kind: str, stream: list[CalibrationBatch]) -> dict[str, torch.Tensor]:
-    """What was `_named`, on the device of the stream."""
-    device = stream[0].hidden.device
-    return {name.removeprefix(f"{kind}."): each.to(device) for name, each in tensors.items() if name.startswith(kind)}
+def _of_kind(tensors: dict[str, torch.Tensor], kind: str, device: torch.device) -> dict[str, torch.Tensor]:
+    """What was `_named`, on a device."""
+    start = f"{kind}."
+    return {name.removeprefix(start): each.to(device) for name, each in tensors.items() if name.startswith(start)}
 
 
-def _run(decoder: Decoder, block: Block, stream: list[CalibrationBatch], moments: "_BlockMoments") -> None:
-    runner = runner_of(block, decoder.architecture)
-    for batch in stream:
-        moments.batch = batch
-        batch.hidden = on_disk(runner.run(batch.hidden, batch.arguments[block.index], moments.see, moments.see_stream))
-        if not torch.isfinite(batch.hidden).all():  # no norm comes after the last block
-            raise ValueError("its output is NaN or infinite")
+def _run(
+    decoder: Decoder, block: Block, stream: list[CalibrationBatch], values_basis: ValuesBasis
+) -> dict[str, torch.Tensor]:
+    """Moves the stream past a block; returns the sums over all ranks of what the block saw."""
+    runner, total = runner_of(block, decoder.architecture), OrderedSum()
+    for places in in_parts(stream):
+        moments = _PartMoments(decoder.geometry, values_basis)
+        for batch in (stream[place] for place in places):
+            moments.batch = batch
+            call = batch.arguments[block.index]
+            batch.hidden = on_disk(runner.run(batch.hidden, call, moments.see, moments.see_stream))
+            if not torch.isfinite(batch.hidden).all():  # no norm comes after the last block
+                raise ValueError("its output is NaN or infinite")
+        total.add(moments.sums())
+    return total.total()
 
 
-class _BlockMoments:
-    """Sums over the batches of one block."""
+class _PartMoments:
+    """Sums over a part of the batches, in one block."""
 
     batch: CalibrationBatch
 
-    def __init__(self, geometry: ModelGeometry, residual: StreamingGram, values_basis: ValuesBasis) -> None:
-        self.geometry, self.residual, self.values_basis = geometry, residual, values_basis
+    def __init__(self, geometry: ModelGeometry, values_basis: ValuesBasis) -> None:
+        self.geometry, self.values_basis = geometry, values_basis
+        self.residual = StreamingGram(geometry.hidden, working_device())
         self.heads: dict[str, list[StreamingGram]] = {}
         self.channels: dict[str, torch.Tensor] = {}
+
+    def sums(self) -> dict[str, torch.Tensor]:
+        """Returns all of them by name, those of each token of the same name's kind beside them."""
+        heads = {path: torch.stack([gram.total for gram in grams]) for path, grams in self.heads.items()}
+        tokens = {path: torch.tensor(grams[0].tokens) for path, grams in self.heads.items()}
+        residual = {"residual": self.residual.total, "residual tokens": torch.tensor(self.residual.tokens)}
+        return residual | _named("heads", heads) | _named("head tokens", tokens) | _named("channels", self.channels)
 
     def see_stream(self, group: PlacedGroup, hidden: torch.Tensor) -> None:
         """Adds the stream that enters a norm."""

@@ -20,12 +20,14 @@ from quad_modifiers.passes.calibration_stream import (
     CalibrationBatch,
     first_block_inputs,
     in_float32,
+    in_parts,
     keep_streams,
     put_streams_back,
 )
 from quad_modifiers.passes.quantized_tensors import keep_weight, kept_weight
 from quad_modifiers.passes.runners import BlockRunner, runner_of
 from quad_modifiers.quantization.group import InputMoments, LinearReport, WeightQuantization, quantize_group
+from quad_modifiers.ranks import OrderedSum
 
 _SMALL = 2**16  # weights of a linear below which its calls take longer than its products
 
@@ -52,7 +54,7 @@ def quantize_blocks(
             where the rest of the block is computed faster with it.
         skipped: predicate on full module names: linears that stay in full precision.
     """
-    stream = [] if batches is None else first_block_inputs(decoder, batches)
+    stream = [] if batches is None else first_block_inputs(decoder, batches, shared=True)
     original = [batch.hidden for batch in stream] if settings.error_correction else None
     scale_dtype = next(decoder.linears()).module.qweight.dtype
     log = open_step("weights", lambda: digest_of(decoder.model.named_parameters()))
@@ -199,15 +201,20 @@ class _BlockWork:
         if not self._is_corrected(group):
             originals = None
         halves = originals is not None and self.settings.error_correction == "auto"
+        total = OrderedSum()
+        for places in in_parts(stream):
+            moments = InputMoments(self._chosen(group)[0].module, originals is not None, halves)
+            for x, batch, place in ((inputs[place], stream[place], place) for place in places):
+                if not x.numel():
+                    continue
+                original = None if originals is None else batch.tokens(originals[place].pop(group.names)).float()
+                try:
+                    moments.add(batch.tokens(x), original)
+                except ValueError as error:
+                    raise ValueError(f"{group.names}: {error}") from error
+            total.add(moments.sums())
         moments = InputMoments(self._chosen(group)[0].module, originals is not None, halves)
-        for index, (x, batch) in enumerate(zip(inputs, stream, strict=True)):
-            if not x.numel():
-                continue
-            original = None if originals is None else batch.tokens(originals[index].pop(group.names)).float()
-            try:
-                moments.add(batch.tokens(x), original)
-            except ValueError as error:
-                raise ValueError(f"{group.names}: {error}") from error
+        moments.take(total.total())
         return moments if moments.tokens else None
 
     def _go_on_with_integers(self, group: PlacedGroup) -> None:

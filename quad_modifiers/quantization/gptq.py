@@ -174,46 +174,96 @@ def quantize_columns(
     columns = weight.shape[1]
     if hessian.shape != (columns, columns):
         raise ValueError(f"the Hessian is {tuple(hessian.shape)}, the weight has {columns} columns")
-    ranges = _grid_ranges(blocks, columns)
-    quantized = ranges[-1].stop
-    order = torch.arange(columns, device=weight.device)
-    if activation_order:
-        for part in ranges:
-            inside = hessian.diagonal()[part.start : part.stop]
-            order[part.start : part.stop] = inside.argsort(descending=True, stable=True) + part.start
-    damped, factor, damping, attempts = damp(hessian[order][:, order], quantized, damping)
-    response = _outlier_response(damped, quantized).to(weight)
-    damped, factor = damped.to(weight), factor.to(weight)
-    scales = _ordered_scales(ranges, order)
-    work = weight[:, order].T.contiguous()  # [n, out]
-    target = work.clone()
-    integers = torch.empty_like(scales.scale)
-    for start, stop, grid in _steps(ranges, block_size):
-        integers[start:stop], errors = round_columns(
-            work[start:stop],
-            factor[start:stop, start:stop],
-            scales.scale[start:stop],
-            scales.zero_point[start:stop],
-            low=grid.low,
-            high=grid.high,
+    solver = ColumnSolver(hessian, blocks, damping, activation_order, block_size, sweeps, weight.dtype)
+    return solver.solve(weight, [block.scales for block in blocks if block.scales is not None])
+
+
+class ColumnSolver:
+    """GPTQ with one Hessian: what does not depend on the weight is computed once, for any number of output channels.
+
+    Output channels have nothing to do with each other, so a weight may be solved in pieces.
+
+    Args:
+        hessian: see `quantize_columns`; so are the others.
+        blocks: what becomes of the columns; their scales are not looked at.
+        damping: initial fraction of the mean diagonal.
+        activation_order: whether columns are processed by falling diagonal.
+        block_size: columns at once.
+        sweeps: of coordinate descent.
+        dtype: of the weights that will be solved.
+
+    Raises:
+        ValueError: as `quantize_columns`.
+    """
+
+    def __init__(
+        self,
+        hessian: torch.Tensor,
+        blocks: Sequence[ColumnBlock],
+        damping: float = 0.01,
+        activation_order: bool = True,
+        block_size: int = 128,
+        sweeps: int = 0,
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
+        ranges = _grid_ranges(blocks, len(hessian))
+        quantized = ranges[-1].stop
+        order = torch.arange(len(hessian), device=hessian.device)
+        if activation_order:
+            for part in ranges:
+                inside = hessian.diagonal()[part.start : part.stop]
+                order[part.start : part.stop] = inside.argsort(descending=True, stable=True) + part.start
+        ordered = hessian[order][:, order]
+        damped, factor, self._damping, self._attempts = damp(ordered, quantized, damping)
+        self._hessian = ordered.to(dtype)
+        del ordered
+        self._response = _outlier_response(damped, quantized).to(dtype)
+        self._factor = factor.to(dtype)
+        self._reduced = _without_outliers(damped.to(dtype), self._response) if sweeps else None
+        self._ranges, self._quantized, self._order = ranges, quantized, order
+        self._block_size, self._sweeps = block_size, sweeps
+
+    def solve(self, weight: torch.Tensor, scales: Sequence[WeightScales]) -> GptqResult:
+        """Returns what becomes of output channels `[out, n]`.
+
+        Args:
+            weight: some or all output channels, columns in the order of the blocks.
+            scales: of their groups, for each block with a grid.
+        """
+        order, quantized, factor, ranges = self._order, self._quantized, self._factor, self._ranges
+        spread = _ordered_scales(ranges, scales, order)
+        work = weight[:, order].T.contiguous()  # [n, out]
+        target = work.clone()
+        integers = torch.empty_like(spread.scale)
+        for start, stop, grid in _steps(ranges, self._block_size):
+            integers[start:stop], errors = round_columns(
+                work[start:stop],
+                factor[start:stop, start:stop],
+                spread.scale[start:stop],
+                spread.zero_point[start:stop],
+                low=grid.low,
+                high=grid.high,
+            )
+            work[stop:].addmm_(factor[start:stop, stop:].T, errors, alpha=-1)
+        if self._reduced is not None:
+            steps = _steps(ranges, self._block_size) * self._sweeps
+            _descend(integers, spread, target[:quantized], self._reduced, steps)
+        delta = dequantize(integers, spread) - target[:quantized]
+        absorbed = self._response @ delta
+        full_delta = torch.cat([delta, absorbed])
+        loss = (full_delta * (self._hessian @ full_delta)).sum(0)
+        inverse = order[:quantized].argsort()
+        in_place = integers.T[:, inverse]
+        return GptqResult(
+            [
+                RoundedBlock(in_place[:, part.start : part.stop].contiguous(), own)
+                for part, own in zip(ranges, scales, strict=True)
+            ],
+            (target[quantized:] + absorbed).T.contiguous(),
+            loss,
+            self._damping,
+            self._attempts,
         )
-        work[stop:].addmm_(factor[start:stop, stop:].T, errors, alpha=-1)
-    if sweeps:
-        reduced = _without_outliers(damped, response)
-        _descend(integers, scales, target[:quantized], reduced, _steps(ranges, block_size) * sweeps)
-    delta = dequantize(integers, scales) - target[:quantized]
-    absorbed = response @ delta
-    full_delta = torch.cat([delta, absorbed])
-    loss = (full_delta * (hessian[order][:, order].to(weight) @ full_delta)).sum(0)
-    inverse = order[:quantized].argsort()
-    in_place = integers.T[:, inverse]
-    return GptqResult(
-        [RoundedBlock(in_place[:, part.start : part.stop].contiguous(), part.scales) for part in ranges],
-        (target[quantized:] + absorbed).T.contiguous(),
-        loss,
-        damping,
-        attempts,
-    )
 
 
 class _GridRange(NamedTuple):
@@ -222,26 +272,25 @@ class _GridRange(NamedTuple):
     start: int
     stop: int
     grid: IntegerGrid
-    scales: WeightScales
 
 
 def _grid_ranges(blocks: Sequence[ColumnBlock], columns: int) -> list[_GridRange]:
     ranges: list[_GridRange] = []
     start = 0
     for block in blocks:
-        if block.grid is not None and block.scales is not None:
+        if block.grid is not None:
             if ranges and ranges[-1].stop != start:
                 raise ValueError("columns in full precision absorb the error of all others; they must come last")
-            ranges.append(_GridRange(start, start + block.columns, block.grid, block.scales))
+            ranges.append(_GridRange(start, start + block.columns, block.grid))
         start += block.columns
     if start != columns or not ranges:
         raise ValueError(f"the blocks have {start} columns, {len(ranges)} of them on a grid; the weight has {columns}")
     return ranges
 
 
-def _ordered_scales(ranges: list[_GridRange], order: torch.Tensor) -> WeightScales:
+def _ordered_scales(ranges: list[_GridRange], scales: Sequence[WeightScales], order: torch.Tensor) -> WeightScales:
     """One scale and zero point per rounded column, transposed and in the order of processing, `[n, out]`."""
-    wide = [part.scales.expand(part.stop - part.start) for part in ranges]
+    wide = [own.expand(part.stop - part.start) for part, own in zip(ranges, scales, strict=True)]
     columns = order[: ranges[-1].stop]
     return WeightScales(
         torch.cat([each.scale for each in wide], dim=1)[:, columns].T.contiguous(),

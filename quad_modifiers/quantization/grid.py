@@ -4,6 +4,7 @@ The grid is the one of compressed-tensors, so that a stock runtime reads the sam
 -2^(bits-1) to 2^(bits-1) - 1 and a symmetric scale of absmax / ((2^bits - 1) / 2).
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 
 import torch
@@ -31,12 +32,23 @@ class WeightScales:
         """Returns scales of two levels: `base` `[out, 1]`, `sub_scale` `[out, groups]`, both floating point."""
         return cls(base * sub_scale, torch.zeros_like(sub_scale), base, sub_scale)
 
+    @classmethod
+    def joined(cls, parts: "Sequence[WeightScales]") -> "WeightScales":
+        """Returns the scales of the rows of several, one after the other."""
+        columns = [[getattr(part, field.name) for part in parts] for field in fields(cls)]
+        return cls(*(None if each[0] is None else torch.cat(each) for each in columns))
+
     def expand(self, columns: int) -> "WeightScales":
         """One scale per weight, `[out, columns]`."""
         repeat = columns // self.scale.shape[1]
         return WeightScales(
             self.scale.repeat_interleave(repeat, dim=1), self.zero_point.repeat_interleave(repeat, dim=1)
         )
+
+    def to(self, device: torch.device) -> "WeightScales":
+        """Returns the scales on a device."""
+        moved = [getattr(self, field.name) for field in fields(self)]
+        return WeightScales(*(None if each is None else each.to(device) for each in moved))
 
     def times(self, factor: float, dtype: torch.dtype) -> "WeightScales":
         """Returns scales that are multiplied by a number, as a checkpoint of `dtype` holds them."""

@@ -1,7 +1,7 @@
 """Quantizes the linears that share one input: moments of that input, then all of them as one weight."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import reduce
 from typing import Literal
 
@@ -15,9 +15,9 @@ from quad_modifiers.nn.quad_linear import QuadLinear
 from quad_modifiers.quantization.error_correction import Correction, Moments, corrected, cross_fitted
 from quad_modifiers.quantization.gptq import (
     ColumnBlock,
+    ColumnSolver,
     GptqResult,
     RoundedBlock,
-    quantize_columns,
 )
 from quad_modifiers.quantization.grid import (
     WeightScales,
@@ -26,7 +26,9 @@ from quad_modifiers.quantization.grid import (
     round_to_grid,
 )
 from quad_modifiers.quantization.outlier_rounding import round_outliers, rounded_to_nearest
+from quad_modifiers.ranks import ranks
 
+_PIECE, _PIECES = 128, 16  # output channels that are rounded at once, at least; and pieces, at most
 _TINY = torch.finfo(torch.float32).tiny
 
 
@@ -87,6 +89,16 @@ class InputMoments:
             outlier = fake_quantize(outlier, outlier_quantization)
         return torch.cat([residual, outlier], dim=-1)
 
+    def sums(self) -> dict[str, torch.Tensor]:
+        """Returns what was added up, by name."""
+        return {f"{index}.{name}": each for index, own in enumerate(self._sums) for name, each in own.named().items()}
+
+    def take(self, sums: dict[str, torch.Tensor]) -> None:
+        """Takes what `sums` of others came to instead of its own."""
+        for index, own in enumerate(self._sums):
+            start = f"{index}."
+            own.take({name.removeprefix(start): each for name, each in sums.items() if name.startswith(start)})
+
     @property
     def tokens(self) -> int:
         """Number of inputs added."""
@@ -125,6 +137,18 @@ class _Sums:
     def __init__(self, size: int, device: torch.device, error_correction: bool) -> None:
         self.gram = StreamingGram(size, device)
         self.cross = torch.zeros(size, size, dtype=torch.float64, device=device) if error_correction else None
+
+    def named(self) -> dict[str, torch.Tensor]:
+        """Returns the sums by name."""
+        found = {"gram": self.gram.total, "tokens": torch.tensor(self.gram.tokens)}
+        return found if self.cross is None else found | {"cross": self.cross}
+
+    def take(self, sums: dict[str, torch.Tensor]) -> None:
+        """Takes sums of others."""
+        device = self.gram.total.device
+        self.gram = StreamingGram.of(sums["gram"].to(device), int(sums["tokens"]))
+        if self.cross is not None:
+            self.cross = sums["cross"].to(device)
 
     def add(self, seen: torch.Tensor, wanted: torch.Tensor | None) -> None:
         """Adds inputs of the quantized and of the original model, `[n, size]` each."""
@@ -274,32 +298,72 @@ def _gptq(
     if drift is not None:
         correction = _correction(weight, columns, moments, settings)
         target = corrected(weight, Moments(hessian, drift), columns, correction)
-    base = _initial_scales(target[:, :columns], hessian.diagonal()[:columns], settings, scale_dtype)
+    solver = ColumnSolver(
+        hessian,
+        [ColumnBlock(columns, settings.grid), ColumnBlock(weight.shape[1] - columns)],
+        settings.damping,
+        settings.activation_order,
+        settings.block_size,
+        settings.sweeps,
+    )
+
+    def solve(piece: torch.Tensor) -> GptqResult:
+        return _packed(_rounded(piece, columns, hessian, solver, settings, scale_dtype))
+
+    pieces = target.tensor_split(min(_PIECES, max(1, len(target) // _PIECE)))
+    return _joined(ranks().each(pieces, solve), weight)
+
+
+def _rounded(
+    weight: torch.Tensor,
+    columns: int,
+    hessian: torch.Tensor,
+    solver: ColumnSolver,
+    settings: WeightQuantization,
+    scale_dtype: torch.dtype,
+) -> GptqResult:
+    """Rounds some of the output channels of a group."""
+    base = _initial_scales(weight[:, :columns], hessian.diagonal()[:columns], settings, scale_dtype)
     best: GptqResult | None = None
     for candidate in settings.scale_candidates:
-        scales = base.times(candidate, scale_dtype)
-        trial = quantize_columns(
-            target,
-            hessian,
-            [ColumnBlock(columns, settings.grid, scales), ColumnBlock(weight.shape[1] - columns)],
-            settings.damping,
-            settings.activation_order,
-            settings.block_size,
-            settings.sweeps,
-        )
+        trial = solver.solve(weight, [base.times(candidate, scale_dtype)])
         best = trial if best is None else _better_rows(best, trial)
     assert best is not None
     if settings.outlier_grid is None or weight.shape[1] == columns:
         return best
     return round_outliers(
         best,
-        target,
+        weight,
         hessian,
         settings.outlier_grid,
         scale_dtype,
         clip_search=settings.clip_search,
         activation_order=settings.activation_order,
         block_size=settings.block_size,
+    )
+
+
+def _packed(result: GptqResult) -> GptqResult:
+    """The integers take a byte each while they wait, or travel to other ranks."""
+    blocks = [RoundedBlock(block.integers.to(torch.int8), block.scales) for block in result.blocks]
+    return replace(result, blocks=blocks)
+
+
+def _joined(pieces: list[GptqResult], like: torch.Tensor) -> GptqResult:
+    """The result for all output channels of what was rounded in pieces, with the dtype and device of the weight."""
+    blocks = [
+        RoundedBlock(
+            torch.cat([block.integers.to(like) for block in parts]),
+            WeightScales.joined([block.scales.to(like.device) for block in parts]),
+        )
+        for parts in zip(*(piece.blocks for piece in pieces), strict=True)
+    ]
+    return GptqResult(
+        blocks,
+        torch.cat([piece.outlier.to(like.device) for piece in pieces]),
+        torch.cat([piece.loss.to(like.device) for piece in pieces]),
+        max(piece.damping for piece in pieces),
+        max(piece.attempts for piece in pieces),
     )
 
 

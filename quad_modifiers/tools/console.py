@@ -9,6 +9,7 @@ from contextlib import contextmanager, redirect_stdout
 from typing import TYPE_CHECKING, TextIO
 
 from quad_modifiers.reporting import SUMMARY
+from quad_modifiers.torchrun import is_first_rank
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -78,7 +79,7 @@ def log_on_stderr(summaries: bool = True) -> Iterator[None]:
     levels = [package.level for package in packages]
     for package in packages:
         package.addHandler(handler)
-        package.setLevel(logging.INFO)
+        package.setLevel(logging.INFO if is_first_rank() else logging.WARNING)
     try:
         with redirect_stdout(sys.stderr):
             yield

@@ -32,6 +32,7 @@ from quad_modifiers.tools.cli.options import (
     recipe_names,
 )
 from quad_modifiers.tools.console import log_on_stderr, print_json, print_table
+from quad_modifiers.torchrun import is_first_rank
 
 if TYPE_CHECKING:
     from quad_modifiers.records.inventory import Inventory
@@ -101,6 +102,8 @@ def compress(
 
     if no_check and max_perplexity_ratio is not None:
         raise ValueError("--no-check leaves out what --max-perplexity-ratio is about; give one of them")
+    if dry_run and not is_first_rank():
+        return
     if dry_run:
         options = loading(revision, trust_remote_code, dtype, device, cache_dir)
         _show_plan(
@@ -141,6 +144,8 @@ def compress(
                 offload=offload.value,
             )
         ]
+        if not is_first_rank():
+            return
         cost = _Cost.since(start)  # the comparison is no part of it
         seen = None
         if not no_check:

@@ -1,0 +1,9 @@
+"""The processes that torchrun started for one run.
+
+docs/developer/many-ranks.md has the design.
+"""
+
+from quad_modifiers.ranks.group import RankLost, Ranks, joined, ranks
+from quad_modifiers.ranks.ordered_sum import PARTS, OrderedSum, is_own_part, part_of
+
+__all__ = ["PARTS", "OrderedSum", "RankLost", "Ranks", "is_own_part", "joined", "part_of", "ranks"]
