@@ -3,7 +3,6 @@
 import inspect
 import logging
 import os
-import shutil
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
@@ -29,7 +28,15 @@ from quad_modifiers.data.calibration import (
     calibration_reading,
 )
 from quad_modifiers.data.token_rows import check_vocabulary
-from quad_modifiers.journal import Journal, identity_of, journaled, note_saving, settle_saving, unfinished_folder
+from quad_modifiers.journal import (
+    Journal,
+    identity_of,
+    journaled,
+    note_saving,
+    remove_journal,
+    settle_saving,
+    unfinished_folder,
+)
 from quad_modifiers.model.architecture import find_architecture
 from quad_modifiers.model.decoder import Decoder
 from quad_modifiers.model.rotary import restore_frequencies
@@ -254,12 +261,12 @@ def _take_finished(output: Path, job: Job) -> PreTrainedModel:
     folder = unfinished_folder(output, PARTIAL)
 
     def tidy_up() -> None:
-        if identity_of(folder)["recipe"] != job.recipe_digest:
+        if identity_of(folder).get("recipe", job.recipe_digest) != job.recipe_digest:
             raise ValueError(
                 f"the run in {folder} had another recipe; it had finished, and its checkpoint is in {output}: remove "
                 f"{folder}, and choose another output"
             )
-        shutil.rmtree(folder)
+        remove_journal(folder)
 
     ranks().from_first(tidy_up)
     logger.info("the interrupted run had finished: its checkpoint is in %s", output)

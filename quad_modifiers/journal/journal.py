@@ -4,11 +4,12 @@ import json
 import logging
 import shutil
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from contextvars import ContextVar
 from pathlib import Path
 from typing import IO, Any
 
+from quad_modifiers.journal.saving import remove_journal
 from quad_modifiers.journal.shared_step import SharedStep
 from quad_modifiers.journal.step import Step
 from quad_modifiers.journal.unfinished import LOCK, RUN, is_unfinished, locked, open_unfinished
@@ -87,7 +88,8 @@ class Journal:
     def remove(self) -> None:
         """Removes the folder, if it is this run's."""
         if self._is_ours:
-            shutil.rmtree(self.folder, ignore_errors=True)
+            with suppress(OSError):
+                remove_journal(self.folder)
         if self._lock is not None:
             self._lock.close()
 

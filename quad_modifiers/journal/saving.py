@@ -5,7 +5,7 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
-from quad_modifiers.journal.unfinished import locked
+from quad_modifiers.journal.unfinished import RUN, locked
 from quad_modifiers.output_folder import put_in_place, replace_file
 
 _SAVING = "saving.json"
@@ -33,7 +33,9 @@ def settle_saving(journal_folder: Path, output: Path, is_whole: Callable[[Path],
     """
     file = journal_folder / _SAVING
     if not file.is_file():
-        return False
+        if not journal_folder.is_dir() or any(journal_folder.iterdir()):
+            return False
+        return output.is_dir() and is_whole(output)  # cut off as the last thing of all was to be done
     with locked(journal_folder):
         noted = json.loads(file.read_text(encoding="utf-8"))
         hidden = Path(noted["hidden"])
@@ -43,3 +45,16 @@ def settle_saving(journal_folder: Path, output: Path, is_whole: Callable[[Path],
         if hidden.is_dir():
             put_in_place(hidden, output, begun=True)
         return output.is_dir() and is_whole(output)
+
+
+def remove_journal(journal_folder: Path) -> None:
+    """Removes the journal of a run that has finished; what says so goes last, should the process end meanwhile."""
+    last = (RUN, _SAVING)
+    for entry in sorted(
+        journal_folder.iterdir(), key=lambda entry: last.index(entry.name) if entry.name in last else -1
+    ):
+        if entry.is_dir():
+            shutil.rmtree(entry)
+        else:
+            entry.unlink()
+    journal_folder.rmdir()

@@ -90,6 +90,7 @@ def locked(folder: Path) -> IO[str]:
 
 
 def identity_of(folder: Path) -> dict[str, Any]:
-    """Returns what the run in a folder was made from, as `open_unfinished` was told."""
-    found: dict[str, Any] = json.loads((folder / RUN).read_text(encoding="utf-8"))
+    """Returns what the run in a folder was made from, as `open_unfinished` was told; empty if it does not say."""
+    file = folder / RUN
+    found: dict[str, Any] = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
     return found

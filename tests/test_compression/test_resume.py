@@ -12,6 +12,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,11 +20,12 @@ from typing import Any
 import pytest
 
 import quad_modifiers
-from quad_modifiers.journal import Step, note_saving, settle_saving, unfinished
+from quad_modifiers.journal import Step, identity_of, note_saving, remove_journal, settle_saving, unfinished
 from quad_modifiers.output_folder import complete_or_absent
 
 pytest.importorskip("llmcompressor")
 
+needs_fork = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 TEXTS = [f"Document {index} measures the bridge {index * 7} times. " * 20 for index in range(30)]
 SETTINGS = {"dataset": TEXTS, "num_calibration_samples": 6, "max_seq_length": 48}
 PROJECTION = "SVDOutlierProjection: {rank: 8, o_proj_rank_per_head: 2, down_proj_rank: 8}"
@@ -366,30 +368,34 @@ def test_in_a_folder_whose_parent_cannot_be_written(
     assert files_of(output) == whole
 
 
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def killed_at(change: int, work: Callable[[], None]) -> bool:
+    """Does something in a process of its own, which is killed at the given change of the files; whether it was."""
+    child = os.fork()
+    if child == 0:
+        changes = itertools.count()
+
+        def kill(event: str, arguments: tuple[Any, ...]) -> None:
+            writes = event == "open" and arguments[2] & (os.O_WRONLY | os.O_RDWR | os.O_CREAT)
+            if (writes or event in ("os.mkdir", "os.rename", "os.remove", "os.rmdir")) and next(changes) == change:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+        sys.addaudithook(kill)
+        work()
+        os._exit(0)
+    return os.waitpid(child, 0)[1] != 0
+
+
+@needs_fork
 @pytest.mark.filterwarnings("ignore:.*use of fork:DeprecationWarning")
 @pytest.mark.parametrize("exists", [False, True], ids=["new folder", "existing folder"])
 def test_killed_before_any_change_of_the_files(exists: bool, tmp_path: Path) -> None:
     """Whatever change was the last one: all of the checkpoint is in its place, or nothing of it anywhere."""
     files = {"config.json": "{}", "model.safetensors": "weights", "tokenizer.json": "{}"}
 
-    def save_until(change: int, journal: Path, output: Path) -> bool:
-        """Returns whether saving was ended by the given change."""
-        child = os.fork()
-        if child == 0:
-            changes = itertools.count()
-
-            def kill(event: str, arguments: tuple[Any, ...]) -> None:
-                writes = event == "open" and arguments[2] & (os.O_WRONLY | os.O_RDWR | os.O_CREAT)
-                if (writes or event in ("os.mkdir", "os.rename", "os.remove", "os.rmdir")) and next(changes) == change:
-                    os.kill(os.getpid(), signal.SIGKILL)
-
-            sys.addaudithook(kill)
-            with complete_or_absent(output, announce=partial(note_saving, journal)) as hidden:
-                for name, text in files.items():
-                    (hidden / name).write_text(text)
-            os._exit(0)
-        return os.waitpid(child, 0)[1] != 0
+    def save(journal: Path, output: Path) -> None:
+        with complete_or_absent(output, announce=partial(note_saving, journal)) as hidden:
+            for name, text in files.items():
+                (hidden / name).write_text(text)
 
     settled = set()
     for change in itertools.count():
@@ -398,7 +404,7 @@ def test_killed_before_any_change_of_the_files(exists: bool, tmp_path: Path) -> 
         journal.mkdir(parents=True)
         if exists:
             output.mkdir()
-        if not save_until(change, journal, output):
+        if not killed_at(change, lambda journal=journal, output=output: save(journal, output)):
             break
         whole = settle_saving(journal, output, lambda written: {file.name for file in written.iterdir()} == {*files})
         settled.add(whole)
@@ -407,6 +413,27 @@ def test_killed_before_any_change_of_the_files(exists: bool, tmp_path: Path) -> 
         assert {entry.name for entry in folder.iterdir()} == {"out.partial"} | ({"out"} if whole or exists else set())
     assert settled == {True, False}
     assert change > 10
+
+
+@needs_fork
+@pytest.mark.filterwarnings("ignore:.*use of fork:DeprecationWarning")
+def test_killed_before_any_change_as_the_journal_goes(tmp_path: Path) -> None:
+    """The checkpoint is in its place: whatever is left of the journal, the run is known to have finished."""
+    for change in itertools.count():
+        output = tmp_path / f"out-{change}"
+        journal = output.with_name(f"{output.name}.partial")
+        (journal / "01-statistics").mkdir(parents=True)
+        for name in ("run.json", "lock", "a", "z", "01-statistics/layer-0000.safetensors"):
+            (journal / name).write_text("{}")
+        output.mkdir()
+        note_saving(journal, tmp_path / ".hidden", True)
+        if not killed_at(change, lambda journal=journal: remove_journal(journal)):
+            break
+        assert settle_saving(journal, output, lambda written: True), [each.name for each in journal.iterdir()]
+        assert identity_of(journal) == {}
+        remove_journal(journal)
+    assert change > 7
+    assert not journal.exists()
 
 
 def test_killed_at_any_moment(toy_checkpoint, tmp_path: Path) -> None:
