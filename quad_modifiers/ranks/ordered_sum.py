@@ -2,7 +2,7 @@
 
 import torch
 
-from quad_modifiers.ranks.group import ranks
+from quad_modifiers.ranks.together import ranks
 
 PARTS = 8
 """Into which the batches of a run are divided, for up to as many ranks."""

@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from datetime import timedelta
+from itertools import count
 from typing import Any, TypeVar
 
 import torch
@@ -16,6 +17,7 @@ Item = TypeVar("Item")
 Result = TypeVar("Result")
 
 _FAILED = "failed"
+_RUNS = count()  # of this process: each finds the others of its own in the store
 # A rank that ends closes its connections, which the others see at once; this is for one that hangs.
 _TIMEOUT = timedelta(hours=6)
 _AT_ONCE = 2**28  # bytes
@@ -164,7 +166,7 @@ def joined() -> Iterator[Ranks]:
             "that torchrun starts find each other"
         )
     store, rank, size = next(distributed.rendezvous("env://", timeout=timedelta(minutes=10)))
-    store = distributed.PrefixStore("quad_modifiers", store)
+    store = distributed.PrefixStore(f"quad_modifiers-{next(_RUNS)}", store)
     store.set_timeout(timedelta(minutes=10))
     if torch.cuda.is_available():
         torch.cuda.set_device(number_here())
@@ -175,6 +177,7 @@ def joined() -> Iterator[Ranks]:
         yield found
     except BaseException as error:
         found.failed(error)
+        group.abort()  # whoever waits for this one need not wait for the end of its process
         raise
     finally:
         _current.reset(token)
