@@ -55,10 +55,23 @@ class StreamingGram:
         Raises:
             ValueError: if no token was added.
         """
+        return StreamingGram.of(self.total.clone(), self.tokens).mean_in_place()
+
+    def mean_in_place(self) -> torch.Tensor:
+        """Returns the same in the memory of the sum, to which nothing can be added afterwards.
+
+        Raises:
+            ValueError: if no token was added.
+        """
         if self.tokens == 0:
             raise ValueError("the Gram matrix saw no calibration tokens")
-        upper = self.total.triu()
-        return (upper + upper.triu(1).T) / self.tokens
+        mean = self.total.div_(self.tokens)
+        for start in range(0, len(mean), _BLOCK):
+            stop = start + _BLOCK
+            upper = mean[start:stop, start:stop].triu()
+            mean[start:stop, start:stop] = upper + upper.triu(1).T
+            mean[stop:, start:stop] = mean[start:stop, stop:].T
+        return mean
 
 
 def _not_finite(x: torch.Tensor) -> str:

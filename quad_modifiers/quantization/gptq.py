@@ -104,7 +104,7 @@ def factorizations(hessian: torch.Tensor, level: torch.Tensor, damping: float) -
     zero on all calibration data.
 
     Args:
-        hessian: `[n, n]`, float64.
+        hessian: `[n, n]`, float64; it is changed.
         level: what the damping is a fraction of, a scalar.
         damping: first fraction tried.
 
@@ -113,15 +113,16 @@ def factorizations(hessian: torch.Tensor, level: torch.Tensor, damping: float) -
     """
     if not torch.isfinite(hessian).all():
         raise ValueError("the Hessian has NaN or infinite entries")
-    identity = torch.eye(len(hessian), dtype=hessian.dtype, device=hessian.device)
-    most = max(MAX_DAMPING, float(_HESSIAN_ERROR * hessian.diagonal().max() / level))
+    diagonal = hessian.diagonal().clone()
+    most = max(MAX_DAMPING, float(_HESSIAN_ERROR * diagonal.max() / level))
     attempts = 0
     while damping <= most:
         attempts += 1
-        damped = hessian + identity * (damping * level)
-        lower, failed = torch.linalg.cholesky_ex(damped)
+        hessian.diagonal().copy_(diagonal + damping * level)
+        lower, failed = torch.linalg.cholesky_ex(hessian)
         if not failed:
-            yield Factorization(damped, lower, damping, attempts)
+            yield Factorization(hessian, lower, damping, attempts)
+        del lower
         damping = max(damping * 10, 1e-4)
 
 
@@ -213,7 +214,7 @@ class ColumnSolver:
             for part in ranges:
                 inside = hessian.diagonal()[part.start : part.stop]
                 order[part.start : part.stop] = inside.argsort(descending=True, stable=True) + part.start
-        ordered = hessian[order][:, order]
+        ordered = hessian[order.unsqueeze(1), order]
         damped, factor, self._damping, self._attempts = damp(ordered, quantized, damping)
         self._hessian = ordered.to(dtype)
         del ordered

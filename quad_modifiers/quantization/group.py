@@ -120,15 +120,53 @@ class InputMoments:
         if not crosses:
             return None
         total = reduce(torch.add, crosses)
-        if not torch.isfinite(total).all():
-            raise ValueError("its inputs in the original model are NaN, infinite, or too large to be multiplied")
+        _check_drift(total)
         return total / self.tokens
+
+    def taken(self) -> "GroupMoments":
+        """Returns the moments in the memory of the sums, which are gone afterwards.
+
+        Raises:
+            ValueError: if no input was added, or as `drift`.
+        """
+        if not self.tokens:
+            raise ValueError("its inputs saw no calibration tokens")
+        halves = self.halves if len(self._sums) > 1 else []
+        sums = self._sums.pop()
+        for other in self._sums:
+            sums.add_sums(other)
+        self._sums = []
+        hessian = sums.gram.mean_in_place()
+        if sums.cross is not None:
+            _check_drift(sums.cross)
+            sums.cross.div_(sums.gram.tokens)
+        return GroupMoments(hessian, sums.cross, halves)
 
     @property
     def halves(self) -> list[Moments]:
         """Moments of both halves of the tokens; fewer if they were not kept, or one half has no token."""
         kept = [(sums.gram, sums.cross) for sums in self._sums]
         return [Moments(gram.mean(), cross / gram.tokens) for gram, cross in kept if gram.tokens and cross is not None]
+
+
+def _check_drift(total: torch.Tensor) -> None:
+    if not torch.isfinite(total).all():
+        raise ValueError("its inputs in the original model are NaN, infinite, or too large to be multiplied")
+
+
+@dataclass
+class GroupMoments:
+    """Moments of the inputs of a group of linears.
+
+    Attributes:
+        hessian: mean of x_seen x_seen^T, `[n, n]`, float64.
+        drift: mean of (x_original - x_seen) x_seen^T, `[n, n]`, float64; None without error correction, or afterwards.
+        halves: the same of both halves of the tokens, where they are needed.
+    """
+
+    hessian: torch.Tensor
+    drift: torch.Tensor | None
+    halves: list[Moments]
 
 
 class _Sums:
@@ -142,6 +180,13 @@ class _Sums:
         """Returns the sums by name."""
         found = {"gram": self.gram.total, "tokens": torch.tensor(self.gram.tokens)}
         return found if self.cross is None else found | {"cross": self.cross}
+
+    def add_sums(self, other: "_Sums") -> None:
+        """Adds the sums over other tokens."""
+        self.gram.total += other.gram.total
+        self.gram.tokens += other.gram.tokens
+        if self.cross is not None and other.cross is not None:
+            self.cross += other.cross
 
     def take(self, sums: dict[str, torch.Tensor]) -> None:
         """Takes sums of others."""
@@ -196,7 +241,7 @@ def quantize_group(
 
     Args:
         linears: linears of the group, in float32.
-        moments: moments of their common input; None for RTN.
+        moments: moments of their common input, which are used up; None for RTN.
         settings: settings of the quantization.
         scale_dtype: storage dtype of the scales.
         name: name of the group, for errors and the report.
@@ -216,10 +261,11 @@ def quantize_group(
         relative = float(error / weight[:, :columns].square().sum().clamp(min=_TINY))
     else:
         try:
-            result = _gptq(weight, columns, moments, settings, scale_dtype)
+            means = moments.taken()
+            result = _gptq(weight, columns, means, settings, scale_dtype)
         except ValueError as problem:
             raise ValueError(f"{name}: {problem}") from problem
-        hessian = moments.hessian.to(weight)
+        hessian = means.hessian.to(weight)
         relative = float(result.loss.sum() / ((weight @ hessian) * weight).sum().clamp(min=_TINY))
     weights = _write_back(linears, result, columns, settings, scale_dtype)
     return weights, LinearReport(name, relative, result.damping, result.attempts)
@@ -289,15 +335,15 @@ def _initial_scales(
 def _gptq(
     weight: torch.Tensor,
     columns: int,
-    moments: InputMoments,
+    moments: GroupMoments,
     settings: WeightQuantization,
     scale_dtype: torch.dtype,
 ) -> GptqResult:
-    hessian, drift = moments.hessian, moments.drift
-    target = weight
-    if drift is not None:
+    hessian, target = moments.hessian, weight
+    if moments.drift is not None:
         correction = _correction(weight, columns, moments, settings)
-        target = corrected(weight, Moments(hessian, drift), columns, correction)
+        target = corrected(weight, Moments(hessian, moments.drift), columns, correction)
+        moments.drift, moments.halves = None, []
     solver = ColumnSolver(
         hessian,
         [ColumnBlock(columns, settings.grid), ColumnBlock(weight.shape[1] - columns)],
@@ -367,7 +413,7 @@ def _joined(pieces: list[GptqResult], like: torch.Tensor) -> GptqResult:
     )
 
 
-def _correction(weight: torch.Tensor, columns: int, moments: InputMoments, settings: WeightQuantization) -> Correction:
+def _correction(weight: torch.Tensor, columns: int, moments: GroupMoments, settings: WeightQuantization) -> Correction:
     if settings.error_correction != "auto":
         return Correction(settings.error_correction, settings.damping)
     halves = moments.halves
