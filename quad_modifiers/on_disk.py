@@ -25,6 +25,9 @@ LEAST = 2**18
 
 _MADV_PAGEOUT = 21  # Linux 5.4: unlike MADV_DONTNEED it never loses what was written to a private mapping
 
+_M_MMAP_THRESHOLD = -3  # of mallopt
+_MAPPED_FROM = 2**20  # bytes of a temporary that goes back to the system once it is freed
+
 _folder: ContextVar[Path | None] = ContextVar("_folder", default=None)
 
 
@@ -35,8 +38,14 @@ def can_offload() -> bool:
 
 @contextmanager
 def offloading(folder: Path | None) -> Iterator[None]:
-    """Lets `on_disk`, `rest` and `let_go` inside do what they say, with files in `folder`; None turns them off."""
+    """Lets `on_disk`, `rest` and `let_go` inside do what they say, with files in `folder`; None turns them off.
+
+    From the first one on, the process gives back what it frees at once: left to itself, glibc keeps more and more.
+    """
     token = _folder.set(folder)
+    if folder is not None:
+        with suppress(AttributeError):  # another library than glibc
+            ctypes.CDLL(None).mallopt(_M_MMAP_THRESHOLD, _MAPPED_FROM)
     try:
         yield
     finally:

@@ -74,13 +74,11 @@ class Factorization(NamedTuple):
     """A Cholesky factorization of a damped Hessian.
 
     Attributes:
-        damped: the Hessian with its damping, `[n, n]`.
-        lower: its lower Cholesky factor, `[n, n]`.
+        lower: its lower Cholesky factor, `[n, n]`, float32: float64 is for the factorization, which can fail.
         damping: fraction of the level that was added to the diagonal.
         attempts: number of factorizations tried.
     """
 
-    damped: torch.Tensor
     lower: torch.Tensor
     damping: float
     attempts: int
@@ -104,7 +102,7 @@ def factorizations(hessian: torch.Tensor, level: torch.Tensor, damping: float) -
     zero on all calibration data.
 
     Args:
-        hessian: `[n, n]`, float64; it is changed.
+        hessian: `[n, n]`, float64; each time the damping is added to its diagonal in place.
         level: what the damping is a fraction of, a scalar.
         damping: first fraction tried.
 
@@ -120,9 +118,9 @@ def factorizations(hessian: torch.Tensor, level: torch.Tensor, damping: float) -
         attempts += 1
         hessian.diagonal().copy_(diagonal + damping * level)
         lower, failed = torch.linalg.cholesky_ex(hessian)
+        lower = lower.float()
         if not failed:
-            yield Factorization(hessian, lower, damping, attempts)
-        del lower
+            yield Factorization(lower, damping, attempts)
         damping = max(damping * 10, 1e-4)
 
 
@@ -134,14 +132,22 @@ def damp(hessian: torch.Tensor, quantized: int, damping: float) -> tuple[torch.T
     Raises:
         ValueError: if the Hessian is not finite or cannot be factorized with damping up to 1.
     """
-    identity = torch.eye(len(hessian), dtype=torch.float32, device=hessian.device)
-    # With J the reversal of the order, J H J = L L^T gives H^-1 = U^T U for the upper triangular U = J L^-1 J:
-    # one factorization and one triangular solve instead of two factorizations and an inverse.
-    for found in factorizations(hessian.flip(0, 1), input_level(hessian, quantized), damping):
-        # float64 for the factorization, which can fail; float32 for the solve, which only has to be accurate.
-        factor = torch.linalg.solve_triangular(found.lower.float(), identity, upper=False).flip(0, 1)
+    reverse = hessian.flip(0, 1)
+    factor, damping, attempts = _inverse_factor(reverse, input_level(hessian, quantized), damping)
+    return reverse.flip(0, 1), factor, damping, attempts
+
+
+def _inverse_factor(reverse: torch.Tensor, level: torch.Tensor, damping: float) -> tuple[torch.Tensor, float, int]:
+    """The factor of `damp`, float32, and its damping and attempts, from the Hessian in reverse, damped in place.
+
+    With J the reversal of the order, J H J = L L^T gives H^-1 = U^T U for the upper triangular U = J L^-1 J: one
+    factorization and one triangular solve instead of two factorizations and an inverse.
+    """
+    for found in factorizations(reverse, level, damping):
+        identity = torch.eye(len(reverse), dtype=torch.float32, device=reverse.device)
+        factor = torch.linalg.solve_triangular(found.lower, identity, upper=False).flip(0, 1)
         if torch.isfinite(factor).all():
-            return found.damped.flip(0, 1), factor, found.damping, found.attempts
+            return factor, found.damping, found.attempts
     raise ValueError(
         f"the Hessian cannot be factorized even with damping {MAX_DAMPING}, nor with what its rounding errors need; "
         "use more calibration text"
@@ -214,13 +220,13 @@ class ColumnSolver:
             for part in ranges:
                 inside = hessian.diagonal()[part.start : part.stop]
                 order[part.start : part.stop] = inside.argsort(descending=True, stable=True) + part.start
-        ordered = hessian[order.unsqueeze(1), order]
-        damped, factor, self._damping, self._attempts = damp(ordered, quantized, damping)
-        self._hessian = ordered.to(dtype)
-        del ordered
-        self._response = _outlier_response(damped, quantized).to(dtype)
+        backwards = order.flip(0)
+        damped = hessian[backwards.unsqueeze(1), backwards]
+        self._hessian = damped.to(dtype).flip(0, 1)
+        factor, self._damping, self._attempts = _inverse_factor(damped, input_level(hessian, quantized), damping)
         self._factor = factor.to(dtype)
-        self._reduced = _without_outliers(damped.to(dtype), self._response) if sweeps else None
+        self._response = _outlier_response(damped[: len(damped) - quantized].flip(0, 1), quantized).to(dtype)
+        self._reduced = _without_outliers(damped.to(dtype).flip(0, 1), self._response) if sweeps else None
         self._ranges, self._quantized, self._order = ranges, quantized, order
         self._block_size, self._sweeps = block_size, sweeps
 
@@ -308,13 +314,15 @@ def _steps(ranges: list[_GridRange], block_size: int) -> list[tuple[int, int, In
     ]
 
 
-def _outlier_response(hessian: torch.Tensor, quantized: int) -> torch.Tensor:
-    """-H_oo^-1 H_oq, `[r, quantized]`: how the full-precision columns best follow a change of the quantized ones.
+def _outlier_response(rows: torch.Tensor, quantized: int) -> torch.Tensor:
+    """-H_oo^-1 H_oq, `[r, quantized]`, of the last r rows of H.
+
+    It is how the full-precision columns best follow a change of the quantized ones.
 
     float64: next to outliers the damping is less than float32 resolves, and inputs that are constant need it.
     """
-    lower = torch.linalg.cholesky(hessian[quantized:, quantized:])
-    half = torch.linalg.solve_triangular(lower, hessian[quantized:, :quantized], upper=False)
+    lower = torch.linalg.cholesky(rows[:, quantized:])
+    half = torch.linalg.solve_triangular(lower, rows[:, :quantized], upper=False)
     return -torch.linalg.solve_triangular(lower.T, half, upper=True)
 
 
