@@ -29,6 +29,7 @@ from quad_modifiers.quantization.outlier_rounding import round_outliers, rounded
 from quad_modifiers.ranks import ranks
 
 _PIECE, _PIECES = 128, 16  # output channels that are rounded at once, at least; and pieces, at most
+_ROWS = 512  # of a product that is added to a sum
 _TINY = torch.finfo(torch.float32).tiny
 
 
@@ -201,7 +202,10 @@ class _Sums:
         if self.cross is not None and wanted is not None:
             # The relative error of bfloat16 counts only against the small difference.
             dtype = fast_dtype(seen.device)
-            self.cross += (wanted - seen).to(dtype).T @ seen.to(dtype)
+            missing, seen = (wanted - seen).to(dtype), seen.to(dtype)
+            for start in range(0, len(self.cross), _ROWS):  # a product of all rows, and its sum, would be large
+                rows = slice(start, start + _ROWS)
+                self.cross[rows] += missing[:, rows].T @ seen
 
 
 @dataclass
