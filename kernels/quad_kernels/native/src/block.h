@@ -1,9 +1,9 @@
 // What 16 output channels bring besides their integers, in the order in which the products meet it; and the arithmetic
 // that turns exact integer sums into outputs. Every path and every instruction set does it in this order:
 //   y = sum over groups g, in order, of fma((sum_g - offset_g) * x_scale_g, weight_scale_g, y)
-//   y = y + outlier product + bias, rounded once to the dtype of the output
-// where the outlier product adds, for each 32 columns in order, (sum over even columns) + (sum over odd columns), each by
-// fma in order. That is how AMX multiplies bfloat16, so a token's output never depends on the batch it is in.
+//   y = y + outlier product + product of the low-rank branch + bias, rounded once to the dtype of the output
+// where these products add, for each 32 columns in order, (sum over even columns) + (sum over odd columns), each by fma
+// in order. That is how AMX multiplies bfloat16, so a token's output never depends on the batch it is in.
 #pragma once
 
 #include "quantize.h"
@@ -122,6 +122,7 @@ struct Block {
     const float* scale;     // [groups][16]
     const int32_t* offset;  // [groups][16]: what was added to the integers, to be taken off as often as the inputs' sum
     Panel outlier;
+    Panel branch;       // of A
     const float* bias;  // [16]
 };
 
@@ -129,7 +130,7 @@ struct BlockMemory {
     Buffer<float> scale, bias;
     Buffer<int32_t> offset;
     Buffer<int8_t> sub_scale;
-    PanelMemory outlier;
+    PanelMemory outlier, branch;
 
     // `added` is what the products find added to the weight's integers.
     Block prepare(const Weight& weight, const Rest& rest, int64_t index, const Tokens& tokens, int32_t added) {
@@ -144,6 +145,11 @@ struct BlockMemory {
             Dtype dtype = rest.outlier_weight_dtype;
             const void* rows = element(rest.outlier_weight, dtype, block.first * rest.rank);
             block.outlier = outlier.of(rows, dtype, block.channels, rest.rank, tokens.rank);
+        }
+        if (rest.branch_rank) {
+            const void* rows = element(rest.up, rest.branch_dtype, block.first * rest.branch_rank);
+            block.branch = branch.of(rows, rest.branch_dtype, block.channels, rest.branch_rank,
+                                     round_up(rest.branch_rank, kRank));
         }
         float* b = bias.at_least(kChannels);
         std::memset(b, 0, kChannels * sizeof(float));
