@@ -208,20 +208,29 @@ constexpr int kPanelTile = 6;
 constexpr int kPanelTile = 2;
 #endif
 
-// Adds the products of T tokens `x`, [T][rank], and a panel's rows to `y`, [T][16].
+// Columns in memory, a multiple of 32, and those that are not all padding: the zeros behind them would change no sum.
+struct Width {
+    int64_t all;
+    int64_t used;
+};
+
+Width width_of(int64_t rank) { return {round_up(rank, kRank), rank}; }
+
+// Adds the products of T tokens `x`, [T][columns], and a panel's rows to `y`, [T][16].
 template <int T, bool Pairs>
-void add_tile(const Panel& panel, const float* x, int64_t rank, float* y) {
+void add_tile(const Panel& panel, const float* x, Width columns, float* y) {
     Vector16 sum[T];
     for (int t = 0; t < T; ++t) sum[t] = Vector16::zero();
-    for (int64_t start = 0; start < rank; start += kRank) {
+    for (int64_t start = 0; start < columns.used; start += kRank) {
         Vector16 even[T], odd[T];
         for (int t = 0; t < T; ++t) even[t] = odd[t] = Vector16::zero();
-        for (int64_t j = start / 2; j < (start + kRank) / 2; ++j) {
+        int64_t end = smaller(start + kRank, round_up(columns.used, 2));
+        for (int64_t j = start / 2; j < end / 2; ++j) {
             Vector16 first, second;
             panel.columns<Pairs>(j, first, second);
             for (int t = 0; t < T; ++t) {
-                even[t] = even[t].plus_product(Vector16::all(x[t * rank + 2 * j]), first);
-                odd[t] = odd[t].plus_product(Vector16::all(x[t * rank + 2 * j + 1]), second);
+                even[t] = even[t].plus_product(Vector16::all(x[t * columns.all + 2 * j]), first);
+                odd[t] = odd[t].plus_product(Vector16::all(x[t * columns.all + 2 * j + 1]), second);
             }
         }
         for (int t = 0; t < T; ++t) sum[t] = sum[t] + (even[t] + odd[t]);
@@ -230,17 +239,17 @@ void add_tile(const Panel& panel, const float* x, int64_t rank, float* y) {
 }
 
 template <bool Pairs, int T = kPanelTile>
-void add_tiles(const Panel& panel, const float* x, int64_t rank, int64_t count, float* y) {
+void add_tiles(const Panel& panel, const float* x, Width columns, int64_t count, float* y) {
     if constexpr (T > 0) {
-        for (; count >= T; count -= T, x += T * rank, y += 16 * T) add_tile<T, Pairs>(panel, x, rank, y);
-        if (count) add_tiles<Pairs, T - 1>(panel, x, rank, count, y);
+        for (; count >= T; count -= T, x += T * columns.all, y += 16 * T) add_tile<T, Pairs>(panel, x, columns, y);
+        if (count) add_tiles<Pairs, T - 1>(panel, x, columns, count, y);
     }
 }
 
-// Adds the products of `count` tokens `x`, [count][rank], and a panel's rows to `y`, [count][16].
-void add_products(const Panel& panel, const float* x, int64_t rank, int64_t count, float* y) {
-    if (panel.pairs) add_tiles<true>(panel, x, rank, count, y);
-    else add_tiles<false>(panel, x, rank, count, y);
+// Adds the products of `count` tokens `x`, [count][columns], and a panel's rows to `y`, [count][16].
+void add_products(const Panel& panel, const float* x, Width columns, int64_t count, float* y) {
+    if (panel.pairs) add_tiles<true>(panel, x, columns, count, y);
+    else add_tiles<false>(panel, x, columns, count, y);
 }
 
 // Adds the exact sums [count][16] of stretch g, scaled, to y [count][16]; the tokens begin at `t`.

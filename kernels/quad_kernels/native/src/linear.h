@@ -63,7 +63,6 @@ struct Call {
     int64_t per_line() const { return weight->wide ? 4 : 8; }
     Form form() const { return weight->wide ? Form::bytes : weight->sub_scale ? Form::products : Form::nibbles; }
     const uint8_t* block_lines(int64_t index) const { return weight->lines + index * lines() * kLine; }
-    int64_t branch_columns() const { return round_up(rest->branch_rank, kRank); }
     float* own_branch() const { return branch + selected * branch_size; }
     uint16_t* own_branch16() const { return branch16 ? branch16 + selected * branch_size : nullptr; }
     void select(const Member& member, int64_t number) {
@@ -128,7 +127,7 @@ void place_branch(const Call& call, int64_t begin, int64_t end, CallMemory& memo
     const Rest& rest = *call.rest;
     if (!rest.branch_rank) return;
     const Input& input = *call.input;
-    const int64_t width = round_up(input.width, kRank), columns = call.branch_columns();
+    const int64_t width = round_up(input.width, kRank), columns = width_of(rest.branch_rank).all;
     float* rows = memory.rows.at_least(kPanelTile * width);
     float* results = call.own_branch();
     for (int64_t c = 0; c < columns; c += kChannels) {
@@ -145,7 +144,7 @@ void place_branch(const Call& call, int64_t begin, int64_t end, CallMemory& memo
                          rows + i * width);
                 std::memset(rows + i * width + input.width, 0, (width - input.width) * sizeof(float));
             }
-            if (count) add_products(panel, rows, width, tokens, y);
+            if (count) add_products(panel, rows, width_of(input.width), tokens, y);
             round_row(y, input.dtype, tokens * kChannels);
             for (int64_t i = 0; i < tokens; ++i)
                 std::memcpy(results + (t + i) * columns + c, y + i * kChannels, kChannels * sizeof(float));
@@ -153,11 +152,19 @@ void place_branch(const Call& call, int64_t begin, int64_t end, CallMemory& memo
     }
 }
 
+void add_outliers(const Call& call, const Block& block, int64_t t, int64_t count, float* y) {
+    Width columns = width_of(call.rest->rank);
+    if (columns.used) add_products(block.outlier, call.tokens.outlier + t * columns.all, columns, count, y);
+}
+
+void add_branch(const Call& call, const Block& block, int64_t t, int64_t count, float* y) {
+    Width columns = width_of(call.rest->branch_rank);
+    if (columns.used) add_products(block.branch, call.own_branch() + t * columns.all, columns, count, y);
+}
+
 void end_block(const Call& call, const Block& block, int64_t t, int64_t count, float* y) {
-    const Tokens& tokens = call.tokens;
-    if (tokens.rank) add_products(block.outlier, tokens.outlier + t * tokens.rank, tokens.rank, count, y);
-    if (call.rest->branch_rank)
-        add_products(block.branch, call.own_branch() + t * call.branch_columns(), call.branch_columns(), count, y);
+    add_outliers(call, block, t, count, y);
+    add_branch(call, block, t, count, y);
     finish(block, *call.output, call.weight->out_features, call.first + t, count, y);
 }
 

@@ -45,7 +45,7 @@ uint16_t* room_for_branch16(CallMemory& memory, const Call& call) {
 }
 
 void place_branch16(const Call& call, int64_t begin, int64_t end) {
-    const int64_t columns = call.branch_columns();
+    const int64_t columns = width_of(call.rest->branch_rank).all;
     for (int64_t k = 0; k < columns; k += kRank)
         for (int64_t i = begin; i < end; ++i)
             store_row(call.own_branch16() + (k * call.tokens.count + i * kRank), Dtype::bfloat16, kRank,
@@ -132,20 +132,16 @@ void add_columns16(const Call& call, const uint16_t* data, int64_t columns, cons
 }
 
 void end_unit(const Call& call, const Block* block, int blocks, int64_t t, int64_t count, float* const* y) {
-    const Tokens& tokens = call.tokens;
     if (call.outlier16)
-        add_columns16(call, call.outlier16, tokens.rank, block[0].outlier, block[1].outlier, blocks, t, count, y);
-    else if (tokens.rank)
-        for (int h = 0; h < blocks; ++h)
-            add_products(block[h].outlier, tokens.outlier + t * tokens.rank, tokens.rank, count, y[h]);
-    const int64_t columns = call.branch_columns();
+        add_columns16(call, call.outlier16, call.tokens.rank, block[0].outlier, block[1].outlier, blocks, t, count, y);
+    const int64_t columns = width_of(call.rest->branch_rank).all;
     if (columns && call.branch16)
         add_columns16(call, call.own_branch16(), columns, block[0].branch, block[1].branch, blocks, t, count, y);
-    else if (columns)
-        for (int h = 0; h < blocks; ++h)
-            add_products(block[h].branch, call.own_branch() + t * columns, columns, count, y[h]);
-    for (int h = 0; h < blocks; ++h)
+    for (int h = 0; h < blocks; ++h) {
+        if (!call.outlier16) add_outliers(call, block[h], t, count, y[h]);
+        if (!call.branch16) add_branch(call, block[h], t, count, y[h]);
         finish(block[h], *call.output, call.weight->out_features, call.first + t, count, y[h]);
+    }
 }
 
 template <Form F>
