@@ -5,7 +5,15 @@ from dataclasses import replace
 from typing import NamedTuple
 
 import torch
-from quad_kernels import InputQuantization, InputSplit, LowRank, QuantizedWeight, fake_quantize, quad_linear, split_input
+from quad_kernels import (
+    InputQuantization,
+    InputSplit,
+    LowRank,
+    QuantizedWeight,
+    fake_quantize,
+    quad_linear,
+    split_input,
+)
 from quad_kernels.quad_linear import dequantized
 from torch import nn
 
@@ -81,7 +89,8 @@ def linear_forward(x: torch.Tensor, parts: LinearParts) -> torch.Tensor:
     """Applies a linear to `[..., in]`.
 
     A quantized weight with quantized inputs is one call of the kernels, outliers, branch and bias included; otherwise
-    these are computed part by part and summed in float32. Either sum is rounded to the dtype of `x` before terms are added to it.
+    these are computed part by part and summed in float32. Either sum is rounded to the dtype of `x` before terms are
+    added to it.
 
     Returns:
         `[..., out]`, dtype of `x`.

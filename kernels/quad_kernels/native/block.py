@@ -48,7 +48,8 @@ def takes(groups: Sequence[Sequence[BlockLinear]], dtype: torch.dtype) -> bool:
             if not alike or len(set(ranks)) > 1 or _groups(weight) != _groups(first.weight):
                 return False
             _, scale, zero_point, sub_scale, *_ = lines.operands(weight)
-            if not all(t is None or t.is_contiguous() for t in (scale, zero_point, sub_scale, outlier, linear.bias, *branch)):
+            tensors = (scale, zero_point, sub_scale, outlier, linear.bias, *branch)
+            if not all(t is None or t.is_contiguous() for t in tensors):
                 return False
     return True
 
@@ -184,6 +185,6 @@ def _append(group: Sequence[BlockLinear], parts: list[torch.Tensor], numbers: li
         integers, scale, zero_point, sub_scale, *sizes = lines.operands(weight)
         numbers += sizes
         parts += [integers, scale]
-        rest = (zero_point, sub_scale, outlier_weight, bias, *(branch or (None, None)))
-        parts += [_ABSENT if tensor is None else tensor for tensor in rest]
+        optional = (zero_point, sub_scale, outlier_weight, bias, *(branch or (None, None)))
+        parts += [_ABSENT if tensor is None else tensor for tensor in optional]
     return clip_ratio

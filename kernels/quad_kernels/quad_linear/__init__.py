@@ -45,7 +45,7 @@ def quad_linear(
         backend: name of a backend; by default the environment variable QUAD_KERNELS or the best for the device.
 
     Returns:
-        `[..., out]`, dtype of `x`. Gradients flow to `x`, to a `branch`, `outlier_weight`, `bias` and `weight.scale` by the
+        `[..., out]`, dtype of `x`. Gradients flow to `x`, `outlier_weight`, `bias`, `branch` and `weight.scale` by the
         straight-through estimator: quantization counts as the identity where it does not clip. A quantized outlier
         weight gets one to its scale, if its inputs are quantized.
 
@@ -76,7 +76,8 @@ def quad_linear(
         outlier_weight = outlier_weight.dequantized(x.dtype)
     elif outlier_quantization is not None:
         raise ValueError("quantized outlier inputs need a quantized outlier weight; leave outlier_quantization out")
-    if torch.is_grad_enabled() and _requires_grad(x, outlier_weight, bias, weight.scale, integers_like, *(branch or ())):
+    tensors = (x, outlier_weight, bias, weight.scale, integers_like, *(branch or ()))
+    if torch.is_grad_enabled() and _requires_grad(*tensors):
         if norm is not None:
             raise NotImplementedError("gradients do not pass the fused norm; apply the norm before the layer")
         out_dtype = x.dtype if branch is None else torch.float32
