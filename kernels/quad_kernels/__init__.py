@@ -9,7 +9,15 @@ from typing import Any
 
 from quad_kernels._renamed import renamed
 from quad_kernels.backends import Backend, BackendError, backends, choose_backend, register_backend
-from quad_kernels.formats import InputQuantization, InputSplit, IntegerGrid, KVEntries, QuantizedActivations, RMSNorm
+from quad_kernels.formats import (
+    InputQuantization,
+    InputSplit,
+    IntegerGrid,
+    KVEntries,
+    LowRank,
+    QuantizedActivations,
+    RMSNorm,
+)
 from quad_kernels.functional import (
     apply_hadamard,
     dequantize_kv,
@@ -36,6 +44,7 @@ __all__ = [
     "IntegerGrid",
     "KVEntries",
     "LinearOperands",
+    "LowRank",
     "QuantizedActivations",
     "QuantizedWeight",
     "RMSNorm",

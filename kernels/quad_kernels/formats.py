@@ -200,6 +200,45 @@ class RMSNorm:
         return y if self.weight is None else y * self.weight
 
 
+class LowRank(NamedTuple):
+    """A low-rank branch of a linear, (x down^T) up^T of the unsplit input, in floating point.
+
+    Attributes:
+        down: `[rank, in]`.
+        up: `[out, rank]`, dtype of `down`.
+    """
+
+    down: torch.Tensor
+    up: torch.Tensor
+
+    def inner(self, x: torch.Tensor) -> torch.Tensor:
+        """Returns x down^T, `[..., rank]`, rounded to the dtype of `x`, `[..., in]`."""
+        return torch.nn.functional.linear(x, self.down.to(x.dtype))
+
+    def wide(self, x: torch.Tensor) -> torch.Tensor:
+        """Returns the branch of `x`, `[..., in]`, as `[..., out]`, float32."""
+        return torch.nn.functional.linear(self.inner(x).float(), self.up.float())
+
+    def behind(
+        self, x: torch.Tensor, outlier: torch.Tensor | None, weight: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Returns outliers and their weight with the branch behind them, for kernels that know of outliers only.
+
+        Without outliers the weight is `up` itself; else it is put together in every call.
+
+        Args:
+            x: unsplit input, `[..., in]`.
+            outlier: its outlier coordinates, `[..., n]`, or None.
+            weight: their weight, `[out, n]`, or None, which leaves them out.
+
+        Returns:
+            `[..., n + rank]` and `[out, n + rank]`.
+        """
+        if outlier is None or weight is None:
+            return self.inner(x), self.up
+        return torch.cat([outlier, self.inner(x)], dim=-1), torch.cat([weight, self.up.to(weight.dtype)], dim=-1)
+
+
 class QuantizedActivations(NamedTuple):
     """A split and quantized input.
 

@@ -3,14 +3,15 @@
 from typing import Any
 
 import torch
-from quad_kernels import InputSplit
-from torch.nn.functional import linear
+from quad_kernels import InputSplit, LowRank
 
 from quad_modifiers.nn.term import LinearTerm
 
 
 class BranchTerm(LinearTerm):
     """y += (x B^T) A^T, of the unquantized input.
+
+    A `QuadLinear` computes it in one call with its other parts, and does not call the module.
 
     Args:
         down: B, `[rank, in]`, dtype of the model.
@@ -40,10 +41,14 @@ class BranchTerm(LinearTerm):
         """The rank."""
         return {"rank": self.down.shape[0]}
 
+    def low_rank(self) -> LowRank:
+        """The tensors, as the kernels take them."""
+        return LowRank(self.down, self.up)
+
     def dense(self) -> torch.Tensor:
         """A B, `[out, in]`, float64."""
         return self.up.double() @ self.down.double()
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Returns `[..., out]` of `[..., in]`."""
-        return linear(linear(x, self.down), self.up)
+        return self.low_rank().wide(x).to(x.dtype)

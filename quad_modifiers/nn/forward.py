@@ -5,7 +5,15 @@ from dataclasses import replace
 from typing import NamedTuple
 
 import torch
-from quad_kernels import InputQuantization, InputSplit, QuantizedWeight, fake_quantize, quad_linear, split_input
+from quad_kernels import (
+    InputQuantization,
+    InputSplit,
+    LowRank,
+    QuantizedWeight,
+    fake_quantize,
+    quad_linear,
+    split_input,
+)
 from quad_kernels.quad_linear import dequantized
 from torch import nn
 
@@ -13,7 +21,7 @@ Apply = Callable[[torch.Tensor], torch.Tensor]
 
 
 class LinearParts(NamedTuple):
-    """What a linear is made of: y = residual(x_residual) + outlier(x_outlier) + terms(x) + bias.
+    """What a linear is made of: y = residual(x_residual) + outlier(x_outlier) + branch(x) + terms(x) + bias.
 
     Attributes:
         split: division of the input into outlier and residual coordinates.
@@ -24,6 +32,7 @@ class LinearParts(NamedTuple):
         terms: functions of the unsplit input whose results are added.
         outlier_quantization: quantization of the outlier input, None to leave it as it is.
         integers_like: receives the gradient of a quantized weight's integers; see `quad_kernels.quad_linear`.
+        branch: low-rank branch of the unsplit input, in floating point, or None.
     """
 
     split: InputSplit
@@ -34,6 +43,7 @@ class LinearParts(NamedTuple):
     terms: Sequence[Apply] = ()
     outlier_quantization: InputQuantization | None = None
     integers_like: torch.Tensor | None = None
+    branch: LowRank | None = None
 
     def with_change(self, outlier: torch.Tensor | None, scale: torch.Tensor | None) -> "LinearParts":
         """Returns the parts with changes of an adapter, which are summed in float32.
@@ -78,8 +88,9 @@ def changed_weight_scale(scale: torch.Tensor, change: torch.Tensor) -> torch.Ten
 def linear_forward(x: torch.Tensor, parts: LinearParts) -> torch.Tensor:
     """Applies a linear to `[..., in]`.
 
-    A quantized weight with quantized inputs is one call of the kernels, outliers and bias included; otherwise these are
-    computed part by part and summed in float32. Either sum is rounded to the dtype of `x` before terms are added to it.
+    A quantized weight with quantized inputs is one call of the kernels, outliers, branch and bias included; otherwise
+    these are computed part by part and summed in float32. Either sum is rounded to the dtype of `x` before terms are
+    added to it.
 
     Returns:
         `[..., out]`, dtype of `x`.
@@ -94,6 +105,7 @@ def linear_forward(x: torch.Tensor, parts: LinearParts) -> torch.Tensor:
             outlier_weight=parts.outlier_weight,
             outlier_quantization=parts.outlier_quantization,
             bias=parts.bias,
+            branch=parts.branch,
             integers_like=parts.integers_like,
         )
         return _with_terms(y, x, parts)
@@ -106,6 +118,8 @@ def linear_forward(x: torch.Tensor, parts: LinearParts) -> torch.Tensor:
         y = weight(residual).float()
     if outlier is not None and parts.outlier_weight is not None:
         y = y + _outlier_product(outlier, parts.outlier_weight, parts.outlier_quantization).float()
+    if parts.branch is not None:
+        y = y + parts.branch.wide(x)
     if parts.bias is not None:
         y = y + parts.bias.float()
     return _with_terms(y.to(x.dtype), x, parts)

@@ -269,7 +269,8 @@ def _block_linear(linear: Any) -> BlockLinear | None:
         return None
     if isinstance(parts.outlier_weight, QuantizedWeight):  # its product is a call of its own
         return None
-    return BlockLinear(parts.residual, parts.split, parts.input_quantization, parts.outlier_weight, parts.bias)
+    rest = parts.outlier_weight, parts.bias, parts.branch
+    return BlockLinear(parts.residual, parts.split, parts.input_quantization, *rest)
 
 
 def _has_hooks(module: nn.Module) -> bool:

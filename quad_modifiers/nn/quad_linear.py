@@ -5,9 +5,10 @@ from contextlib import contextmanager
 from itertools import chain
 
 import torch
-from quad_kernels import InputQuantization, InputSplit, IntegerGrid, QuantizedWeight
+from quad_kernels import InputQuantization, InputSplit, IntegerGrid, LowRank, QuantizedWeight
 from torch import nn
 
+from quad_modifiers.nn.branch_term import BranchTerm
 from quad_modifiers.nn.forward import LinearParts, linear_forward
 from quad_modifiers.nn.from_compressed_tensors import is_frozen, stock_quantized_weight
 from quad_modifiers.nn.packed_linear import PackedLinear
@@ -160,7 +161,11 @@ class QuadLinear(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Applies the layer to `[..., in]`; the outlier coordinates bypass the quantization of the input."""
         modules = self._modules  # looked up hundreds of times for a token: without nn.Module's detour
-        if not (_is_offloaded(modules["residual"]) or _is_offloaded(modules.get("outlier"))):
+        if not (
+            _is_offloaded(modules["residual"])
+            or _is_offloaded(modules.get("outlier"))
+            or (self._has_terms and _is_offloaded(modules.get(BranchTerm.kind)))
+        ):
             return linear_forward(x, self.parts())
         with self.present() as parts:
             return linear_forward(x, parts)
@@ -168,7 +173,7 @@ class QuadLinear(nn.Module):
     @contextmanager
     def present(self) -> Iterator[LinearParts]:
         """Yields the parts, with their tensors on the device that computes where accelerate offloads them."""
-        with _present(self.residual), _present(self.outlier):
+        with _present(self.residual), _present(self.outlier), _present(self._modules.get(BranchTerm.kind)):
             yield self.parts()
 
     def parts(self) -> LinearParts:
@@ -184,15 +189,24 @@ class QuadLinear(nn.Module):
         outlier_weight: torch.Tensor | QuantizedWeight | None = None
         if outlier is not None:
             outlier_weight = outlier.prepared_weight() if isinstance(outlier, PackedLinear) else outlier.weight
+        terms, branch = self._split_terms() if self._has_terms else ((), None)
         return LinearParts(
             self.split,
             residual if weight is None else weight,
             quantization,
             outlier_weight,
             self._parameters["bias"],
-            self.terms() if self._has_terms else (),
+            terms,
             None if outlier is None or not self.quantize_input else self.outlier_quantization,
+            branch=branch,
         )
+
+    def _split_terms(self) -> tuple[list[LinearTerm], LowRank | None]:
+        """Returns the terms to call, and the branch for the kernels: not one that somebody listens to."""
+        term = self._modules.get(BranchTerm.kind)
+        if not isinstance(term, BranchTerm) or term._forward_hooks or term._forward_pre_hooks:
+            return self.terms(), None
+        return [each for each in self.terms() if each is not term], term.low_rank()
 
     def extra_repr(self) -> str:
         """The split and the input quantization."""

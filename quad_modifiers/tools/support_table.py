@@ -15,9 +15,8 @@ from quad_modifiers.vllm_plugin import MODEL_CLASSES
 # Saved as plain compressed-tensors: transformers needs nothing of this package to load them.
 PLAIN_RECIPES = ("quad_w4a4_portable", "rtn_w4a4")
 FLOAT_INPUTS = ("quad_w4a16",)  # the native blocks take quantized inputs only
-BRANCHED = ("frtq_w4a4", "frtq_w4a4kv4")  # linears with a term, which neither the native blocks nor vLLM compute
 PACKED_OUTLIERS = ("resq_w4a4", "resq_w4a4kv4")  # whose product is a call of its own
-ROUNDED_CACHES = ("quad_w4a4_kv4",)  # which the native step of a whole decoder does not read
+ROUNDED_CACHES = ("frtq_w4a4kv4", "quad_w4a4_kv4")  # which the native step of a whole decoder does not read
 SERVED_RECIPES = ("quad_w4a4",)  # by a vLLM server in the tests; of the others, vLLM runs the formats of their linears
 
 MODELS = {
@@ -144,7 +143,7 @@ def recipe_rows() -> Iterator[tuple[str, ...]]:
 
 
 def _native_part(recipe: str) -> str:
-    if recipe in (*FLOAT_INPUTS, *BRANCHED, *PACKED_OUTLIERS):
+    if recipe in (*FLOAT_INPUTS, *PACKED_OUTLIERS):
         return "linears"
     return "blocks" if recipe in ROUNDED_CACHES else "blocks and decoding"
 
@@ -152,8 +151,6 @@ def _native_part(recipe: str) -> str:
 def _served_part(recipe: str) -> str:
     if recipe in PLAIN_RECIPES:
         return "no: vLLM's own"
-    if recipe in BRANCHED:
-        return "no: refused by name"
     return "yes" if recipe in SERVED_RECIPES else "its formats"
 
 

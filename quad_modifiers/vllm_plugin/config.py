@@ -11,8 +11,9 @@ from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, 
 from quad_modifiers.checkpoint.cache_section import NAME as KV_CACHE
 from quad_modifiers.checkpoint.format import QUANT_METHOD, QuadFormat, read_format
 from quad_modifiers.checkpoint.head_transform import NAME as HEAD_TRANSFORM
+from quad_modifiers.nn.branch_term import BranchTerm
 from quad_modifiers.nn.packed_table import PackedEmbedding, PackedHead
-from quad_modifiers.vllm_plugin.layout import fused_format
+from quad_modifiers.vllm_plugin.layout import branch_ranks, fused_format
 from quad_modifiers.vllm_plugin.linear import QuadLinearMethod
 from quad_modifiers.vllm_plugin.table import QuadTableMethod
 
@@ -52,8 +53,8 @@ class QuadConfig(QuantizationConfig):
     def from_config(cls, config: dict[str, Any]) -> "QuadConfig":
         """Reads `quantization_config`; ValueError if it is damaged, of an unknown version, or not served."""
         quad = read_format(config.get("quad"))
-        kinds = {kind for linear in quad.linears.values() for kind in linear.terms} | quad.sections.keys()
-        unserved = sorted(kinds - {HEAD_TRANSFORM, KV_CACHE})
+        terms = {kind for linear in quad.linears.values() for kind in linear.terms}
+        unserved = sorted(terms - {BranchTerm.kind} | quad.sections.keys() - {HEAD_TRANSFORM, KV_CACHE})
         if unserved:
             raise ValueError(
                 f"the checkpoint has {', '.join(map(repr, unserved))}, which the vLLM plugin does not compute "
@@ -78,4 +79,6 @@ class QuadConfig(QuantizationConfig):
         name = prefix.rpartition(".")[2]
         roles = tuple(self.packed_modules_mapping.get(name, (name,)))
         fused = fused_format(self.quad.linears, roles, prefix)
-        return QuadLinearMethod(fused, tuple(self.quad.linears[role].out_features for role in roles), prefix)
+        members = [self.quad.linears[role] for role in roles]
+        out_features = tuple(member.out_features for member in members)
+        return QuadLinearMethod(fused, out_features, prefix, branch_ranks(members))

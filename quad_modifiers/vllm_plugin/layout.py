@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from itertools import accumulate
 
 from quad_modifiers.checkpoint.format import LinearFormat
+from quad_modifiers.nn.branch_term import BranchTerm
 
 ShardId = str | int | None
 _POSITIONS = {"q": 0, "k": 1, "v": 2}
@@ -39,6 +40,8 @@ def member_position(shard_id: ShardId) -> int:
 def fused_format(linears: dict[str, LinearFormat], roles: Sequence[str], prefix: str) -> LinearFormat:
     """Returns the format that the members of a layer share; its `out_features` is their sum.
 
+    Each member has its own branch, or none: `branch_ranks`.
+
     `roles` are the members in vLLM's order, such as q_proj, k_proj, v_proj.
     """
     missing = [role for role in roles if role not in linears]
@@ -49,7 +52,7 @@ def fused_format(linears: dict[str, LinearFormat], roles: Sequence[str], prefix:
         )
     first = linears[roles[0]]
     for role in roles[1:]:
-        same = linears[role].model_copy(update={"out_features": first.out_features})
+        same = linears[role].model_copy(update={"out_features": first.out_features, "terms": first.terms})
         differing = [field for field in type(first).model_fields if getattr(first, field) != getattr(same, field)]
         if differing:
             field = differing[0]
@@ -59,6 +62,11 @@ def fused_format(linears: dict[str, LinearFormat], roles: Sequence[str], prefix:
                 f"{role}; compress with the same settings for these linears, or load with transformers"
             )
     return first.model_copy(update={"out_features": sum(linears[role].out_features for role in roles)})
+
+
+def branch_ranks(members: Sequence[LinearFormat]) -> tuple[int, ...]:
+    """Returns the ranks of the members' low-rank branches, 0 for a member without one."""
+    return tuple(member.terms.get(BranchTerm.kind, {}).get("rank", 0) for member in members)
 
 
 def column_parallel_rows(

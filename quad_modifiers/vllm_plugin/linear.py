@@ -5,7 +5,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from quad_kernels import IntegerGrid, QuantizedWeight
+from quad_kernels import IntegerGrid, LowRank, QuantizedWeight
 from quad_kernels.packing import unpack_int32
 from quad_kernels.weight import SUB_SCALE_BITS, SUB_SCALE_OFFSET
 from torch import nn
@@ -15,6 +15,7 @@ from vllm.logger import init_logger
 from vllm.model_executor.layers.linear import LinearMethodBase
 
 from quad_modifiers.checkpoint.format import LinearFormat
+from quad_modifiers.nn.branch_term import BranchTerm
 from quad_modifiers.nn.forward import Apply, LinearParts, linear_forward
 from quad_modifiers.nn.packed_shapes import packed_shapes
 from quad_modifiers.nn.quad_linear import OUTLIER_GRID
@@ -33,12 +34,18 @@ logger = init_logger("vllm.quad_modifiers")  # vLLM shows what is logged below i
 
 
 class QuadLinearMethod(LinearMethodBase):
-    """Loads and applies one fused or single linear, whose members share the format `linear`."""
+    """Loads and applies one fused or single linear, whose members share the format `linear`.
 
-    def __init__(self, linear: LinearFormat, out_features: tuple[int, ...], prefix: str) -> None:
+    `branch_ranks` are those of the members' low-rank branches, 0 without.
+    """
+
+    def __init__(
+        self, linear: LinearFormat, out_features: tuple[int, ...], prefix: str, branch_ranks: tuple[int, ...] = ()
+    ) -> None:
         self.linear = linear
         self.out_features = out_features
         self.prefix = prefix
+        self.branch_ranks = branch_ranks
         self.split = linear.split()
         self.input_quantization = None if linear.input is None else linear.input.settings()
         self.outlier_quantization = None if linear.outlier is None else linear.outlier.input_settings()
@@ -93,6 +100,12 @@ class QuadLinearMethod(LinearMethodBase):
             self._register_packed(layer.outlier, OUTLIER_GRID, split.rank, out, params_dtype)
         elif split.rank:
             self._register(layer.outlier, "weight", torch.empty(out, split.rank, dtype=params_dtype))
+        rank = sum(self.branch_ranks)
+        if rank:
+            branch = nn.Module()
+            self._register(branch, "down", torch.empty(rank, split.width, dtype=params_dtype))
+            self._register(branch, "up", torch.zeros(out, rank, dtype=params_dtype))
+            layer.add_module(BranchTerm.kind, branch)
 
     def _register_packed(self, part: nn.Module, grid: IntegerGrid, width: int, out: int, dtype: torch.dtype) -> None:
         specs = packed_shapes(out, width, grid, dtype)
@@ -108,13 +121,18 @@ class QuadLinearMethod(LinearMethodBase):
 
     def _register(self, module: nn.Module, name: str, tensor: torch.Tensor) -> None:
         parameter = nn.Parameter(tensor, requires_grad=False)
-        loaders = {"weight_zero_point": self._load_zero_point, "weight_sub_scale": self._load_sub_scale}
+        loaders = {
+            "weight_zero_point": self._load_zero_point,
+            "weight_sub_scale": self._load_sub_scale,
+            "down": self._load_down,
+            "up": self._load_up,
+        }
         parameter.weight_loader = loaders.get(name, self._load)
         module.register_parameter(name, parameter)
 
     def _load(self, parameter: nn.Parameter, loaded: torch.Tensor, shard_id: ShardId = None) -> None:
         """Copies this rank's rows of one member's tensor, `[out, ...]`, or of the one of all members."""
-        for rows in self.rows if self.is_stacked else [self.rows[member_position(shard_id)]]:
+        for rows in self._member_rows(shard_id):
             parameter.data[rows.offset : rows.offset + rows.count].copy_(loaded[rows.start : rows.start + rows.count])
 
     def _load_zero_point(self, parameter: nn.Parameter, loaded: torch.Tensor, shard_id: ShardId = None) -> None:
@@ -128,6 +146,26 @@ class QuadLinearMethod(LinearMethodBase):
         out = self.out_features[member_position(shard_id)]
         unpacked = unpack_int32(loaded.T.contiguous(), SUB_SCALE_BITS, out) + SUB_SCALE_OFFSET
         self._load(parameter, unpacked.T, shard_id)
+
+    def _branch_columns(self, shard_id: ShardId) -> slice:
+        """Where a member's branch lies in that of the layer."""
+        member = member_position(shard_id)
+        start = sum(self.branch_ranks[:member])
+        return slice(start, start + self.branch_ranks[member])
+
+    def _load_down(self, parameter: nn.Parameter, loaded: torch.Tensor, shard_id: ShardId = None) -> None:
+        """Copies a member's `[rank, in]` behind those of the members before it; every rank has all of it."""
+        parameter.data[self._branch_columns(shard_id)].copy_(loaded)
+
+    def _load_up(self, parameter: nn.Parameter, loaded: torch.Tensor, shard_id: ShardId = None) -> None:
+        """Copies this rank's rows of a member's `[out, rank]`; columns of other members' branches stay 0."""
+        columns = self._branch_columns(shard_id)
+        for rows in self._member_rows(shard_id):
+            target = parameter.data[rows.offset : rows.offset + rows.count, columns]
+            target.copy_(loaded[rows.start : rows.start + rows.count])
+
+    def _member_rows(self, shard_id: ShardId) -> list[Rows]:
+        return self.rows if self.is_stacked else [self.rows[member_position(shard_id)]]
 
     def process_weights_after_loading(self, layer: nn.Module) -> None:
         """Replaces the checkpoint's tensors by those that the kernel backend reads."""
@@ -153,6 +191,10 @@ class QuadLinearMethod(LinearMethodBase):
             tensors["outlier_scale"] = self.outlier_weight.scale
         elif self.split.rank:
             tensors["outlier_weight"] = layer.outlier.weight.data
+        if any(self.branch_ranks):
+            branch = layer.get_submodule(BranchTerm.kind)
+            tensors["branch_down"], tensors["branch_up"] = branch.down.data, branch.up.data
+            delattr(layer, BranchTerm.kind)
         del layer.residual, layer.outlier
         for name, tensor in tensors.items():
             if tensor is not None:
@@ -190,6 +232,7 @@ class QuadLinearMethod(LinearMethodBase):
             outlier_weight,
             bias,
             outlier_quantization=self.outlier_quantization,
+            branch=LowRank(layer.branch_down, layer.branch_up) if any(self.branch_ranks) else None,
         )
 
     def apply(self, layer: nn.Module, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:

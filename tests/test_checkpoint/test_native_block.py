@@ -66,11 +66,22 @@ quad_stage:
     OutlierSplitGPTQ: {group_size: 8, sub_scale_bits: 4}
 """
 
+BRANCHES = """
+quad_stage:
+  quad_modifiers:
+    SVDOutlierProjection: {rank: 8, o_proj_rank_per_head: 2, down_proj_rank: 4}
+    LowRankBranch: {rank: 6, rounds: 1, ignore: [lm_head, k_proj]}
+    DynamicActQuant: {}
+    OutlierSplitGPTQ: {method: rtn}
+"""
 
-@pytest.fixture(params=["llama", "ministral", "mistral", "qwen2", "qwen3", "two levels"])
+
+@pytest.fixture(params=["llama", "ministral", "mistral", "qwen2", "qwen3", "two levels", "branches"])
 def folder(request: pytest.FixtureRequest, compress_toy: Callable[..., Any]) -> Any:
     if request.param == "two levels":
         return compress_toy(TWO_LEVELS, "llama", size="even").folder
+    if request.param == "branches":
+        return compress_toy(BRANCHES, "llama").folder
     return compress_toy(model_type=request.param).folder
 
 

@@ -15,7 +15,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from quad_modifiers.nn import native_block
 from quad_modifiers.nn.native_decode import NativeDecode
-from tests.test_checkpoint.test_native_block import TWO_LEVELS, Recorder, blocks
+from tests.test_checkpoint.test_native_block import BRANCHES, TWO_LEVELS, Recorder, blocks
 
 pytestmark = pytest.mark.skipif(choose_backend("cpu").name != "native", reason="there are no native kernels")
 
@@ -52,7 +52,7 @@ def model(compressed) -> PreTrainedModel:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("model_type", ["llama", "ministral", "mistral", "qwen2", "qwen3", "two levels"])
+@pytest.mark.parametrize("model_type", ["llama", "ministral", "mistral", "qwen2", "qwen3", "two levels", "branches"])
 def test_it_computes_what_the_blocks_compute(
     compress_toy: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, model_type: str, dtype: torch.dtype
 ) -> None:
@@ -61,8 +61,9 @@ def test_it_computes_what_the_blocks_compute(
         "ministral": {"layer_types": ["full_attention"] * 2},  # transformers wants its window all the same
     }
     window = windows.get(model_type, {})
-    two_levels = {"recipe": TWO_LEVELS, "model_type": "llama", "size": "even"}
-    made = compress_toy(**two_levels) if model_type == "two levels" else compress_toy(model_type=model_type)
+    recipes = {"two levels": {"recipe": TWO_LEVELS, "size": "even"}, "branches": {"recipe": BRANCHES}}
+    of = recipes.get(model_type)
+    made = compress_toy(model_type=model_type) if of is None else compress_toy(model_type="llama", **of)
     model = AutoModelForCausalLM.from_pretrained(made.folder, dtype=dtype, **window)
     for padding in (0, 3):
         mask = torch.ones(3, 7, dtype=torch.long)
@@ -87,11 +88,17 @@ def test_it_computes_what_the_blocks_compute(
     assert not torch.equal(mask, torch.ones_like(mask))
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_the_number_of_threads_changes_nothing(compress_toy: Callable[..., Any], dtype: torch.dtype) -> None:
+@pytest.mark.parametrize(
+    ("dtype", "recipe"),
+    [(torch.float32, {}), (torch.bfloat16, {}), (torch.bfloat16, {"recipe": BRANCHES})],
+    ids=["torch.float32", "torch.bfloat16", "branches"],
+)
+def test_the_number_of_threads_changes_nothing(
+    compress_toy: Callable[..., Any], dtype: torch.dtype, recipe: dict[str, str]
+) -> None:
     """Large enough for a team of three, its parts uneven; two parts of positions; with and without a team."""
     sizes = {"hidden_size": 288, "num_attention_heads": 6, "num_key_value_heads": 3, "intermediate_size": 1280}
-    model = AutoModelForCausalLM.from_pretrained(compress_toy(**sizes).folder, dtype=dtype)
+    model = AutoModelForCausalLM.from_pretrained(compress_toy(**recipe, **sizes).folder, dtype=dtype)
     decoder = model.model  # the head's product is PyTorch's
     prompt = torch.arange(6 * 270).view(6, 270) % 290 + 3
     before = torch.get_num_threads()

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM
 from quad_modifiers.checkpoint.export import export_compressed_tensors
 from quad_modifiers.nn.native_block import NativeBlock, NativeNorm
 from quad_modifiers.nn.quad_linear import QuadLinear
-from quad_modifiers.tools.support_table import BRANCHED, FLOAT_INPUTS, PACKED_OUTLIERS, PLAIN_RECIPES, supported
+from quad_modifiers.tools.support_table import FLOAT_INPUTS, PACKED_OUTLIERS, PLAIN_RECIPES, supported
 from tests.continuation import PROMPT, at_once, by_tokens
 from tests.test_checkpoint.test_export import recipe as exportable
 from tests.test_checkpoint.test_native_block import Recorder
@@ -111,7 +111,7 @@ def test_native_blocks_take_the_recipes_that_quantize_inputs(recipe, made) -> No
     model = AutoModelForCausalLM.from_pretrained(made("llama", recipe).folder)
     with Recorder() as recorder, torch.no_grad():
         model(PROMPT)
-    assert ("block_in" in recorder.names) == (recipe not in (*FLOAT_INPUTS, *BRANCHED, *PACKED_OUTLIERS))
+    assert ("block_in" in recorder.names) == (recipe not in (*FLOAT_INPUTS, *PACKED_OUTLIERS))
 
 
 @pytest.mark.parametrize("model_type", ROWS)

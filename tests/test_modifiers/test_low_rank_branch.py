@@ -9,14 +9,15 @@ from pathlib import Path
 
 import pytest
 import torch
-from quad_kernels import InputSplit
+from quad_kernels import InputSplit, choose_backend
 from safetensors.torch import load_file, save_file
 
 from quad_modifiers.model.architecture import Architecture
 from quad_modifiers.model.decoder import Decoder
 from quad_modifiers.nn.branch_term import BranchTerm
 from quad_modifiers.nn.quad_linear import QuadLinear
-from tests.continuation import at_once, by_tokens
+from tests.continuation import TOKENS, at_once, by_tokens
+from tests.test_checkpoint.test_native_block import Recorder
 
 pytest.importorskip("llmcompressor")
 from transformers import AutoModelForCausalLM
@@ -190,13 +191,48 @@ def test_a_plain_model_has_it_in_its_weights(make_toy, compress, logits_of, tmp_
 
 
 def test_a_token_at_a_time(branched) -> None:
-    """The native decode step has no place for it, and leaves such a model to transformers."""
     model = AutoModelForCausalLM.from_pretrained(branched)
     found, wanted = by_tokens(model), at_once(model)
     assert relative_error(found, wanted) < 2e-2
     for term in terms(model):
         term.up.zero_()
     assert relative_error(by_tokens(model), wanted) > 0.1, "the branch counts token by token as well"
+
+
+def native_operators(model, run) -> list[str]:
+    with Recorder() as recorder:
+        run(model)
+    return recorder.names
+
+
+@pytest.mark.skipif(choose_backend("cpu").name != "native", reason="there are no native kernels")
+def test_native_blocks_take_it_and_hear_of_changes(branched) -> None:
+    model = AutoModelForCausalLM.from_pretrained(branched)
+    wanted = by_tokens(model)
+    assert native_operators(model, by_tokens).count("decode") == TOKENS.shape[1]
+    (term,) = model.model.layers[1].mlp.down_proj.terms()
+    before, term.up.data = term.up.data, 3 * term.up.data
+    assert relative_error(by_tokens(model), wanted) > 1e-3
+    term.up.data = before
+    assert torch.equal(by_tokens(model), wanted)
+    heard = []
+    hook = term.register_forward_hook(lambda module, args, output: heard.append(output))
+    names = native_operators(model, by_tokens)
+    assert len(heard) == 1 + TOKENS.shape[1], "once for the prompt and for each token"
+    assert "decode" not in names
+    assert "block_out" in names, "the other block is as native as before"
+    assert relative_error(by_tokens(model), wanted) < 2e-2
+    hook.remove()
+    assert torch.equal(by_tokens(model), wanted)
+
+
+def test_compiled_it_gives_the_same_logits(branched, token_ids) -> None:
+    model = AutoModelForCausalLM.from_pretrained(branched)
+    ids = token_ids(2, 9)
+    torch._dynamo.reset()
+    with torch.no_grad():
+        compiled = torch.compile(model.forward, backend="aot_eager", fullgraph=True)
+        assert torch.equal(compiled(ids, use_cache=False).logits, model(ids, use_cache=False).logits)
 
 
 def test_adapters_leave_it_as_it_is(branched, logits_of) -> None:
@@ -223,17 +259,6 @@ def test_export_refuses_it_by_name(branched, tmp_path) -> None:
     )
     assert result.exit_code != 0
     assert "the term 'low_rank_branch' has no place in the format" in str(result.exception) + result.output
-
-
-def test_vllm_refuses_it_by_name(branched) -> None:
-    pytest.importorskip("vllm")
-    from quad_modifiers.vllm_plugin.config import QuadConfig
-
-    content = json.loads((branched / "config.json").read_text())["quantization_config"]
-    with pytest.raises(
-        ValueError, match="the checkpoint has 'low_rank_branch', which the vLLM plugin does not compute"
-    ):
-        QuadConfig.from_config(content)
 
 
 @pytest.mark.parametrize(

@@ -61,6 +61,8 @@ def toy_format(
     ends = {"format_version": 2, "embedding": TableFormat(), "head": TableFormat()} if packed_ends else {}
     if shared_table:
         ends |= {"format_version": 3, "sections": {"head_transform": {}}}
+    if any(linear.terms for linear in linears.values()):
+        ends["format_version"] = 3
     if any(grid.sub_scale_bits for linear in linears.values() for grid in linear.grids()):
         ends["format_version"] = 4
     if any(linear.outlier for linear in linears.values()):

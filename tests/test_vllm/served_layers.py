@@ -6,6 +6,12 @@ from typing import Any
 
 import torch
 
+# Low-rank branches of different ranks; a member of a fused layer has none.
+BRANCHES: dict[str, dict[str, Any]] = {
+    f"{role}_proj": {"terms": {"low_rank_branch": {"rank": rank}}}
+    for role, rank in {"q": 6, "v": 3, "o": 6, "gate": 5, "up": 7, "down": 40}.items()
+}
+
 
 def outputs(served: Any, reference: Any, dtype: torch.dtype) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
     """Return what the linears of both models make of the same random inputs, of one token and of several."""

@@ -23,6 +23,7 @@ from quad_modifiers.checkpoint.format import InputFormat, QuadFormat, WeightForm
 from quad_modifiers.tools.support_table import supported
 
 from .random_adapters import random_adapters
+from .served_layers import BRANCHES
 
 pytestmark = [pytest.mark.vllm, pytest.mark.filterwarnings("default")]
 
@@ -166,6 +167,25 @@ def test_two_ranks(engine: Engine, toy8) -> None:
     # On the CPU, vLLM wants a NUMA node for each rank unless it is told which cores to use.
     cores = {"VLLM_CPU_OMP_THREADS_BIND": "0|1"}
     found = engine(folder, environment=cores, dtype="float32", enforce_eager=True, tensor_parallel_size=2)
+    assert_close(found, reference(AutoModelForCausalLM.from_pretrained(folder)))
+
+
+def test_branches_of_a_fused_checkpoint(engine: Engine, toy_quad, write_toy, toy_settings) -> None:
+    roles = {"qkv_proj": 6, "o_proj": 4, "gate_up_proj": 5, "down_proj": 6}
+    terms = {role: {"terms": {"low_rank_branch": {"rank": rank}}} for role, rank in roles.items()}
+    settings = toy_settings("phi3") | UNBIASED.get("phi3", {})
+    settings.pop("head_dim", None)
+    quad = toy_quad("phi3", weight=WeightFormat(bits=8), quantized=InputFormat(bits=8, clip_ratio=1.0), **terms)
+    folder = write_toy(quad, **settings)
+    found = engine(folder, dtype="float32", enforce_eager=True)
+    assert_close(found, reference(AutoModelForCausalLM.from_pretrained(folder)))
+
+
+def test_branches_compiled_on_two_ranks(engine: Engine, toy_quad, write_toy) -> None:
+    bits: dict[str, Any] = {"weight": WeightFormat(bits=8), "quantized": InputFormat(bits=8, clip_ratio=1.0)}
+    folder = write_toy(toy_quad("llama", **bits, **BRANCHES))
+    cores = {"VLLM_CPU_OMP_THREADS_BIND": "0|1"}
+    found = engine(folder, environment=cores, dtype="float32", tensor_parallel_size=2)
     assert_close(found, reference(AutoModelForCausalLM.from_pretrained(folder)))
 
 

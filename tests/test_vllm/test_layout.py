@@ -7,6 +7,7 @@ import pytest
 from quad_modifiers.checkpoint.format import InputFormat, WeightFormat
 from quad_modifiers.vllm_plugin.layout import (
     Rows,
+    branch_ranks,
     column_parallel_rows,
     fused_format,
     member_position,
@@ -38,6 +39,13 @@ def test_members_that_differ_are_refused(change, field, toy_quad) -> None:
     linears = toy_quad(k_proj=change).linears
     with pytest.raises(ValueError, match=rf"layers.1.qkv_proj.*quantized alike, but {field} is .* for k_proj"):
         fused_format(linears, QKV, "layers.1.qkv_proj")
+
+
+def test_members_have_branches_of_their_own(toy_quad) -> None:
+    branch = {"terms": {"low_rank_branch": {"rank": 3}}}
+    linears = toy_quad(q_proj=branch, v_proj={"terms": {"low_rank_branch": {"rank": 5}}}).linears
+    assert fused_format(linears, QKV, "qkv_proj").out_features == 256
+    assert branch_ranks([linears[role] for role in QKV]) == (3, 0, 5)
 
 
 def test_undescribed_member_is_named(toy_quad) -> None:

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM
 from quad_modifiers.checkpoint.format import InputFormat, QuadFormat, WeightFormat
 from quad_modifiers.vllm_plugin import weight_only
 
-from .served_layers import assert_alike, outputs
+from .served_layers import BRANCHES, assert_alike, outputs
 
 pytestmark = [pytest.mark.vllm, pytest.mark.filterwarnings("default")]
 
@@ -47,6 +47,12 @@ FORMATS: dict[str, dict[str, Any]] = {
         "quantized": InputFormat(bits=8, clip_ratio=1.0),
     },
     "8-bit outliers": {role: {"outlier": {"input_bits": 8}} for role in ROLES},
+    "branches": BRANCHES,
+    "branches, no outliers": {
+        role: {"outliers_per_block": 0, "keep_width": False, **BRANCHES.get(role, {})} for role in ROLES
+    },
+    "branches, 8-bit outliers": {role: {"outlier": {"input_bits": 8}, **BRANCHES.get(role, {})} for role in ROLES},
+    "branches, weight only": {"quantized": None, **BRANCHES},
     "8-bit outlier weights": {"quantized": None, **{role: {"outlier": {}} for role in ROLES}},
     "weight only": {"weight": WeightFormat(bits=4, group_size=4, symmetric=False), "quantized": None},
     "input only": {"weight": None},
@@ -80,6 +86,15 @@ def test_architectures(base, dtype, load, toy_quad, write_toy, tolerance) -> Non
     assert served.model.layers[0].self_attn.head_dim == 32
     reference = AutoModelForCausalLM.from_pretrained(folder)
     assert_alike(*outputs(served, reference, dtype), tolerance(dtype))
+
+
+def test_branches_in_bfloat16(load, toy_quad, write_toy, tolerance) -> None:
+    folder = write_toy(toy_quad("llama", **BRANCHES), dtype=torch.bfloat16)
+    served, reference = load(folder), AutoModelForCausalLM.from_pretrained(folder)
+    assert_alike(*outputs(served, reference, torch.bfloat16), tolerance(torch.bfloat16))
+    layer = served.model.layers[0].self_attn.qkv_proj
+    assert (layer.branch_down.shape, layer.branch_up.shape) == ((9, 72), (256, 9))
+    assert not hasattr(layer, "low_rank_branch")
 
 
 def test_another_dtype_than_the_checkpoint_s(load, toy_quad, write_toy, tolerance) -> None:
@@ -220,6 +235,18 @@ def test_members_that_differ_are_refused(load, toy_quad, write_toy) -> None:
         load(folder)
 
 
+def test_terms_and_sections_of_plugins_are_refused(toy_quad) -> None:
+    from quad_modifiers.vllm_plugin.config import QuadConfig
+
+    own = toy_quad(o_proj={"terms": {"low_rank_branch": {"rank": 2}, "somebodys": {}}}).section()
+    own["sections"] = {"low_rank_branch": {}}
+    with pytest.raises(ValueError, match=r"the checkpoint has 'low_rank_branch', 'somebodys', which the vLLM plugin"):
+        QuadConfig.from_config({"quad": own})
+    del own["sections"]
+    with pytest.raises(ValueError, match=r"the checkpoint has 'somebodys', which the vLLM plugin does not compute"):
+        QuadConfig.from_config({"quad": own})
+
+
 Build = Callable[[str, int, int], Any]
 
 
@@ -276,6 +303,7 @@ SHARDED = {
     "groups": FORMATS["groups"],
     "weight only": FORMATS["weight only"],
     "8-bit outliers": FORMATS["8-bit outliers"],
+    "branches": FORMATS["branches"],
 }
 
 
@@ -300,6 +328,8 @@ def test_row_parallel_ranks_add_up_to_the_whole_layer(name, ranks, build, toy_qu
                 if key in ("weight_packed", "outlier_packed") and own.dim() == 3:  # in blocks of 16 channels
                     assert own.shape[1:] == everything[key].shape[1:]
                     assert len(own) == -(-(whole.output_size // ranks) // 16)
+                elif key == "branch_down":
+                    assert torch.equal(own, everything[key])
                 elif key != "bias":
                     assert own.numel() * ranks == everything[key].numel()
         torch.testing.assert_close(sum(outputs), whole(x)[0])

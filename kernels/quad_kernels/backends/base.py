@@ -5,7 +5,7 @@ from types import MappingProxyType
 
 import torch
 
-from quad_kernels.formats import InputQuantization, InputSplit
+from quad_kernels.formats import InputQuantization, InputSplit, LowRank
 from quad_kernels.hadamard import plan_hadamard
 from quad_kernels.hadamard import reference as hadamard_reference
 from quad_kernels.int4_kv import reference as kv_reference
@@ -66,10 +66,13 @@ class Backend:
         quantization: InputQuantization,
         outlier_weight: torch.Tensor | None,
         bias: torch.Tensor | None,
+        branch: LowRank | None,
     ) -> torch.Tensor:
         """Returns the complete layer of `x`, `[..., width]`, as `[..., out]`, dtype of `x`; here part by part."""
         flat = x.reshape(-1, split.width)
         outlier, integers, scale = self.quantize_activations(flat, quantization, split, None, False)
+        if branch is not None:
+            outlier, outlier_weight = branch.behind(flat, outlier, outlier_weight)
         y = self.integer_linear(LinearOperands(integers, scale, weight, outlier, outlier_weight, bias, x.dtype))
         return y.view(*x.shape[:-1], weight.out_features)
 

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from quad_kernels.backends.onednn_cpu import OneDnnBackend
-from quad_kernels.formats import InputQuantization, InputSplit, RMSNorm
+from quad_kernels.formats import InputQuantization, InputSplit, LowRank, RMSNorm
 from quad_kernels.integer_linear.operands import LinearOperands
 from quad_kernels.layouts import WeightLayout
 from quad_kernels.native import library, lines
@@ -83,10 +83,11 @@ class NativeBackend(OneDnnBackend):
         quantization: InputQuantization,
         outlier_weight: torch.Tensor | None,
         bias: torch.Tensor | None,
+        branch: LowRank | None,
     ) -> torch.Tensor:
         """One call: every thread takes some of the output channels."""
-        y = lines.linear(x, weight, split, quantization, outlier_weight, bias)
-        return super().quad_linear(x, weight, split, quantization, outlier_weight, bias) if y is None else y
+        y = lines.linear(x, weight, split, quantization, outlier_weight, bias, branch)
+        return super().quad_linear(x, weight, split, quantization, outlier_weight, bias, branch) if y is None else y
 
     def table_product(self, x: torch.Tensor, words: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
         """Rows of bytes for a few tokens, which is a matter of memory; a product in the dtype of `x` for more."""

@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 import torch
 
-from quad_kernels.formats import InputQuantization, InputSplit, RMSNorm
+from quad_kernels.formats import InputQuantization, InputSplit, LowRank, RMSNorm
 from quad_kernels.native import library, lines
 from quad_kernels.weight import QuantizedWeight
 
@@ -22,6 +22,7 @@ class BlockLinear(NamedTuple):
         quantization: quantization of the residual input.
         outlier_weight: `[out, rank]`, or None.
         bias: `[out]`, or None.
+        branch: low-rank branch of the unsplit input, or None.
     """
 
     weight: QuantizedWeight
@@ -29,6 +30,7 @@ class BlockLinear(NamedTuple):
     quantization: InputQuantization
     outlier_weight: torch.Tensor | None
     bias: torch.Tensor | None
+    branch: LowRank | None = None
 
 
 def takes(groups: Sequence[Sequence[BlockLinear]], dtype: torch.dtype) -> bool:
@@ -38,14 +40,16 @@ def takes(groups: Sequence[Sequence[BlockLinear]], dtype: torch.dtype) -> bool:
         for linear in group:
             weight, outlier = linear.weight, linear.outlier_weight
             x_scales = linear.quantization.scales(weight.in_features)
-            if not lines.takes(weight, x_scales, outlier, linear.bias) or dtype not in lines.DTYPES:
+            branch = linear.branch or ()
+            if not lines.takes(weight, x_scales, outlier, linear.bias, *branch) or dtype not in lines.DTYPES:
                 return False
             alike = (linear.split, linear.quantization) == (first.split, first.quantization)
             ranks = (None if t is None else (t.dtype, t.shape[1]) for t in (outlier, first.outlier_weight))
             if not alike or len(set(ranks)) > 1 or _groups(weight) != _groups(first.weight):
                 return False
             _, scale, zero_point, sub_scale, *_ = lines.operands(weight)
-            if not all(t is None or t.is_contiguous() for t in (scale, zero_point, sub_scale, *linear[3:])):
+            tensors = (scale, zero_point, sub_scale, outlier, linear.bias, *branch)
+            if not all(t is None or t.is_contiguous() for t in tensors):
                 return False
     return True
 
@@ -177,9 +181,10 @@ def _append(group: Sequence[BlockLinear], parts: list[torch.Tensor], numbers: li
     """Appends what the operators need of linears that share an input; returns its clip ratio."""
     bits, clip_ratio, *rest = lines.settings(group[0].quantization, group[0].split)
     numbers += [bits, *rest]
-    for weight, _, _, outlier_weight, bias in group:
+    for weight, _, _, outlier_weight, bias, branch in group:
         integers, scale, zero_point, sub_scale, *sizes = lines.operands(weight)
         numbers += sizes
         parts += [integers, scale]
-        parts += [_ABSENT if tensor is None else tensor for tensor in (zero_point, sub_scale, outlier_weight, bias)]
+        optional = (zero_point, sub_scale, outlier_weight, bias, *(branch or (None, None)))
+        parts += [_ABSENT if tensor is None else tensor for tensor in optional]
     return clip_ratio

@@ -21,7 +21,7 @@ logger = logging.getLogger(__name__)
 ENVIRONMENT_VARIABLE = "QUAD_KERNELS_ISA"
 INSTRUCTION_SETS = ("amx", "avx512vnni", "avxvnni", "avx2")
 LIBRARY_VARIABLE = "QUAD_KERNELS_LIBRARY"
-_INTERFACE = 3  # of the operators; an editable installation may hold an older library
+_INTERFACE = 4  # of the operators; an editable installation may hold an older library
 _BUILT = Path(__file__).with_name("_kernels.so")
 
 

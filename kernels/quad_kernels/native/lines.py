@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from quad_kernels.formats import InputQuantization, InputSplit
+from quad_kernels.formats import InputQuantization, InputSplit, LowRank
 from quad_kernels.layouts import WeightForm, WeightLayout
 from quad_kernels.native.pages import in_large_pages
 from quad_kernels.weight import QuantizedWeight
@@ -118,16 +118,17 @@ def linear(
     quantization: InputQuantization,
     outlier_weight: torch.Tensor | None,
     bias: torch.Tensor | None,
+    branch: LowRank | None,
 ) -> torch.Tensor | None:
     """Returns a whole layer of `x`, `[..., width]`, as `[..., out]`, dtype of `x`; None if they do not take it."""
     described = _described(weight, split, quantization)
     if described is None or x.dtype not in DTYPES:
         return None
-    if (outlier_weight is not None and outlier_weight.dtype not in DTYPES) or (
-        bias is not None and bias.dtype not in DTYPES
-    ):
-        return None
-    return torch.ops.quad_native.linear(x, *described, outlier_weight, bias)
+    down, up = (None, None) if branch is None else branch
+    for tensor in (outlier_weight, bias, up):
+        if tensor is not None and tensor.dtype not in DTYPES:
+            return None
+    return torch.ops.quad_native.linear(x, *described, outlier_weight, bias, down, up)
 
 
 def _described(weight: QuantizedWeight, split: InputSplit, quantization: InputQuantization) -> tuple[Any, ...] | None:

@@ -1,9 +1,9 @@
-"""The complete QUAD layer: split, quantization, integer product, outlier product and bias; differentiable."""
+"""The complete QUAD layer: split, quantization, integer product, outliers, branch and bias; differentiable."""
 
 import torch
 
 from quad_kernels.backends import choose_backend
-from quad_kernels.formats import InputQuantization, InputSplit, RMSNorm
+from quad_kernels.formats import InputQuantization, InputSplit, LowRank, RMSNorm
 from quad_kernels.functional import integer_linear, quantize_activations
 from quad_kernels.layouts import find_layout
 from quad_kernels.quad_linear.autograd import DequantizedFunction, QuadLinearFunction
@@ -21,6 +21,7 @@ def quad_linear(
     outlier_weight: torch.Tensor | QuantizedWeight | None = None,
     outlier_quantization: InputQuantization | None = None,
     bias: torch.Tensor | None = None,
+    branch: LowRank | None = None,
     norm: RMSNorm | None = None,
     integers_like: torch.Tensor | None = None,
     backend: str | None = None,
@@ -36,6 +37,7 @@ def quad_linear(
         outlier_quantization: quantization of the outlier input, which needs a quantized `outlier_weight`; None leaves
             it in floating point.
         bias: `[out]` or None.
+        branch: low-rank branch of the unsplit input, which is added before the one rounding, or None.
         norm: norm that is applied to `x` first, in the same pass.
         integers_like: `[out, split.residual_width]`, float32, or None; its values are not read, and its gradient is
             that of the weight's integers as if they were real numbers, but for those at an end of the grid that it
@@ -43,7 +45,7 @@ def quad_linear(
         backend: name of a backend; by default the environment variable QUAD_KERNELS or the best for the device.
 
     Returns:
-        `[..., out]`, dtype of `x`. Gradients flow to `x`, `outlier_weight`, `bias` and `weight.scale` by the
+        `[..., out]`, dtype of `x`. Gradients flow to `x`, `outlier_weight`, `bias`, `branch` and `weight.scale` by the
         straight-through estimator: quantization counts as the identity where it does not clip. A quantized outlier
         weight gets one to its scale, if its inputs are quantized.
 
@@ -60,38 +62,46 @@ def quad_linear(
     """
     if weight.in_features != split.residual_width:
         raise ValueError(f"the weight has {weight.in_features} inputs, the split's residual {split.residual_width}")
+    if branch is not None:
+        _check_branch(branch, weight, split)
+        x, norm = x if norm is None else norm(x), None  # the branch reads it as well
     if isinstance(outlier_weight, QuantizedWeight):
         if outlier_weight.in_features != split.rank:
             raise ValueError(f"the outlier weight has {outlier_weight.in_features} inputs, the split {split.rank}")
         if outlier_quantization is not None:
             x = x if norm is None else norm(x)
             return quantized_outlier_linear(
-                x, weight, split, quantization, outlier_weight, outlier_quantization, bias, backend
+                x, weight, split, quantization, outlier_weight, outlier_quantization, bias, branch, backend
             )
         outlier_weight = outlier_weight.dequantized(x.dtype)
     elif outlier_quantization is not None:
         raise ValueError("quantized outlier inputs need a quantized outlier weight; leave outlier_quantization out")
-    if torch.is_grad_enabled() and _requires_grad(x, outlier_weight, bias, weight.scale, integers_like):
+    tensors = (x, outlier_weight, bias, weight.scale, integers_like, *(branch or ()))
+    if torch.is_grad_enabled() and _requires_grad(*tensors):
         if norm is not None:
             raise NotImplementedError("gradients do not pass the fused norm; apply the norm before the layer")
-        return QuadLinearFunction.apply(
-            x, weight.scale, outlier_weight, bias, weight, split, quantization, backend, integers_like
+        out_dtype = x.dtype if branch is None else torch.float32
+        y = QuadLinearFunction.apply(
+            x, weight.scale, outlier_weight, bias, weight, split, quantization, backend, integers_like, out_dtype
         )
+        return y if branch is None else (y + branch.wide(x)).to(x.dtype)
     linear = find_layout(weight.layout).linear
     if linear is not None and norm is None:
         if x.shape[-1] != split.width:
             raise ValueError(f"the input has {x.shape[-1]} coordinates, its split is for {split.width}")
         if not torch.compiler.is_compiling():
             chosen = choose_backend(x.device, backend)
-            return chosen.quad_linear(x, weight, split, quantization, outlier_weight, bias)
+            return chosen.quad_linear(x, weight, split, quantization, outlier_weight, bias, branch)
         # A compiled graph holds the operator of the layout itself: no Python at run time, and no other choice.
-        y = None if backend else linear(x, weight, split, quantization, outlier_weight, bias)
+        y = None if backend else linear(x, weight, split, quantization, outlier_weight, bias, branch)
         if y is not None:
             return y
     if norm is None:
         outlier, integers, scale = quantize_once(x, split, quantization, backend)
     else:
         outlier, integers, scale = quantize_activations(x, quantization, split, norm=norm, backend=backend)
+    if branch is not None:
+        outlier, outlier_weight = branch.behind(x, outlier, outlier_weight)
     return integer_linear(
         integers,
         scale,
@@ -116,6 +126,15 @@ def dequantized(weight: QuantizedWeight, integers_like: torch.Tensor | None, dty
         return weight.dequantized(dtype)
     dense: torch.Tensor = DequantizedFunction.apply(weight.scale, integers_like, weight, dtype)
     return dense
+
+
+def _check_branch(branch: LowRank, weight: QuantizedWeight, split: InputSplit) -> None:
+    down, up = branch
+    if down.shape[1] != split.width or up.shape != (weight.out_features, len(down)) or up.dtype != down.dtype:
+        raise ValueError(
+            f"a branch of {list(down.shape)} and {list(up.shape)}, {down.dtype} and {up.dtype}, does not fit "
+            f"{split.width} inputs and {weight.out_features} output channels, or has two dtypes"
+        )
 
 
 def _requires_grad(*tensors: torch.Tensor | None) -> bool:

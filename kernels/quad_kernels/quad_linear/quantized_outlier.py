@@ -2,7 +2,7 @@
 
 import torch
 
-from quad_kernels.formats import InputQuantization, InputSplit
+from quad_kernels.formats import InputQuantization, InputSplit, LowRank
 from quad_kernels.functional import integer_linear, quantize_activations
 from quad_kernels.quad_linear.autograd import QuadLinearFunction
 from quad_kernels.quad_linear.memo import quantize_once
@@ -17,6 +17,7 @@ def quantized_outlier_linear(
     outlier_weight: QuantizedWeight,
     outlier_quantization: InputQuantization,
     bias: torch.Tensor | None,
+    branch: LowRank | None,
     backend: str | None,
 ) -> torch.Tensor:
     """Returns cast(x_r W_r^T + x_o W_o^T + bias) with both inputs quantized (ResQ, arXiv 2412.14363, section 4.1).
@@ -29,13 +30,14 @@ def quantized_outlier_linear(
         outlier_weight: weight of the outlier coordinates, `outlier_weight.in_features == split.rank`.
         outlier_quantization: quantization of the outlier input, with scales of its own.
         bias: `[out]` or None.
+        branch: low-rank branch of `x`, in floating point, or None.
         backend: name of a backend, or None.
 
     Returns:
         `[..., out]`, dtype of `x`; the products are summed in float32. Gradients flow to `x` and to both scales.
     """
     differentiable = torch.is_grad_enabled() and any(
-        tensor.requires_grad for tensor in (x, weight.scale, outlier_weight.scale)
+        tensor.requires_grad for tensor in (x, weight.scale, outlier_weight.scale, *(branch or ()))
     )
     thin = InputSplit(split.rank)
     if differentiable:
@@ -47,7 +49,7 @@ def quantized_outlier_linear(
         y = integer_linear(integers, scale, weight, backend=backend)
         _, integers, scale = quantize_activations(outlier, outlier_quantization, thin, backend=backend)
         high = integer_linear(integers, scale, outlier_weight, backend=backend)
-    y = y + high
+    y = y + high if branch is None else y + high + branch.wide(x)
     return (y if bias is None else y + bias.float()).to(x.dtype)
 
 

@@ -58,7 +58,7 @@ void scores(const AttentionCall& call, int64_t sequence, int64_t cached, int64_t
         Panel panel = memory.panel.of(element(a.keys, a.dtype, row), a.dtype, smaller(kChannels, a.capacity - i),
                                       a.head_dim, call.padded);
         std::memset(block, 0, call.shared * kChannels * sizeof(float));
-        add_products(panel, query, call.padded, call.shared, block);
+        add_products(panel, query, {call.padded, a.head_dim}, call.shared, block);
         const uint8_t* mask = a.mask ? a.mask + sequence * a.positions + i : nullptr;
         for (int64_t h = 0; h < call.shared; ++h)
             for (int64_t k = 0; k < kChannels; ++k) {

@@ -1,9 +1,9 @@
 // What 16 output channels bring besides their integers, in the order in which the products meet it; and the arithmetic
 // that turns exact integer sums into outputs. Every path and every instruction set does it in this order:
 //   y = sum over groups g, in order, of fma((sum_g - offset_g) * x_scale_g, weight_scale_g, y)
-//   y = y + outlier product + bias, rounded once to the dtype of the output
-// where the outlier product adds, for each 32 columns in order, (sum over even columns) + (sum over odd columns), each by
-// fma in order. That is how AMX multiplies bfloat16, so a token's output never depends on the batch it is in.
+//   y = y + outlier product + product of the low-rank branch + bias, rounded once to the dtype of the output
+// where these products add, for each 32 columns in order, (sum over even columns) + (sum over odd columns), each by fma
+// in order. That is how AMX multiplies bfloat16, so a token's output never depends on the batch it is in.
 #pragma once
 
 #include "quantize.h"
@@ -122,6 +122,7 @@ struct Block {
     const float* scale;     // [groups][16]
     const int32_t* offset;  // [groups][16]: what was added to the integers, to be taken off as often as the inputs' sum
     Panel outlier;
+    Panel branch;       // of A
     const float* bias;  // [16]
 };
 
@@ -129,7 +130,7 @@ struct BlockMemory {
     Buffer<float> scale, bias;
     Buffer<int32_t> offset;
     Buffer<int8_t> sub_scale;
-    PanelMemory outlier;
+    PanelMemory outlier, branch;
 
     // `added` is what the products find added to the weight's integers.
     Block prepare(const Weight& weight, const Rest& rest, int64_t index, const Tokens& tokens, int32_t added) {
@@ -144,6 +145,11 @@ struct BlockMemory {
             Dtype dtype = rest.outlier_weight_dtype;
             const void* rows = element(rest.outlier_weight, dtype, block.first * rest.rank);
             block.outlier = outlier.of(rows, dtype, block.channels, rest.rank, tokens.rank);
+        }
+        if (rest.branch_rank) {
+            const void* rows = element(rest.up, rest.branch_dtype, block.first * rest.branch_rank);
+            block.branch = branch.of(rows, rest.branch_dtype, block.channels, rest.branch_rank,
+                                     round_up(rest.branch_rank, kRank));
         }
         float* b = bias.at_least(kChannels);
         std::memset(b, 0, kChannels * sizeof(float));
@@ -202,20 +208,29 @@ constexpr int kPanelTile = 6;
 constexpr int kPanelTile = 2;
 #endif
 
-// Adds the products of T tokens `x`, [T][rank], and a panel's rows to `y`, [T][16].
+// Columns in memory, a multiple of 32, and those that are not all padding: the zeros behind them would change no sum.
+struct Width {
+    int64_t all;
+    int64_t used;
+};
+
+Width width_of(int64_t rank) { return {round_up(rank, kRank), rank}; }
+
+// Adds the products of T tokens `x`, [T][columns], and a panel's rows to `y`, [T][16].
 template <int T, bool Pairs>
-void add_tile(const Panel& panel, const float* x, int64_t rank, float* y) {
+void add_tile(const Panel& panel, const float* x, Width columns, float* y) {
     Vector16 sum[T];
     for (int t = 0; t < T; ++t) sum[t] = Vector16::zero();
-    for (int64_t start = 0; start < rank; start += kRank) {
+    for (int64_t start = 0; start < columns.used; start += kRank) {
         Vector16 even[T], odd[T];
         for (int t = 0; t < T; ++t) even[t] = odd[t] = Vector16::zero();
-        for (int64_t j = start / 2; j < (start + kRank) / 2; ++j) {
+        int64_t end = smaller(start + kRank, round_up(columns.used, 2));
+        for (int64_t j = start / 2; j < end / 2; ++j) {
             Vector16 first, second;
             panel.columns<Pairs>(j, first, second);
             for (int t = 0; t < T; ++t) {
-                even[t] = even[t].plus_product(Vector16::all(x[t * rank + 2 * j]), first);
-                odd[t] = odd[t].plus_product(Vector16::all(x[t * rank + 2 * j + 1]), second);
+                even[t] = even[t].plus_product(Vector16::all(x[t * columns.all + 2 * j]), first);
+                odd[t] = odd[t].plus_product(Vector16::all(x[t * columns.all + 2 * j + 1]), second);
             }
         }
         for (int t = 0; t < T; ++t) sum[t] = sum[t] + (even[t] + odd[t]);
@@ -224,17 +239,17 @@ void add_tile(const Panel& panel, const float* x, int64_t rank, float* y) {
 }
 
 template <bool Pairs, int T = kPanelTile>
-void add_tiles(const Panel& panel, const float* x, int64_t rank, int64_t count, float* y) {
+void add_tiles(const Panel& panel, const float* x, Width columns, int64_t count, float* y) {
     if constexpr (T > 0) {
-        for (; count >= T; count -= T, x += T * rank, y += 16 * T) add_tile<T, Pairs>(panel, x, rank, y);
-        if (count) add_tiles<Pairs, T - 1>(panel, x, rank, count, y);
+        for (; count >= T; count -= T, x += T * columns.all, y += 16 * T) add_tile<T, Pairs>(panel, x, columns, y);
+        if (count) add_tiles<Pairs, T - 1>(panel, x, columns, count, y);
     }
 }
 
-// Adds the products of `count` tokens `x`, [count][rank], and a panel's rows to `y`, [count][16].
-void add_products(const Panel& panel, const float* x, int64_t rank, int64_t count, float* y) {
-    if (panel.pairs) add_tiles<true>(panel, x, rank, count, y);
-    else add_tiles<false>(panel, x, rank, count, y);
+// Adds the products of `count` tokens `x`, [count][columns], and a panel's rows to `y`, [count][16].
+void add_products(const Panel& panel, const float* x, Width columns, int64_t count, float* y) {
+    if (panel.pairs) add_tiles<true>(panel, x, columns, count, y);
+    else add_tiles<false>(panel, x, columns, count, y);
 }
 
 // Adds the exact sums [count][16] of stretch g, scaled, to y [count][16]; the tokens begin at `t`.

@@ -70,6 +70,11 @@ struct Rest {
     int64_t rank;
     const void* bias;  // [out], or null
     Dtype bias_dtype;
+    // The low-rank branch: `up` times (`down` times the input as it comes, rounded to its dtype); null for none.
+    const void* down;  // [branch_rank, width]
+    const void* up;    // [out, branch_rank]
+    Dtype branch_dtype;
+    int64_t branch_rank;
 };
 
 struct Output {
@@ -193,7 +198,7 @@ struct Trials {
 struct Kernels {
     const char* name;
     // y = residual of x, quantized, times the weight, plus the rest, for each member. Either `input` or `integers` is
-    // given. Members have the same input width, groups, rank and dtype of outlier weights.
+    // given. Members have the same input width, groups, rank and dtype of outlier weights; branches need an `input`.
     void (*linear)(const Input* input, const Integers* integers, const Member* members, int64_t count,
                    ParallelFor parallel_for);
     // Writes outliers [tokens, rank] in the dtype of the input, integers [tokens, residual] and scales [tokens, scales].

@@ -212,13 +212,16 @@ struct DecodeThread {
             members[1].output = {up, call.dtype};
             Call whole{};
             whole.input = &input;
-            whole.select(members[0]);
+            whole.members = members;
+            whole.member_count = 2;
+            whole.select(members[0], 0);
             whole.count = call.tokens;
             whole.small = is_small(input);
             CallMemory& memory = call_memory();
             place_all(whole, begin, memory);
-            for (const Member& member : members) {
-                whole.select(member);
+            for (int64_t i = 0; i < 2; ++i) {
+                whole.select(members[i], i);
+                place_branch(whole, 0, whole.count, memory);
                 direct_blocks(whole, begin, end, memory);
             }
             int64_t first = begin * kChannels, count = smaller(width, end * kChannels) - first;

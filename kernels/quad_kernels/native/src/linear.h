@@ -24,6 +24,9 @@ struct CallMemory {
     Buffer<int32_t> sum;
     Buffer<int16_t> part;
     Buffer<uint16_t> outlier16;
+    Buffer<float> branch, rows;
+    Buffer<uint16_t> branch16;
+    PanelMemory down;
     BlockMemory block[2];
     Buffer<uint8_t> panel;
     Buffer<int32_t> total;
@@ -46,17 +49,24 @@ struct Call {
     const Weight* weight;  // of the member that is computed
     const Rest* rest;
     const Output* output;
+    int64_t selected;      // its number
     int64_t first, count;  // tokens of this batch
     bool small;            // integers of the inputs fit into 4 bits
     Tokens tokens;
     uint16_t* outlier16;  // [rank / 32][count][32], bfloat16, where AMX multiplies them
+    float* branch;        // [members][count][columns], what `up` of a branch multiplies; columns are a multiple of 32
+    uint16_t* branch16;   // [members][columns / 32][count][32], likewise, in bfloat16
+    int64_t branch_size;  // of a member
 
     int64_t stretch() const { return weight->in_features / tokens.sums; }
     int64_t lines() const { return round_up(weight->in_features, kChunk) / per_line(); }
     int64_t per_line() const { return weight->wide ? 4 : 8; }
     Form form() const { return weight->wide ? Form::bytes : weight->sub_scale ? Form::products : Form::nibbles; }
     const uint8_t* block_lines(int64_t index) const { return weight->lines + index * lines() * kLine; }
-    void select(const Member& member) {
+    float* own_branch() const { return branch + selected * branch_size; }
+    uint16_t* own_branch16() const { return branch16 ? branch16 + selected * branch_size : nullptr; }
+    void select(const Member& member, int64_t number) {
+        selected = number;
         weight = &member.weight;
         rest = &member.rest;
         output = &member.output;
@@ -103,9 +113,58 @@ void place(const Call& call, int64_t i) {
     }
 }
 
+// Makes room for what the branches of all members multiply.
+void make_branch_room(CallMemory& memory, Call& call) {
+    int64_t most = 0;
+    for (int64_t m = 0; m < call.member_count; ++m) most = larger(most, call.members[m].rest.branch_rank);
+    call.branch_size = round_up(most, kRank) * call.tokens.count;
+    if (most) call.branch = memory.branch.at_least(call.branch_size * call.member_count);
+}
+
+// Multiplies tokens [begin, end) of the batch by `down` of the member that is computed, if it has a branch. The products
+// add up in the order of block.h, and are rounded to the dtype of the input, as a layer of its own would leave them.
+void place_branch(const Call& call, int64_t begin, int64_t end, CallMemory& memory) {
+    const Rest& rest = *call.rest;
+    if (!rest.branch_rank) return;
+    const Input& input = *call.input;
+    const int64_t width = round_up(input.width, kRank), columns = width_of(rest.branch_rank).all;
+    float* rows = memory.rows.at_least(kPanelTile * width);
+    float* results = call.own_branch();
+    for (int64_t c = 0; c < columns; c += kChannels) {
+        int64_t count = larger(0, smaller(kChannels, rest.branch_rank - c));
+        Panel panel{nullptr, nullptr};
+        if (count)
+            panel = memory.down.of(element(rest.down, rest.branch_dtype, c * input.width), rest.branch_dtype, count,
+                                   input.width, width);
+        for (int64_t t = begin; t < end; t += kPanelTile) {
+            int64_t tokens = smaller(kPanelTile, end - t);
+            alignas(64) float y[kPanelTile * kChannels] = {};
+            for (int64_t i = 0; i < tokens && count; ++i) {
+                load_row(element(input.data, input.dtype, (call.first + t + i) * input.width), input.dtype, input.width,
+                         rows + i * width);
+                std::memset(rows + i * width + input.width, 0, (width - input.width) * sizeof(float));
+            }
+            if (count) add_products(panel, rows, width_of(input.width), tokens, y);
+            round_row(y, input.dtype, tokens * kChannels);
+            for (int64_t i = 0; i < tokens; ++i)
+                std::memcpy(results + (t + i) * columns + c, y + i * kChannels, kChannels * sizeof(float));
+        }
+    }
+}
+
+void add_outliers(const Call& call, const Block& block, int64_t t, int64_t count, float* y) {
+    Width columns = width_of(call.rest->rank);
+    if (columns.used) add_products(block.outlier, call.tokens.outlier + t * columns.all, columns, count, y);
+}
+
+void add_branch(const Call& call, const Block& block, int64_t t, int64_t count, float* y) {
+    Width columns = width_of(call.rest->branch_rank);
+    if (columns.used) add_products(block.branch, call.own_branch() + t * columns.all, columns, count, y);
+}
+
 void end_block(const Call& call, const Block& block, int64_t t, int64_t count, float* y) {
-    const Tokens& tokens = call.tokens;
-    if (tokens.rank) add_products(block.outlier, tokens.outlier + t * tokens.rank, tokens.rank, count, y);
+    add_outliers(call, block, t, count, y);
+    add_branch(call, block, t, count, y);
     finish(block, *call.output, call.weight->out_features, call.first + t, count, y);
 }
 
@@ -120,6 +179,13 @@ void fetch_outliers(const Call& call, int64_t index) {
     int64_t count = kChannels * call.rest->rank;
     Dtype dtype = call.rest->outlier_weight_dtype;
     fetch(element(call.rest->outlier_weight, dtype, index * count), count * size_of(dtype));
+}
+
+// Likewise for `up` of a branch.
+void fetch_branch(const Call& call, int64_t index) {
+    int64_t count = kChannels * call.rest->branch_rank;
+    Dtype dtype = call.rest->branch_dtype;
+    if (count) fetch(element(call.rest->up, dtype, index * count), count * size_of(dtype));
 }
 
 // Has the outlier weights of block `index` asked for while `lines` lines of the block before it are read: by the products,
@@ -147,6 +213,7 @@ void direct_block(const Call& call, int64_t index, CallMemory& memory) {
     alignas(64) float y[T * kChannels] = {};
     int64_t end = ceil_div(call.weight->in_features, call.per_line()), step = call.stretch() / call.per_line();
     Ahead ahead{};
+    fetch_branch(call, index + 1);
     if constexpr (F == Form::products) fetch_outliers(call, index + 1);
     else ahead = outliers_ahead(call, index + 1, end);
     for (int64_t s = 0; s < tokens.sums; ++s) {
@@ -175,7 +242,7 @@ template <class Compute>
 void for_members(Call& call, int64_t size, int64_t begin, int64_t end, const Compute& compute) {
     int64_t start = 0;
     for (int64_t m = 0; m < call.member_count; ++m) {
-        call.select(call.members[m]);
+        call.select(call.members[m], m);
         int64_t units = ceil_div(call.weight->out_features, size);
         int64_t from = larger(begin - start, 0), to = smaller(end - start, units);
         if (from < to) compute(from, to);
@@ -200,6 +267,7 @@ void direct_blocks(const Call& call, int64_t begin, int64_t end, CallMemory& mem
 // Quantizes few tokens into memory of this thread; meanwhile the first weights come, those of block `first` of `call`.
 void place_all(Call& call, int64_t first, CallMemory& memory) {
     call.tokens = make_room(memory, call, call.count);
+    make_branch_room(memory, call);
     fetch(call.block_lines(first), kFirst);
     fetch_outliers(call, first);
     for (int64_t i = 0; i < call.count; ++i) place(call, i);
@@ -212,7 +280,10 @@ void direct(Call& whole, int64_t grain, ParallelFor parallel_for) {
         Call call = *static_cast<const Call*>(context);
         for_members(call, kChannels, begin, begin + 1, [&](int64_t first, int64_t) { place_all(call, first, memory); });
         for_members(call, kChannels, begin, end,
-                    [&](int64_t from, int64_t to) { direct_blocks(call, from, to, memory); });
+                    [&](int64_t from, int64_t to) {
+                        place_branch(call, 0, call.count, memory);
+                        direct_blocks(call, from, to, memory);
+                    });
     };
     parallel_for(0, count_units(whole, kChannels), grain, body, &whole);
 }
@@ -277,7 +348,9 @@ void tiled_block(const Call& call, int64_t index, CallMemory& memory) {
 constexpr int64_t kUnit = 1;    // blocks of channels that a thread takes at once
 constexpr int64_t kTokens = 1;  // the number of tokens is padded to a multiple of this
 uint16_t* room_for_outlier16(CallMemory&, const Call&) { return nullptr; }
+uint16_t* room_for_branch16(CallMemory&, const Call&) { return nullptr; }
 void place_outlier16(const Call&, int64_t) {}
+void place_branch16(const Call&, int64_t, int64_t) {}
 #endif
 
 template <Form F>
@@ -299,10 +372,15 @@ void blocked(Call& call, ParallelFor parallel_for) {
     parallel_for(
         0, call.count, larger(1, 16384 / call.weight->in_features),
         [](int64_t begin, int64_t end, void* context) {
-            const Call& call = *static_cast<const Call*>(context);
+            Call call = *static_cast<const Call*>(context);
             for (int64_t i = begin; i < end; ++i) {
                 place(call, i);
                 if (call.outlier16) place_outlier16(call, i);
+            }
+            for (int64_t m = 0; m < call.member_count && call.branch; ++m) {
+                call.select(call.members[m], m);
+                place_branch(call, begin, end, call_memory());
+                if (call.branch16) place_branch16(call, begin, end);
             }
         },
         &call);
@@ -343,7 +421,7 @@ void linear(const Input* input, const Integers* integers, const Member* members,
         call.integers = integers;
         call.members = members;
         call.member_count = count;
-        call.select(*members);
+        call.select(*members, 0);
         call.first = first;
         call.count = smaller(batch, tokens - first);
         call.small = small;
@@ -351,7 +429,9 @@ void linear(const Input* input, const Integers* integers, const Member* members,
             direct(call, larger(1, kBytesPerThread / (call.lines() * kLine * call.count)), parallel_for);
         } else {
             call.tokens = make_room(call_memory(), call, round_up(call.count, kTokens));
+            make_branch_room(call_memory(), call);
             call.outlier16 = room_for_outlier16(call_memory(), call);
+            call.branch16 = room_for_branch16(call_memory(), call);
             blocked(call, parallel_for);
         }
     }

@@ -34,6 +34,24 @@ void place_outlier16(const Call& call, int64_t i) {
                   tokens.outlier + i * tokens.rank + k);
 }
 
+// Likewise what branches multiply, which is rounded to the dtype of the input: where all of them have bfloat16.
+uint16_t* room_for_branch16(CallMemory& memory, const Call& call) {
+    bool fits = call.branch && call.input->dtype == Dtype::bfloat16 && takes_amx(call);
+    for (int64_t m = 0; m < call.member_count; ++m) {
+        const Rest& rest = call.members[m].rest;
+        fits = fits && (!rest.branch_rank || rest.branch_dtype == Dtype::bfloat16);
+    }
+    return fits ? memory.branch16.at_least(call.branch_size * call.member_count) : nullptr;
+}
+
+void place_branch16(const Call& call, int64_t begin, int64_t end) {
+    const int64_t columns = width_of(call.rest->branch_rank).all;
+    for (int64_t k = 0; k < columns; k += kRank)
+        for (int64_t i = begin; i < end; ++i)
+            store_row(call.own_branch16() + (k * call.tokens.count + i * kRank), Dtype::bfloat16, kRank,
+                      call.own_branch() + i * columns + k);
+}
+
 constexpr int64_t kAtOnce = 16;  // chunks of inputs whose unpacked weights stay in the first cache
 
 // The tiles 0 to 3, [2 channel blocks][32 tokens][16], 32 bits each; the second 16 tokens may be missing. The blocks lie
@@ -88,14 +106,17 @@ void multiply_integers(const int8_t* x, int64_t distance, const uint8_t* const* 
     }
 }
 
-void multiply_outliers(const Call& call, const Block* block, int64_t t, bool second, float* sum) {
-    const Tokens& tokens = call.tokens;
+// Adds the products of `columns` of the tokens, [columns / 32][count][32], and two panels of bfloat16 to y.
+void add_columns16(const Call& call, const uint16_t* data, int64_t columns, const Panel& left, const Panel& right,
+                   int blocks, int64_t t, int64_t count, float* const* y) {
+    alignas(64) float sum[2][32 * kChannels];
+    bool second = count > 16;
     clear_tiles();
-    for (int64_t k = 0; k < tokens.rank; k += kRank) {
-        const uint16_t* x = call.outlier16 + k * tokens.count + t * kRank;
+    for (int64_t k = 0; k < columns; k += kRank) {
+        const uint16_t* x = data + k * call.tokens.count + t * kRank;
         _tile_loadd(4, x, 64);
-        _tile_loadd(6, block[0].outlier.pairs + k / 2 * kChannels, 64);
-        _tile_loadd(7, block[1].outlier.pairs + k / 2 * kChannels, 64);
+        _tile_loadd(6, left.pairs + k / 2 * kChannels, 64);
+        _tile_loadd(7, right.pairs + k / 2 * kChannels, 64);
         _tile_dpbf16ps(0, 4, 6);
         _tile_dpbf16ps(1, 4, 7);
         if (second) {
@@ -104,19 +125,21 @@ void multiply_outliers(const Call& call, const Block* block, int64_t t, bool sec
             _tile_dpbf16ps(3, 5, 7);
         }
     }
-    store_tiles(sum, 2048, second);
+    store_tiles(sum[0], 2048, second);
+    for (int h = 0; h < blocks; ++h)
+        for (int64_t i = 0; i < count * kChannels; i += kChannels)
+            (Vector16::load(y[h] + i) + Vector16::load(sum[h] + i)).store(y[h] + i);
 }
 
 void end_unit(const Call& call, const Block* block, int blocks, int64_t t, int64_t count, float* const* y) {
-    alignas(64) float sum[2][32 * kChannels];
-    if (call.outlier16) multiply_outliers(call, block, t, count > 16, sum[0]);
+    if (call.outlier16)
+        add_columns16(call, call.outlier16, call.tokens.rank, block[0].outlier, block[1].outlier, blocks, t, count, y);
+    const int64_t columns = width_of(call.rest->branch_rank).all;
+    if (columns && call.branch16)
+        add_columns16(call, call.own_branch16(), columns, block[0].branch, block[1].branch, blocks, t, count, y);
     for (int h = 0; h < blocks; ++h) {
-        if (!call.outlier16) {
-            end_block(call, block[h], t, count, y[h]);
-            continue;
-        }
-        for (int64_t i = 0; i < count * kChannels; i += kChannels)
-            (Vector16::load(y[h] + i) + Vector16::load(sum[h] + i)).store(y[h] + i);
+        if (!call.outlier16) add_outliers(call, block[h], t, count, y[h]);
+        if (!call.branch16) add_branch(call, block[h], t, count, y[h]);
         finish(block[h], *call.output, call.weight->out_features, call.first + t, count, y[h]);
     }
 }

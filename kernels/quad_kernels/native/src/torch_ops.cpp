@@ -172,6 +172,19 @@ quad::Weight weight_of(const Tensor& lines, const Tensor& scale, const MaybeTens
     return weight;
 }
 
+// Adds the low-rank branch of a linear whose input has `width` coordinates, if it has one.
+void add_branch(quad::Rest& rest, const MaybeTensor& down, const MaybeTensor& up, int64_t width, int64_t out_features) {
+    STD_TORCH_CHECK(down.has_value() == up.has_value(), "a low-rank branch has two parts");
+    if (!down) return;
+    STD_TORCH_CHECK(down->dim() == 2 && up->dim() == 2 && down->size(1) == width && up->size(0) == out_features &&
+                        up->size(1) == down->size(0) && up->scalar_type() == down->scalar_type(),
+                    "the low-rank branch does not fit");
+    rest.down = down->const_data_ptr();
+    rest.up = up->const_data_ptr();
+    rest.branch_dtype = dtype_of(*down, "the low-rank branch");
+    rest.branch_rank = down->size(0);
+}
+
 quad::Rest rest_of(const MaybeTensor& outlier_weight, const MaybeTensor& bias, int64_t rank, int64_t out_features) {
     quad::Rest rest{};
     if (outlier_weight && rank) {
@@ -191,15 +204,17 @@ quad::Rest rest_of(const MaybeTensor& outlier_weight, const MaybeTensor& bias, i
 Tensor linear(const Tensor& x_, int64_t bits, double clip_ratio, int64_t groups, int64_t largest_sub_scale,
               int64_t outliers, int64_t block, bool keep_width, bool hadamard, const Tensor& lines, const Tensor& scale_,
               const MaybeTensor& zero_point_, const MaybeTensor& sub_scale_, int64_t in_features, int64_t out_features,
-              bool wide, const MaybeTensor& outlier_weight_, const MaybeTensor& bias_) {
+              bool wide, const MaybeTensor& outlier_weight_, const MaybeTensor& bias_, const MaybeTensor& down_,
+              const MaybeTensor& up_) {
     Tensor x = dense(x_), scale = dense(scale_);
     MaybeTensor zero_point = dense(zero_point_), sub_scale = dense(sub_scale_);
-    MaybeTensor outlier_weight = dense(outlier_weight_), bias = dense(bias_);
+    MaybeTensor outlier_weight = dense(outlier_weight_), bias = dense(bias_), down = dense(down_), up = dense(up_);
     quad::Input input =
         input_of(x, {bits, clip_ratio, groups, largest_sub_scale, outliers, block, keep_width, hadamard});
     STD_TORCH_CHECK(input.residual() == in_features, "the weight does not fit the residual");
     quad::Weight weight = weight_of(lines, scale, zero_point, sub_scale, in_features, out_features, wide);
     quad::Rest rest = rest_of(outlier_weight, bias, input.rank(), out_features);
+    add_branch(rest, down, up, input.width, out_features);
     Tensor y = empty(sizes_with(x, out_features), torch_dtype(input.dtype));
     quad::Member member{weight, rest, {y.mutable_data_ptr(), input.dtype}};
     kernels().linear(&input, nullptr, &member, 1, parallel_for);
@@ -286,10 +301,10 @@ Tensor dense_head(const Tensor& x_, const Tensor& weight) {
     return y;
 }
 
-// Linears that share an input, as the operators of a block get them: six tensors for each (lines, scale, zero point,
-// sub-scales, outlier weight, bias; what is absent is empty), and numbers: those of `Settings` without the clip ratio, in
-// order, then inputs, outputs and `wide` of each.
-constexpr size_t kParts = 6;
+// Linears that share an input, as the operators of a block get them: eight tensors for each (lines, scale, zero point,
+// sub-scales, outlier weight, bias, and the two of a branch; what is absent is empty), and numbers: those of `Settings`
+// without the clip ratio, in order, then inputs, outputs and `wide` of each.
+constexpr size_t kParts = 8;
 
 class Parts {
   public:
@@ -309,10 +324,12 @@ class Parts {
             bool wide = number();
             const Tensor &lines = tensor(), &scale = tensor();
             MaybeTensor zero_point = maybe(), sub_scale = maybe(), outlier_weight = maybe(), bias = maybe();
+            MaybeTensor down = maybe(), up = maybe();
             STD_TORCH_CHECK(input.residual() == in_features && scale.is_contiguous(), "the weight does not fit");
             members.push_back({weight_of(lines, scale, zero_point, sub_scale, in_features, out_features, wide),
                                rest_of(outlier_weight, bias, input.rank(), out_features),
                                {nullptr, dtype}});
+            add_branch(members.back().rest, down, up, width, out_features);
             const quad::Member &one = members[first], &other = members.back();
             STD_TORCH_CHECK(one.weight.groups == other.weight.groups &&
                                 one.weight.sub_groups == other.weight.sub_groups &&
@@ -736,7 +753,8 @@ STABLE_TORCH_LIBRARY(quad_native, m) {
     m.def(
         "linear(Tensor x, int bits, float clip_ratio, int groups, int largest_sub_scale, int outliers, int block, "
         "bool keep_width, bool hadamard, Tensor lines, Tensor scale, Tensor? zero_point, Tensor? sub_scale, "
-        "int in_features, int out_features, bool wide, Tensor? outlier_weight, Tensor? bias) -> Tensor");
+        "int in_features, int out_features, bool wide, Tensor? outlier_weight, Tensor? bias, Tensor? down=None, "
+        "Tensor? up=None) -> Tensor");
     m.def(
         "integer_linear(Tensor x, Tensor x_scale, Tensor lines, Tensor scale, Tensor? zero_point, "
         "Tensor? sub_scale, int in_features, int out_features, bool wide, Tensor? outlier, Tensor? outlier_weight, "
@@ -796,7 +814,7 @@ STABLE_TORCH_LIBRARY_IMPL(quad_native, CPU, m) {
 extern "C" {
 
 // Changes with the arguments of the operators.
-int quad_interface() { return 3; }
+int quad_interface() { return 4; }
 const char* quad_supported() { return quad::supported(); }
 const char* quad_chosen() { return quad::chosen() ? quad::chosen()->name : ""; }
 int quad_choose(const char* name) { return quad::choose(name); }
