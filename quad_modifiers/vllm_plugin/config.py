@@ -12,7 +12,7 @@ from quad_modifiers.checkpoint.cache_section import NAME as KV_CACHE
 from quad_modifiers.checkpoint.format import QUANT_METHOD, QuadFormat, read_format
 from quad_modifiers.checkpoint.head_transform import NAME as HEAD_TRANSFORM
 from quad_modifiers.nn.packed_table import PackedEmbedding, PackedHead
-from quad_modifiers.vllm_plugin.layout import fused_format
+from quad_modifiers.vllm_plugin.layout import fused_format, layer_index
 from quad_modifiers.vllm_plugin.linear import QuadLinearMethod
 from quad_modifiers.vllm_plugin.table import QuadTableMethod
 
@@ -77,5 +77,6 @@ class QuadConfig(QuantizationConfig):
             return None
         name = prefix.rpartition(".")[2]
         roles = tuple(self.packed_modules_mapping.get(name, (name,)))
-        fused = fused_format(self.quad.linears, roles, prefix)
-        return QuadLinearMethod(fused, tuple(self.quad.linears[role].out_features for role in roles), prefix)
+        linears = self.quad.of_layer(layer_index(prefix)) if self.quad.overrides else self.quad.linears
+        fused = fused_format(linears, roles, prefix)
+        return QuadLinearMethod(fused, tuple(linears[role].out_features for role in roles), prefix)

@@ -9,6 +9,7 @@ from quad_modifiers.vllm_plugin.layout import (
     Rows,
     column_parallel_rows,
     fused_format,
+    layer_index,
     member_position,
     row_parallel_rows,
     stacked_rows,
@@ -38,6 +39,12 @@ def test_members_that_differ_are_refused(change, field, toy_quad) -> None:
     linears = toy_quad(k_proj=change).linears
     with pytest.raises(ValueError, match=rf"layers.1.qkv_proj.*quantized alike, but {field} is .* for k_proj"):
         fused_format(linears, QKV, "layers.1.qkv_proj")
+
+
+def test_the_block_of_a_layer() -> None:
+    assert layer_index("model.layers.12.self_attn.qkv_proj") == 12
+    with pytest.raises(ValueError, match=r"layers\.1\.mlp\.experts\.0\.up_proj: .* does not say which block"):
+        layer_index("layers.1.mlp.experts.0.up_proj")
 
 
 def test_undescribed_member_is_named(toy_quad) -> None:
