@@ -16,11 +16,13 @@ from transformers import AutoModelForCausalLM
 pytest.importorskip("llmcompressor")
 
 from quad_modifiers import oneshot
+from quad_modifiers.checkpoint.dense import export_dense
 from quad_modifiers.checkpoint.format import QuadFormat, read_format
 from quad_modifiers.compression_plan import plan_compression
 from quad_modifiers.modifiers.outlier_split_gptq import OutlierSplitGPTQ
 from quad_modifiers.nn.native_block import NativeBlock, native_groups
 from quad_modifiers.recipe import RecipeError, validate_recipe
+from quad_modifiers.records.export_record import read_export
 from quad_modifiers.records.inventory import read_inventory
 from quad_modifiers.records.widths import width_tags
 from quad_modifiers.tools.publishing import plan
@@ -89,6 +91,9 @@ def test_what_is_told_of_it(mixed, make_toy, toy_tokenizer, tmp_path) -> None:
     assert "| down_proj | 8 |" in card
     kept = yaml.safe_load((folder / "recipe.yaml").read_text())["quad_stage"]["quad_modifiers"]
     assert kept["DynamicActQuant"]["overrides"] == yaml.safe_load(INPUTS.replace("1-2,", "[1-2],"))
+    export_dense(folder, tmp_path / "dense")
+    (note,) = read_export(tmp_path / "dense").notes
+    assert "q_proj 4, k_proj 4, v_proj 4, o_proj 4, gate_proj 4 and 8, up_proj 4 and 8, down_proj 4)" in note
     toy = make_toy(num_hidden_layers=3)
     planning = plan_compression(toy, MIXED)
     planned = {(each.role, each.count, each.weight, each.inputs) for each in planning.linears}
