@@ -28,6 +28,7 @@ from quad_modifiers.passes.calibration_stream import working_device
 from quad_modifiers.plugins import architectures
 from quad_modifiers.ranks import ranks
 from quad_modifiers.recipe import check_recipe, fresh_recipe, is_recipe_text, resolve_recipe
+from quad_modifiers.recipe.layer_bits import check_overrides, has_overrides
 from quad_modifiers.recipe.order import unties_head
 from quad_modifiers.recipe.overrides import overridden
 from quad_modifiers.recipe.patterns import check_patterns, has_patterns
@@ -75,7 +76,7 @@ class Job:
 
         Raises:
             TypeError, ValueError: naming what cannot be used.
-            RecipeError: for patterns of the recipe that match nothing.
+            RecipeError: for patterns and overrides of the recipe that match nothing.
         """
         _check_source(self.source)
         if any(is_ours(each) for each in self.modifiers):
@@ -84,9 +85,12 @@ class Job:
             self.source.check_weights()
         warn_of_length(self.source.config, length)
         self._check_options(tied)
-        if has_patterns(self.modifiers):
+        if has_patterns(self.modifiers) or has_overrides(self.modifiers):
             parts = self.source.skeleton() if isinstance(self.source, Opened) else self.source
             check_patterns(self.modifiers, parts, self.text, self.name)
+            if has_overrides(self.modifiers):
+                decoder = Decoder(parts, find_architecture(parts.config, architectures()))
+                check_overrides(self.modifiers, decoder, self.text, self.name)
 
     def _check_options(self, tied: bool | None) -> None:
         if isinstance(self.source, PreTrainedModel):

@@ -28,7 +28,7 @@ _PRODUCT = 1024  # side of the matrices whose product is timed
 
 @dataclass(frozen=True)
 class PlannedLinears:
-    """The linears of one role.
+    """The linears of one role, or those of it that are treated alike.
 
     Attributes:
         role: as recipes name it.
@@ -131,7 +131,7 @@ def plan_compression(
 
 def _planned(decoder: Decoder, modifiers: "Sequence[Modifier]") -> Iterator[PlannedLinears]:
     placed = [PlacedModifier(each) for each in modifiers]
-    words = weight_words(placed, [linear.name for linear in decoder.linears()])
+    words = weight_words(placed, list(decoder.linears()))
     dtype = str(next(decoder.model.parameters()).dtype).removeprefix("torch.")
     bits = next((each.modifier.outlier_bits for each in placed if getattr(each.modifier, "outlier_bits", None)), None)
     roles: dict[tuple[Any, ...], int] = {}
@@ -159,7 +159,7 @@ def _planned(decoder: Decoder, modifiers: "Sequence[Modifier]") -> Iterator[Plan
 
 def _input_words(placed: Sequence[PlacedModifier], group: PlacedGroup, dtype: str) -> str:
     found = [
-        each.modifier.input_words(group.group)
+        each.modifier.input_words(group)
         for each in placed
         if QUANTIZE_ACTIVATIONS in each.roles and hasattr(type(each.modifier), "input_words")
     ]

@@ -113,9 +113,11 @@ def _unquantized(config: Any) -> Any:
 def _notes(opened: Opened) -> tuple[str, ...]:
     """Sentences on what the plain checkpoint lost."""
     if opened.quad is not None:
-        linears = opened.quad.linears
-        order = [role for role in groups_of_roles(opened.quad) if role in linears]
-        lost = ", ".join(f"{role} {input_bits(linears[role])}" for role in order if linears[role].input is not None)
+        bits: dict[str, dict[int, None]] = {role: {} for role in groups_of_roles(opened.quad)}
+        for role, linear in opened.quad.variants():
+            if linear.input is not None and role in bits:
+                bits[role][input_bits(linear)] = None
+        lost = ", ".join(f"{role} {' and '.join(map(str, found))}" for role, found in bits.items() if found)
     else:
         lost = ", ".join(str(each) for _, each in group_bits(opened.inventory()) if each != 16)
     if not lost:

@@ -1,6 +1,9 @@
 """Describes a compressed model in the terms of its checkpoint: one entry per role, and compressed-tensors' groups."""
 
-from typing import Any
+import re
+from collections import Counter
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 from quad_modifiers.checkpoint.contribute import Contributions
 from quad_modifiers.checkpoint.format import (
@@ -9,6 +12,7 @@ from quad_modifiers.checkpoint.format import (
     InputFormat,
     LinearFormat,
     OutlierBlockFormat,
+    OverrideFormat,
     QuadFormat,
     TableFormat,
     WeightFormat,
@@ -21,25 +25,70 @@ from quad_modifiers.nn.quad_linear import QuadLinear
 RoleFormats = dict[str, LinearFormat]
 
 
-def describe_linears(decoder: Decoder, contributed: Contributions) -> tuple[bool, RoleFormats]:
-    """Returns whether plain compressed-tensors can express the model, and the format of each role.
+class Described(NamedTuple):
+    """The linears of a model.
 
-    Roles are described once: in every block they must be alike.
+    Attributes:
+        plain: whether plain compressed-tensors can express the model.
+        linears: the format that the linears of a role have in most blocks.
+        overrides: other bits that they have in some.
+    """
+
+    plain: bool
+    linears: RoleFormats
+    overrides: tuple[OverrideFormat, ...] = ()
+
+
+def describe_linears(decoder: Decoder, contributed: Contributions) -> Described:
+    """Returns how the linears are quantized.
+
+    Roles are described once: in every block they must be alike, but for the bits of weights and inputs.
     """
     _refuse_other_quantization(decoder)
-    formats: RoleFormats = {}
+    found: dict[str, dict[int, LinearFormat]] = {}
     for block in decoder.blocks:
         for linear in block.linears():
             where = f"layer {block.index} {linear.name.removeprefix(block.name + '.')}"
             described = _describe(linear.module, where)
-            known = formats.setdefault(linear.role, described)
-            if known != described:
+            by_layer = found.setdefault(linear.role, {})
+            known = by_layer.setdefault(block.index, described)
+            first = next(iter(by_layer.values()))
+            if known != described or _without_bits(first) != _without_bits(described):
                 raise ValueError(
-                    f"{where} is quantized differently from layer 0: {described} against {known}; the "
+                    f"{where} is quantized differently from layer 0: {described} against {first}; the "
                     "checkpoint format needs the same settings in every layer"
                 )
+    linears, overrides = {}, []
+    for role, by_layer in found.items():
+        linears[role] = _commonest(by_layer)
+        overrides += _overrides(role, by_layer, linears[role])
     packed_ends = is_packed(decoder.embedding) or is_packed(decoder.head)
-    return not packed_ends and not contributed.sections and all(_is_plain(f) for f in formats.values()), formats
+    plain = not packed_ends and not contributed.sections and not overrides and all(map(_is_plain, linears.values()))
+    return Described(plain, linears, tuple(overrides))
+
+
+def _without_bits(linear: LinearFormat) -> dict[str, Any]:
+    """What of a format must be the same in every block."""
+    quantized = {name: getattr(linear, name) is not None for name in ("weight", "input")}
+    return {**linear.model_dump(exclude={"weight", "input"}), **quantized}
+
+
+def _commonest(by_layer: dict[int, LinearFormat]) -> LinearFormat:
+    """The format of most blocks, of several that of the first."""
+    counts = Counter((linear.weight, linear.input) for linear in by_layer.values())
+    most = max(counts.values())
+    return next(linear for linear in by_layer.values() if counts[linear.weight, linear.input] == most)
+
+
+def _overrides(role: str, by_layer: dict[int, LinearFormat], common: LinearFormat) -> list[OverrideFormat]:
+    others: dict[Any, list[int]] = {}
+    for layer, linear in by_layer.items():
+        if linear != common:
+            others.setdefault((linear.weight, linear.input), []).append(layer)
+    return [
+        OverrideFormat(role=role, layers=tuple(layers), weight=weight, input=inputs)
+        for (weight, inputs), layers in others.items()
+    ]
 
 
 def _refuse_other_quantization(decoder: Decoder) -> None:
@@ -126,14 +175,12 @@ def _sub_scale_bits(bits: int | None) -> dict[str, Any]:
     return {} if bits is None else {"sub_scale_bits": bits}
 
 
-def quantization_config(
-    decoder: Decoder, plain: bool, linears: RoleFormats, contributed: Contributions
-) -> dict[str, Any] | None:
+def quantization_config(decoder: Decoder, described: Described, contributed: Contributions) -> dict[str, Any] | None:
     """Returns `quantization_config` of config.json, or None for a plain model with nothing quantized."""
-    architecture = decoder.architecture
+    architecture, plain = decoder.architecture, described.plain
     ends = ((architecture.embedding, decoder.embedding), (architecture.head, decoder.head))
     tables = [path for path, module in ends if is_packed(module)]
-    groups = config_groups(plain, linears, tables)
+    groups = config_groups(described, tables, architecture.layers)
     if plain and not groups:
         return None
     config: dict[str, Any] = {
@@ -148,7 +195,8 @@ def quantization_config(
         config["quad"] = QuadFormat.lowest(
             base_model_type=architecture.model_type,
             residual_basis=None if contributed.basis is None else BasisFormat(**contributed.basis),
-            linears=linears,
+            linears=described.linears,
+            overrides=described.overrides,
             embedding=TableFormat() if architecture.embedding in tables else None,
             head=TableFormat() if architecture.head in tables else None,
             sections=contributed.sections,
@@ -156,29 +204,28 @@ def quantization_config(
     return config
 
 
-def config_groups(plain: bool, linears: RoleFormats, tables: list[str]) -> dict[str, Any]:
-    """Returns compressed-tensors' `config_groups`: roles with the same quantization share a group.
+def config_groups(described: Described, tables: list[str], layers: str) -> dict[str, Any]:
+    """Returns compressed-tensors' `config_groups`: linears with the same quantization share a group.
 
-    Unless `plain`, packed weights are children `residual` of the linears. `tables` are paths of a packed embedding or
-    head.
+    Unless plain, packed weights are children `residual` of the linears. `tables` are paths of a packed embedding or
+    head, `layers` is that of the blocks.
     """
     settings: dict[str, tuple[list[str], dict[str, Any]]] = {}
-    suffix = "" if plain else r"\.residual"
-    for role, linear in linears.items():
+    suffix = "" if described.plain else r"\.residual"
+
+    def add(target: str, scheme: dict[str, Any]) -> None:
+        settings.setdefault(repr(scheme), ([], scheme))[0].append(target)
+
+    for role, linear in described.linears.items():
         if linear.weight is None:
             continue
-        scheme = {
-            "weights": _arguments(linear.weight.bits, linear.weight.group_size, linear.weight.symmetric, dynamic=False),
-            "input_activations": None
-            if linear.input is None
-            else _arguments(linear.input.bits, linear.input.group_size, True, dynamic=True),
-            "output_activations": None,
-            "format": "pack-quantized",
-        }
-        settings.setdefault(repr(scheme), ([], scheme))[0].append(rf"re:.*\.{role}{suffix}$")
+        named = [each for each in described.overrides if each.role == role]
+        elsewhere = sorted(layer for each in named for layer in each.layers)
+        add(f"{_target(role, layers, elsewhere, besides=True)}{suffix}$", _scheme(linear))
+        for each in named:
+            add(f"{_target(role, layers, each.layers)}{suffix}$", _scheme(each.replaced(linear)))
         if linear.outlier is not None:
-            scheme = _outlier_scheme(linear.outlier)
-            settings.setdefault(repr(scheme), ([], scheme))[0].append(rf"re:.*\.{role}\.outlier$")
+            add(rf"{_target(role)}\.outlier$", _outlier_scheme(linear.outlier))
     if tables:  # a tied head has no tensors of its own
         scheme = {
             "weights": _arguments(TableFormat().bits, None, True, dynamic=False),
@@ -189,6 +236,26 @@ def config_groups(plain: bool, linears: RoleFormats, tables: list[str]) -> dict[
         settings.setdefault(repr(scheme), ([], scheme))[0].extend(tables)
     return {
         f"group_{index}": {"targets": targets, **scheme} for index, (targets, scheme) in enumerate(settings.values())
+    }
+
+
+def _target(role: str, path: str = "", layers: Sequence[int] = (), besides: bool = False) -> str:
+    """The beginning of a pattern for the linears of a role: of all blocks, of some, or of all `besides` some."""
+    if not layers:
+        return rf"re:.*\.{role}"
+    block = rf"(?{'!' if besides else ':'}(?:{'|'.join(map(str, layers))})\.)"
+    return rf"re:{re.escape(path)}\.{block}(?:.*\.)?{role}"
+
+
+def _scheme(linear: LinearFormat) -> dict[str, Any]:
+    assert linear.weight is not None
+    return {
+        "weights": _arguments(linear.weight.bits, linear.weight.group_size, linear.weight.symmetric, dynamic=False),
+        "input_activations": None
+        if linear.input is None
+        else _arguments(linear.input.bits, linear.input.group_size, True, dynamic=True),
+        "output_activations": None,
+        "format": "pack-quantized",
     }
 
 

@@ -16,7 +16,7 @@ from quad_kernels import IntegerGrid, QuantizedWeight
 from torch import nn
 
 from quad_modifiers.checkpoint.dequantize import dense_weight
-from quad_modifiers.checkpoint.describe import RoleFormats, config_groups
+from quad_modifiers.checkpoint.describe import Described, config_groups
 from quad_modifiers.checkpoint.exported_folder import DAMAGED, check_finite, write_export
 from quad_modifiers.checkpoint.format import LinearFormat, QuadFormat
 from quad_modifiers.checkpoint.installed_sections import fold_sections, lasting_sections
@@ -83,8 +83,8 @@ def export_compressed_tensors(
     model = opened.load()
     check_finite(model, DAMAGED)
     fold_sections(Decoder(model, opened.architecture), quad, model.dtype)
-    tensors, formats = _tensors(model, opened.architecture, quad, size)
-    content = _config(read_json(source / "config.json"), opened.architecture, quad, formats, model)
+    tensors = _tensors(model, opened.architecture, quad, size)
+    content = _config(read_json(source / "config.json"), opened.architecture, _plain_formats(quad, size), model)
     if online_hadamard:
         names = {module.role: name for name, module in reversed(list(_containers(model).items()))}
         tensors |= transform_tensors(quad.linears, names, model.dtype)
@@ -120,7 +120,7 @@ def _group_size(quad: QuadFormat, wanted: int | None) -> int:
         if wanted < 1:
             raise ValueError(f"group_size ({wanted}) must be positive; stock kernels take 32, 64 and 128")
         return wanted
-    parts = [part for linear in quad.linears.values() for part in (linear.input, linear.weight) if part is not None]
+    parts = [part for _, linear in quad.variants() for part in (linear.input, linear.weight) if part is not None]
     stated = [part.group_size for part in parts if part.group_size is not None]
     if stated:
         return min(stated)
@@ -140,10 +140,10 @@ def _problems(quad: QuadFormat, size: int, online_hadamard: bool) -> list[str]:
         found["the extended basis has a hidden size of its own, only basis: square can be written"] = []
     for name in lasting_sections(quad):
         found[f"the section {name!r} has no place in the format"] = []
-    for role, linear in quad.linears.items():
+    for role, linear in quad.variants():
         for problem in _linear_problems(linear, size, online_hadamard):
             found.setdefault(problem, []).append(role)
-    return [f"{problem} ({', '.join(roles)})" if roles else problem for problem, roles in found.items()]
+    return [f"{problem} ({', '.join(dict.fromkeys(roles))})" if roles else problem for problem, roles in found.items()]
 
 
 def _linear_problems(linear: LinearFormat, size: int, online_hadamard: bool) -> list[str]:
@@ -175,11 +175,9 @@ def _linear_problems(linear: LinearFormat, size: int, online_hadamard: bool) -> 
     return problems
 
 
-def _tensors(
-    model: Any, architecture: Architecture, quad: QuadFormat, size: int
-) -> tuple[dict[str, torch.Tensor], RoleFormats]:
-    """All tensors under their stock names, and the format of each role."""
-    containers = _containers(model)
+def _tensors(model: Any, architecture: Architecture, quad: QuadFormat, size: int) -> dict[str, torch.Tensor]:
+    """All tensors under their stock names."""
+    containers = {linear.name: linear for linear in Decoder(model, architecture).linears()}
     tensors: dict[str, torch.Tensor] = {}
     for name, tensor in model.state_dict().items():
         if not any(name.startswith(f"{container}.") for container in containers):
@@ -191,17 +189,17 @@ def _tensors(
         tensors[f"{architecture.embedding}.weight"] = embedding.weight
     if model.config.tie_word_embeddings:
         tensors = _without(tensors, architecture.head)
-    for name, container in containers.items():
+    for name, place in containers.items():
+        container, linear = place.module, quad.of_layer(place.layer)[place.role]
         dtype = model.get_submodule(architecture.final_norm).weight.dtype
-        if quad.linears[container.role].weight is None:
+        if linear.weight is None:
             tensors[f"{name}.weight"] = dense_weight(container).to(dtype)
         else:
-            merged = merged_weight(container, quad.linears[container.role], size)
+            merged = merged_weight(container, linear, size)
             tensors.update(PackedLinear.of(merged, merged.scale.dtype).state_dict(prefix=f"{name}."))
         if container.bias is not None:
             tensors[f"{name}.bias"] = container.bias.data
-    formats = {role: _plain_format(linear, size) for role, linear in quad.linears.items()}
-    return {name: tensor.contiguous() for name, tensor in tensors.items()}, formats
+    return {name: tensor.contiguous() for name, tensor in tensors.items()}
 
 
 def _containers(model: nn.Module) -> dict[str, QuadLinear]:
@@ -210,6 +208,15 @@ def _containers(model: nn.Module) -> dict[str, QuadLinear]:
 
 def _without(tensors: dict[str, torch.Tensor], path: str) -> dict[str, torch.Tensor]:
     return {name: tensor for name, tensor in tensors.items() if not name.startswith(f"{path}.")}
+
+
+def _plain_formats(quad: QuadFormat, size: int) -> Described:
+    linears = {role: _plain_format(linear, size) for role, linear in quad.linears.items()}
+    others = []
+    for each in quad.overrides:
+        plain = _plain_format(each.replaced(quad.linears[each.role]), size)
+        others.append(each.model_copy(update={"weight": plain.weight, "input": plain.input}))
+    return Described(True, linears, tuple(others))
 
 
 def _plain_format(linear: LinearFormat, size: int) -> LinearFormat:
@@ -288,20 +295,18 @@ def _joined(parts: list[QuantizedWeight], groups: torch.Tensor, size: int) -> Qu
     return QuantizedWeight(integers, scale, zero_point, columns, out, parts[0].bits)
 
 
-def _config(
-    source: dict[str, Any], architecture: Architecture, quad: QuadFormat, formats: RoleFormats, model: Any
-) -> dict[str, Any]:
+def _config(source: dict[str, Any], architecture: Architecture, formats: Described, model: Any) -> dict[str, Any]:
     config = {key: value for key, value in source.items() if key != TRIPWIRE_FIELD}
     config["model_type"] = architecture.model_type
     config["tie_word_embeddings"] = model.config.tie_word_embeddings
     config["architectures"] = [name.removeprefix("Quad") for name in source["architectures"]]
     head_is_packed = isinstance(model.get_submodule(architecture.head), PackedHead)
-    unquantized = [rf"re:.*\.{role}$" for role, linear in formats.items() if linear.weight is None]
+    unquantized = [rf"re:.*\.{role}$" for role, linear in formats.linears.items() if linear.weight is None]
     config["quantization_config"] = {
         "quant_method": "compressed-tensors",
         "format": "pack-quantized",
         "quantization_status": "compressed",
-        "config_groups": config_groups(True, formats, [architecture.head] if head_is_packed else []),
+        "config_groups": config_groups(formats, [architecture.head] if head_is_packed else [], architecture.layers),
         "ignore": unquantized if head_is_packed else [architecture.head, *unquantized],
         "kv_cache_scheme": None,
     }

@@ -4,12 +4,13 @@ Everything a runtime must know about the containers, beside what compressed-tens
 packed weights. A reader never ignores what it does not understand: unknown fields, terms and sections are refused.
 """
 
+from collections.abc import Iterator
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, ValidationError, model_validator
 from quad_kernels import InputQuantization, InputSplit, IntegerGrid
 
-FORMAT_VERSIONS = (1, 2, 3, 4, 5)
+FORMAT_VERSIONS = (1, 2, 3, 4, 5, 6)
 QUANT_METHOD = "quad"
 
 
@@ -65,7 +66,7 @@ class OutlierBlockFormat(_Strict):
 
 
 class LinearFormat(_Strict):
-    """One role, such as q_proj, the same in every block.
+    """One role, such as q_proj, the same in every block that no override names.
 
     `outlier` is None where the outlier weights are in full precision, or there are none. `terms` has the sections of
     further terms of the linear by kind; docs/developer/plugins.md says how to add a kind.
@@ -100,6 +101,28 @@ class LinearFormat(_Strict):
         return [part for part in (self.weight, self.input) if part is not None]
 
 
+class OverrideFormat(_Strict):
+    """Blocks in which the linears of a role have other bits: what takes the place of the role's weight and input.
+
+    It is null exactly where that of the role is: what is quantized, and how inputs are split, does not change.
+    """
+
+    role: str
+    layers: tuple[NonNegativeInt, ...] = Field(min_length=1)
+    weight: WeightFormat | None
+    input: InputFormat | None
+
+    @model_validator(mode="after")
+    def _check_layers(self) -> "OverrideFormat":
+        if list(self.layers) != sorted(set(self.layers)):
+            raise ValueError(f"the layers of {self.role} must be in rising order, not {list(self.layers)}")
+        return self
+
+    def replaced(self, linear: LinearFormat) -> LinearFormat:
+        """Returns the format of the role's linears in these blocks."""
+        return linear.model_copy(update={"weight": self.weight, "input": self.input})
+
+
 class BasisFormat(_Strict):
     """How the residual stream was projected: a record that no runtime needs."""
 
@@ -127,13 +150,14 @@ class QuadFormat(_Strict):
 
     Version 2 adds `embedding` and `head`. Version 3 adds `terms` of linears and `sections`, whose kinds plugins
     bring, and leaves out what the first two reserved. Version 4 adds `sub_scale_bits` of weights and inputs, version 5
-    `outlier` of linears.
+    `outlier` of linears, version 6 `overrides`: linears that have other bits in some blocks.
     """
 
-    format_version: Literal[1, 2, 3, 4, 5] = 1
+    format_version: Literal[1, 2, 3, 4, 5, 6] = 1
     base_model_type: str
     residual_basis: BasisFormat | None
     linears: dict[str, LinearFormat]
+    overrides: tuple[OverrideFormat, ...] = ()
     embedding: TableFormat | None = None
     head: TableFormat | None = None
     sections: dict[str, dict[str, Any]] = Field(default={})
@@ -155,6 +179,35 @@ class QuadFormat(_Strict):
             raise ValueError(f"version {self.format_version} has no field {min(unknown)!r}")
         return self
 
+    @model_validator(mode="after")
+    def _check_overrides(self) -> "QuadFormat":
+        seen: set[tuple[str, int]] = set()
+        for each in self.overrides:
+            linear = self.linears.get(each.role)
+            if linear is None:
+                raise ValueError(f"overrides name the role {each.role!r}, which linears has not")
+            if (each.weight is None, each.input is None) != (linear.weight is None, linear.input is None):
+                raise ValueError(f"overrides of {each.role} must quantize what the role does: bits may differ alone")
+            twice = seen & {(each.role, layer) for layer in each.layers}
+            if twice:
+                raise ValueError(f"overrides name {each.role} of layer {min(twice)[1]} twice")
+            seen |= {(each.role, layer) for layer in each.layers}
+        return self
+
+    def of_layer(self, layer: int) -> dict[str, LinearFormat]:
+        """Returns the formats of the linears of a block by role."""
+        found = dict(self.linears)
+        for each in self.overrides:
+            if layer in each.layers:
+                found[each.role] = each.replaced(self.linears[each.role])
+        return found
+
+    def variants(self) -> Iterator[tuple[str, LinearFormat]]:
+        """Yields every format that linears have, with its role; several of a role that overrides name."""
+        yield from self.linears.items()
+        for each in self.overrides:
+            yield each.role, each.replaced(self.linears[each.role])
+
     @classmethod
     def lowest(cls, **fields: Any) -> "QuadFormat":
         """Returns the section in the lowest version that holds its fields; empty ones are left out.
@@ -169,6 +222,8 @@ class QuadFormat(_Strict):
             version = 4
         if any(linear.outlier for linear in fields["linears"].values()):
             version = 5
+        if "overrides" in fields:
+            version = 6
         return cls(format_version=version, **fields)
 
     def section(self) -> dict[str, Any]:
@@ -186,7 +241,13 @@ class QuadFormat(_Strict):
 
 
 _RESERVED = {"outlier", "low_rank", "kv_cache"}
-_ABSENT = {1: {"embedding", "head", "sections"}, 2: {"sections"}, 3: _RESERVED, 4: _RESERVED, 5: _RESERVED}
+_LATER = {"overrides"}
+_ABSENT = {
+    1: {"embedding", "head", "sections", *_LATER},
+    2: {"sections", *_LATER},
+    **dict.fromkeys((3, 4, 5), _RESERVED | _LATER),
+    6: _RESERVED,
+}
 """Fields that a version does not have."""
 
 

@@ -150,7 +150,7 @@ def _architecture(model: nn.Module, quad: QuadFormat) -> Architecture:
 
 
 def _install(place: PlacedLinear, quad: QuadFormat) -> None:
-    role, linear, old = place.role, format_of(quad, place.role), place.module
+    role, linear, old = place.role, format_of(quad, place), place.module
     dtype, device = old.weight.dtype, old.weight.device
     split, quantization = linear.split(), None if linear.input is None else linear.input.settings()
     with torch.device(device):

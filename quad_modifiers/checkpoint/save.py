@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from quad_modifiers.checkpoint.contribute import Contributions, contributions_of
-from quad_modifiers.checkpoint.describe import describe_linears, quantization_config
+from quad_modifiers.checkpoint.describe import Described, describe_linears, quantization_config
 from quad_modifiers.checkpoint.generation_settings import settle_generation
 from quad_modifiers.checkpoint.models import (
     push_to_hub,
@@ -105,11 +105,12 @@ def save_checkpoint(
     check_target(folder)
     settle_generation(model)
     decoder, contributions = Decoder(model, architecture), contributions_of(model)
-    plain, linears = describe_linears(decoder, contributions)
+    described = describe_linears(decoder, contributions)
+    plain = described.plain
     tensors = dict(_tensors(model, plain))
     if model.config.tie_word_embeddings:
         tensors = {name: tensor for name, tensor in tensors.items() if not name.startswith(f"{architecture.head}.")}
-    config = _config(decoder, plain, linears, contributions)
+    config = _config(decoder, described, contributions)
     size = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
     check_space(folder, size)
     with complete_or_absent(folder) as temporary:
@@ -142,21 +143,21 @@ def _tensors(model: nn.Module, plain: bool) -> Iterator[tuple[str, torch.Tensor]
             yield from packed.state_dict(prefix=prefix).items()
 
 
-def _config(decoder: Decoder, plain: bool, linears: dict[str, Any], contributed: Contributions) -> dict[str, Any]:
+def _config(decoder: Decoder, described: Described, contributed: Contributions) -> dict[str, Any]:
     model, architecture = decoder.model, decoder.architecture
     config = model.config.to_dict()
     config.pop("_name_or_path", None)
     config.pop("quantization_config", None)
     config.pop("auto_map", None)  # code that the original brought along, and the checkpoint does not
     config["dtype"] = str(model.dtype).removeprefix("torch.")
-    if not plain:
+    if not described.plain:
         register_models([architecture.model_type])
         config["model_type"] = quad_model_type(architecture.model_type)
         config["architectures"] = [
             f"Quad{name.removeprefix('Quad')}" for name in config.get("architectures") or [type(model).__name__]
         ]
         set_tripwire(config)
-    config["quantization_config"] = quantization_config(decoder, plain, linears, contributed)
+    config["quantization_config"] = quantization_config(decoder, described, contributed)
     if config["quantization_config"] is None:
         del config["quantization_config"]
     return config

@@ -79,6 +79,7 @@ def model_tensors(decoder: Decoder, quad: QuadFormat) -> dict[str, TensorSpec]:
         ValueError: if the model and the `quad` section contradict each other.
     """
     model, architecture, tied = decoder.model, decoder.architecture, tied_names(decoder.model)
+    _check_layers(decoder, quad)
     specs = {
         name: TensorSpec(tuple(tensor.shape), tensor.dtype)
         for name, tensor in model.state_dict().items()
@@ -98,6 +99,15 @@ def model_tensors(decoder: Decoder, quad: QuadFormat) -> dict[str, TensorSpec]:
         specs.pop(f"{name}.bias", None)
         specs |= {f"{name}.{below}": spec for below, spec in linear_tensors(linear, dtype).items()}
     return specs
+
+
+def _check_layers(decoder: Decoder, quad: QuadFormat) -> None:
+    for each in quad.overrides:
+        if each.layers[-1] >= len(decoder.blocks):
+            raise ValueError(
+                f"overrides of {each.role} name layer {each.layers[-1]}, and the model has {len(decoder.blocks)} "
+                "layers; the checkpoint is damaged"
+            )
 
 
 def packed_tables(decoder: Decoder, quad: QuadFormat) -> tuple[bool, bool]:
@@ -120,20 +130,20 @@ def tied_names(model: nn.Module) -> set[str]:
     return set(getattr(model, "_tied_weights_keys", None) or ()) if model.config.tie_word_embeddings else set()
 
 
-def format_of(quad: QuadFormat, role: str) -> LinearFormat:
-    """Returns the format of a role.
+def format_of(quad: QuadFormat, place: PlacedLinear) -> LinearFormat:
+    """Returns the format of a linear.
 
     Raises:
-        ValueError: if the checkpoint does not describe that role.
+        ValueError: if the checkpoint does not describe its role.
     """
-    linear: LinearFormat | None = quad.linears.get(role)
+    linear: LinearFormat | None = quad.of_layer(place.layer).get(place.role)
     if linear is None:
-        raise ValueError(f"the checkpoint does not describe {role}; its quantization_config is damaged")
+        raise ValueError(f"the checkpoint does not describe {place.role}; its quantization_config is damaged")
     return linear
 
 
 def _checked_format(quad: QuadFormat, place: PlacedLinear) -> LinearFormat:
-    linear, name, stock = format_of(quad, place.role), place.name, place.module
+    linear, name, stock = format_of(quad, place), place.name, place.module
     if (linear.in_features, linear.out_features) != (stock.in_features, stock.out_features):
         raise ValueError(
             f"{name} has {linear.in_features} inputs and {linear.out_features} outputs by its quantization_config, "

@@ -26,6 +26,7 @@ from quad_modifiers.nn.quad_linear import QuadLinear
 from quad_modifiers.plugins import architectures
 from quad_modifiers.process_state import kept_apart
 from quad_modifiers.recipe import RecipeError, validate_modifiers
+from quad_modifiers.recipe.layer_bits import check_overrides
 from quad_modifiers.recipe.patterns import check_patterns
 from quad_modifiers.recipe.storable import decoder_places
 
@@ -49,7 +50,7 @@ class QuadModifier(Modifier):
     - on_initialize
         - the first modifier of a recipe: check of the recipe as a whole, for this model, and of what is saved beside
           the weights
-        - check the patterns of the fields, then `check`
+        - check the patterns and the overrides of the fields, then `check`
         - check architecture and weights, wrap the linears in pass-through containers
         - `prepare`
     - on_calibration_start
@@ -121,6 +122,7 @@ class QuadModifier(Modifier):
         if self is next((each for each in recipe_modifiers() if isinstance(each, QuadModifier)), None):
             _check_beforehand(decoder)
         check_patterns([self], state.model)
+        check_overrides([self], decoder)
         self.check(decoder)
         with kept_apart():
             decoder = prepared_decoder(state.model)

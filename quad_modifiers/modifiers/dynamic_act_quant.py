@@ -10,9 +10,10 @@ from pydantic import Field, model_validator
 from quad_kernels import InputQuantization
 
 from quad_modifiers.model.architecture import Group
-from quad_modifiers.model.decoder import Decoder
+from quad_modifiers.model.decoder import Decoder, PlacedGroup, PlacedLinear
 from quad_modifiers.modifiers.base import Batches, QuadModifier
-from quad_modifiers.passes.clip_ratios import choose_clip_ratios
+from quad_modifiers.passes.clip_ratios import choose_clip_ratios, ratio_key
+from quad_modifiers.recipe.layer_bits import InputBits, override_of
 
 logger = logging.getLogger(__name__)
 
@@ -52,6 +53,9 @@ class DynamicActQuant(QuadModifier):
         u_type_clip_ratio, d_type_clip_ratio: share of the largest magnitude that the grid covers; 1.0 is the grid of
             compressed-tensors, the paper's 0.9 of absmax / 7 is 0.964. "auto" takes for each role the one of least
             output error on calibration tokens: the wider an input, the more its largest magnitude stands out.
+        overrides: other bits, and maybe another clip ratio, for the inputs of some linears, by layers and by names; of
+            several for one linear the last counts. Those that share their input (q, k and v; gate and up) must have
+            the same.
     """
 
     recipe_role: ClassVar[str | None] = "quantize_activations"
@@ -66,6 +70,7 @@ class DynamicActQuant(QuadModifier):
     outlier_bits: Literal[8] | None = None
     u_type_clip_ratio: ClipRatio | Literal["auto"] = 0.92
     d_type_clip_ratio: ClipRatio | Literal["auto"] = 0.92
+    overrides: list[InputBits] = Field(default=[])
 
     @model_validator(mode="after")
     def _check_group(self) -> "DynamicActQuant":
@@ -74,7 +79,7 @@ class DynamicActQuant(QuadModifier):
                 f"group_size ({self.group_size}) goes with strategy 'group' and only with it (strategy is "
                 f"{self.strategy!r})"
             )
-        for bits in (self.u_type_bits, self.d_type_bits):
+        for bits in (self.u_type_bits, self.d_type_bits, *(override.bits for override in self.overrides)):
             if bits is not None:
                 self._quantization(bits, 1.0)
         if self.o_proj_scale is not None and (self.d_type_bits is None or self.sub_scale_bits is not None):
@@ -104,28 +109,33 @@ class DynamicActQuant(QuadModifier):
     def _quantization(self, bits: int, clip_ratio: float) -> InputQuantization:
         return InputQuantization(bits, clip_ratio, self.group_size, self.sub_scale_bits)
 
-    def input_words(self, group: Group) -> str:
+    def input_words(self, group: PlacedGroup) -> str:
         """Returns what the inputs of a group become, in words; nothing where they stay as they are."""
-        bits = self.d_type_bits if group.writes_stream else self.u_type_bits
-        if bits is None:
+        bits = self.words_of(group.linears[0])
+        if not bits:
             return ""
         levels = " of two levels" if self.sub_scale_bits else ""
         grouped = f"groups of {self.group_size}{levels}" if self.group_size else "per token"
-        if group.reads == "values" and self.o_proj_scale is not None:
+        if group.group.reads == "values" and self.o_proj_scale is not None:
             grouped = "per token and head" if self.o_proj_scale == "head" else "per token"
-        return f"{bits} bits, {grouped}"
+        return f"{bits}, {grouped}"
+
+    def words_of(self, linear: PlacedLinear) -> str:
+        """Returns what becomes of an input where it may differ from others, in words; nothing if it is left alone."""
+        bits = self._bits(linear.group)
+        if bits is None:
+            return ""
+        override = override_of(self.overrides, linear)
+        if override is None:
+            return f"{bits} bits"
+        clip = "" if override.clip_ratio is None else f" (clip ratio {override.clip_ratio:g})"
+        return f"{override.bits} bits{clip}"
 
     def prepare(self, decoder: Decoder, batches: Batches) -> None:
         """Sets the input quantization of every linear in the decoder blocks."""
         for linear in decoder.linears():
-            bits = self.d_type_bits if linear.group.writes_stream else self.u_type_bits
-            clip = self._clip_ratio(linear.group)
-            given = 1.0 if clip == "auto" else clip
-            linear.module.input_quantization = None if bits is None else self._quantization(bits, given)
-            if bits is not None and self.o_proj_scale is not None and linear.group.reads == "values":
-                size = decoder.geometry.head_dim if self.o_proj_scale == "head" else None
-                linear.module.input_quantization = InputQuantization(bits, given, size)
-            if bits is not None and self.outlier_bits is not None:
+            linear.module.input_quantization = self._quantization_of(linear, decoder.geometry.head_dim)
+            if linear.module.input_quantization is not None and self.outlier_bits is not None:
                 linear.module.outlier_quantization = InputQuantization(self.outlier_bits)
         logger.info(
             "DynamicActQuant: U-type inputs %s bits, D-type inputs %s bits, per %s%s",
@@ -153,16 +163,37 @@ class DynamicActQuant(QuadModifier):
         for linear in decoder.linears():
             linear.module.quantize_input = True
 
-    def _clip_ratio(self, group: Group) -> float | Literal["auto"]:
-        return self.d_type_clip_ratio if group.writes_stream else self.u_type_clip_ratio
+    def _quantization_of(self, linear: PlacedLinear, head_dim: int) -> InputQuantization | None:
+        """A clip ratio that is to be chosen is 1 until it is."""
+        bits, clip = self._bits(linear.group), self._clip_ratio(linear)
+        if bits is None:
+            return None
+        override = override_of(self.overrides, linear)
+        bits = bits if override is None else override.bits
+        ratio = 1.0 if clip == "auto" else clip
+        if self.o_proj_scale is not None and linear.group.reads == "values":
+            return InputQuantization(bits, ratio, head_dim if self.o_proj_scale == "head" else None)
+        return self._quantization(bits, ratio)
+
+    def _bits(self, group: Group) -> int | None:
+        return self.d_type_bits if group.writes_stream else self.u_type_bits
+
+    def _clip_ratio(self, linear: PlacedLinear) -> float | Literal["auto"]:
+        override = override_of(self.overrides, linear)
+        if override is not None and override.clip_ratio is not None:
+            return override.clip_ratio
+        return self.d_type_clip_ratio if linear.group.writes_stream else self.u_type_clip_ratio
 
     def _choose(self, decoder: Decoder, batches: Batches) -> None:
         found = choose_clip_ratios(
-            decoder, batches(), lambda group: group.quantized and self._clip_ratio(group) == "auto"
+            decoder,
+            batches(),
+            lambda group: group.group.quantized and self._clip_ratio(group.linears[0]) == "auto",
         )
         for linear in decoder.linears():
             quantization = linear.module.input_quantization
-            if linear.role in found and quantization is not None:
-                linear.module.input_quantization = replace(quantization, clip_ratio=found[linear.role])
+            if quantization is not None and self._clip_ratio(linear) == "auto":
+                ratio = found.get(ratio_key(linear.role, quantization), quantization.clip_ratio)
+                linear.module.input_quantization = replace(quantization, clip_ratio=ratio)
         chosen = ", ".join(f"{role} {ratio:g}" for role, ratio in found.items())
         logger.info("DynamicActQuant: clip ratios of least output error: %s", chosen)

@@ -17,6 +17,7 @@ from quad_modifiers.nn.quad_linear import OUTLIER_GRID
 from quad_modifiers.passes.weight_pass import quantize_blocks
 from quad_modifiers.quantization.group import LinearReport, WeightQuantization
 from quad_modifiers.recipe.coverage import is_ignored, outlier_names
+from quad_modifiers.recipe.layer_bits import WeightBits, override_of
 from quad_modifiers.recipe.order import PROJECT, PlacedModifier
 from quad_modifiers.reporting import layer_progress, table
 
@@ -58,6 +59,8 @@ class OutlierSplitGPTQ(QuadModifier):
         sweeps: coordinate-descent sweeps that revisit the rounding after GPTQ.
         error_correction: 0 to 1, how far weights are first moved to make up for the error of earlier layers; "auto"
             finds out for each group of linears, by what each half of the calibration tokens says of the other's advice.
+        overrides: other `bits` for some linears, by layers and by names; of several for one linear the last counts.
+            Those that share their input (q, k and v; gate and up) must have the same.
         ignore: linears that stay in full precision, by the last parts of their names or by "re:" patterns.
     """
 
@@ -76,6 +79,7 @@ class OutlierSplitGPTQ(QuadModifier):
     block_size: int = Field(default=128, ge=1)
     sweeps: int = Field(default=0, ge=0)
     error_correction: Share | Literal["auto"] = 0.0
+    overrides: list[WeightBits] = Field(default=[])
     ignore: list[str] = Field(default=["lm_head"])
 
     _reports: dict[str, dict[str, LinearReport]] = PrivateAttr(default_factory=dict)  # by block and group
@@ -102,9 +106,10 @@ class OutlierSplitGPTQ(QuadModifier):
             if self._is_ignored(linear.name):  # its outlier weight stays as it is, and so do the inputs
                 linear.module.outlier_quantization = None
         data = batches() if self.method == "gptq" else None
-        logger.info("OutlierSplitGPTQ: %s, %d bits, %s", self.method, self.bits, self._granularity())
+        others = f", in some linears {self._other_bits()}" if self.overrides else ""
+        logger.info("OutlierSplitGPTQ: %s, %d bits%s, %s", self.method, self.bits, others, self._granularity())
         start = time.perf_counter()
-        done = quantize_blocks(decoder, data, self._settings(), _install, self._is_ignored)
+        done = quantize_blocks(decoder, data, self._settings(), _install, self._is_ignored, self._grid_of)
         for block in layer_progress(decoder.blocks, "quantizing"):
             worst = self._reports.setdefault(block.name, {})
             for group, report in next(done):
@@ -129,6 +134,9 @@ class OutlierSplitGPTQ(QuadModifier):
         rows = [(block, *(_decibels(row.get(group)) for group in groups)) for block, row in self._reports.items()]
         return table(("block", *groups), rows)
 
+    def _other_bits(self) -> str:
+        return " or ".join(str(bits) for bits in sorted({each.bits for each in self.overrides}))
+
     def _granularity(self) -> str:
         if self.group_size is None:
             return "one scale per output channel"
@@ -136,15 +144,31 @@ class OutlierSplitGPTQ(QuadModifier):
 
     @model_validator(mode="after")
     def _check_grid(self) -> "OutlierSplitGPTQ":
-        self._grid()
+        for bits in (self.bits, *(override.bits for override in self.overrides)):
+            self._grid(bits)
         return self
 
-    def _grid(self) -> IntegerGrid:
-        return IntegerGrid(self.bits, self.group_size, self.symmetric, self.sub_scale_bits)
+    def bits_of(self, linear: PlacedLinear) -> int | None:
+        """Returns the bits that the weight of a linear will have, None for one that is left alone."""
+        if self._is_ignored(linear.name):
+            return None
+        override = override_of(self.overrides, linear)
+        return self.bits if override is None else override.bits
+
+    def words_of(self, linear: PlacedLinear) -> str:
+        """Returns what becomes of a linear where it may differ from others, in words; nothing if it is left alone."""
+        bits = self.bits_of(linear)
+        return "" if bits is None else f"{bits} bits"
+
+    def _grid(self, bits: int) -> IntegerGrid:
+        return IntegerGrid(bits, self.group_size, self.symmetric, self.sub_scale_bits)
+
+    def _grid_of(self, linear: PlacedLinear) -> IntegerGrid:
+        return self._grid(self.bits_of(linear) or self.bits)
 
     def _settings(self) -> WeightQuantization:
         return WeightQuantization(
-            grid=self._grid(),
+            grid=self._grid(self.bits),
             clip_search=self.clip_search,
             scale_candidates=tuple(self.scale_candidates) if self.symmetric else (1.0,),
             activation_order=self.activation_order,
@@ -162,7 +186,7 @@ class OutlierSplitGPTQ(QuadModifier):
         for linear in decoder.linears():
             if not self._is_ignored(linear.name):
                 try:
-                    self._grid().groups(linear.module.split.residual_width)
+                    self._grid(self.bits).groups(linear.module.split.residual_width)
                 except ValueError as error:
                     raise ValueError(f"{linear.name}: {error}") from error
 

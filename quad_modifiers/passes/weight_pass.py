@@ -5,11 +5,11 @@ quantized so far (input quantization included). Otherwise only the second.
 """
 
 from collections.abc import Callable, Iterator
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any
 
 import torch
-from quad_kernels import QuantizedWeight, choose_backend
+from quad_kernels import IntegerGrid, QuantizedWeight, choose_backend
 from quad_kernels.backends.native_cpu import NativeBackend
 
 from quad_modifiers.journal import digest_of, open_step
@@ -32,6 +32,7 @@ from quad_modifiers.ranks import OrderedSum
 _SMALL = 2**16  # weights of a linear below which its calls take longer than its products
 
 Finish = Callable[[PlacedLinear, QuantizedWeight], None]
+GridOf = Callable[[PlacedLinear], IntegerGrid]
 
 
 @torch.no_grad()
@@ -41,6 +42,7 @@ def quantize_blocks(
     settings: WeightQuantization,
     finish: Finish,
     skipped: Callable[[str], bool],
+    grid_of: GridOf | None = None,
 ) -> Iterator[list[tuple[PlacedGroup, LinearReport]]]:
     """Quantizes all decoder blocks in order; yields each group of a block with its report when it is done.
 
@@ -53,6 +55,7 @@ def quantize_blocks(
         finish: called for each quantized linear to put the weight in its place: once its block is done, or at once
             where the rest of the block is computed faster with it.
         skipped: predicate on full module names: linears that stay in full precision.
+        grid_of: the grid of a linear, alike for those that share their input; that of `settings` by default.
     """
     stream = [] if batches is None else first_block_inputs(decoder, batches, shared=True)
     original = [batch.hidden for batch in stream] if settings.error_correction else None
@@ -62,7 +65,7 @@ def quantize_blocks(
         put_streams_back(stream, original, log.carried())
     resumed = log.done
     for block in decoder.blocks:
-        work = _BlockWork(block, settings, scale_dtype, finish, skipped)
+        work = _BlockWork(block, settings, scale_dtype, finish, skipped, grid_of or (lambda linear: settings.grid))
         if block.index < resumed:
             work.take(*log.result(block.index), quantized_inputs=batches is not None)
             rest(block.module)
@@ -117,9 +120,10 @@ class _BlockWork:
         scale_dtype: torch.dtype,
         finish: Finish,
         skipped: Callable[[str], bool],
+        grid_of: GridOf,
     ) -> None:
         self.block, self.settings, self.scale_dtype = block, settings, scale_dtype
-        self.finish, self.skipped = finish, skipped
+        self.finish, self.skipped, self.grid_of = finish, skipped, grid_of
         self.finished: list[tuple[PlacedLinear, QuantizedWeight]] = []
         self.in_place: set[str] = set()
         self.reports: list[tuple[PlacedGroup, LinearReport]] = []
@@ -136,7 +140,7 @@ class _BlockWork:
         if quantized_inputs:
             self._switch_inputs(True)
         for linear in self.block.linears():
-            weight = kept_weight(linear, tensors, self.settings.grid)
+            weight = kept_weight(linear, tensors, self.grid_of(linear))
             if weight is not None:
                 self.finish(linear, weight)
         self.reports = [
@@ -228,6 +232,7 @@ class _BlockWork:
         if not chosen:
             return
         linears = [linear.module for linear in chosen]
-        weights, report = quantize_group(linears, moments, self.settings, self.scale_dtype, group.names)
+        settings = replace(self.settings, grid=self.grid_of(chosen[0]))
+        weights, report = quantize_group(linears, moments, settings, self.scale_dtype, group.names)
         self.finished += zip(chosen, weights, strict=True)
         self.reports.append((group, report))

@@ -1,6 +1,7 @@
 """What a QUAD checkpoint could not hold of what a recipe makes, told before the work.
 
-The format has one entry for each role, integers only, and no place for scales outside of the decoder blocks. A recipe
+The format has one entry for each role and, for some layers, other bits (`overrides` of a modifier of ours); integers
+only, and no place for scales outside of the decoder blocks. A recipe
 without a modifier that works on a decoder makes no such checkpoint: llm-compressor writes its own.
 """
 
@@ -8,10 +9,11 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from quad_modifiers.model.decoder import Decoder
+from quad_modifiers.model.decoder import Decoder, PlacedLinear
 from quad_modifiers.nn.from_compressed_tensors import unstorable_inputs, unstorable_weights
 from quad_modifiers.plugins.contributions import architectures
 from quad_modifiers.recipe import coverage
+from quad_modifiers.recipe.layer_bits import override_of, overrides_of
 from quad_modifiers.recipe.order import QUANTIZE_WEIGHTS, PlacedModifier
 from quad_modifiers.recipe.problems import Problem
 
@@ -58,13 +60,16 @@ def decoder_places(decoder: Decoder) -> tuple[Place, ...]:
     )
 
 
-def weight_words(placed: Sequence[PlacedModifier], names: Sequence[str]) -> dict[str, str]:
+def weight_words(placed: Sequence[PlacedModifier], linears: Sequence[PlacedLinear]) -> dict[str, str]:
     """Returns what the modifiers make of the weights of linears, in words; nothing of one that is left as it is."""
-    treated: dict[str, list[str]] = {name: [] for name in names}
+    treated: dict[str, list[str]] = {linear.name: [] for linear in linears}
     for each in placed:
-        for words, reached in _treatments(each, names):
-            for name in reached:
-                treated[name].append(words)
+        for words, reached in _treatments(each, list(treated)):
+            for linear in linears:
+                if linear.name in reached:
+                    override = override_of(overrides_of(each.modifier), linear)
+                    own = words if override is None else _own_words(each, override.bits)
+                    treated[linear.name].append(own)
     return {name: " and ".join(words) for name, words in treated.items()}
 
 
@@ -154,9 +159,7 @@ def _treatments(placed: PlacedModifier, names: Sequence[str]) -> Iterator[tuple[
     modifier = placed.modifier
     if not placed.is_stock:
         if QUANTIZE_WEIGHTS in placed.roles:
-            bits, size = getattr(modifier, "bits", placed.name), getattr(modifier, "group_size", None)
-            levels = " of two levels" if getattr(modifier, "sub_scale_bits", None) else ""
-            yield _words(bits, size, getattr(modifier, "symmetric", True)) + levels, _reached(names, placed)
+            yield _own_words(placed, getattr(modifier, "bits", placed.name)), _reached(names, placed)
         return
     for scheme in coverage.stock_schemes(modifier):
         reached = _reached(names, placed, scheme.targets)
@@ -164,6 +167,12 @@ def _treatments(placed: PlacedModifier, names: Sequence[str]) -> Iterator[tuple[
             if part is not None:
                 kind = "" if part is scheme.weights else " inputs"
                 yield _words(part.num_bits, part.group_size, part.symmetric) + kind, reached
+
+
+def _own_words(placed: PlacedModifier, bits: object) -> str:
+    modifier = placed.modifier
+    levels = " of two levels" if getattr(modifier, "sub_scale_bits", None) else ""
+    return _words(bits, getattr(modifier, "group_size", None), getattr(modifier, "symmetric", True)) + levels
 
 
 def _words(bits: object, group_size: int | None, symmetric: bool) -> str:

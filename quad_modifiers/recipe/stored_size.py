@@ -3,8 +3,12 @@
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+from quad_modifiers.model.architecture import find_architecture
+from quad_modifiers.model.decoder import Decoder
+from quad_modifiers.plugins.contributions import architectures
 from quad_modifiers.projection.rank import rank_of
 from quad_modifiers.recipe import coverage
+from quad_modifiers.recipe.layer_bits import overrides_of
 from quad_modifiers.recipe.order import BRANCH, PROJECT, QUANTIZE_WEIGHTS, PlacedModifier, unties_head
 
 if TYPE_CHECKING:
@@ -26,7 +30,7 @@ def stored_size(model: Any, modifiers: "Sequence[Modifier]") -> int:
 
     linears = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
     placed = [PlacedModifier(each) for each in modifiers]
-    bits = _bits(placed, linears)
+    bits = _bits(placed, linears) | _overridden(modifiers, model)
     projections = [each for each in placed if PROJECT in each.roles and not each.is_stock]
     tied = set() if any(unties_head(each.modifier) for each in projections) else set(model.all_tied_weights_keys)
     outlier_bits = next(filter(None, (getattr(each, "outlier_bits", None) for each in modifiers)), 64)
@@ -71,6 +75,16 @@ def _bits(placed: Sequence[PlacedModifier], linears: dict[str, Any]) -> dict[str
         bits = min((weights.num_bits for weights in schemes), default=getattr(each.modifier, "bits", 4))
         found |= dict.fromkeys(_reached(each, tuple(linears)), bits)
     return found
+
+
+def _overridden(modifiers: "Sequence[Modifier]", model: Any) -> dict[str, int]:
+    """Returns the bits of the weights of linears that an override names."""
+    ours: list[Any] = [each for each in modifiers if overrides_of(each) and hasattr(type(each), "bits_of")]
+    if not ours:
+        return {}
+    decoder = Decoder(model, find_architecture(model.config, architectures()))
+    found = ((linear.name, each.bits_of(linear)) for each in ours for linear in decoder.linears())
+    return {name: bits for name, bits in found if bits is not None}
 
 
 def _reached(placed: PlacedModifier, names: tuple[str, ...]) -> set[str]:

@@ -1,5 +1,7 @@
 """Bits of a checkpoint's weights and inputs, by linear and as a tag such as "w4a4a8"."""
 
+from collections.abc import Sequence
+
 from quad_modifiers.checkpoint.format import LinearFormat, QuadFormat, read_format
 from quad_modifiers.model.architecture import Architecture, Group
 from quad_modifiers.plugins import architectures
@@ -14,12 +16,12 @@ def width_tags(inventory: Inventory) -> list[str]:
         pairs = group_bits(inventory)
         return [f"w{pairs[0][0]}a{pairs[0][1]}"] if len(set(pairs)) == 1 else []
     quad = read_format(inventory.quad)
-    linears, groups = quad.linears, groups_of_roles(quad)
-    if not linears.keys() <= groups.keys():  # of an architecture that no installed plugin knows
+    groups = groups_of_roles(quad)
+    if not quad.linears.keys() <= groups.keys():  # of an architecture that no installed plugin knows
         return []
-    weights = {weight_bits(linear) for linear in linears.values()}
+    weights = {weight_bits(linear) for _, linear in quad.variants()}
     inputs = [
-        {input_bits(linear) for role, linear in linears.items() if groups[role].writes_stream == d_type}
+        {input_bits(linear) for role, linear in quad.variants() if groups[role].writes_stream == d_type}
         for d_type in (False, True)
     ]
     if len(weights) != 1 or any(len(bits) != 1 for bits in inputs):
@@ -32,6 +34,18 @@ def groups_of_roles(quad: QuadFormat) -> dict[str, Group]:
     """Returns the group of each role of a checkpoint, in the order in which a block runs them."""
     known = architectures().get(quad.base_model_type)
     return _BLOCK if known is None else known.roles()
+
+
+def layer_ranges(layers: Sequence[int]) -> str:
+    """Returns numbers of layers in rising order as ranges, "layer 3" or "layers 0-3, 7"."""
+    runs: list[list[int]] = []
+    for layer in layers:
+        if runs and layer == runs[-1][1] + 1:
+            runs[-1][1] = layer
+        else:
+            runs.append([layer, layer])
+    named = ", ".join(str(first) if first == last else f"{first}-{last}" for first, last in runs)
+    return f"layer {named}" if len(layers) == 1 else f"layers {named}"
 
 
 def weight_bits(linear: LinearFormat) -> int:

@@ -13,7 +13,7 @@ from quad_modifiers.checkpoint.format import QUANT_METHOD, QuadFormat, read_form
 from quad_modifiers.checkpoint.head_transform import NAME as HEAD_TRANSFORM
 from quad_modifiers.nn.branch_term import BranchTerm
 from quad_modifiers.nn.packed_table import PackedEmbedding, PackedHead
-from quad_modifiers.vllm_plugin.layout import branch_ranks, fused_format
+from quad_modifiers.vllm_plugin.layout import branch_ranks, fused_format, layer_index
 from quad_modifiers.vllm_plugin.linear import QuadLinearMethod
 from quad_modifiers.vllm_plugin.table import QuadTableMethod
 
@@ -78,7 +78,8 @@ class QuadConfig(QuantizationConfig):
             return None
         name = prefix.rpartition(".")[2]
         roles = tuple(self.packed_modules_mapping.get(name, (name,)))
-        fused = fused_format(self.quad.linears, roles, prefix)
-        members = [self.quad.linears[role] for role in roles]
+        linears = self.quad.of_layer(layer_index(prefix)) if self.quad.overrides else self.quad.linears
+        fused = fused_format(linears, roles, prefix)
+        members = [linears[role] for role in roles]
         out_features = tuple(member.out_features for member in members)
         return QuadLinearMethod(fused, out_features, prefix, branch_ranks(members))

@@ -37,6 +37,21 @@ def member_position(shard_id: ShardId) -> int:
     return _POSITIONS[shard_id] if isinstance(shard_id, str) else shard_id
 
 
+def layer_index(prefix: str) -> int:
+    """Returns the number of the decoder block of a layer, by its path in vLLM's model.
+
+    Raises:
+        ValueError: if the path has no number, or several.
+    """
+    numbers = [part for part in prefix.split(".") if part.isdigit()]
+    if len(numbers) != 1:
+        raise ValueError(
+            f"{prefix}: the checkpoint gives some blocks other bits, and this path does not say which block it is in; "
+            "load it with transformers"
+        )
+    return int(numbers[0])
+
+
 def fused_format(linears: dict[str, LinearFormat], roles: Sequence[str], prefix: str) -> LinearFormat:
     """Returns the format that the members of a layer share; its `out_features` is their sum.
 

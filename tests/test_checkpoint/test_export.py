@@ -65,6 +65,16 @@ def unpacked(tensors: dict[str, torch.Tensor], name: str, bits: int) -> torch.Te
             id="per token and channel",
         ),
         pytest.param("llama", recipe(inputs="u_type_bits: null, d_type_bits: null"), 4, 8, id="weights only"),
+        pytest.param(
+            "qwen3",
+            recipe(
+                inputs=GROUPS + ", overrides: [{layers: 1, linears: down_proj, bits: 8}]",
+                weights="group_size: 8, overrides: [{layers: 1, bits: 8}]",
+            ),
+            (4, 8),
+            8,
+            id="other bits in a block",
+        ),
     ],
 )
 def test_stock_transformers_computes_the_group_wise_model(
@@ -90,7 +100,8 @@ def test_stock_transformers_computes_the_group_wise_model(
     for name, container in source.named_modules():
         if not isinstance(container, QuadLinear):
             continue
-        weight, linear = unpacked(tensors, name, bits), reference.get_submodule(name)
+        stored = bits if isinstance(bits, int) else bits[int(name.split(".")[2])]
+        weight, linear = unpacked(tensors, name, stored), reference.get_submodule(name)
         outliers = container.split.outlier_index()
         assert len(outliers) >= 16
         kept = torch.ones(weight.shape[1], dtype=torch.bool)

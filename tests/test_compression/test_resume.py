@@ -41,6 +41,11 @@ RECIPES = {
         "DynamicActQuant: {strategy: group, group_size: 16, sub_scale_bits: 4}",
         "OutlierSplitGPTQ: {group_size: 16, sub_scale_bits: 4, ignore: [gate_proj, up_proj, lm_head]}",
     ),
+    "other bits": (
+        PROJECTION,
+        "DynamicActQuant: {d_type_clip_ratio: auto, overrides: [{layers: 1, linears: down_proj, bits: 8}]}",
+        "OutlierSplitGPTQ: {overrides: [{layers: 0, linears: [gate_proj, up_proj], bits: 8}]}",
+    ),
     "zero points": ("OutlierSplitGPTQ: {symmetric: false, group_size: 16}",),
     "rounded": (PROJECTION, "OutlierSplitGPTQ: {method: rtn}"),
     "cache": (PROJECTION, "DynamicActQuant: {}", "OutlierSplitGPTQ: {}", "KVCacheQuant: {}"),

@@ -247,6 +247,16 @@ def expected_shapes(name: str, entry: Section) -> dict[str, tuple[int, ...]]:
     return {f"{name}.{key}": shape for key, shape in shapes.items()}
 
 
+def entry_of(section: Section, name: str) -> Section:
+    """The entry of `linears` that holds for a linear."""
+    role, layer = name.rpartition(".")[2], int(re.findall(r"layers\.(\d+)\.", name)[0])
+    entry = dict(section["linears"][role])
+    for each in section.get("overrides", []):
+        if each["role"] == role and layer in each["layers"]:
+            entry |= {"weight": each["weight"], "input": each["input"]}
+    return entry
+
+
 # Checkpoints that between them use every branch of the page
 CASES = {
     # Hadamards of order 84 (Paley I) and 100 (Paley II over GF(49)), biases, both D-type splits
@@ -307,6 +317,15 @@ CASES = {
     SVDOutlierProjection: {rank: 8, down_proj_rank: 4}
     OutlierSplitGPTQ: {outlier_bits: 8}""",
     ),
+    # in the second block, which is as many as the first: the role's own bits are those of the first
+    "other bits in some blocks": (
+        "qwen3",
+        "even",
+        """
+    SVDOutlierProjection: {rank: 8, down_proj_rank: 4}
+    DynamicActQuant: {overrides: [{layers: 1, linears: [o_proj, down_proj], bits: 8, clip_ratio: 1.0}]}
+    OutlierSplitGPTQ: {overrides: [{layers: 1, bits: 8}, {layers: 1, linears: down_proj, bits: 2}]}""",
+    ),
     "weight-only": (
         "llama",
         "even",
@@ -330,7 +349,8 @@ def test_independent_runtime_reproduces_every_linear(case: str, make_toy, tmp_pa
     tensors = load_file(tmp_path / "out" / "model.safetensors")
     section = config["quantization_config"]["quad"]
     assert config["quantization_config"]["quant_method"] == "quad"
-    assert section["format_version"] == (5 if case.startswith("8-bit outlier") else 4 if case == "two levels" else 1)
+    versions = {"two levels": 4, "8-bit outliers": 5, "8-bit outlier weights": 5, "other bits in some blocks": 6}
+    assert section["format_version"] == versions.get(case, 1)
     assert section["base_model_type"] == model_type
 
     seen: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
@@ -343,7 +363,7 @@ def test_independent_runtime_reproduces_every_linear(case: str, make_toy, tmp_pa
 
     shapes: dict[str, tuple[int, ...]] = {}
     for name, (x, expected) in seen.items():
-        entry = section["linears"][name.rpartition(".")[2]]
+        entry = entry_of(section, name)
         shapes |= expected_shapes(name, entry)
         torch.testing.assert_close(
             torch.from_numpy(linear(x.numpy(), name, tensors, entry)),
@@ -440,6 +460,7 @@ MODELS: dict[int, Section] = {
     3: {"sections": {"key_basis": {"rank": 2}}},
     4: {},
     5: {},
+    6: {"overrides": [{"role": "q_proj", "layers": [1], "weight": {"bits": 8}, "input": PLAIN["input"]}]},
 }
 
 
@@ -496,7 +517,8 @@ def test_a_reader_refuses_fields_of_other_versions(version: int) -> None:
         elif field == "linears.outlier":
             section["linears"]["q_proj"]["outlier"] = None
         else:
-            section[field] = {} if field == "sections" else {"bits": 16} if field == "outlier" else None
+            empty = {"sections": {}, "outlier": {"bits": 16}, "overrides": []}
+            section[field] = empty.get(field)
         with pytest.raises(ValueError, match=r"has no field|Extra inputs"):
             read_format(section)
 

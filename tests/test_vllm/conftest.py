@@ -67,6 +67,8 @@ def toy_format(
         ends["format_version"] = 4
     if any(linear.outlier for linear in linears.values()):
         ends["format_version"] = 5
+    if "overrides" in changes:
+        ends |= {"format_version": 6, "overrides": changes["overrides"]}
     return QuadFormat(base_model_type=base, residual_basis=None, linears=linears, **ends)
 
 

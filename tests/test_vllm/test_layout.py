@@ -10,6 +10,7 @@ from quad_modifiers.vllm_plugin.layout import (
     branch_ranks,
     column_parallel_rows,
     fused_format,
+    layer_index,
     member_position,
     row_parallel_rows,
     stacked_rows,
@@ -46,6 +47,12 @@ def test_members_have_branches_of_their_own(toy_quad) -> None:
     linears = toy_quad(q_proj=branch, v_proj={"terms": {"low_rank_branch": {"rank": 5}}}).linears
     assert fused_format(linears, QKV, "qkv_proj").out_features == 256
     assert branch_ranks([linears[role] for role in QKV]) == (3, 0, 5)
+
+
+def test_the_block_of_a_layer() -> None:
+    assert layer_index("model.layers.12.self_attn.qkv_proj") == 12
+    with pytest.raises(ValueError, match=r"layers\.1\.mlp\.experts\.0\.up_proj: .* does not say which block"):
+        layer_index("layers.1.mlp.experts.0.up_proj")
 
 
 def test_undescribed_member_is_named(toy_quad) -> None:

@@ -54,6 +54,12 @@ FORMATS: dict[str, dict[str, Any]] = {
     "branches, 8-bit outliers": {role: {"outlier": {"input_bits": 8}, **BRANCHES.get(role, {})} for role in ROLES},
     "branches, weight only": {"quantized": None, **BRANCHES},
     "8-bit outlier weights": {"quantized": None, **{role: {"outlier": {}} for role in ROLES}},
+    "other bits in some blocks": {
+        "overrides": [
+            {"role": role, "layers": [1], "weight": {"bits": bits}, "input": {"bits": 8, "clip_ratio": 1.0}}
+            for role, bits in (("q_proj", 8), ("k_proj", 8), ("v_proj", 8), ("down_proj", 2))
+        ]
+    },
     "weight only": {"weight": WeightFormat(bits=4, group_size=4, symmetric=False), "quantized": None},
     "input only": {"weight": None},
     "input only, groups": {"weight": None, "quantized": InputFormat(bits=4, clip_ratio=0.9, group_size=4)},

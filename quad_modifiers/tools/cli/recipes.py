@@ -1,4 +1,4 @@
-"""`quad recipes`: the recipes that are installed, their text, and checking one."""
+"""`quad recipes`: the recipes that are installed, their text, checking one, and suggesting one."""
 
 import sys
 from dataclasses import asdict
@@ -9,12 +9,18 @@ import typer
 
 from quad_modifiers.tools.cli.errors import BAD_INPUT
 from quad_modifiers.tools.cli.options import AsJson, recipe_names
+from quad_modifiers.tools.cli.suggest import suggest
 from quad_modifiers.tools.console import console, log_on_stderr, print_json, print_table
 
 recipes = typer.Typer(
-    help="List, show and check recipes.",
+    help="List, show, check and suggest recipes.",
     epilog="Python: list_recipes, resolve_recipe and validate_recipe of quad_modifiers.recipe.",
 )
+recipes.command(
+    "suggest",
+    epilog="Example: quad recipes suggest outputs/SmolLM2-135M --bits 6 -o my_recipe.yaml\n\nPython: "
+    "quad_modifiers.tools.suggestion.suggest_recipe(model, bits, ...)",
+)(suggest)
 
 
 @recipes.callback(invoke_without_command=True)

@@ -156,9 +156,10 @@ def _checkpoint_subject(opened: Opened, decoder: Decoder, original: Opened | Non
     hidden = opened.config.hidden_size if basis is None else basis.hidden_size
     rank, kind = (0, None) if basis is None else (basis.rank, basis.basis)
     bits: dict[str, int | None] = {}
+    formats = list(quad.variants())
     for role, group in opened.architecture.roles().items():
-        entry = quad.linears[role].input
-        bits.setdefault(group.name, None if entry is None else entry.bits)
+        entries = [linear.input.bits for each, linear in formats if each == role and linear.input is not None]
+        bits.setdefault(group.name, min(entries, default=None))
     file = Path(opened.name) / "recipe.yaml"
     recipe = file.read_text(encoding="utf-8") if file.is_file() else None
     return replace(

@@ -11,7 +11,7 @@ from quad_modifiers.records.export_record import Export, read_export
 from quad_modifiers.records.inventory import KIND_NAMES, Inventory
 from quad_modifiers.records.score_cells import percent, perplexity_cells, score_cells, with_error
 from quad_modifiers.records.tuning_record import Tuning, read_tuning
-from quad_modifiers.records.widths import group_bits, groups_of_roles, input_bits, weight_bits
+from quad_modifiers.records.widths import group_bits, groups_of_roles, input_bits, layer_ranges, weight_bits
 from quad_modifiers.tools.publishing.base_license import UNKNOWN, License
 from quad_modifiers.tools.publishing.markdown import markdown_table
 
@@ -201,26 +201,16 @@ _QUAD_COLUMNS = (
 
 
 def _quad_widths(quad: QuadFormat) -> str:
-    rows = []
     order = [role for role in groups_of_roles(quad) if role in quad.linears]
+    named: list[tuple[str, LinearFormat]] = []
     for role in [*order, *(role for role in quad.linears if role not in order)]:
-        linear = quad.linears[role]
-        weight, inputs = linear.weight, linear.input
-        rows.append(
-            (
-                role,
-                str(weight_bits(linear)),
-                _scope("output channel", weight) if weight else "",
-                str(input_bits(linear)),
-                _scope("token", inputs) if inputs else "",
-                f"{inputs.clip_ratio:g}" if inputs else "",
-                f"{linear.split().rank} of {linear.in_features}",
-                "yes" if linear.hadamard else "no",
-            )
-        )
+        named.append((role, quad.linears[role]))
+        others = (each for each in quad.overrides if each.role == role)
+        named += [(f"{role}, {layer_ranges(each.layers)}", each.replaced(quad.linears[role])) for each in others]
+    rows = [_linear_row(name, linear) for name, linear in named]
     if any(linear.outlier is not None for linear in quad.linears.values()):
         header = tuple(name.replace("full-precision", "outlier") for name in _QUAD_COLUMNS)
-        rows = [(*row[:6], _outliers(quad.linears[row[0]]), *row[7:]) for row in rows]
+        rows = [(*row[:6], _outliers(linear), *row[7:]) for row, (_, linear) in zip(rows, named, strict=True)]
         parts = ["## What is quantized", markdown_table(header, rows)]
         parts.append("Outliers in 8 bits have scales of their own: one per output channel, and one per token.")
     else:
@@ -235,6 +225,20 @@ def _quad_widths(quad: QuadFormat) -> str:
     ends = {"Embedding": quad.embedding, "Head": quad.head}
     stored = [f"{name}: {'not quantized' if end is None else f'{end.bits} bits'}." for name, end in ends.items()]
     return "\n\n".join([*parts, f"Inputs are quantized at run time. {' '.join(stored)}"])
+
+
+def _linear_row(name: str, linear: LinearFormat) -> tuple[str, ...]:
+    weight, inputs = linear.weight, linear.input
+    return (
+        name,
+        str(weight_bits(linear)),
+        _scope("output channel", weight) if weight else "",
+        str(input_bits(linear)),
+        _scope("token", inputs) if inputs else "",
+        f"{inputs.clip_ratio:g}" if inputs else "",
+        f"{linear.split().rank} of {linear.in_features}",
+        "yes" if linear.hadamard else "no",
+    )
 
 
 def _outliers(linear: LinearFormat) -> str:

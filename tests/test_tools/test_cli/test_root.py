@@ -33,6 +33,7 @@ COMMANDS = [
     ("recipes", "list"),
     ("recipes", "show"),
     ("recipes", "validate"),
+    ("recipes", "suggest"),
     ("plugins",),
     ("export",),
     ("publish",),

@@ -81,14 +81,22 @@ class LossMeter:
 
     def trial(self, trial: Trial, rounded: RoundedWeights | None = None) -> LossRow:
         """Returns the row of the model with a part quantized; afterwards the model is what it was."""
-        with ExitStack() as stack:
-            for linear, bits in trial.inputs.items():
-                stack.enter_context(_with(linear, input_quantization=INPUT_GRIDS[bits], quantize_input=True))
-            for linear in trial.weights:
-                assert rounded is not None
-                weight = nn.Parameter(rounded(linear).to(linear.residual.weight), requires_grad=False)
-                stack.enter_context(_with(linear.residual, weight=weight))
+        with tried(trial, rounded):
             return self.row(trial.part, trial.quantized, trial.bits)
+
+
+@contextmanager
+def tried(trial: Trial, rounded: RoundedWeights | None = None) -> Iterator[None]:
+    """Quantizes a part of a model inside the block; weights as `rounded` says."""
+    with ExitStack() as stack:
+        for linear, bits in trial.inputs.items():
+            grid = INPUT_GRIDS[bits] if isinstance(bits, int) else bits
+            stack.enter_context(_with(linear, input_quantization=grid, quantize_input=True))
+        for linear in trial.weights:
+            assert rounded is not None
+            weight = nn.Parameter(rounded(linear).to(linear.residual.weight), requires_grad=False)
+            stack.enter_context(_with(linear.residual, weight=weight))
+        yield
 
 
 @contextmanager

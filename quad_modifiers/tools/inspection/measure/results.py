@@ -33,7 +33,8 @@ class Subject:
     basis: str | None
     recipe: str | None  # recipe whose projection was applied (model), or that made the checkpoint, if known
     baseline: str | None = None  # the original model of a checkpoint, if it was given
-    # bits of the checkpoint's inputs by group; None where they are not quantized. Empty for a model.
+    # bits of the checkpoint's inputs by group, the fewest where blocks differ; None where they are not quantized.
+    # Empty for a model.
     input_bits: dict[str, int | None] = field(default_factory=dict)
     # the groups of a block in run order, each with whether its linears write the stream (D-type)
     groups: dict[str, bool] = field(

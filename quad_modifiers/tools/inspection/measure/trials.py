@@ -1,7 +1,9 @@
 """Which parts of a model are quantized alone, to see where the perplexity is lost."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+
+from quad_kernels import InputQuantization
 
 from quad_modifiers.model.decoder import PlacedLinear
 from quad_modifiers.nn.quad_linear import QuadLinear
@@ -20,7 +22,8 @@ class Trial:
     part: str
     quantized: Quantized
     bits: str
-    inputs: dict[QuadLinear, int]  # bits of the input by linear
+    # bits of the input by linear, in the grids of the shipped recipes, or another grid
+    inputs: Mapping[QuadLinear, int | InputQuantization]
     weights: tuple[QuadLinear, ...] = ()  # linears whose weights are rounded
 
 

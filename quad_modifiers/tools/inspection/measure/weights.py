@@ -19,16 +19,17 @@ _CANDIDATES = 12  # clip ratios tried: the inspection compares parts, the modifi
 
 
 class RoundedWeights:
-    """Residual weights rounded to nearest; the scales of each linear are searched once."""
+    """Residual weights rounded to nearest on a grid; the scales of each linear are searched once."""
 
-    def __init__(self) -> None:
+    def __init__(self, grid: IntegerGrid = GRID) -> None:
+        self._grid = grid
         self._scales: dict[nn.Module, WeightScales] = {}
 
     def __call__(self, linear: QuadLinear) -> torch.Tensor:
         """Returns the rounded residual weight, `[out, in]`, float32."""
         wide = linear.residual.weight.detach().float()
         scales = self._scales_of(linear).expand(wide.shape[1])
-        return dequantize(round_to_grid(wide, scales, GRID), scales)
+        return dequantize(round_to_grid(wide, scales, self._grid), scales)
 
     def grid_step_ratios(self, linear: QuadLinear) -> torch.Tensor:
         """Returns the GSR of each row of the residual weight, `[out]`, float32."""
@@ -37,7 +38,7 @@ class RoundedWeights:
     def _scales_of(self, linear: QuadLinear) -> WeightScales:
         if linear not in self._scales:
             weight = linear.residual.weight.detach()
-            self._scales[linear] = search_clip(weight.float(), GRID, weight.dtype, candidates=_CANDIDATES)
+            self._scales[linear] = search_clip(weight.float(), self._grid, weight.dtype, candidates=_CANDIDATES)
         return self._scales[linear]
 
 
