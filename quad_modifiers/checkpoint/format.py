@@ -9,7 +9,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 from quad_kernels import InputQuantization, InputSplit, IntegerGrid
 
-FORMAT_VERSIONS = (1, 2, 3, 4, 5)
+FORMAT_VERSIONS = (1, 2, 3, 4, 5, 6)
 QUANT_METHOD = "quad"
 
 
@@ -127,10 +127,10 @@ class QuadFormat(_Strict):
 
     Version 2 adds `embedding` and `head`. Version 3 adds `terms` of linears and `sections`, whose kinds plugins
     bring, and leaves out what the first two reserved. Version 4 adds `sub_scale_bits` of weights and inputs, version 5
-    `outlier` of linears.
+    `outlier` of linears, version 6 `high` of the section `kv_cache`.
     """
 
-    format_version: Literal[1, 2, 3, 4, 5] = 1
+    format_version: Literal[1, 2, 3, 4, 5, 6] = 1
     base_model_type: str
     residual_basis: BasisFormat | None
     linears: dict[str, LinearFormat]
@@ -151,6 +151,8 @@ class QuadFormat(_Strict):
             unknown |= {"sub_scale_bits"}
         if self.format_version < 5 and any("outlier" in linear.model_fields_set for linear in self.linears.values()):
             unknown |= {"linears.outlier"}
+        if self.format_version < 6:
+            unknown |= _late_fields(self.sections)
         if unknown:
             raise ValueError(f"version {self.format_version} has no field {min(unknown)!r}")
         return self
@@ -169,6 +171,8 @@ class QuadFormat(_Strict):
             version = 4
         if any(linear.outlier for linear in fields["linears"].values()):
             version = 5
+        if _late_fields(fields.get("sections", {})):
+            version = 6
         return cls(format_version=version, **fields)
 
     def section(self) -> dict[str, Any]:
@@ -185,8 +189,20 @@ class QuadFormat(_Strict):
         return content
 
 
+def _late_fields(sections: dict[str, dict[str, Any]]) -> set[str]:
+    """Returns the fields of sections of our own that came with version 6: that of a plugin has what the plugin says."""
+    return {"sections.kv_cache.high"} if "high" in sections.get("kv_cache", {}) else set()
+
+
 _RESERVED = {"outlier", "low_rank", "kv_cache"}
-_ABSENT = {1: {"embedding", "head", "sections"}, 2: {"sections"}, 3: _RESERVED, 4: _RESERVED, 5: _RESERVED}
+_ABSENT = {
+    1: {"embedding", "head", "sections"},
+    2: {"sections"},
+    3: _RESERVED,
+    4: _RESERVED,
+    5: _RESERVED,
+    6: _RESERVED,
+}
 """Fields that a version does not have."""
 
 

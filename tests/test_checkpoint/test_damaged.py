@@ -113,7 +113,7 @@ def quad(config: dict[str, Any]) -> dict[str, Any]:
     ("damage", "message"),
     [
         pytest.param(
-            lambda c: quad(c).update(format_version=6), "version 6, .* versions 1, 2, 3, 4, 5; upgrade", id="version"
+            lambda c: quad(c).update(format_version=7), "version 7, .* versions 1, 2, 3, 4, 5, 6; upgrade", id="version"
         ),
         pytest.param(lambda c: quad(c).pop("format_version"), "format version None", id="no version"),
         pytest.param(lambda c: quad(c).update(sparsity=0.5), "sparsity", id="unknown field"),
