@@ -230,7 +230,7 @@ def _methods(stock: Any) -> dict[str, Any]:
         held = 0 if self.sinks is None else self.sinks[0].shape[2]
         missing = self.rounding.form.sink_tokens - held
         if missing > 0:
-            new = [part[:, :, :missing] for part in states]
+            new = [part[:, :, :missing].clone() for part in states]  # a view would hold the whole prompt in memory
             self.sinks = new if held == 0 else [torch.cat(pair, 2) for pair in zip(self.sinks, new, strict=True)]
         lines = stock.update(self, *self.rounding.pack(states), *args, **kwargs)
         found: States = self.rounding.unpack(lines, key_states.dtype)

@@ -122,6 +122,8 @@ def test_four_bits_are_held(rounded) -> None:
                 line += size // 8 // 2 + 8  # four more bits of an eighth, and its own scale and zero
             assert layer.keys.shape[-1] == layer.values.shape[-1] == line
             assert layer.keys.shape[:2] == (2, rounded.config.num_key_value_heads)
+            for sink in layer.sinks or ():  # no view of the prompt
+                assert sink.untyped_storage().nbytes() == sink.numel() * sink.element_size()
         assert int(past.get_seq_length()) == PROMPT.shape[1]
 
 
