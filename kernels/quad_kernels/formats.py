@@ -259,7 +259,7 @@ class KVEntries(NamedTuple):
 
     Attributes:
         integers: 0 to 15, `[..., head_dim / 2]`, uint8: byte j holds coordinate j in its low four bits and coordinate
-            head_dim / 2 + j in its high four.
+            head_dim / 2 + j in its high four. In 8 bits 0 to 255, `[..., head_dim]`, one byte each.
         scale: distance of two grid points, `[...]`.
         zero: value of the integer 0, `[...]`.
     """

@@ -3,6 +3,8 @@
 The complete layer, `quad_kernels.quad_linear`, is built on them.
 """
 
+from typing import Literal
+
 import torch
 
 from quad_kernels import ops
@@ -327,9 +329,10 @@ def quantize_kv(
     *,
     clip_ratio: float = 1.0,
     scale_dtype: torch.dtype | None = None,
+    bits: Literal[4, 8] = 4,
     backend: str | None = None,
 ) -> KVEntries:
-    """Returns each vector of `head_dim` coordinates rounded to 16 equidistant points between its extremes.
+    """Returns each vector of `head_dim` coordinates rounded to equidistant points between its extremes.
 
     Scale and zero are rounded to `scale_dtype` first, the integers are those of the rounded grid.
 
@@ -337,6 +340,7 @@ def quantize_kv(
         x: keys or values, `[..., head_dim]`, floating point.
         clip_ratio: share of the span between smallest and largest coordinate that the grid covers, about its middle.
         scale_dtype: float16, bfloat16 or float32; by default that of `x`. float16 holds spans up to 15 * 65504.
+        bits: 4 for 16 points, 8 for 256.
         backend: name of a backend; by default the environment variable QUAD_KERNELS or the best for the device.
 
     Returns:
@@ -344,7 +348,7 @@ def quantize_kv(
         and zero NaN; one whose scale overflows `scale_dtype` is NaN after `dequantize_kv`.
 
     Raises:
-        ValueError: for an odd `head_dim`, or a `scale_dtype` or `clip_ratio` that is not supported.
+        ValueError: for an odd `head_dim`, or `bits`, a `scale_dtype` or a `clip_ratio` that is not supported.
 
     Example:
         >>> entries = quantize_kv(torch.tensor([[0.0, 15.0, 7.2, 1.0]]))
@@ -355,35 +359,46 @@ def quantize_kv(
     scale_dtype = scale_dtype or x.dtype
     if head_dim % 2 or not head_dim:
         raise ValueError(f"head_dim ({head_dim}) must be even and positive: two coordinates share a byte")
+    _check_kv_bits(bits)
     if scale_dtype not in _SCALE_DTYPES:
         raise ValueError(f"scale_dtype ({scale_dtype}) must be one of {', '.join(map(str, _SCALE_DTYPES))}")
     if not 0 < clip_ratio <= 1:
         raise ValueError(f"clip_ratio ({clip_ratio}) must lie in (0, 1]")
-    integers, scale, zero = ops.quantize_kv(x.reshape(-1, head_dim), clip_ratio, scale_dtype, backend or "")
+    integers, scale, zero = ops.quantize_kv(x.reshape(-1, head_dim), clip_ratio, scale_dtype, backend or "", bits)
     leading = x.shape[:-1]
-    return KVEntries(integers.view(*leading, head_dim // 2), scale.view(leading), zero.view(leading))
+    return KVEntries(integers.view(*leading, head_dim * bits // 8), scale.view(leading), zero.view(leading))
 
 
-def dequantize_kv(entries: KVEntries, dtype: torch.dtype, *, backend: str | None = None) -> torch.Tensor:
+def dequantize_kv(
+    entries: KVEntries, dtype: torch.dtype, *, bits: Literal[4, 8] = 4, backend: str | None = None
+) -> torch.Tensor:
     """Returns `integers * scale + zero`, computed in float32, as `[..., head_dim]` of `dtype`.
 
     Raises:
-        ValueError: if the shapes do not fit.
+        ValueError: if the shapes do not fit, or `bits`, those of the entries, are neither 4 nor 8.
 
     Example:
         >>> dequantize_kv(quantize_kv(torch.tensor([[0.0, 15.0, 7.2, 1.0]])), torch.float32)
         tensor([[ 0., 15.,  7.,  1.]])
     """
+    _check_kv_bits(bits)
     integers, scale, zero = entries
+    if bits == 8 and integers.shape[-1] % 2:
+        raise ValueError(f"entries in 8 bits have an even number of integers, not {integers.shape[-1]}")
     if scale.shape != integers.shape[:-1] or zero.shape != scale.shape:
         raise ValueError(
             f"integers {list(integers.shape)} need one scale and one zero per vector, got {list(scale.shape)} and "
             f"{list(zero.shape)}"
         )
     x = ops.dequantize_kv(
-        integers.reshape(-1, integers.shape[-1]), scale.reshape(-1), zero.reshape(-1), dtype, backend or ""
+        integers.reshape(-1, integers.shape[-1]), scale.reshape(-1), zero.reshape(-1), dtype, backend or "", bits
     )
-    return x.view(*scale.shape, 2 * integers.shape[-1])
+    return x.view(*scale.shape, integers.shape[-1] * 8 // bits)
+
+
+def _check_kv_bits(bits: int) -> None:
+    if bits not in (4, 8):
+        raise ValueError(f"bits ({bits}) of a cache entry must be 4 or 8")
 
 
 __all__ = [

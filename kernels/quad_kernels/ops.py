@@ -35,8 +35,9 @@ def _custom_op(shapes: Callable[..., Any]) -> Callable[[Callable[..., Any]], Any
         signature, needed = inspect.signature(run), tuple(inspect.signature(shapes).parameters)
 
         def fake(*arguments: Any, **options: Any) -> Any:
-            given = signature.bind(*arguments, **options).arguments
-            return shapes(*(given[name] for name in needed))
+            given = signature.bind(*arguments, **options)
+            given.apply_defaults()
+            return shapes(*(given.arguments[name] for name in needed))
 
         name = run.__name__
         schema = torch.library.infer_schema(run, mutates_args=())
@@ -146,27 +147,29 @@ def transposed_hadamard(x: torch.Tensor) -> torch.Tensor:
     return reference_hadamard(x, plan_hadamard(x.shape[-1]), transpose=True)
 
 
-def _kv_shapes(x: torch.Tensor, scale_dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def _kv_shapes(
+    x: torch.Tensor, scale_dtype: torch.dtype, bits: int = 4
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     vectors, head_dim = x.shape
     scale, zero = (x.new_empty(vectors, dtype=scale_dtype) for _ in range(2))
-    return x.new_empty(vectors, head_dim // 2, dtype=torch.uint8), scale, zero
+    return x.new_empty(vectors, head_dim * bits // 8, dtype=torch.uint8), scale, zero
 
 
 @_custom_op(_kv_shapes)
 def quantize_kv(
-    x: torch.Tensor, clip_ratio: float, scale_dtype: torch.dtype, backend: str
+    x: torch.Tensor, clip_ratio: float, scale_dtype: torch.dtype, backend: str, bits: int = 4
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """See `quad_kernels.quantize_kv`."""
-    return choose_backend(x.device, backend).quantize_kv(x, clip_ratio, scale_dtype)
+    return choose_backend(x.device, backend).quantize_kv(x, clip_ratio, scale_dtype, bits)
 
 
-def _dequantized_shape(integers: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    return integers.new_empty(integers.shape[0], 2 * integers.shape[1], dtype=dtype)
+def _dequantized_shape(integers: torch.Tensor, dtype: torch.dtype, bits: int = 4) -> torch.Tensor:
+    return integers.new_empty(integers.shape[0], integers.shape[1] * 8 // bits, dtype=dtype)
 
 
 @_custom_op(_dequantized_shape)
 def dequantize_kv(
-    integers: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor, dtype: torch.dtype, backend: str
+    integers: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor, dtype: torch.dtype, backend: str, bits: int = 4
 ) -> torch.Tensor:
     """See `quad_kernels.dequantize_kv`."""
-    return choose_backend(integers.device, backend).dequantize_kv(integers, scale, zero, dtype)
+    return choose_backend(integers.device, backend).dequantize_kv(integers, scale, zero, dtype, bits)

@@ -150,7 +150,8 @@ class QuadFormat(_Strict):
 
     Version 2 adds `embedding` and `head`. Version 3 adds `terms` of linears and `sections`, whose kinds plugins
     bring, and leaves out what the first two reserved. Version 4 adds `sub_scale_bits` of weights and inputs, version 5
-    `outlier` of linears, version 6 `overrides`: linears that have other bits in some blocks.
+    `outlier` of linears, version 6 `overrides`, linears that have other bits in some blocks, and `high` of the section
+    `kv_cache`.
     """
 
     format_version: Literal[1, 2, 3, 4, 5, 6] = 1
@@ -175,6 +176,8 @@ class QuadFormat(_Strict):
             unknown |= {"sub_scale_bits"}
         if self.format_version < 5 and any("outlier" in linear.model_fields_set for linear in self.linears.values()):
             unknown |= {"linears.outlier"}
+        if self.format_version < 6:
+            unknown |= _late_fields(self.sections)
         if unknown:
             raise ValueError(f"version {self.format_version} has no field {min(unknown)!r}")
         return self
@@ -222,7 +225,7 @@ class QuadFormat(_Strict):
             version = 4
         if any(linear.outlier for linear in fields["linears"].values()):
             version = 5
-        if "overrides" in fields:
+        if "overrides" in fields or _late_fields(fields.get("sections", {})):
             version = 6
         return cls(format_version=version, **fields)
 
@@ -238,6 +241,11 @@ class QuadFormat(_Strict):
                 if self.format_version < 4 and grid is not None:
                     del grid["sub_scale_bits"]
         return content
+
+
+def _late_fields(sections: dict[str, dict[str, Any]]) -> set[str]:
+    """Returns the fields of sections of our own that came with version 6: that of a plugin has what the plugin says."""
+    return {"sections.kv_cache.high"} if "high" in sections.get("kv_cache", {}) else set()
 
 
 _RESERVED = {"outlier", "low_rank", "kv_cache"}

@@ -4,26 +4,33 @@ import logging
 from collections.abc import Sequence
 from typing import ClassVar, Literal
 
+import torch
 from llmcompressor.modifiers import Modifier
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from quad_modifiers.checkpoint.cache_section import NAME, KVCacheSection
+from quad_modifiers.linalg import outlier_basis, random_rotation, square_basis
 from quad_modifiers.model.decoder import Decoder
 from quad_modifiers.modifiers.base import Batches, QuadModifier
 from quad_modifiers.modifiers.dynamic_act_quant import ClipRatio
-from quad_modifiers.nn.kv_cache import KVCacheFormat, install_kv_cache
-from quad_modifiers.passes.cache_means import cache_means
+from quad_modifiers.modifiers.rank_field import RankField
+from quad_modifiers.nn.kv_cache import install_kv_cache
+from quad_modifiers.nn.kv_lines import KVCacheFormat, check_high_rank
+from quad_modifiers.passes.cache_means import CacheMoments, cache_moments
+from quad_modifiers.projection.rank import rank_of
 
 logger = logging.getLogger(__name__)
 
-_WINDOWS = 8  # that means are taken over
+_WINDOWS = 8  # that means and second moments are taken over
+_SEED = 0  # of the rotations of a basis
 
 
 class KVCacheQuant(QuadModifier):
     """Stores keys and values in 4 bits while a model generates: 0.28 of the memory in 16 bits, for heads of 64.
 
     Each vector of one token and one head gets an asymmetric grid of 16 points between its extremes. Keys are rounded
-    behind the rotary embedding. docs/concepts/kv-cache.md says what is stored and what it costs.
+    behind the rotary embedding. With `high_rank` the coordinates of most energy have 8 bits instead (ResQ, arXiv
+    2412.14363). docs/concepts/kv-cache.md says what is stored and what it costs.
 
     It comes behind the modifiers that calibrate: nothing is calibrated with rounded keys and values.
 
@@ -32,14 +39,20 @@ class KVCacheQuant(QuadModifier):
     - check
         - size of the heads
     - run
-        - mean key and value of each head, over some calibration windows
+        - mean key and value of each head, over some calibration windows, and second moments for the bases
         - let the blocks round, and declare it for the checkpoint
 
     Attributes:
         bits: 4.
-        clip_ratio: share of the span of a vector that its grid covers.
-        hadamard: True to transform each vector before it is rounded, and back when it is read: outlying coordinates
-            spread over all, for some time in each step.
+        high_rank: coordinates of a head in `high_bits`, with a grid of their own; a number, or a share such as 1/8.
+            They are those of most energy in an eigenbasis of each head, by which keys are multiplied when they are
+            stored and read; and values, unless SVDOutlierProjection has brought them into such a basis, with as many
+            outliers.
+        high_bits: 8 with a `high_rank`, else null.
+        high_states: what has such coordinates, "keys" or "values"; the other is all in 4 bits.
+        clip_ratio: share of the span of a vector that its grid of 16 points covers.
+        hadamard: True to transform each vector that is all in 4 bits before it is rounded, and back when it is read:
+            outlying coordinates spread over all, for some time in each step.
         sink_tokens: first tokens of a sequence whose keys and values stay as they are: most attention goes to the first
             one. Not where attention slides; in a padded batch, padding takes their place.
         center: True to take each head's mean key and value off before rounding, and to put them back when read.
@@ -49,10 +62,22 @@ class KVCacheQuant(QuadModifier):
     ignored_by_default: ClassVar[tuple[str, ...]] = ()
 
     bits: Literal[4] = 4
+    high_rank: RankField = 0
+    high_bits: Literal[8] | None = None
+    high_states: list[Literal["keys", "values"]] = Field(default=["keys", "values"], min_length=1)
     clip_ratio: ClipRatio = 0.9
     hadamard: bool = True
     sink_tokens: int = Field(default=1, ge=0)
     center: bool = True
+
+    @model_validator(mode="after")
+    def _check_high(self) -> "KVCacheQuant":
+        if bool(self.high_rank) != bool(self.high_bits):
+            raise ValueError(
+                f"high_rank ({self.high_rank}) and high_bits ({self.high_bits}) go together; give both, such as 1/8 "
+                "and 8, or neither"
+            )
+        return self
 
     def check_company(self, others: Sequence[Modifier]) -> None:
         """Refuses a second one.
@@ -64,21 +89,63 @@ class KVCacheQuant(QuadModifier):
             raise ValueError("the recipe has another KVCacheQuant; keep one of them")
 
     def check(self, decoder: Decoder) -> None:
-        """Checks the size of the heads.
+        """Checks the size of the heads, and what of it `high_rank` takes.
 
         Raises:
-            ValueError: if it is odd.
+            ValueError: if it is odd, or `high_rank` leaves nothing or an odd rest.
         """
         size = decoder.geometry.head_dim
         if size % 2:
             raise ValueError(
                 f"KVCacheQuant packs two coordinates into a byte, and the heads have {size}; leave it out of the recipe"
             )
+        if self.high_rank:
+            check_high_rank(rank_of(self.high_rank, size), size)
 
     def run(self, decoder: Decoder, batches: Batches) -> None:
         """Lets the blocks round keys and values."""
-        means = cache_means(decoder, batches()[:_WINDOWS]) if self.center else None
-        form = KVCacheFormat(self.clip_ratio, self.hadamard, self.sink_tokens)
-        install_kv_cache([block.module for block in decoder.blocks], decoder.model.config, form, means)
-        self.contribute(decoder, sections={NAME: KVCacheSection.section(form, self.center)})
+        form, folded = self._form(decoder), _folded_rank(decoder)
+        online = bool(form.key_rank), bool(form.value_rank) and form.value_rank != folded
+        moments = cache_moments(decoder, batches()[:_WINDOWS], any(online)) if self.center or any(online) else []
+        generator = torch.Generator().manual_seed(_SEED)
+        bases = [self._bases(each, form, online, generator) for each in moments] if any(online) else None
+        means = [each.means for each in moments] if self.center else None
+        install_kv_cache([block.module for block in decoder.blocks], decoder.model.config, form, means, bases)
+        section = KVCacheSection.section(form, self.center, value_basis=online[1])
+        self.contribute(decoder, sections={NAME: section})
         logger.info("KVCacheQuant: keys and values in %d bits, clip ratio %g", self.bits, self.clip_ratio)
+
+    def _form(self, decoder: Decoder) -> KVCacheFormat:
+        rank = rank_of(self.high_rank, decoder.geometry.head_dim)
+        keys, values = (rank if each in self.high_states else 0 for each in ("keys", "values"))
+        return KVCacheFormat(self.clip_ratio, self.hadamard, self.sink_tokens, keys, values)
+
+    def _bases(
+        self, moments: CacheMoments, form: KVCacheFormat, online: tuple[bool, bool], generator: torch.Generator
+    ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+        """The bases of one block, of the states as they are rounded: with the mean taken off, if it is."""
+        assert moments.squares is not None
+        found: list[torch.Tensor | None] = []
+        for mean, square, rank, wanted in zip(
+            moments.means, moments.squares, (form.key_rank, form.value_rank), online, strict=True
+        ):
+            about = square - mean.double().unsqueeze(-1) * mean.double().unsqueeze(-2) if self.center else square
+            found.append(_eigenbasis(about, rank, generator).to(mean) if wanted else None)
+        return found[0], found[1]
+
+
+def _eigenbasis(squares: torch.Tensor, rank: int, generator: torch.Generator) -> torch.Tensor:
+    """Returns U = [P R_1 | P_perp R_2] of each head, `[heads, head_dim, head_dim]`, float64, with random rotations."""
+    bases = []
+    for square in squares.cpu():
+        outliers, complement = outlier_basis(square, rank)
+        among = [random_rotation(part.shape[1], "random", generator) for part in (outliers, complement)]
+        bases.append(square_basis(outliers, complement, rotation=among[1], outlier_rotation=among[0]))
+    return torch.stack(bases)
+
+
+def _folded_rank(decoder: Decoder) -> int:
+    """Returns how many first coordinates of each head of values the projection has made those of most energy."""
+    splits = [group.linears[0].module.split for group in decoder.groups() if group.group.reads == "values"]
+    ranks = {split.outliers if split.block == decoder.geometry.head_dim else 0 for split in splits}
+    return ranks.pop() if len(ranks) == 1 else 0

@@ -1,42 +1,25 @@
 """SVDOutlierProjection: moves activation outliers into a few full-precision coordinates."""
 
 import logging
-from typing import Annotated, Any, ClassVar, Literal
+from typing import ClassVar, Literal
 
-from pydantic import Field, TypeAdapter, ValidationError, WrapValidator
-from pydantic_core import PydanticCustomError
+from pydantic import Field
 from quad_kernels.hadamard import is_hadamard_order, plan_hadamard
 
 from quad_modifiers.checkpoint.head_transform import NAME as HEAD_TRANSFORM
 from quad_modifiers.model.architecture import Space
 from quad_modifiers.model.decoder import Decoder
 from quad_modifiers.modifiers.base import Batches, QuadModifier
+from quad_modifiers.modifiers.rank_field import RankField
 from quad_modifiers.nn.from_compressed_tensors import reallocate_parameters
 from quad_modifiers.passes.statistics import ActivationStatistics, ValuesBasis, collect_statistics
 from quad_modifiers.projection.apply import apply_projection
 from quad_modifiers.projection.plan import Projection, ProjectionSettings, outlier_energy, plan_projection
-from quad_modifiers.projection.rank import Rank, is_share, rank_of
+from quad_modifiers.projection.rank import rank_of
 from quad_modifiers.ranks import ranks
 
 logger = logging.getLogger(__name__)
 
-_NUMBER: TypeAdapter[int] = TypeAdapter(Annotated[int, Field(ge=0)])
-
-
-def _checked_rank(value: Any, handler: Any) -> Rank:
-    """Returns a share as it is written; else what a non-negative number makes of the value, with its messages."""
-    if is_share(value):
-        return str(value)
-    try:
-        return _NUMBER.validate_python(value)
-    except ValidationError as error:
-        first = error.errors()[0]
-        raise PydanticCustomError(
-            "rank", "{reason}", {"reason": f"a number, or a share such as 1/8: {first['msg']}"}
-        ) from error
-
-
-RankField = Annotated[Rank, WrapValidator(_checked_rank)]
 _SPACES: dict[str, Space] = {"o_proj": "values", "down_proj": "channels"}
 
 

@@ -2,7 +2,7 @@
 
 A hook before each decoder block looks at the cache that the block is called with. A layer of it that is still empty
 gets a class of its own, a child of its stock one, which packs what it is given: each vector of one token and one head
-becomes `head_dim / 2` bytes of integers, its scale and its zero (`quad_kernels.int4_kv`), a line of a uint8 tensor.
+becomes its integers, its scale and its zero, a line of a uint8 tensor (`quad_modifiers.nn.kv_lines`).
 Growing, cropping, sliding, beams and batches move whole lines, so the stock class does them as ever; only what it hands
 to the attention is unpacked. A prompt's attention sees rounded keys and values, as every later token's does: a
 perplexity says something.
@@ -19,58 +19,21 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from quad_kernels import KVEntries, apply_hadamard, dequantize_kv, quantize_kv
-from quad_kernels.hadamard import HadamardPlan, plan_hadamard
 from torch import nn
 
 from quad_modifiers.nn.cache_argument import NEW, OLD
+from quad_modifiers.nn.kv_lines import KVCacheFormat, pack_states, unpack_states
 
 STOCK_LAYERS = ("DynamicLayer", "DynamicSlidingWindowLayer", "StaticLayer", "StaticSlidingWindowLayer")
 MEANS = ("key_mean", "value_mean")
 """The buffers of a block with what is taken off its keys and values, `[heads, head_dim]` each."""
+BASES = ("key_basis", "value_basis")
+"""The buffers of a block with the bases that its keys and values are rounded in, `[heads, head_dim, head_dim]` each."""
 _STOCK_MODULE = "transformers.cache_utils"
 States = tuple[torch.Tensor, torch.Tensor]
 """Keys and values, `[batch, heads, positions, head_dim]` each."""
-
-
-@dataclass(frozen=True)
-class KVCacheFormat:
-    """How keys and values are rounded.
-
-    Attributes:
-        clip_ratio: share of the span of a vector that its grid of 16 points covers, in (0, 1].
-        hadamard: whether each vector is transformed before it is rounded, and back when it is read.
-        sink_tokens: first tokens of a sequence whose keys and values stay as they are; 0 where attention slides.
-    """
-
-    clip_ratio: float = 1.0
-    hadamard: bool = True
-    sink_tokens: int = 0
-
-
-@torch.compiler.assume_constant_result
-def _plan(size: int) -> HadamardPlan:
-    return plan_hadamard(size)
-
-
-def pack_states(states: torch.Tensor, form: KVCacheFormat) -> torch.Tensor:
-    """Returns keys or values `[..., head_dim]` as lines of bytes `[..., head_dim / 2 + 2 * itemsize]`, uint8.
-
-    Scale and zero have the dtype of the states: float16, bfloat16 or float32.
-    """
-    if form.hadamard:
-        states = apply_hadamard(states, _plan(states.shape[-1]))
-    integers, scale, zero = quantize_kv(states, clip_ratio=form.clip_ratio)
-    return torch.cat([integers, torch.stack([scale, zero], dim=-1).view(torch.uint8)], dim=-1)
-
-
-def unpack_states(lines: torch.Tensor, form: KVCacheFormat, dtype: torch.dtype) -> torch.Tensor:
-    """Returns the rounded states of lines, in the dtype that the states had."""
-    ends = 2 * dtype.itemsize
-    scale, zero = lines[..., -ends:].clone(memory_format=torch.contiguous_format).view(dtype).unbind(-1)
-    entries = KVEntries(lines[..., :-ends].contiguous(), scale.contiguous(), zero.contiguous())
-    states = dequantize_kv(entries, dtype)
-    return apply_hadamard(states, _plan(states.shape[-1]), transpose=True) if form.hadamard else states
+Bases = tuple[torch.Tensor | None, torch.Tensor | None]
+"""Of keys and of values, orthogonal, `[heads, head_dim, head_dim]` each; None for the coordinates as they come."""
 
 
 @dataclass(frozen=True)
@@ -80,21 +43,27 @@ class BlockRounding:
     Attributes:
         form: the settings.
         means: of keys and of values, `[heads, head_dim]` each, taken off before rounding, put back when read; or None.
+        bases: in which they are rounded.
     """
 
     form: KVCacheFormat
     means: States | None
+    bases: Bases = (None, None)
 
     def pack(self, states: States) -> States:
         """Returns lines of keys and of values."""
         keys, values = states
         if self.means is not None:
             keys, values = keys - self.means[0].unsqueeze(1), values - self.means[1].unsqueeze(1)
-        return pack_states(keys, self.form), pack_states(values, self.form)
+        return (
+            pack_states(keys, self.form, self.form.key_rank, self.bases[0]),
+            pack_states(values, self.form, self.form.value_rank, self.bases[1]),
+        )
 
     def unpack(self, lines: States, dtype: torch.dtype) -> States:
         """Returns the rounded keys and values of lines."""
-        keys, values = (unpack_states(part, self.form, dtype) for part in lines)
+        keys = unpack_states(lines[0], self.form, dtype, self.form.key_rank, self.bases[0])
+        values = unpack_states(lines[1], self.form, dtype, self.form.value_rank, self.bases[1])
         if self.means is None:
             return keys, values
         return keys + self.means[0].unsqueeze(1), values + self.means[1].unsqueeze(1)
@@ -155,14 +124,18 @@ class KVCacheHook:
         """Sees to it that the block gets rounded keys and values."""
         name = NEW if NEW in kwargs else OLD
         past = kwargs.get(name)
-        rounding = BlockRounding(self.form, _means(block))
+        rounding = BlockRounding(self.form, _means(block), _bases(block))
         if past is not None and _holds_lines(past, self.layer, rounding):
             return None
         return args, {**kwargs, name: RoundedStates(past, self.layer, rounding)}
 
 
 def install_kv_cache(
-    blocks: Sequence[nn.Module], config: Any, form: KVCacheFormat, means: Sequence[States] | None = None
+    blocks: Sequence[nn.Module],
+    config: Any,
+    form: KVCacheFormat,
+    means: Sequence[States] | None = None,
+    bases: Sequence[Bases] | None = None,
 ) -> None:
     """Rounds the keys and values of all blocks of a decoder; what was installed before goes.
 
@@ -171,6 +144,7 @@ def install_kv_cache(
         config: of the model, which says where attention slides.
         form: how keys and values are rounded.
         means: of each block's keys and values, `[heads, head_dim]` each, which become its buffers; None for none.
+        bases: of each block's keys and values, likewise.
     """
     from transformers import DynamicCache
 
@@ -181,13 +155,17 @@ def install_kv_cache(
         if means is not None:
             for name, mean in zip(MEANS, means[index], strict=True):
                 block.register_buffer(name, mean)
+        if bases is not None:
+            for name, basis in zip(BASES, bases[index], strict=True):
+                if basis is not None:
+                    block.register_buffer(name, basis)
         block.register_forward_pre_hook(KVCacheHook(index, own), with_kwargs=True)
 
 
 def remove_kv_cache(blocks: Sequence[nn.Module]) -> None:
     """Lets blocks keep keys and values as they are."""
     for block in blocks:
-        for name in MEANS:
+        for name in (*MEANS, *BASES):
             block._buffers.pop(name, None)
         for number in [number for number, hook in block._forward_pre_hooks.items() if isinstance(hook, KVCacheHook)]:
             del block._forward_pre_hooks[number]
@@ -197,6 +175,11 @@ def remove_kv_cache(blocks: Sequence[nn.Module]) -> None:
 def _means(block: nn.Module) -> States | None:
     keys, values = (block._buffers.get(name) for name in MEANS)
     return None if keys is None or values is None else (keys, values)
+
+
+def _bases(block: nn.Module) -> Bases:
+    keys, values = (block._buffers.get(name) for name in BASES)
+    return keys, values
 
 
 def _holds_lines(past: Any, index: int, rounding: BlockRounding) -> bool:
@@ -247,7 +230,7 @@ def _methods(stock: Any) -> dict[str, Any]:
         held = 0 if self.sinks is None else self.sinks[0].shape[2]
         missing = self.rounding.form.sink_tokens - held
         if missing > 0:
-            new = [part[:, :, :missing] for part in states]
+            new = [part[:, :, :missing].clone() for part in states]  # a view would hold the whole prompt in memory
             self.sinks = new if held == 0 else [torch.cat(pair, 2) for pair in zip(self.sinks, new, strict=True)]
         lines = stock.update(self, *self.rounding.pack(states), *args, **kwargs)
         found: States = self.rounding.unpack(lines, key_states.dtype)

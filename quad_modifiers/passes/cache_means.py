@@ -1,6 +1,6 @@
-"""The mean key and value of each head, over calibration tokens."""
+"""The mean key and value of each head, and their second moments, over calibration tokens."""
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -13,10 +13,23 @@ from quad_modifiers.reporting import layer_progress
 _KINDS = ("keys", "values")
 
 
+class CacheMoments(NamedTuple):
+    """Moments of the keys, behind the rotary embedding, and of the values of one block, in this order.
+
+    Attributes:
+        means: `[heads, head_dim]` each, in the model's dtype.
+        squares: mean of x^T x, `[heads, head_dim, head_dim]` each, float64; None where they were not asked for.
+    """
+
+    means: tuple[torch.Tensor, torch.Tensor]
+    squares: tuple[torch.Tensor, torch.Tensor] | None
+
+
 class _Recorder:
     """Takes the place of the cache of one block, and adds up the keys and values that it is given."""
 
-    def __init__(self) -> None:
+    def __init__(self, squares: bool) -> None:
+        self.squares = squares
         self.totals: list[torch.Tensor] = []
         self.count = 0
         self.mask: torch.Tensor | None = None  # of the window that runs, `[batch, positions]`
@@ -29,22 +42,32 @@ class _Recorder:
         """Adds up `[batch, heads, positions, head_dim]` of both, without each sequence's first token."""
         counted = torch.ones(keys.shape[0], keys.shape[2], device=keys.device) if self.mask is None else self.mask
         counted = (counted.cumsum(1) > 1) & (counted > 0)
-        sums = [(part.double() * counted[:, None, :, None]).sum((0, 2)) for part in (keys, values)]
+        wide = [part.double() * counted[:, None, :, None] for part in (keys, values)]
+        sums = [part.sum((0, 2)) for part in wide]
+        if self.squares:
+            sums += [(part.mT @ part).sum(0) for part in wide]
         self.totals = [a + b for a, b in zip(self.totals, sums, strict=True)] if self.count else sums
         self.count += int(counted.sum())
         return keys, values
 
 
-@torch.no_grad()
 def cache_means(decoder: Decoder, batches: list[dict[str, torch.Tensor]]) -> list[tuple[torch.Tensor, torch.Tensor]]:
-    """Returns the mean key, behind the rotary embedding, and the mean value of each block.
+    """Returns the means of `cache_moments`."""
+    return [each.means for each in cache_moments(decoder, batches)]
 
-    They are `[heads, head_dim]`, in the model's dtype. The first token of a sequence, which is unlike all others, does
-    not count.
+
+@torch.no_grad()
+def cache_moments(
+    decoder: Decoder, batches: list[dict[str, torch.Tensor]], squares: bool = False
+) -> list[CacheMoments]:
+    """Returns the moments of the keys and values of each block.
+
+    The first token of a sequence, which is unlike all others, does not count.
 
     Args:
         decoder: the model.
         batches: `input_ids`, `[batch, positions]`, and optional `attention_mask` of padding.
+        squares: whether second moments are wanted as well.
 
     Raises:
         ValueError: if a block hands no keys to a cache, or no sequence has two tokens.
@@ -52,9 +75,29 @@ def cache_means(decoder: Decoder, batches: list[dict[str, torch.Tensor]]) -> lis
     log = open_step("cache-means")
     device, dtype = decoder.model.device, decoder.model.dtype
     if log.done:
-        kept = {name: mean.to(device) for name, mean in log.result(0)[0].items()}
-        return [(kept[f"{_KINDS[0]}.{index}"], kept[f"{_KINDS[1]}.{index}"]) for index in range(len(decoder.blocks))]
-    recorders = [_Recorder() for _ in decoder.blocks]
+        kept = {name: tensor.to(device) for name, tensor in log.result(0)[0].items()}
+    else:
+        kept = {}
+        for index, recorder in enumerate(_recorded(decoder, batches, squares)):
+            found = [total / recorder.count for total in recorder.totals]
+            kept |= {f"{kind}.{index}": mean.to(dtype) for kind, mean in zip(_KINDS, found[:2], strict=True)}
+            if squares:
+                kept |= {f"{kind}.squares.{index}": each for kind, each in zip(_KINDS, found[2:], strict=True)}
+        log.finish(kept)
+    return [
+        CacheMoments(_both(kept, "", index), _both(kept, ".squares", index) if squares else None)
+        for index in range(len(decoder.blocks))
+    ]
+
+
+def _both(kept: dict[str, torch.Tensor], what: str, index: int) -> tuple[torch.Tensor, torch.Tensor]:
+    keys, values = (kept[f"{kind}{what}.{index}"] for kind in _KINDS)
+    return keys, values
+
+
+def _recorded(decoder: Decoder, batches: list[dict[str, torch.Tensor]], squares: bool) -> list[_Recorder]:
+    """Runs the model, and returns what each block handed to its cache."""
+    recorders, device = [_Recorder(squares) for _ in decoder.blocks], decoder.model.device
     hooks = [
         block.module.register_forward_pre_hook(recorder.before, with_kwargs=True)
         for block, recorder in zip(decoder.blocks, recorders, strict=True)
@@ -72,6 +115,4 @@ def cache_means(decoder: Decoder, batches: list[dict[str, torch.Tensor]]) -> lis
     for block, recorder in zip(decoder.blocks, recorders, strict=True):
         if not recorder.count:
             raise ValueError(f"{block.name} hands no keys to a cache, or the calibration data has no second token")
-    means = [[(total / recorder.count).to(dtype) for total in recorder.totals] for recorder in recorders]
-    log.finish({f"{name}.{i}": mean for i, both in enumerate(means) for name, mean in zip(_KINDS, both, strict=True)})
-    return [(keys, values) for keys, values in means]
+    return recorders

@@ -62,9 +62,9 @@ class QuadConfig(QuantizationConfig):
             )
         if KV_CACHE in quad.sections:
             logger.warning_once(
-                "the checkpoint asks for keys and values in 4 bits, which vLLM's cache holds its own way: on CUDA give "
-                "--kv-cache-dtype int4_per_token_head; without it, and on a CPU, they are in what --kv-cache-dtype "
-                "says, by default the model's own type"
+                "the checkpoint asks for keys and values in 4 bits, or 4 and 8, which vLLM's cache holds its own way: "
+                "on CUDA give --kv-cache-dtype int4_per_token_head; without it, and on a CPU, they are in what "
+                "--kv-cache-dtype says, by default the model's own type"
             )
         return cls(quad)
 

@@ -18,7 +18,7 @@ from vllm.platforms import current_platform
 
 from quad_modifiers.checkpoint.head_transform import NAME as HEAD_TRANSFORM
 from quad_modifiers.checkpoint.tensors import expected_tensors
-from quad_modifiers.nn.kv_cache import MEANS
+from quad_modifiers.nn.kv_cache import BASES, MEANS
 from quad_modifiers.nn.transformed_norm import add_head_transform
 from quad_modifiers.plugins import architectures
 from quad_modifiers.vllm_plugin.config import QuadConfig
@@ -50,7 +50,8 @@ class CheckedWeights:
         model_config, quad = self._checkpoint
         expected = expected_tensors(model_config.hf_config, quad, architectures())
         checked = checked_tensors(weights, expected, model_config.dtype)
-        served = (each for each in checked if each[0].rpartition(".")[2] not in MEANS)  # vLLM's cache has its own way
+        # vLLM's cache has its own way.
+        served = (each for each in checked if each[0].rpartition(".")[2] not in (*MEANS, *BASES))
         loaded: set[str] = super().load_weights(served)  # type: ignore[misc]
         return loaded
 

@@ -48,7 +48,7 @@ RECIPES = {
     ),
     "zero points": ("OutlierSplitGPTQ: {symmetric: false, group_size: 16}",),
     "rounded": (PROJECTION, "OutlierSplitGPTQ: {method: rtn}"),
-    "cache": (PROJECTION, "DynamicActQuant: {}", "OutlierSplitGPTQ: {}", "KVCacheQuant: {}"),
+    "cache": (PROJECTION, "DynamicActQuant: {}", "OutlierSplitGPTQ: {}", "KVCacheQuant: {high_rank: 4, high_bits: 8}"),
     "ends": (PROJECTION, "OutlierSplitGPTQ: {}", "EmbeddingHeadQuant: {}"),
     "smoothed": ("SmoothQuantModifier: {smoothing_strength: 0.5}", PROJECTION, "OutlierSplitGPTQ: {}"),
     "outliers in 8 bits": (

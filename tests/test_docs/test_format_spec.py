@@ -460,7 +460,10 @@ MODELS: dict[int, Section] = {
     3: {"sections": {"key_basis": {"rank": 2}}},
     4: {},
     5: {},
-    6: {"overrides": [{"role": "q_proj", "layers": [1], "weight": {"bits": 8}, "input": PLAIN["input"]}]},
+    6: {
+        "overrides": [{"role": "q_proj", "layers": [1], "weight": {"bits": 8}, "input": PLAIN["input"]}],
+        "sections": {"kv_cache": {"bits": 4, "high": {"bits": 8}}},
+    },
 }
 
 
@@ -489,6 +492,7 @@ def written_fields(quad: QuadFormat) -> set[str]:
     linear = section["linears"]["q_proj"]
     found = {f"linears.{name}" for name in ("terms", "outlier") if name in linear}
     found |= {f"linears.{part}.sub_scale_bits" for part in ("weight", "input") if "sub_scale_bits" in linear[part]}
+    found |= {"sections.kv_cache.high"} if "high" in section.get("sections", {}).get("kv_cache", {}) else set()
     return {*section, *found}
 
 
@@ -516,6 +520,8 @@ def test_a_reader_refuses_fields_of_other_versions(version: int) -> None:
             section["linears"]["q_proj"]["terms"] = {}
         elif field == "linears.outlier":
             section["linears"]["q_proj"]["outlier"] = None
+        elif field == "sections.kv_cache.high":
+            section.setdefault("sections", {})["kv_cache"] = {"bits": 4, "high": None}
         else:
             empty = {"sections": {}, "outlier": {"bits": 16}, "overrides": []}
             section[field] = empty.get(field)

@@ -1,4 +1,4 @@
-"""4-bit entries of a key/value cache."""
+"""Entries of a key/value cache in 4 and 8 bits."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ def check_equal(device: torch.device, x: torch.Tensor, **arguments: object) -> N
     wanted = quantize_kv(x.cpu(), **arguments, backend="reference")  # type: ignore[arg-type]
     for tensor, truth in zip(got, wanted, strict=True):
         torch.testing.assert_close(tensor.cpu(), truth, rtol=0, atol=0, equal_nan=True)
-    back = dequantize_kv(got, x.dtype).cpu()
-    torch.testing.assert_close(
-        back, dequantize_kv(wanted, x.dtype, backend="reference"), rtol=0, atol=0, equal_nan=True
-    )
+    bits = {"bits": arguments.get("bits", 4)}
+    back = dequantize_kv(got, x.dtype, **bits).cpu()  # type: ignore[arg-type]
+    truth = dequantize_kv(wanted, x.dtype, **bits, backend="reference")  # type: ignore[arg-type]
+    torch.testing.assert_close(back, truth, rtol=0, atol=0, equal_nan=True)
 
 
 @pytest.mark.parametrize("backend", ["reference", "onednn"])
@@ -39,6 +39,16 @@ def test_definition(backend: str, clip_ratio: float) -> None:
     back = dequantize_kv(entries, torch.float32, backend=backend)
     inside = x.clamp((middle - half).float().unsqueeze(-1), (middle + half).float().unsqueeze(-1))
     assert bool(((back - inside).abs() <= 0.5001 * entries.scale.unsqueeze(-1)).all())
+
+
+def test_eight_bits() -> None:
+    x = cache(2, 3, 64)
+    entries = quantize_kv(x, bits=8)
+    assert (entries.integers.shape, entries.integers.dtype) == ((2, 3, 64), torch.uint8)
+    assert (entries.integers.amin(-1) == 0).all()
+    assert (entries.integers.amax(-1) == 255).all()
+    back = dequantize_kv(entries, torch.float32, bits=8)
+    assert bool(((back - x).abs() <= 0.501 * (x.amax(-1, True) - x.amin(-1, True)) / 255).all())
 
 
 def test_order_of_the_nibbles() -> None:
@@ -73,6 +83,10 @@ def test_bad_arguments() -> None:
         quantize_kv(torch.ones(2, 8), scale_dtype=torch.int8)
     with pytest.raises(ValueError, match=r"clip_ratio \(1.5\) must lie in"):
         quantize_kv(torch.ones(2, 8), clip_ratio=1.5)
+    with pytest.raises(ValueError, match=r"bits \(2\) of a cache entry must be 4 or 8"):
+        quantize_kv(torch.ones(2, 8), bits=2)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="even number of integers, not 3"):
+        dequantize_kv(KVEntries(torch.zeros(2, 3, dtype=torch.uint8), *torch.ones(2, 2)), torch.float32, bits=8)
     with pytest.raises(ValueError, match=r"got \[3\] and \[2\]"):
         dequantize_kv(KVEntries(torch.zeros(2, 4, dtype=torch.uint8), torch.ones(3), torch.ones(2)), torch.float32)
 
@@ -85,6 +99,7 @@ def test_triton_equals_the_reference(device: torch.device, vectors: int, head_di
     x = cache(vectors, head_dim, dtype=dtype)
     check_equal(device, x, clip_ratio=0.95, scale_dtype=torch.float16)
     check_equal(device, x)
+    check_equal(device, x, bits=8)
 
 
 @pytest.mark.filterwarnings("ignore:(.*value encountered|All-NaN slice):RuntimeWarning")
@@ -98,6 +113,7 @@ def test_values_at_the_edges(device: torch.device, dtype: torch.dtype) -> None:
     x[4, 40] = float("inf")
     x[5, 63] = float("-inf")
     check_equal(device, x)
+    check_equal(device, x, bits=8)
     back = dequantize_kv(quantize_kv(x.to(device)), dtype)
     assert back.isnan().all(1).tolist() == [False, False, False, True, True, True, False]
     assert torch.equal(back[:2].cpu(), x[:2])
@@ -122,6 +138,9 @@ def test_operator_contract(device: torch.device) -> None:
     x = cache(3, 16, dtype=torch.bfloat16).to(device)
     checked = torch.library.opcheck(ops.quantize_kv, (x, 0.9, torch.float32, "triton"))
     assert set(checked.values()) == {"SUCCESS"}
-    entries = ops.quantize_kv(x, 0.9, torch.float32, "triton")
-    checked = torch.library.opcheck(ops.dequantize_kv, (*entries, torch.bfloat16, "triton"))
+    checked = torch.library.opcheck(ops.quantize_kv, (x, 0.9, torch.float32, "triton", 8))
     assert set(checked.values()) == {"SUCCESS"}
+    for bits in (4, 8):
+        entries = ops.quantize_kv(x, 0.9, torch.float32, "triton", bits)
+        checked = torch.library.opcheck(ops.dequantize_kv, (*entries, torch.bfloat16, "triton", bits))
+        assert set(checked.values()) == {"SUCCESS"}

@@ -24,13 +24,17 @@ from tests.continuation import PROMPT, TOKENS, at_once, by_tokens
 KNOWN = {architecture.model_type: architecture for architecture in BUILTIN_ARCHITECTURES}
 
 
-@pytest.fixture(scope="module", params=["llama", "ministral", "phi3", "qwen3"])
+SPLIT = {"high_rank": "1/8", "high_bits": 8}
+
+
+@pytest.fixture(scope="module", params=["llama", "ministral", "phi3", "qwen3", "split llama"])
 def rounded(request, make_toy, compress) -> Any:
-    """A toy whose keys and values are rounded, and nothing else.
+    """A toy whose keys and values are rounded, and nothing else; where they are split, an eighth of them to 8 bits.
 
     Ministral's and Phi-3's attention slides, and Phi-3's modules do not say so; Qwen3's heads have 24 numbers.
     """
-    return compress(make_toy(request.param), KVCacheQuant())
+    settings = SPLIT if request.param.startswith("split") else {}
+    return compress(make_toy(request.param.removeprefix("split ")), KVCacheQuant(**settings))
 
 
 def rounded_states(x: torch.Tensor, form: KVCacheFormat) -> torch.Tensor:
@@ -113,8 +117,13 @@ def test_four_bits_are_held(rounded) -> None:
     for past in (dynamic, static):
         for layer in past.layers:
             assert layer.keys.dtype == layer.values.dtype == torch.uint8
-            assert layer.keys.shape[-1] == layer.values.shape[-1] == size // 2 + 8  # float32 scale and zero
+            line = size // 2 + 8  # float32 scale and zero
+            if hasattr(rounded.model.layers[0], "key_basis"):
+                line += size // 8 // 2 + 8  # four more bits of an eighth, and its own scale and zero
+            assert layer.keys.shape[-1] == layer.values.shape[-1] == line
             assert layer.keys.shape[:2] == (2, rounded.config.num_key_value_heads)
+            for sink in layer.sinks or ():  # no view of the prompt
+                assert sink.untyped_storage().nbytes() == sink.numel() * sink.element_size()
         assert int(past.get_seq_length()) == PROMPT.shape[1]
 
 
@@ -180,6 +189,7 @@ def test_caches_that_hold_no_lines_get_rounded_numbers(make_toy, compress) -> No
     assert float((wanted - given).abs().max()) > 1e-2
 
 
+@pytest.mark.parametrize("rounded", ["llama", "ministral", "phi3", "qwen3"], indirect=True)
 def test_compiled_graphs(rounded) -> None:
     """Without a cache, and with a static one that was filled before, as `generate` fills it."""
     torch._dynamo.reset()
@@ -229,6 +239,83 @@ def test_an_unfilled_cache_of_another_class_is_left_as_it_is(make_toy, compress)
     with torch.no_grad():
         model(PROMPT, past_key_values=past, use_cache=True)
     assert [layer.keys.dtype for layer in past.layers] == [torch.float32, torch.uint8]
+
+
+def test_the_split_compiles() -> None:
+    torch._dynamo.reset()
+    basis = torch.linalg.qr(states(3, 16, 16)).Q
+    rounding = BlockRounding(KVCacheFormat(0.9, key_rank=4, value_rank=2), None, (basis, None))
+    compiled = torch.compile(rounding.round, fullgraph=True, backend="aot_eager")
+    given = states(2, 3, 5, 16), states(2, 3, 5, 16, seed=1)
+    for found, wanted in zip(compiled(given, 0), rounding.round(given, 0), strict=True):
+        torch.testing.assert_close(found, wanted)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_coordinates_in_eight_bits(dtype) -> None:
+    """Vectors whose energy is in four directions of a basis: these have 8 bits, and the others a finer grid."""
+    basis = torch.linalg.qr(states(3, 24, 24)).Q.to(dtype)
+    x = (states(2, 3, 7, 24) * torch.tensor([20.0] * 4 + [1.0] * 20) @ basis.float().mT).to(dtype)
+    form = KVCacheFormat(0.9)
+    lines = pack_states(x, form, 4, basis)
+    assert lines.shape == (2, 3, 7, 20 // 2 + 4 + 4 * dtype.itemsize)
+    assert torch.equal(pack_states(x[:, :, 2:], form, 4, basis), lines[:, :, 2:])
+    found = unpack_states(lines, form, dtype, 4, basis)
+    assert found.dtype == dtype
+    error, plain = (float((each.float() - x.float()).norm()) for each in (found, rounded_states(x, form)))
+    assert error < 0.2 * plain
+    # Without a basis the first coordinates are those of the vector, in whatever layout 8 bits need.
+    y = torch.tensor([[0.0, 255.0, 15.0, 7.2, 1.0, 0.0]])
+    assert torch.equal(unpack_states(pack_states(y, KVCacheFormat(), 2), KVCacheFormat(), torch.float32, 2), y.round())
+
+
+@pytest.mark.parametrize("center", [True, False])
+def test_bases_are_those_of_the_calibration_data(center, make_toy, compress, token_ids) -> None:
+    model, plain = compress(make_toy(), KVCacheQuant(high_rank=4, high_bits=8, center=center)), make_toy()
+    with torch.no_grad():
+        past = plain(token_ids(), use_cache=True).past_key_values
+    for block, layer in zip(model.model.layers, past.layers, strict=True):
+        for basis, part in ((block.key_basis, layer.keys), (block.value_basis, layer.values)):
+            heads, size = part.shape[1], part.shape[3]
+            x = part[:, :, 1:].transpose(0, 1).reshape(heads, -1, size)
+            x = x - x.mean(1, keepdim=True) if center else x
+            moments = basis.mT @ (x.mT @ x / x.shape[1]) @ basis
+            torch.testing.assert_close(basis @ basis.mT, torch.eye(size).expand_as(basis), rtol=0, atol=1e-5)
+            high, low, mixed = moments[:, :4, :4], moments[:, 4:, 4:], moments[:, :4, 4:]
+            largest = torch.linalg.eigvalsh(low)[:, -1]
+            assert (torch.linalg.eigvalsh(high)[:, 0] >= 0.999 * largest).all()
+            assert float(mixed.abs().max()) < 1e-3 * float(largest.max())
+            assert float((low - torch.diag_embed(low.diagonal(dim1=1, dim2=2))).abs().max()) > 0.01  # rotated
+
+
+def test_values_that_the_projection_has_split_need_no_basis(make_toy, compress) -> None:
+    projection = {"rank": 8, "o_proj_rank_per_head": "1/8", "values_basis": "values", "online_rotation": []}
+    for values, rank, folded in (
+        (("keys", "values"), "1/8", True),
+        (("keys", "values"), 4, False),
+        (("keys",), 2, True),
+    ):
+        cache = KVCacheQuant(high_rank=rank, high_bits=8, high_states=list(values))
+        model = compress(make_toy(), SVDOutlierProjection(**projection), cache)
+        block = model.model.layers[0]
+        assert hasattr(block, "key_basis")
+        assert hasattr(block, "value_basis") != folded
+        found, wanted = by_tokens(model), at_once(model)
+        assert float((found - wanted).norm() / wanted.norm()) < 2e-2
+        exact = at_once(make_toy())
+        assert float((wanted - exact).norm() / exact.norm()) < 0.1
+
+
+def test_refusals_of_coordinates_in_eight_bits(make_toy, compress) -> None:
+    for given in ({"high_rank": 2}, {"high_bits": 8}):
+        with pytest.raises(ValueError, match=r"high_rank .* and high_bits .* go together"):
+            KVCacheQuant(**given)
+    for given in ({"high_rank": 2, "high_bits": 4}, {"bits": 8}, {"high_rank": 2, "high_bits": 8, "high_states": []}):
+        with pytest.raises(ValueError, match=r"high_bits|bits|high_states"):
+            KVCacheQuant(**given)
+    for rank in (16, 3, "1/32", "1/5"):
+        with pytest.raises(ValueError, match=r"high_rank comes to \d+ of the 16 coordinates of a head"):
+            compress(make_toy(), KVCacheQuant(high_rank=rank, high_bits=8))
 
 
 def test_refusals(make_toy, compress) -> None:

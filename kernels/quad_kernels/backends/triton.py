@@ -84,23 +84,23 @@ class TritonBackend(Backend):
             return launch.hadamard(x)
 
     def quantize_kv(
-        self, x: torch.Tensor, clip_ratio: float, scale_dtype: torch.dtype
+        self, x: torch.Tensor, clip_ratio: float, scale_dtype: torch.dtype, bits: int = 4
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Several vectors per program."""
         from quad_kernels.int4_kv import kernel
 
         if x.dtype == torch.float64:
-            return super().quantize_kv(x, clip_ratio, scale_dtype)
+            return super().quantize_kv(x, clip_ratio, scale_dtype, bits)
         with torch.cuda.device_of(x):
-            return kernel.quantize_kv(x, clip_ratio, scale_dtype)
+            return kernel.quantize_kv(x, clip_ratio, scale_dtype, bits)
 
     def dequantize_kv(
-        self, integers: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor, dtype: torch.dtype
+        self, integers: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor, dtype: torch.dtype, bits: int = 4
     ) -> torch.Tensor:
         """Several vectors per program."""
         from quad_kernels.int4_kv import kernel
 
         if dtype == torch.float64:
-            return super().dequantize_kv(integers, scale, zero, dtype)
+            return super().dequantize_kv(integers, scale, zero, dtype, bits)
         with torch.cuda.device_of(integers):
-            return kernel.dequantize_kv(integers, scale, zero, dtype)
+            return kernel.dequantize_kv(integers, scale, zero, dtype, bits)

@@ -1,1 +1,1 @@
-"""4-bit entries of a key/value cache: one asymmetric grid per token and head."""
+"""Entries of a key/value cache in 4 or 8 bits: one asymmetric grid per token and head."""

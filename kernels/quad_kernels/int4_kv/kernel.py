@@ -1,4 +1,4 @@
-"""Triton kernels of the 4-bit cache entries."""
+"""Triton kernels of the cache entries."""
 
 import torch
 import triton
@@ -13,7 +13,7 @@ _WARPS = 2
 @triton.jit
 def quantize_kv_kernel(
     x_ptr: tl.tensor,  # [vectors, 2 * HALF]
-    integers_ptr: tl.tensor,  # [vectors, HALF] uint8
+    integers_ptr: tl.tensor,  # [vectors, HALF] uint8, or in 8 bits [vectors, 2 * HALF]
     scale_ptr: tl.tensor,  # [vectors]
     zero_ptr: tl.tensor,  # [vectors]
     vectors: tl.tensor,
@@ -21,6 +21,7 @@ def quantize_kv_kernel(
     margin: tl.tensor,  # (1 - clip_ratio) / 2
     X_STRIDE: tl.constexpr,
     HALF: tl.constexpr,
+    BITS: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
 ) -> None:
@@ -39,26 +40,33 @@ def quantize_kv_kernel(
     high = tl.max(tl.where(inside, tl.maximum(first, second), float("-inf")), 1, keep_dims=True)
     span = high - low
     span = tl.where((magnitude < float("inf")) & (span < float("inf")), span, float("nan"))
-    scale = tl.div_rn(span * clip_ratio, 15.0).to(scale_ptr.dtype.element_ty)
+    LARGEST: tl.constexpr = 2.0**BITS - 1
+    scale = tl.div_rn(span * clip_ratio, LARGEST).to(scale_ptr.dtype.element_ty)
     zero = (low + span * margin).to(zero_ptr.dtype.element_ty)
     tl.store(scale_ptr + row, scale, mask=in_rows)
     tl.store(zero_ptr + row, zero, mask=in_rows)
     scale, zero = scale.to(tl.float32), zero.to(tl.float32)
-    low_nibble = round_to_grid(first - zero, scale, 0.0, 15.0) & 0xF
-    high_nibble = round_to_grid(second - zero, scale, 0.0, 15.0) & 0xF
-    packed = (low_nibble | (high_nibble << 4)).to(tl.uint8)
-    tl.store(integers_ptr + row.to(tl.int64) * HALF + column, packed, mask=valid)
+    first_integer = round_to_grid(first - zero, scale, 0.0, LARGEST) & 0xFF
+    second_integer = round_to_grid(second - zero, scale, 0.0, LARGEST) & 0xFF
+    if BITS == 8:
+        integers_row = integers_ptr + row.to(tl.int64) * (2 * HALF)
+        tl.store(integers_row + column, first_integer.to(tl.uint8), mask=valid)
+        tl.store(integers_row + HALF + column, second_integer.to(tl.uint8), mask=valid)
+    else:
+        packed = ((first_integer & 0xF) | ((second_integer & 0xF) << 4)).to(tl.uint8)
+        tl.store(integers_ptr + row.to(tl.int64) * HALF + column, packed, mask=valid)
 
 
 @triton.jit
 def dequantize_kv_kernel(
-    integers_ptr: tl.tensor,  # [vectors, HALF] uint8
+    integers_ptr: tl.tensor,  # [vectors, HALF] uint8, or in 8 bits [vectors, 2 * HALF]
     scale_ptr: tl.tensor,  # [vectors]
     zero_ptr: tl.tensor,  # [vectors]
     x_ptr: tl.tensor,  # [vectors, 2 * HALF]
     vectors: tl.tensor,
     STRIDE: tl.constexpr,
     HALF: tl.constexpr,
+    BITS: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
 ) -> None:
@@ -67,24 +75,30 @@ def dequantize_kv_kernel(
     column = tl.arange(0, COLUMNS)[None, :]
     in_rows = row < vectors
     valid = in_rows & (column < HALF)
-    packed = tl.load(integers_ptr + row.to(tl.int64) * STRIDE + column, mask=valid, other=0).to(tl.int32)
+    integers_row = integers_ptr + row.to(tl.int64) * STRIDE
+    integer = tl.load(integers_row + column, mask=valid, other=0).to(tl.int32)
+    if BITS == 8:
+        second_integer = tl.load(integers_row + HALF + column, mask=valid, other=0).to(tl.int32)
+    else:
+        second_integer = integer >> 4
+        integer = integer & 0xF
     scale = tl.load(scale_ptr + row, mask=in_rows, other=0.0).to(tl.float32)
     zero = tl.load(zero_ptr + row, mask=in_rows, other=0.0).to(tl.float32)
     x_row = x_ptr + row.to(tl.int64) * (2 * HALF)
-    first = (packed & 0xF).to(tl.float32) * scale + zero
-    second = (packed >> 4).to(tl.float32) * scale + zero
+    first = integer.to(tl.float32) * scale + zero
+    second = second_integer.to(tl.float32) * scale + zero
     tl.store(x_row + column, first.to(x_ptr.dtype.element_ty), mask=valid)
     tl.store(x_row + HALF + column, second.to(x_ptr.dtype.element_ty), mask=valid)
 
 
 def quantize_kv(
-    x: torch.Tensor, clip_ratio: float, scale_dtype: torch.dtype
+    x: torch.Tensor, clip_ratio: float, scale_dtype: torch.dtype, bits: int = 4
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """See `quad_kernels.quantize_kv`; `x` is `[vectors, head_dim]`."""
     if x.stride(1) != 1:
         x = x.contiguous()
     vectors, half = x.shape[0], x.shape[1] // 2
-    integers = torch.empty(vectors, half, dtype=torch.uint8, device=x.device)
+    integers = torch.empty(vectors, half * bits // 4, dtype=torch.uint8, device=x.device)
     scale = torch.empty(vectors, dtype=scale_dtype, device=x.device)
     zero = torch.empty(vectors, dtype=scale_dtype, device=x.device)
     if vectors:
@@ -99,6 +113,7 @@ def quantize_kv(
             (1 - clip_ratio) / 2,
             X_STRIDE=x.stride(0),
             HALF=half,
+            BITS=bits,
             ROWS=rows,
             COLUMNS=columns,
             num_warps=_WARPS,
@@ -107,11 +122,13 @@ def quantize_kv(
     return integers, scale, zero
 
 
-def dequantize_kv(integers: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """See `quad_kernels.dequantize_kv`; `integers` is `[vectors, head_dim / 2]`."""
+def dequantize_kv(
+    integers: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor, dtype: torch.dtype, bits: int = 4
+) -> torch.Tensor:
+    """See `quad_kernels.dequantize_kv`; `integers` is `[vectors, head_dim / 2]`, in 8 bits `[vectors, head_dim]`."""
     if integers.stride(1) != 1:
         integers = integers.contiguous()
-    vectors, half = integers.shape
+    vectors, half = integers.shape[0], integers.shape[1] * 4 // bits
     x = torch.empty(vectors, 2 * half, dtype=dtype, device=integers.device)
     if vectors:
         rows, columns = _tile(half)
@@ -123,6 +140,7 @@ def dequantize_kv(integers: torch.Tensor, scale: torch.Tensor, zero: torch.Tenso
             vectors,
             STRIDE=integers.stride(0),
             HALF=half,
+            BITS=bits,
             ROWS=rows,
             COLUMNS=columns,
             num_warps=_WARPS,
