@@ -17,7 +17,7 @@ from quad_modifiers.modifiers.rank_field import RankField
 from quad_modifiers.nn.kv_cache import install_kv_cache
 from quad_modifiers.nn.kv_lines import KVCacheFormat, check_high_rank
 from quad_modifiers.passes.cache_means import CacheMoments, cache_moments
-from quad_modifiers.projection.rank import rank_of
+from quad_modifiers.projection.rank import is_share, rank_of
 
 logger = logging.getLogger(__name__)
 
@@ -44,10 +44,10 @@ class KVCacheQuant(QuadModifier):
 
     Attributes:
         bits: 4.
-        high_rank: coordinates of a head in `high_bits`, with a grid of their own; a number, or a share such as 1/8.
-            They are those of most energy in an eigenbasis of each head, by which keys are multiplied when they are
-            stored and read; and values, unless SVDOutlierProjection has brought them into such a basis, with as many
-            outliers.
+        high_rank: coordinates of a head in `high_bits`, with a grid of their own; an even number, or a share such
+            as 1/8, made even. They are those of most energy in an eigenbasis of each head, by which keys are
+            multiplied when they are stored and read; and values, unless SVDOutlierProjection has brought them into such
+            a basis, with as many outliers.
         high_bits: 8 with a `high_rank`, else null.
         high_states: what has such coordinates, "keys" or "values"; the other is all in 4 bits.
         clip_ratio: share of the span of a vector that its grid of 16 points covers.
@@ -100,7 +100,7 @@ class KVCacheQuant(QuadModifier):
                 f"KVCacheQuant packs two coordinates into a byte, and the heads have {size}; leave it out of the recipe"
             )
         if self.high_rank:
-            check_high_rank(rank_of(self.high_rank, size), size)
+            check_high_rank(self._rank(size), size)
 
     def run(self, decoder: Decoder, batches: Batches) -> None:
         """Lets the blocks round keys and values."""
@@ -115,8 +115,12 @@ class KVCacheQuant(QuadModifier):
         self.contribute(decoder, sections={NAME: section})
         logger.info("KVCacheQuant: keys and values in %d bits, clip ratio %g", self.bits, self.clip_ratio)
 
+    def _rank(self, head_dim: int) -> int:
+        rank = rank_of(self.high_rank, head_dim)
+        return rank + rank % 2 if is_share(self.high_rank) else rank
+
     def _form(self, decoder: Decoder) -> KVCacheFormat:
-        rank = rank_of(self.high_rank, decoder.geometry.head_dim)
+        rank = self._rank(decoder.geometry.head_dim)
         keys, values = (rank if each in self.high_states else 0 for each in ("keys", "values"))
         return KVCacheFormat(self.clip_ratio, self.hadamard, self.sink_tokens, keys, values)
 

@@ -306,6 +306,13 @@ def test_values_that_the_projection_has_split_need_no_basis(make_toy, compress) 
         assert float((wanted - exact).norm() / exact.norm()) < 0.1
 
 
+def test_a_share_is_an_even_number(make_toy, compress) -> None:
+    model = compress(make_toy("qwen3"), KVCacheQuant(**SPLIT))  # heads of 24
+    with torch.no_grad():
+        layer = model(PROMPT, use_cache=True).past_key_values.layers[0]
+    assert layer.keys.shape[-1] == (24 + 4) // 2 + 16  # 3 made even
+
+
 def test_refusals_of_coordinates_in_eight_bits(make_toy, compress) -> None:
     for given in ({"high_rank": 2}, {"high_bits": 8}):
         with pytest.raises(ValueError, match=r"high_rank .* and high_bits .* go together"):
@@ -313,7 +320,7 @@ def test_refusals_of_coordinates_in_eight_bits(make_toy, compress) -> None:
     for given in ({"high_rank": 2, "high_bits": 4}, {"bits": 8}, {"high_rank": 2, "high_bits": 8, "high_states": []}):
         with pytest.raises(ValueError, match=r"high_bits|bits|high_states"):
             KVCacheQuant(**given)
-    for rank in (16, 3, "1/32", "1/5"):
+    for rank in (16, 3, "1/32", "1/1"):
         with pytest.raises(ValueError, match=r"high_rank comes to \d+ of the 16 coordinates of a head"):
             compress(make_toy(), KVCacheQuant(high_rank=rank, high_bits=8))
 
