@@ -80,9 +80,9 @@ FLOORS = (
     "quad_modifiers.tools.publishing",
     "quad_modifiers.tools.evaluation",
     "quad_modifiers.tools.inspection",
-    "quad_modifiers.tools.suggestion",
     "quad_modifiers.tools.demo",
     "quad_modifiers.tools.bench",
+    "quad_modifiers.tools.suggestion",
     "quad_modifiers.tools.cli",
     "quad_modifiers.__main__",
 )
