@@ -3,6 +3,7 @@
 import logging
 from dataclasses import dataclass
 from pathlib import Path
+from textwrap import wrap
 
 from quad_modifiers.checkpoint.opened import Opened, open_checkpoint
 from quad_modifiers.checkpoint.whole_model import DEFAULTS, LoadingOptions
@@ -198,4 +199,4 @@ def _header(found: Sensitivities, budgets: list[Budget]) -> list[str]:
             f"{each.divergence_before:.4f} in {found.recipe}"
         )
     text = f"{found.windows} windows of {found.window_length} tokens, seed {found.seed}, of {found.text}"
-    return [*lines, f"Measured on {' '.join(text.split())}."]
+    return [*lines, *wrap(f"Measured on {text}.", width=108)]
