@@ -165,8 +165,10 @@ class TestLoss:
         assert row.divergence == pytest.approx(0, abs=1e-6)
         assert row.loss == pytest.approx(0, abs=1e-6)
 
-    def test_divergence(self, make_toy, windows) -> None:
-        model, other = make_toy("llama"), make_toy("llama", seed=1)
+    @pytest.mark.parametrize("model_type", ["llama", "granite"])
+    def test_divergence(self, model_type, make_toy, windows) -> None:
+        """Granite scales what comes out of its head."""
+        model, other = make_toy(model_type), make_toy(model_type, seed=1)
         meter = LossMeter(decoder(other), windows, "after", Reference.of(decoder(model), windows))
         row = meter.row("all", "weights", "4")
         with torch.no_grad():

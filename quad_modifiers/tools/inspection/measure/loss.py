@@ -46,7 +46,8 @@ def _run(decoder: Decoder, windows: list[torch.Tensor]) -> Iterator[tuple[float,
     """Yields the mean negative log-likelihood in each window, and its logits."""
     for window in windows:
         seen: list[torch.Tensor] = []
-        with decoder.head.register_forward_hook(lambda _, __, logits, keep=seen.append: keep(logits)):
+        # Not the head's output: some models scale that.
+        with decoder.model.register_forward_hook(lambda _, __, found, keep=seen.append: keep(found.logits)):
             loss = perplexity(decoder.model, [window], progress=False).nll_per_token
         yield loss, seen[-1].detach().flatten(0, -2)
 
