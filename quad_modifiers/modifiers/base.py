@@ -23,6 +23,7 @@ from quad_modifiers.model.decoder import Decoder
 from quad_modifiers.model.rotary import restore_frequencies
 from quad_modifiers.modifiers.coming_widths import check_group_sizes
 from quad_modifiers.nn.quad_linear import QuadLinear
+from quad_modifiers.on_disk import let_go
 from quad_modifiers.plugins import architectures
 from quad_modifiers.process_state import kept_apart
 from quad_modifiers.recipe import RecipeError, validate_modifiers
@@ -204,6 +205,7 @@ def check_finite(model: nn.Module) -> None:
         if not torch.isfinite(parameter).all():
             bad = int((~torch.isfinite(parameter)).sum())
             raise ValueError(f"{name} has {bad} NaN or infinite values; the model is damaged, get it again")
+        let_go(parameter)
 
 
 def _begin_own_pass(model: nn.Module) -> None:
