@@ -66,7 +66,7 @@ class Backend:
         quantization: InputQuantization,
         outlier_weight: torch.Tensor | None,
         bias: torch.Tensor | None,
-        branch: LowRank | None,
+        branch: LowRank | None = None,
     ) -> torch.Tensor:
         """Returns the complete layer of `x`, `[..., width]`, as `[..., out]`, dtype of `x`; here part by part."""
         flat = x.reshape(-1, split.width)

@@ -83,7 +83,7 @@ class NativeBackend(OneDnnBackend):
         quantization: InputQuantization,
         outlier_weight: torch.Tensor | None,
         bias: torch.Tensor | None,
-        branch: LowRank | None,
+        branch: LowRank | None = None,
     ) -> torch.Tensor:
         """One call: every thread takes some of the output channels."""
         y = lines.linear(x, weight, split, quantization, outlier_weight, bias, branch)
