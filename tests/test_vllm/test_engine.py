@@ -170,14 +170,6 @@ def test_two_ranks(engine: Engine, toy8) -> None:
     assert_close(found, reference(AutoModelForCausalLM.from_pretrained(folder)))
 
 
-def test_two_stages(engine: Engine, toy8) -> None:
-    """Pipeline parallelism: each process has a block, and reads the weights of no other."""
-    folder = toy8("llama", packed_ends=True)
-    cores = {"VLLM_CPU_OMP_THREADS_BIND": "0|1"}
-    found = engine(folder, environment=cores, dtype="float32", enforce_eager=True, pipeline_parallel_size=2)
-    assert_close(found, reference(AutoModelForCausalLM.from_pretrained(folder)))
-
-
 def test_branches_of_a_fused_checkpoint(engine: Engine, toy_quad, write_toy, toy_settings) -> None:
     roles = {"qkv_proj": 6, "o_proj": 4, "gate_up_proj": 5, "down_proj": 6}
     terms = {role: {"terms": {"low_rank_branch": {"rank": rank}}} for role, rank in roles.items()}
