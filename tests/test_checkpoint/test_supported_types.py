@@ -73,8 +73,8 @@ def test_a_recipe_runs_saves_and_reloads(model_type, recipe, made, logits_of) ->
     roles = len(ROWS[model_type].architecture.roles())
     assert len(containers) == 2 * roles
     found, wanted = by_tokens(model), at_once(model)
-    # The same linears; attention adds up in another order, and a rounding may fall the other way. With a clip ratio of 1,
-    # as ResQ has, the largest input of each token lies on a tie: 0.118 was seen (arcee, a processor with AVX512-BF16).
+    # The same linears; attention adds up in another order, and a rounding may fall the other way. With a clip ratio of
+    # 1, as ResQ has, the largest input of each token lies on a tie: 0.118 was seen (arcee, AVX512-BF16).
     assert float((found - wanted).norm() / wanted.norm()) < (0.25 if recipe.startswith("resq") else 0.1)
     generated = model.generate(PROMPT, max_new_tokens=4, min_new_tokens=4, do_sample=False, pad_token_id=0)
     assert generated.shape == (2, 16)
