@@ -1,9 +1,11 @@
 """The ranks of a run, and what they tell each other."""
 
+import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from datetime import timedelta
+from functools import cache
 from itertools import count
 from typing import Any, TypeVar
 
@@ -165,8 +167,8 @@ def joined() -> Iterator[Ranks]:
             "torch.distributed is set up in this process already; leave init_process_group (init_dist) out: the ranks "
             "that torchrun starts find each other"
         )
-    store, rank, size = next(distributed.rendezvous("env://", timeout=timedelta(minutes=10)))
-    store = distributed.PrefixStore(f"quad_modifiers-{next(_RUNS)}", store)
+    met, rank, size = _met(os.getpid())
+    store = distributed.PrefixStore(f"quad_modifiers-{next(_RUNS)}", met)
     store.set_timeout(timedelta(minutes=10))
     if torch.cuda.is_available():
         torch.cuda.set_device(number_here())
@@ -181,6 +183,17 @@ def joined() -> Iterator[Ranks]:
         raise
     finally:
         _current.reset(token)
+
+
+@cache
+def _met(process: int) -> tuple[Any, int, int]:
+    """The store in which the ranks find each other, the number of this one, and how many there are.
+
+    Once in a process: without torchrun's agent the first rank holds the store, and a second one would have to wait for
+    the end of the first, which the others do not see.
+    """
+    found: tuple[Any, int, int] = next(distributed.rendezvous("env://", timeout=timedelta(minutes=10)))
+    return found
 
 
 def _root(source: int) -> Any:
