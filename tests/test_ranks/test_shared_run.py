@@ -82,7 +82,7 @@ def test_the_first_rank_looks_at_the_output(toy_checkpoint, tmp_path: Path, in_r
     found = in_ranks(2, work)
     assert found[0].startswith("FileExistsError")
     assert "is not empty" in found[0]
-    # The reason too, if the first rank, which holds the store here, has not gone before it is read; torchrun's agent stays.
+    # And the reason, unless the first rank, which holds the store here, has gone before it is read.
     assert found[1].startswith("RankLost: another rank of this run has ended (")
 
 
