@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -58,6 +59,18 @@ def test_a_projection_alone_changes_nothing(model_type, basis, make_toy, compres
     assert torch.equal(logits_of(AutoModelForCausalLM.from_pretrained(made.folder)), made.logits)
 
 
+def clip_less_than_all(containers: list[QuadLinear]) -> None:
+    """Takes inputs off the grid of ResQ's clip ratio of 1, on which the largest of each token lies on a tie.
+
+    -1 times absmax is -7.5 steps there: any two orders of summation round it to -8 and to -7.
+    """
+    for linear in containers:
+        for name in ("input_quantization", "outlier_quantization"):
+            quantization = getattr(linear, name)
+            if quantization is not None and quantization.clip_ratio == 1.0:
+                setattr(linear, name, replace(quantization, clip_ratio=0.97))
+
+
 @pytest.mark.parametrize(("model_type", "recipe"), CELLS)
 def test_a_recipe_runs_saves_and_reloads(model_type, recipe, made, logits_of) -> None:
     compressed = made(model_type, recipe)
@@ -72,10 +85,10 @@ def test_a_recipe_runs_saves_and_reloads(model_type, recipe, made, logits_of) ->
     containers = [module for module in model.modules() if isinstance(module, QuadLinear)]
     roles = len(ROWS[model_type].architecture.roles())
     assert len(containers) == 2 * roles
+    clip_less_than_all(containers)
     found, wanted = by_tokens(model), at_once(model)
-    # The same linears; attention adds up in another order, and a rounding may fall the other way. With a clip ratio of
-    # 1, as ResQ has, the largest input of each token lies on a tie: 0.118 was seen (arcee, AVX512-BF16).
-    assert float((found - wanted).norm() / wanted.norm()) < (0.25 if recipe.startswith("resq") else 0.1)
+    # The same linears; attention adds up in another order, and a rounding may fall the other way.
+    assert float((found - wanted).norm() / wanted.norm()) < 0.1
     generated = model.generate(PROMPT, max_new_tokens=4, min_new_tokens=4, do_sample=False, pad_token_id=0)
     assert generated.shape == (2, 16)
 
