@@ -45,10 +45,6 @@ class StreamingGram:
         gram.total, gram.tokens = total, tokens
         return gram
 
-    def joined(self, other: "StreamingGram") -> "StreamingGram":
-        """Returns the sum over the tokens of both."""
-        return StreamingGram.of(self.total + other.total, self.tokens + other.tokens)
-
     def mean(self) -> torch.Tensor:
         """Returns X^T X / tokens, `[d, d]`, float64.
 

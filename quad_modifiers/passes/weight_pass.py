@@ -26,7 +26,13 @@ from quad_modifiers.passes.calibration_stream import (
 )
 from quad_modifiers.passes.quantized_tensors import keep_weight, kept_weight
 from quad_modifiers.passes.runners import BlockRunner, runner_of
-from quad_modifiers.quantization.group import InputMoments, LinearReport, WeightQuantization, quantize_group
+from quad_modifiers.quantization.group import (
+    InputMoments,
+    LinearReport,
+    MomentSums,
+    WeightQuantization,
+    quantize_group,
+)
 from quad_modifiers.ranks import OrderedSum
 
 _SMALL = 2**16  # weights of a linear below which its calls take longer than its products
@@ -200,7 +206,7 @@ class _BlockWork:
         inputs: list[torch.Tensor],
         stream: list[CalibrationBatch],
         originals: list[dict[str, torch.Tensor]] | None,
-    ) -> InputMoments | None:
+    ) -> MomentSums | None:
         """Moments of the inputs, None if there are none: an expert that no token was sent to is rounded to nearest."""
         if not self._is_corrected(group):
             originals = None
@@ -217,9 +223,8 @@ class _BlockWork:
                 except ValueError as error:
                     raise ValueError(f"{group.names}: {error}") from error
             total.add(moments.sums())
-        moments = InputMoments(self._chosen(group)[0].module, originals is not None, halves)
-        moments.take(total.total())
-        return moments if moments.tokens else None
+        sums = total.total()
+        return sums if sums["tokens"].any() else None
 
     def _go_on_with_integers(self, group: PlacedGroup) -> None:
         for linear, weight in self.finished[-len(self._chosen(group)) :]:
@@ -227,7 +232,7 @@ class _BlockWork:
                 self.finish(linear, weight)
                 self.in_place.add(linear.name)
 
-    def _solve(self, group: PlacedGroup, moments: InputMoments | None) -> None:
+    def _solve(self, group: PlacedGroup, moments: MomentSums | None) -> None:
         chosen = self._chosen(group)
         if not chosen:
             return

@@ -124,24 +124,22 @@ def factorizations(hessian: torch.Tensor, level: torch.Tensor, damping: float) -
         damping = max(damping * 10, 1e-4)
 
 
-def damp(hessian: torch.Tensor, quantized: int, damping: float) -> tuple[torch.Tensor, torch.Tensor, float, int]:
-    """Returns the damped Hessian, the upper Cholesky factor of its inverse, the damping used, and the attempts.
-
-    The damping is relative to the mean diagonal of the quantized columns and grows until the factorization succeeds.
-
-    Raises:
-        ValueError: if the Hessian is not finite or cannot be factorized with damping up to 1.
-    """
-    reverse = hessian.flip(0, 1)
-    factor, damping, attempts = _inverse_factor(reverse, input_level(hessian, quantized), damping)
-    return reverse.flip(0, 1), factor, damping, attempts
-
-
-def _inverse_factor(reverse: torch.Tensor, level: torch.Tensor, damping: float) -> tuple[torch.Tensor, float, int]:
-    """The factor of `damp`, float32, and its damping and attempts, from the Hessian in reverse, damped in place.
+def inverse_factor(reverse: torch.Tensor, level: torch.Tensor, damping: float) -> tuple[torch.Tensor, float, int]:
+    """Returns the upper Cholesky factor of the inverse of a damped Hessian, the damping used, and the attempts.
 
     With J the reversal of the order, J H J = L L^T gives H^-1 = U^T U for the upper triangular U = J L^-1 J: one
     factorization and one triangular solve instead of two factorizations and an inverse.
+
+    Args:
+        reverse: J H J, `[n, n]`, float64; the damping is added to its diagonal.
+        level: what the damping is a fraction of, a scalar (`input_level`).
+        damping: first fraction tried; it grows until the factorization succeeds.
+
+    Returns:
+        U, `[n, n]`, float32, the fraction and the number of attempts.
+
+    Raises:
+        ValueError: if the Hessian is not finite or cannot be factorized with damping up to 1.
     """
     for found in factorizations(reverse, level, damping):
         identity = torch.eye(len(reverse), dtype=torch.float32, device=reverse.device)
@@ -176,7 +174,7 @@ def quantize_columns(
         sweeps: coordinate-descent sweeps after GPTQ.
 
     Raises:
-        ValueError: from `damp`, or if shapes disagree.
+        ValueError: from `inverse_factor`, or if shapes disagree.
     """
     columns = weight.shape[1]
     if hessian.shape != (columns, columns):
@@ -223,7 +221,7 @@ class ColumnSolver:
         backwards = order.flip(0)
         damped = hessian[backwards.unsqueeze(1), backwards]
         self._hessian = damped.to(dtype).flip(0, 1)
-        factor, self._damping, self._attempts = _inverse_factor(damped, input_level(hessian, quantized), damping)
+        factor, self._damping, self._attempts = inverse_factor(damped, input_level(hessian, quantized), damping)
         self._factor = factor.to(dtype)
         self._response = _outlier_response(damped[: len(damped) - quantized].flip(0, 1), quantized).to(dtype)
         self._reduced = _without_outliers(damped.to(dtype).flip(0, 1), self._response) if sweeps else None

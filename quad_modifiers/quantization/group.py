@@ -2,7 +2,6 @@
 
 import math
 from dataclasses import dataclass, replace
-from functools import reduce
 from typing import Literal
 
 import torch
@@ -48,8 +47,12 @@ class WeightQuantization:
     outlier_grid: IntegerGrid | None = None
 
 
+MomentSums = dict[str, torch.Tensor]
+"""Sums over inputs by name: `gram` and, for error correction, `cross`, `[halves, n, n]`, and `tokens`, `[halves]`."""
+
+
 class InputMoments:
-    """Second moments of the inputs of one group of linears, columns [residual | outlier].
+    """Adds up second moments of the inputs of one group of linears, columns [residual | outlier].
 
     Args:
         linear: one of the linears; all share its split and input quantization.
@@ -61,7 +64,7 @@ class InputMoments:
         self.linear = linear
         size = linear.split.residual_width + linear.split.rank
         device = linear.residual.weight.device
-        self._sums = [_Sums(size, device, error_correction) for _ in range(2 if halves else 1)]
+        self._halves = [_Half(size, device, error_correction) for _ in range(2 if halves else 1)]
 
     def add(self, x: torch.Tensor, original: torch.Tensor | None) -> None:
         """Adds inputs `[n, width]` of the quantized model and, for error correction, of the original model.
@@ -73,10 +76,10 @@ class InputMoments:
         """
         seen = self._columns(x, self.linear.input_quantization, self.linear.outlier_quantization)
         wanted = None if original is None else self._columns(original, None, None)
-        size = -(-len(seen) // len(self._sums))
-        for index, sums in enumerate(self._sums):
+        size = -(-len(seen) // len(self._halves))
+        for index, half in enumerate(self._halves):
             part = slice(index * size, (index + 1) * size)
-            sums.add(seen[part], None if wanted is None else wanted[part])
+            half.add(seen[part], None if wanted is None else wanted[part])
 
     def _columns(
         self, x: torch.Tensor, quantization: InputQuantization | None, outlier_quantization: InputQuantization | None
@@ -90,111 +93,27 @@ class InputMoments:
             outlier = fake_quantize(outlier, outlier_quantization)
         return torch.cat([residual, outlier], dim=-1)
 
-    def sums(self) -> dict[str, torch.Tensor]:
-        """Returns what was added up, by name."""
-        return {f"{index}.{name}": each for index, own in enumerate(self._sums) for name, each in own.named().items()}
-
-    def take(self, sums: dict[str, torch.Tensor]) -> None:
-        """Takes what `sums` of others came to instead of its own."""
-        for index, own in enumerate(self._sums):
-            start = f"{index}."
-            own.take({name.removeprefix(start): each for name, each in sums.items() if name.startswith(start)})
-
-    @property
-    def tokens(self) -> int:
-        """Number of inputs added."""
-        return sum(sums.gram.tokens for sums in self._sums)
-
-    @property
-    def hessian(self) -> torch.Tensor:
-        """Mean of x_seen x_seen^T, `[n, n]`, float64."""
-        return reduce(StreamingGram.joined, (sums.gram for sums in self._sums)).mean()
-
-    @property
-    def drift(self) -> torch.Tensor | None:
-        """Mean of (x_original - x_seen) x_seen^T, `[n, n]`, float64; None without error correction.
-
-        Raises:
-            ValueError: if an input of the original model is NaN or infinite, or its products are.
-        """
-        crosses = [sums.cross for sums in self._sums if sums.cross is not None]
-        if not crosses:
-            return None
-        total = reduce(torch.add, crosses)
-        _check_drift(total)
-        return total / self.tokens
-
-    def taken(self) -> "GroupMoments":
-        """Returns the moments in the memory of the sums, which are gone afterwards.
-
-        Raises:
-            ValueError: if no input was added, or as `drift`.
-        """
-        if not self.tokens:
-            raise ValueError("its inputs saw no calibration tokens")
-        halves = self.halves if len(self._sums) > 1 else []
-        sums = self._sums.pop()
-        for other in self._sums:
-            sums.add_sums(other)
-        self._sums = []
-        hessian = sums.gram.mean_in_place()
-        if sums.cross is not None:
-            _check_drift(sums.cross)
-            sums.cross.div_(sums.gram.tokens)
-        return GroupMoments(hessian, sums.cross, halves)
-
-    @property
-    def halves(self) -> list[Moments]:
-        """Moments of both halves of the tokens; fewer if they were not kept, or one half has no token."""
-        kept = [(sums.gram, sums.cross) for sums in self._sums]
-        return [Moments(gram.mean(), cross / gram.tokens) for gram, cross in kept if gram.tokens and cross is not None]
+    def sums(self) -> MomentSums:
+        """Returns what was added up, for `GroupMoments.of`; it may be added to that of other inputs first."""
+        found = {
+            "gram": _stacked_halves([half.gram.total for half in self._halves]),
+            "tokens": torch.tensor([half.gram.tokens for half in self._halves]),
+        }
+        crosses = [half.cross for half in self._halves if half.cross is not None]
+        return {**found, "cross": _stacked_halves(crosses)} if crosses else found
 
 
-def _check_drift(total: torch.Tensor) -> None:
-    if not torch.isfinite(total).all():
-        raise ValueError("its inputs in the original model are NaN, infinite, or too large to be multiplied")
+def _stacked_halves(sums: list[torch.Tensor]) -> torch.Tensor:
+    """A single one is not copied."""
+    return sums[0].unsqueeze(0) if len(sums) == 1 else torch.stack(sums)
 
 
-@dataclass
-class GroupMoments:
-    """Moments of the inputs of a group of linears.
-
-    Attributes:
-        hessian: mean of x_seen x_seen^T, `[n, n]`, float64.
-        drift: mean of (x_original - x_seen) x_seen^T, `[n, n]`, float64; None without error correction, or afterwards.
-        halves: the same of both halves of the tokens, where they are needed.
-    """
-
-    hessian: torch.Tensor
-    drift: torch.Tensor | None
-    halves: list[Moments]
-
-
-class _Sums:
+class _Half:
     """Sums over some of the tokens."""
 
     def __init__(self, size: int, device: torch.device, error_correction: bool) -> None:
         self.gram = StreamingGram(size, device)
         self.cross = torch.zeros(size, size, dtype=torch.float64, device=device) if error_correction else None
-
-    def named(self) -> dict[str, torch.Tensor]:
-        """Returns the sums by name."""
-        found = {"gram": self.gram.total, "tokens": torch.tensor(self.gram.tokens)}
-        return found if self.cross is None else found | {"cross": self.cross}
-
-    def add_sums(self, other: "_Sums") -> None:
-        """Adds the sums over other tokens."""
-        self.gram.total += other.gram.total
-        self.gram.tokens += other.gram.tokens
-        if self.cross is not None and other.cross is not None:
-            self.cross += other.cross
-
-    def take(self, sums: dict[str, torch.Tensor]) -> None:
-        """Takes sums of others."""
-        device = self.gram.total.device
-        self.gram = StreamingGram.of(sums["gram"].to(device), int(sums["tokens"]))
-        if self.cross is not None:
-            self.cross = sums["cross"].to(device)
 
     def add(self, seen: torch.Tensor, wanted: torch.Tensor | None) -> None:
         """Adds inputs of the quantized and of the original model, `[n, size]` each."""
@@ -206,6 +125,47 @@ class _Sums:
             for start in range(0, len(self.cross), _ROWS):  # a product of all rows, and its sum, would be large
                 rows = slice(start, start + _ROWS)
                 self.cross[rows] += missing[:, rows].T @ seen
+
+
+@dataclass
+class GroupMoments:
+    """Moments of the inputs of a group of linears.
+
+    Attributes:
+        hessian: mean of x_seen x_seen^T, `[n, n]`, float64.
+        drift: mean of (x_original - x_seen) x_seen^T, `[n, n]`, float64; None without error correction.
+        halves: the same of both halves of the tokens, if they were kept apart; fewer where one has no token.
+    """
+
+    hessian: torch.Tensor
+    drift: torch.Tensor | None
+    halves: list[Moments]
+
+    @classmethod
+    def of(cls, sums: MomentSums, device: torch.device) -> "GroupMoments":
+        """Returns the means on a device, where they can in the memory of the sums, which are gone afterwards.
+
+        Raises:
+            ValueError: if no input was added, or one of the original model is NaN or infinite, or its products are.
+        """
+        tokens, gram = sums["tokens"], sums["gram"].to(device)
+        cross = sums["cross"].to(device) if "cross" in sums else None
+        halves = []
+        if len(gram) > 1 and cross is not None:
+            for number, total, drift in zip(tokens.tolist(), gram, cross, strict=True):
+                if number:
+                    halves.append(Moments(StreamingGram.of(total, number).mean(), drift / number))
+        hessian = StreamingGram.of(_over_halves(gram), int(tokens.sum())).mean_in_place()
+        drift = None if cross is None else _over_halves(cross)
+        if drift is not None:
+            if not torch.isfinite(drift).all():
+                raise ValueError("its inputs in the original model are NaN, infinite, or too large to be multiplied")
+            drift /= tokens.sum()
+        return cls(hessian, drift, halves)
+
+
+def _over_halves(sums: torch.Tensor) -> torch.Tensor:
+    return sums[0] if len(sums) == 1 else sums.sum(0)
 
 
 @dataclass
@@ -233,7 +193,7 @@ class LinearReport:
 @torch.no_grad()
 def quantize_group(
     linears: list[QuadLinear],
-    moments: InputMoments | None,
+    sums: MomentSums | None,
     settings: WeightQuantization,
     scale_dtype: torch.dtype,
     name: str,
@@ -245,7 +205,7 @@ def quantize_group(
 
     Args:
         linears: linears of the group, in float32.
-        moments: moments of their common input, which are used up; None for RTN.
+        sums: of the moments of their common input, which are used up; None for RTN.
         settings: settings of the quantization.
         scale_dtype: storage dtype of the scales.
         name: name of the group, for errors and the report.
@@ -258,18 +218,18 @@ def quantize_group(
     """
     columns = linears[0].split.residual_width
     weight = torch.cat([_stacked(linear) for linear in linears])
-    if moments is None:
+    if sums is None:
         result = _round_to_nearest(weight, columns, settings, scale_dtype)
         rounded = result.blocks[0]
         error = (dequantize(rounded.integers, rounded.scales.expand(columns)) - weight[:, :columns]).square().sum()
         relative = float(error / weight[:, :columns].square().sum().clamp(min=_TINY))
     else:
         try:
-            means = moments.taken()
-            result = _gptq(weight, columns, means, settings, scale_dtype)
+            moments = GroupMoments.of(sums, weight.device)
+            result = _gptq(weight, columns, moments, settings, scale_dtype)
         except ValueError as problem:
             raise ValueError(f"{name}: {problem}") from problem
-        hessian = means.hessian.to(weight)
+        hessian = moments.hessian.to(weight)
         relative = float(result.loss.sum() / ((weight @ hessian) * weight).sum().clamp(min=_TINY))
     weights = _write_back(linears, result, columns, settings, scale_dtype)
     return weights, LinearReport(name, relative, result.damping, result.attempts)
@@ -347,7 +307,7 @@ def _gptq(
     if moments.drift is not None:
         correction = _correction(weight, columns, moments, settings)
         target = corrected(weight, Moments(hessian, moments.drift), columns, correction)
-        moments.drift, moments.halves = None, []
+        moments.drift, moments.halves = None, []  # the solver needs the room
     solver = ColumnSolver(
         hessian,
         [ColumnBlock(columns, settings.grid), ColumnBlock(weight.shape[1] - columns)],

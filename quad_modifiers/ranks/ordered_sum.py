@@ -4,8 +4,7 @@ import torch
 
 from quad_modifiers.ranks.together import ranks
 
-PARTS = 8
-"""Into which the batches of a run are divided, for up to as many ranks."""
+_PARTS = 8  # into which the batches of a run are divided, for up to as many ranks
 
 
 def part_of(number: int, count: int) -> int:
@@ -19,7 +18,7 @@ def is_own_part(part: int) -> bool:
 
 
 def _parts() -> int:
-    return max(PARTS, ranks().size)
+    return max(_PARTS, ranks().size)
 
 
 class OrderedSum:
@@ -40,7 +39,7 @@ class OrderedSum:
             self._held.append({name: tensor.cpu() for name, tensor in part.items()})
 
     def total(self) -> dict[str, torch.Tensor]:
-        """Returns the sums over all ranks, on every rank; those of other ranks' sums are on the CPU."""
+        """Returns the sums over all ranks, on every rank; on the CPU, but for those that the first rank adds up."""
         group = ranks()
         if group.size == 1:
             return self._total

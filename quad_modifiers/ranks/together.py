@@ -30,7 +30,7 @@ class RankLost(RuntimeError):
 
 
 class Ranks:
-    """The ranks of a run, seen from one of them; every method but `share` has to be called by all of them.
+    """The ranks of a run, seen from one of them. What asks or tells others is called by all, unless it says else.
 
     Args:
         rank: number of this one.
@@ -72,7 +72,7 @@ class Ranks:
     def to_first(self, value: Any) -> list[Any]:
         """Returns the values of all ranks, in order, on the first one; on the others an empty list."""
         if not self.is_first:
-            self._exchange(value, True, lambda part: self._group.send([part], 0, 0))
+            self.sent(value, 0)
             return []
         return [value] + [self.received(source) for source in range(1, self.size)]
 
@@ -117,10 +117,6 @@ class Ranks:
 
     @staticmethod
     def _exchanged(value: Any, is_given: bool, transfer: Callable[[torch.Tensor], Any]) -> Any:
-        def move(part: torch.Tensor) -> None:
-            for piece in part.split(_AT_ONCE) if len(part) else ():
-                transfer(piece).wait()
-
         parts = packed(value) if is_given else []
         sizes = torch.tensor([len(part) for part in parts])
         number = torch.tensor([len(parts)])
@@ -130,8 +126,9 @@ class Ranks:
         transfer(sizes).wait()
         if not is_given:
             parts = [torch.empty(int(size), dtype=torch.uint8) for size in sizes]
-        for part in parts:
-            move(part)
+        for part in filter(len, parts):
+            for piece in part.split(_AT_ONCE):
+                transfer(piece).wait()
         return value if is_given else unpacked(parts)
 
     def _reason(self) -> str:

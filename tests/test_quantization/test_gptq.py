@@ -9,7 +9,7 @@ import pytest
 import torch
 from quad_kernels import IntegerGrid
 
-from quad_modifiers.quantization.gptq import ColumnBlock, GptqResult, damp, quantize_columns
+from quad_modifiers.quantization.gptq import ColumnBlock, GptqResult, input_level, inverse_factor, quantize_columns
 from quad_modifiers.quantization.grid import WeightScales, dequantize, round_to_grid, search_clip
 
 OUT, COLUMNS, RANK = 16, 64, 8
@@ -135,7 +135,9 @@ def test_singular_hessian_is_damped_until_it_works(make_hessian, make_weight) ->
 def test_damping_is_relative_to_the_quantized_columns(make_hessian) -> None:
     hessian = make_hessian(16)
     hessian[12:, 12:] *= 1e6  # far larger outliers must not raise the damping
-    damped, factor, damping, attempts = damp(hessian, 12, 0.01)
+    reverse = hessian.flip(0, 1)
+    factor, damping, attempts = inverse_factor(reverse, input_level(hessian, 12), 0.01)
+    damped = reverse.flip(0, 1)
     level = float(hessian.diagonal()[:12].mean())
     torch.testing.assert_close(
         damped - hessian, torch.eye(16, dtype=torch.float64) * 0.01 * level, rtol=1e-3, atol=1e-6
@@ -150,7 +152,7 @@ def test_damping_is_relative_to_the_quantized_columns(make_hessian) -> None:
 def test_sweeps_never_increase_the_loss(problem, grid: IntegerGrid, activation_order: bool) -> None:
     """Descent is on the damped loss; with little damping that is the reported one."""
     weight, hessian, quantized = problem
-    damped = damp(hessian, quantized, 0.01)[0]
+    damped = hessian + 0.01 * input_level(hessian, quantized) * torch.eye(len(hessian))
     scales = search_clip(weight[:, :quantized], grid, torch.float32)
     losses = []
     for sweeps in range(4):

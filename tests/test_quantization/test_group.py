@@ -9,7 +9,7 @@ from torch import nn
 
 from quad_modifiers.linalg.fast_dtype import fast_dtype
 from quad_modifiers.nn.quad_linear import QuadLinear
-from quad_modifiers.quantization.group import InputMoments, WeightQuantization, quantize_group
+from quad_modifiers.quantization.group import GroupMoments, InputMoments, MomentSums, WeightQuantization, quantize_group
 
 WIDTH, RANK = 40, 8
 
@@ -52,8 +52,9 @@ def test_moments_are_those_of_what_the_runtime_sees(split: InputSplit) -> None:
     outlier, residual = split_input(x, split)
     seen = fake_quantize(residual, linear.input_quantization).double()
     seen = seen if outlier is None else torch.cat([seen, outlier.double()], dim=1)
-    torch.testing.assert_close(moments.hessian, seen.T @ seen / 400, rtol=1e-5, atol=1e-5)
-    assert moments.hessian.shape[0] == split.residual_width + split.rank
+    hessian = GroupMoments.of(moments.sums(), x.device).hessian
+    torch.testing.assert_close(hessian, seen.T @ seen / 400, rtol=1e-5, atol=1e-5)
+    assert hessian.shape[0] == split.residual_width + split.rank
 
 
 @pytest.mark.parametrize("limit", ["AVX2", "AVX512_CORE_AMX"])
@@ -69,7 +70,14 @@ def test_the_drift_is_that_of_the_original_on_any_processor(limit: str, monkeypa
     exact = fast_dtype(x.device) == torch.float32
     assert exact or limit != "AVX2"
     tolerance = 1e-6 if exact else 4e-3 * float(wanted.abs().max())
-    torch.testing.assert_close(moments.drift, wanted, rtol=0, atol=tolerance)
+    drift = GroupMoments.of(moments.sums(), x.device).drift
+    torch.testing.assert_close(drift, wanted, rtol=0, atol=tolerance)
+
+
+def sums_of(linear: QuadLinear, x: torch.Tensor, method: str) -> MomentSums | None:
+    moments = InputMoments(linear, False)
+    moments.add(x, None)
+    return moments.sums() if method == "gptq" else None
 
 
 @pytest.mark.parametrize("method", ["gptq", "rtn"])
@@ -77,12 +85,8 @@ def test_the_drift_is_that_of_the_original_on_any_processor(limit: str, monkeypa
 def test_report_and_written_weights(split: InputSplit, method: str) -> None:
     linears, x = make_linears(split), inputs()
     wanted = [linear(x) for linear in linears]
-    moments = None
-    if method == "gptq":
-        moments = InputMoments(linears[0], False)
-        moments.add(x, None)
     settings = WeightQuantization(IntegerGrid(4), method)
-    scales, report = quantize_group(linears, moments, settings, torch.float32, "block.a,b")
+    scales, report = quantize_group(linears, sums_of(linears[0], x, method), settings, torch.float32, "block.a,b")
     assert report.name == "block.a,b"
     assert [tuple(s.scale.shape) for s in scales] == [(24, 1), (8, 1)]
     for linear, scale in zip(linears, scales, strict=True):
@@ -105,11 +109,8 @@ def test_gptq_beats_rtn_on_the_layer_output() -> None:
     for method in ("rtn", "gptq"):
         linears = make_linears(SPLITS["U-type"])
         wanted = [linear(x) for linear in linears]
-        moments = None
-        if method == "gptq":
-            moments = InputMoments(linears[0], False)
-            moments.add(x, None)
-        quantize_group(linears, moments, WeightQuantization(IntegerGrid(4), method), torch.float32, "x")
+        sums = sums_of(linears[0], x, method)
+        quantize_group(linears, sums, WeightQuantization(IntegerGrid(4), method), torch.float32, "x")
         errors[method] = sum(float((m(x) - y).square().sum()) for m, y in zip(linears, wanted, strict=True))
     print(errors)
     assert errors["gptq"] < 0.7 * errors["rtn"]
@@ -120,7 +121,7 @@ def test_bad_moments_name_the_linears() -> None:
     moments = InputMoments(linears[0], False)
     settings = WeightQuantization(IntegerGrid(4))
     with pytest.raises(ValueError, match=r"layers\.3\.q_proj,k_proj: .*no calibration token"):
-        quantize_group(linears, moments, settings, torch.float32, "layers.3.q_proj,k_proj")
+        quantize_group(linears, moments.sums(), settings, torch.float32, "layers.3.q_proj,k_proj")
     x = inputs(10)
     x[2, 20] = float("nan")
     with pytest.raises(ValueError, match="1 calibration activations are NaN or infinite"):
@@ -135,11 +136,16 @@ def test_moments_of_halves_are_those_of_the_whole(split: InputSplit) -> None:
         x = inputs(tokens)
         whole.add(x, 1.1 * x)
         halved.add(x, 1.1 * x)
-    assert halved.tokens == whole.tokens == 28
-    torch.testing.assert_close(halved.hessian, whole.hessian, rtol=1e-4, atol=1e-4)
-    assert (halved.drift - whole.drift).norm() < 1e-2 * whole.drift.norm()  # products may be bfloat16
-    assert len(halved.halves) == 2
-    assert len(whole.halves) == 1
+    assert halved.sums()["tokens"].sum() == whole.sums()["tokens"].sum() == 28
+    both, one = (GroupMoments.of(each.sums(), x.device) for each in (halved, whole))
+    torch.testing.assert_close(both.hessian, one.hessian, rtol=1e-4, atol=1e-4)
+    assert (both.drift - one.drift).norm() < 1e-2 * one.drift.norm()  # products may be bfloat16
+    assert len(both.halves) == 2
+    numbers = halved.sums()["tokens"].double() / 28
+    for name in ("hessian", "drift"):
+        mean = sum(share * getattr(half, name) for share, half in zip(numbers, both.halves, strict=True))
+        torch.testing.assert_close(mean, getattr(both, name), rtol=1e-6, atol=1e-9)
+    assert one.halves == []
 
 
 @pytest.mark.parametrize("share", [0.5, "auto"])
@@ -151,7 +157,7 @@ def test_dead_inputs_with_error_correction(split: InputSplit, damping: float, sh
     moments = InputMoments(linears[0], True, halves=share == "auto")
     moments.add(torch.zeros(100, WIDTH), torch.zeros(100, WIDTH))
     settings = WeightQuantization(IntegerGrid(8), damping=damping, sweeps=1, error_correction=share)
-    _, report = quantize_group(linears, moments, settings, torch.float32, "dead")
+    _, report = quantize_group(linears, moments.sums(), settings, torch.float32, "dead")
     assert report.error == 0
     for linear, weight in zip(linears, wanted, strict=True):
         torch.testing.assert_close(linear.residual.weight, weight, rtol=0, atol=5e-3)
@@ -167,7 +173,7 @@ def test_tokens_that_are_alike_do_not_blow_up_the_weights(share: float | str) ->
     moments = InputMoments(linears[0], True, halves=share == "auto")
     moments.add(x, x + 1e-7 * torch.randn(x.shape, generator=torch.Generator().manual_seed(3)))
     settings = WeightQuantization(IntegerGrid(4), sweeps=1, error_correction=share)
-    quantize_group(linears, moments, settings, torch.float32, "alike")
+    quantize_group(linears, moments.sums(), settings, torch.float32, "alike")
     assert max(float(linear.outlier.weight.abs().max()) for linear in linears) < 3 * before
 
 
@@ -178,7 +184,7 @@ def test_rows_of_zeros_with_several_scales(dtype: torch.dtype) -> None:
     moments = InputMoments(linears[0], False)
     moments.add(inputs(), None)
     settings = WeightQuantization(IntegerGrid(4), scale_candidates=(0.5, 1.0), sweeps=1)
-    weights, _ = quantize_group(linears, moments, settings, dtype, "rows")
+    weights, _ = quantize_group(linears, moments.sums(), settings, dtype, "rows")
     assert bool((weights[0].scale > 0).all())
     assert not linears[0].residual.weight[3:5].any()
 
@@ -192,7 +198,7 @@ def test_bad_inputs_of_the_original_are_refused() -> None:
     moments.add(x, bad)
     settings = WeightQuantization(IntegerGrid(4), error_correction=0.5)
     with pytest.raises(ValueError, match="rows: its inputs in the original model are NaN, infinite"):
-        quantize_group(linears, moments, settings, torch.float32, "rows")
+        quantize_group(linears, moments.sums(), settings, torch.float32, "rows")
 
 
 def test_inputs_whose_products_overflow_are_refused() -> None:
