@@ -30,12 +30,10 @@ class ColumnBlock:
     Attributes:
         columns: number of columns.
         grid: integer grid that they are rounded to, None for full precision.
-        scales: scales of their groups, `[out, groups]`; None for full precision.
     """
 
     columns: int
     grid: IntegerGrid | None = None
-    scales: WeightScales | None = None
 
 
 class RoundedBlock(NamedTuple):
@@ -52,7 +50,7 @@ class RoundedBlock(NamedTuple):
 
 @dataclass
 class GptqResult:
-    """What `quantize_columns` returns.
+    """What `ColumnSolver.solve` returns.
 
     Attributes:
         blocks: the blocks that have a grid, in order.
@@ -152,19 +150,13 @@ def inverse_factor(reverse: torch.Tensor, level: torch.Tensor, damping: float) -
     )
 
 
-def quantize_columns(
-    weight: torch.Tensor,
-    hessian: torch.Tensor,
-    blocks: Sequence[ColumnBlock],
-    damping: float = 0.01,
-    activation_order: bool = True,
-    block_size: int = 128,
-    sweeps: int = 0,
-) -> GptqResult:
-    """Rounds the columns of a weight block by block, each to its grid; those in full precision absorb error.
+class ColumnSolver:
+    """Rounds the columns of weights block by block, each to its grid; those in full precision absorb error.
+
+    What does not depend on the weight is computed once. Output channels have nothing to do with each other, so that a
+    weight may be solved in pieces.
 
     Args:
-        weight: `[out, n]`, float32, columns in the order of the blocks.
         hessian: `[n, n]`, mean of x x^T over the inputs that the runtime will see, float32 or float64.
         blocks: what becomes of the columns, in order; a block in full precision can only be the last.
         damping: initial fraction of the mean diagonal added to the Hessian.
@@ -174,31 +166,7 @@ def quantize_columns(
         sweeps: coordinate-descent sweeps after GPTQ.
 
     Raises:
-        ValueError: from `inverse_factor`, or if shapes disagree.
-    """
-    columns = weight.shape[1]
-    if hessian.shape != (columns, columns):
-        raise ValueError(f"the Hessian is {tuple(hessian.shape)}, the weight has {columns} columns")
-    solver = ColumnSolver(hessian, blocks, damping, activation_order, block_size, sweeps, weight.dtype)
-    return solver.solve(weight, [block.scales for block in blocks if block.scales is not None])
-
-
-class ColumnSolver:
-    """GPTQ with one Hessian: what does not depend on the weight is computed once, for any number of output channels.
-
-    Output channels have nothing to do with each other, so a weight may be solved in pieces.
-
-    Args:
-        hessian: see `quantize_columns`; so are the others.
-        blocks: what becomes of the columns; their scales are not looked at.
-        damping: initial fraction of the mean diagonal.
-        activation_order: whether columns are processed by falling diagonal.
-        block_size: columns at once.
-        sweeps: of coordinate descent.
-        dtype: of the weights that will be solved.
-
-    Raises:
-        ValueError: as `quantize_columns`.
+        ValueError: from `inverse_factor`, or if the blocks do not fit the Hessian.
     """
 
     def __init__(
@@ -209,7 +177,6 @@ class ColumnSolver:
         activation_order: bool = True,
         block_size: int = 128,
         sweeps: int = 0,
-        dtype: torch.dtype = torch.float32,
     ) -> None:
         ranges = _grid_ranges(blocks, len(hessian))
         quantized = ranges[-1].stop
@@ -220,21 +187,27 @@ class ColumnSolver:
                 order[part.start : part.stop] = inside.argsort(descending=True, stable=True) + part.start
         backwards = order.flip(0)
         damped = hessian[backwards.unsqueeze(1), backwards]
-        self._hessian = damped.to(dtype).flip(0, 1)
-        factor, self._damping, self._attempts = inverse_factor(damped, input_level(hessian, quantized), damping)
-        self._factor = factor.to(dtype)
-        self._response = _outlier_response(damped[: len(damped) - quantized].flip(0, 1), quantized).to(dtype)
-        self._reduced = _without_outliers(damped.to(dtype).flip(0, 1), self._response) if sweeps else None
+        self._hessian = damped.float().flip(0, 1)
+        level = input_level(hessian, quantized)
+        self._factor, self._damping, self._attempts = inverse_factor(damped, level, damping)
+        self._response = _outlier_response(damped[: len(damped) - quantized].flip(0, 1), quantized).float()
+        self._reduced = _without_outliers(damped.float().flip(0, 1), self._response) if sweeps else None
         self._ranges, self._quantized, self._order = ranges, quantized, order
         self._block_size, self._sweeps = block_size, sweeps
 
     def solve(self, weight: torch.Tensor, scales: Sequence[WeightScales]) -> GptqResult:
-        """Returns what becomes of output channels `[out, n]`.
+        """Returns what becomes of output channels.
 
         Args:
-            weight: some or all output channels, columns in the order of the blocks.
+            weight: some or all of them, `[out, n]`, float32, columns in the order of the blocks.
             scales: of their groups, for each block with a grid.
+
+        Raises:
+            ValueError: if the weight does not fit the Hessian.
         """
+        if weight.shape[1] != len(self._hessian):
+            columns = tuple(self._hessian.shape)
+            raise ValueError(f"the Hessian is {columns}, the weight has {weight.shape[1]} columns")
         order, quantized, factor, ranges = self._order, self._quantized, self._factor, self._ranges
         spread = _ordered_scales(ranges, scales, order)
         work = weight[:, order].T.contiguous()  # [n, out]
@@ -289,7 +262,7 @@ def _grid_ranges(blocks: Sequence[ColumnBlock], columns: int) -> list[_GridRange
             ranges.append(_GridRange(start, start + block.columns, block.grid))
         start += block.columns
     if start != columns or not ranges:
-        raise ValueError(f"the blocks have {start} columns, {len(ranges)} of them on a grid; the weight has {columns}")
+        raise ValueError(f"the blocks have {start} columns, {len(ranges)} of them on a grid; the Hessian has {columns}")
     return ranges
 
 

@@ -1,6 +1,6 @@
 """Rounds the outlier columns behind GPTQ to a grid of their own.
 
-Once the residual columns are rounded, `quantize_columns` has moved the others to where they undo most of the error.
+Once the residual columns are rounded, `ColumnSolver` has moved the others to where they undo most of the error.
 What GPTQ would do next in order, column by column, depends on the Hessian of the outlier columns alone: with H^-1 =
 U^T U for the upper triangular U, the last block of U is the factor of the inverse of the last block of H. So the
 outlier columns are a problem of their own, and their scales are chosen for what they have become
@@ -13,10 +13,10 @@ from quad_kernels import IntegerGrid
 from quad_modifiers.quantization.gptq import (
     MAX_DAMPING,
     ColumnBlock,
+    ColumnSolver,
     GptqResult,
     RoundedBlock,
     input_level,
-    quantize_columns,
 )
 from quad_modifiers.quantization.grid import dequantize, initial_scales, round_to_grid
 
@@ -40,16 +40,16 @@ def round_outliers(
     activation_order: bool = True,
     block_size: int = 128,
 ) -> GptqResult:
-    """Returns a result of `quantize_columns` whose full-precision columns are rounded, too.
+    """Returns a result of `ColumnSolver` whose full-precision columns are rounded, too.
 
     Args:
         result: with one block on a grid, followed by `rank` columns in full precision.
         target: the weight that was quantized, `[out, n]`, float32.
-        hessian: `[n, n]`, as it was given to `quantize_columns`.
+        hessian: `[n, n]`, as it was given to the solver.
         grid: grid of the outlier columns.
         scale_dtype: storage dtype of the scales.
         clip_search: whether scales are chosen by weighted squared error; else they clip nothing.
-        activation_order: as for `quantize_columns`.
+        activation_order: as for `ColumnSolver`.
         block_size: likewise.
 
     Returns:
@@ -61,14 +61,14 @@ def round_outliers(
     scales = initial_scales(outlier, grid, scale_dtype, clip_search, own.diagonal())
     # The damping is that of the whole: what was added to the diagonal, over the level of these columns.
     added = result.damping * input_level(hessian, columns)
-    rounded = quantize_columns(
-        outlier,
+    solver = ColumnSolver(
         own,
-        [ColumnBlock(outlier.shape[1], grid, scales)],
+        [ColumnBlock(outlier.shape[1], grid)],
         min(MAX_DAMPING, float(added / input_level(own, outlier.shape[1]))),
         activation_order,
         block_size,
-    ).blocks[0]
+    )
+    rounded = solver.solve(outlier, [scales]).blocks[0]
     values = [dequantize(block.integers, block.scales.expand(block.integers.shape[1])) for block in (residual, rounded)]
     delta = torch.cat(values, dim=1) - target
     loss = ((delta @ hessian.to(delta)) * delta).sum(1)

@@ -9,7 +9,7 @@ import pytest
 import torch
 from quad_kernels import IntegerGrid
 
-from quad_modifiers.quantization.gptq import ColumnBlock, GptqResult, input_level, inverse_factor, quantize_columns
+from quad_modifiers.quantization.gptq import ColumnBlock, ColumnSolver, GptqResult, input_level, inverse_factor
 from quad_modifiers.quantization.grid import WeightScales, dequantize, round_to_grid, search_clip
 
 OUT, COLUMNS, RANK = 16, 64, 8
@@ -35,8 +35,8 @@ def around_outliers(
     **settings: Any,
 ) -> GptqResult:
     """The first columns on a grid, the rest in full precision."""
-    blocks = [ColumnBlock(quantized, grid, scales), ColumnBlock(weight.shape[1] - quantized)]
-    return quantize_columns(weight, hessian, blocks, **settings)
+    blocks = [ColumnBlock(quantized, grid), ColumnBlock(weight.shape[1] - quantized)]
+    return ColumnSolver(hessian, blocks, **settings).solve(weight, [scales])
 
 
 def delta_of(result: GptqResult, weight: torch.Tensor) -> torch.Tensor:
@@ -248,8 +248,9 @@ def test_indefinite_hessian_is_refused_with_advice(make_weight) -> None:
 
 def test_shapes_must_agree(make_hessian, make_weight) -> None:
     weight = make_weight(2, 8)
+    scales = search_clip(weight, IntegerGrid(4), torch.float32)
     with pytest.raises(ValueError, match=r"the Hessian is \(9, 9\), the weight has 8 columns"):
-        around_outliers(weight, make_hessian(9), 8, search_clip(weight, IntegerGrid(4), torch.float32), IntegerGrid(4))
+        ColumnSolver(make_hessian(9), [ColumnBlock(8, IntegerGrid(4)), ColumnBlock(1)]).solve(weight, [scales])
 
 
 @pytest.mark.parametrize("rank", [0, RANK])
@@ -294,25 +295,39 @@ def test_blocks_of_several_grids(make_hessian, make_weight) -> None:
     weight, hessian = make_weight(OUT, sum(sizes)), make_hessian(sum(sizes))
     parts = weight.split(sizes, dim=1)
     scales = [search_clip(part, grid, torch.float32) for part, grid in zip(parts, grids, strict=False)]
-    blocks = [ColumnBlock(40, grids[0], scales[0]), ColumnBlock(24, grids[1], scales[1]), ColumnBlock(8)]
-    result = quantize_columns(weight, hessian, blocks, block_size=16, sweeps=1)
+    blocks = [ColumnBlock(40, grids[0]), ColumnBlock(24, grids[1]), ColumnBlock(8)]
+    result = ColumnSolver(hessian, blocks, block_size=16, sweeps=1).solve(weight, scales)
     for rounded, grid, size in zip(result.blocks, grids, sizes, strict=False):
         assert rounded.integers.shape == (OUT, size)
         assert torch.equal(rounded.integers, rounded.integers.round().clamp(grid.low, grid.high))
     assert int(result.blocks[1].integers.abs().max()) > 7, "the second grid is finer"
     torch.testing.assert_close(result.loss.double(), loss_of(delta_of(result, weight), hessian), rtol=1e-3, atol=1e-7)
-    coarse = quantize_columns(
-        weight, hessian, [ColumnBlock(64, grids[0], search_clip(weight[:, :64], grids[0], torch.float32)), blocks[2]]
-    )
+    alike = search_clip(weight[:, :64], grids[0], torch.float32)
+    coarse = ColumnSolver(hessian, [ColumnBlock(64, grids[0]), blocks[2]]).solve(weight, [alike])
     ratio = float(result.loss.sum() / coarse.loss.sum())
     print(f"loss with 24 columns in 8 bits over that with all in 4 bits: {ratio:.3f}, bound 0.9")
     assert ratio < 0.9
 
 
-def test_free_columns_must_come_last(make_hessian, make_weight) -> None:
-    weight, grid = make_weight(2, 16), IntegerGrid(4)
-    on_grid = ColumnBlock(8, grid, search_clip(weight[:, :8], grid, torch.float32))
+def test_free_columns_must_come_last(make_hessian) -> None:
+    grid = IntegerGrid(4)
+    on_grid = ColumnBlock(8, grid)
     with pytest.raises(ValueError, match="they must come last"):
-        quantize_columns(weight, make_hessian(16), [on_grid, ColumnBlock(4), ColumnBlock(4, grid, on_grid.scales)])
-    with pytest.raises(ValueError, match=r"the blocks have 8 columns, 1 of them on a grid; the weight has 16"):
-        quantize_columns(weight, make_hessian(16), [on_grid])
+        ColumnSolver(make_hessian(16), [on_grid, ColumnBlock(4), ColumnBlock(4, grid)])
+    with pytest.raises(ValueError, match=r"the blocks have 8 columns, 1 of them on a grid; the Hessian has 16"):
+        ColumnSolver(make_hessian(16), [on_grid])
+
+
+def test_pieces_of_a_weight_are_what_the_whole_is(make_hessian, make_weight) -> None:
+    """To the bit of a sum: output channels have nothing to do with each other."""
+    weight, grid = make_weight(OUT, 40), IntegerGrid(4)
+    scales = search_clip(weight[:, :32], grid, torch.float32)
+    solver = ColumnSolver(make_hessian(40), [ColumnBlock(32, grid), ColumnBlock(8)], sweeps=2)
+    whole = solver.solve(weight, [scales])
+    rows = (slice(0, 5), slice(5, OUT))
+    parts = [solver.solve(weight[each], [WeightScales(scales.scale[each], scales.zero_point[each])]) for each in rows]
+    assert torch.equal(torch.cat([part.blocks[0].integers for part in parts]), whole.blocks[0].integers)
+    joined = WeightScales.joined([part.blocks[0].scales for part in parts])
+    assert torch.equal(joined.scale, whole.blocks[0].scales.scale)
+    torch.testing.assert_close(torch.cat([part.outlier for part in parts]), whole.outlier)
+    torch.testing.assert_close(torch.cat([part.loss for part in parts]), whole.loss)

@@ -6,7 +6,7 @@ import pytest
 import torch
 from quad_kernels import IntegerGrid
 
-from quad_modifiers.quantization.gptq import ColumnBlock, GptqResult, quantize_columns
+from quad_modifiers.quantization.gptq import ColumnBlock, ColumnSolver, GptqResult
 from quad_modifiers.quantization.grid import WeightScales, dequantize, search_clip
 from quad_modifiers.quantization.outlier_rounding import round_outliers, rounded_to_nearest
 
@@ -42,7 +42,8 @@ def problem(make_hessian, make_weight):
 
 def around(weight: torch.Tensor, hessian: torch.Tensor, **settings) -> tuple[GptqResult, WeightScales]:
     scales = search_clip(weight[:, :COLUMNS], LOW, torch.float32)
-    return quantize_columns(weight, hessian, [ColumnBlock(COLUMNS, LOW, scales), ColumnBlock(RANK)], **settings), scales
+    solver = ColumnSolver(hessian, [ColumnBlock(COLUMNS, LOW), ColumnBlock(RANK)], **settings)
+    return solver.solve(weight, [scales]), scales
 
 
 def loss_of(weight: torch.Tensor, result: GptqResult, hessian: torch.Tensor) -> torch.Tensor:
