@@ -14,7 +14,7 @@ from quad_modifiers import compression_size, on_disk
 from quad_modifiers.checkpoint.opened import open_checkpoint
 from quad_modifiers.checkpoint.save import write_tensors
 
-from .test_resume import SETTINGS, CutOff, files_of, recipe_text
+from .toy_runs import SETTINGS, CutOff, files_of, recipe_text
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="is for Linux")
 

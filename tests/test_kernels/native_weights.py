@@ -1,11 +1,13 @@
-"""Weights for the tests of the native CPU kernels, and whether there are such kernels."""
+"""Weights for the tests of the native CPU kernels, whether there are such kernels, and all the ways to run them."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from typing import Any
 
 import torch
-from quad_kernels import QuantizedWeight
+from quad_kernels import QuantizedWeight, quad_linear
 from quad_kernels.native import library
 
 MISSING: str | None = None
@@ -47,3 +49,19 @@ def exact(x: torch.Tensor, weight: QuantizedWeight) -> torch.Tensor:
     if weight.zero_point is not None:
         wide = wide - weight.zero_point.long().repeat_interleave(weight.in_features // weight.scale.shape[1], 1)
     return x.long() @ wide.T
+
+
+def results_everywhere(given: dict[str, Any], threads: Sequence[int], tokens: Sequence[int]) -> Iterator[torch.Tensor]:
+    """A layer of all its input by every instruction set and number of threads; put together of batches too."""
+    before, count = library.instruction_set(), torch.get_num_threads()
+    try:
+        for name in library.supported():
+            library.choose_instruction_set(name)
+            for number in threads:
+                torch.set_num_threads(number)
+                for size in (len(given["x"]), *tokens):
+                    parts = given["x"].split(size)
+                    yield torch.cat([quad_linear(**(given | {"x": part}), backend="native") for part in parts])
+    finally:
+        torch.set_num_threads(count)
+        library.choose_instruction_set(before)

@@ -7,9 +7,8 @@ from typing import Any
 import pytest
 import torch
 from quad_kernels import InputQuantization, InputSplit, LowRank, RMSNorm, choose_backend, quad_linear, split_input
-from quad_kernels.native import library
 
-from .native_weights import MISSING, in_lines, random_weight
+from .native_weights import MISSING, in_lines, random_weight, results_everywhere
 
 OUT = 40
 LOW = InputQuantization(4, 0.9)
@@ -86,22 +85,7 @@ def test_every_backend_adds_it(
 def test_no_native_result_depends_on_the_batch_the_threads_or_the_processor(dtype: torch.dtype, rank: int) -> None:
     given = layer(InputSplit(203, 3), dtype, rank, tokens=70, out=150)
     given["weight"] = in_lines(given["weight"])
-    before, threads = library.instruction_set(), torch.get_num_threads()
-    results = []
-    try:
-        for name in library.supported():
-            library.choose_instruction_set(name)
-            for count in (1, 3):
-                torch.set_num_threads(count)
-                results.append(quad_linear(**given, backend="native"))
-                for tokens in (1, 19):
-                    parts = [
-                        quad_linear(**(given | {"x": part}), backend="native") for part in given["x"].split(tokens)
-                    ]
-                    results.append(torch.cat(parts))
-    finally:
-        torch.set_num_threads(threads)
-        library.choose_instruction_set(before)
+    results = list(results_everywhere(given, threads=(1, 3), tokens=(1, 19)))
     for result in results[1:]:
         assert torch.equal(result, results[0])
     if dtype != torch.float16:

@@ -23,7 +23,7 @@ from quad_kernels.native import library, lines, pages
 from quad_kernels.native.pages import in_large_pages
 from quad_kernels.quantize_activations.reference import quantize_activations as quantize_reference
 
-from .native_weights import MISSING, in_lines, random_sub_scaled, random_weight
+from .native_weights import MISSING, in_lines, random_sub_scaled, random_weight, results_everywhere
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -157,22 +157,7 @@ def test_a_layer_is_that_of_its_parts(instruction_set: str, dtype: torch.dtype, 
 def test_no_result_depends_on_the_batch_the_threads_or_the_processor(dtype: torch.dtype, layer: tuple) -> None:
     given = layer_tensors(*layer, dtype, tokens=70, out=150)
     given["weight"] = in_lines(given["weight"])
-    before, threads = library.instruction_set(), torch.get_num_threads()
-    results = []
-    try:
-        for name in library.supported():
-            library.choose_instruction_set(name)
-            for count in (1, 2, 3):
-                torch.set_num_threads(count)
-                results.append(quad_linear(**given, backend="native"))
-                for tokens in (1, 5, 19):
-                    parts = [
-                        quad_linear(**(given | {"x": part}), backend="native") for part in given["x"].split(tokens)
-                    ]
-                    results.append(torch.cat(parts))
-    finally:
-        torch.set_num_threads(threads)
-        library.choose_instruction_set(before)
+    results = list(results_everywhere(given, threads=(1, 2, 3), tokens=(1, 5, 19)))
     for result in results[1:]:
         assert torch.equal(result, results[0])
 

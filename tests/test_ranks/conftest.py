@@ -15,6 +15,8 @@ from typing import Any
 import pytest
 import torch
 
+_SECONDS = 300
+
 
 @pytest.fixture
 def in_ranks(tmp_path: Path) -> Callable[..., list[Any]]:
@@ -41,6 +43,7 @@ def _start(rank: int, count: int, port: int, result: Path, work: Callable[[int],
     if child:
         return child
     try:
+        signal.alarm(_SECONDS)  # one that waits for ever is a failure, and no hang of the tests
         torch.set_num_threads(1)
         os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(count), "LOCAL_WORLD_SIZE": str(count)}
         os.environ |= {"LOCAL_RANK": str(rank), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}

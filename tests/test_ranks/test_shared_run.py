@@ -12,7 +12,7 @@ import torch
 
 import quad_modifiers
 from quad_modifiers.journal import SharedStep, Step
-from tests.test_compression.test_resume import SETTINGS, files_of, recipe_text
+from tests.test_compression.toy_runs import SETTINGS, files_of, recipe_text
 
 pytest.importorskip("llmcompressor")
 pytestmark = pytest.mark.filterwarnings("ignore:.*use of fork:DeprecationWarning")
