@@ -105,6 +105,7 @@ def quantize_cases() -> Iterator[Case]:
         ("14336 zeroed", w4, InputSplit(14336, 64, 0, True), None, False),
         ("28672", w4, InputSplit(28672), None, False),
         ("4096 groups of 128", InputQuantization(4, 0.9, 128), InputSplit(4096), None, False),
+        ("4096+64 zero points", InputQuantization(4, 0.9, symmetric=False), InputSplit(4160, 64), None, False),
     ):
         x = torch.zeros(16, split.width, dtype=torch.bfloat16)
 
@@ -136,6 +137,13 @@ def hadamard_cases() -> Iterator[Case]:
             launch.hadamard_quantize(x, InputQuantization(4, 0.9), split)
 
         yield from record(f"hadamard+quantize {size} {_TYPES[dtype]}", launch, "hadamard_kernel", call)
+    wide, asymmetric = torch.zeros(16, 14336, dtype=torch.bfloat16), InputQuantization(4, symmetric=False)
+    yield from record(
+        "hadamard+quantize 14336 bf16, zero points",
+        launch,
+        "hadamard_kernel",
+        lambda: launch.hadamard_quantize(wide, asymmetric, InputSplit(14336, hadamard=True)),
+    )
     for size in (14336, 11008):
         x = torch.zeros(16, size, dtype=torch.bfloat16)
         yield from record(f"hadamard {size} bf16", launch, "hadamard_kernel", lambda x=x: launch.hadamard(x))

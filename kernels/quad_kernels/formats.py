@@ -122,28 +122,42 @@ class IntegerGrid:
 
 @dataclass(frozen=True)
 class InputQuantization:
-    """Dynamic symmetric integer quantization of the residual part of an input.
+    """Dynamic integer quantization of the residual part of an input.
 
     Attributes:
         bits: width of the integers, 2 to 8.
-        clip_ratio: share of the largest magnitude that the grid covers; 1.0 is the grid of compressed-tensors.
+        clip_ratio: share of the largest magnitude, or of the range, that the grid covers; 1.0 is the grid of
+            compressed-tensors.
         group_size: coordinates per scale, None for one scale per token.
         sub_scale_bits: bits of an integer factor per group, with one floating-point scale per token; None for a
             floating-point scale per group.
+        symmetric: False adds an integer zero point per scale, for up to 7 bits: what kernels multiply are the integers
+            less their zero points, which take a bit more.
 
     Raises:
-        ValueError: for sub-scales without groups, or whose products leave 8 bits.
+        ValueError: for sub-scales without groups, with zero points, or whose products leave 8 bits, and for zero points
+            with 8 bits.
     """
 
     bits: int = 4
     clip_ratio: float = 1.0
     group_size: int | None = None
     sub_scale_bits: int | None = None
+    symmetric: bool = True
 
     def __post_init__(self) -> None:
         problem = sub_scale_problem(self.bits, self.group_size, self.sub_scale_bits)
+        if problem is None and not self.symmetric:
+            problem = self._zero_point_problem()
         if problem is not None:
             raise ValueError(problem)
+
+    def _zero_point_problem(self) -> str | None:
+        if self.sub_scale_bits is not None:
+            return "sub_scale_bits goes with symmetric integers, not with zero points"
+        if self.bits > 7:
+            return f"inputs of {self.bits} bits less their zero points do not fit into 8 bits; use 7, or symmetric ones"
+        return None
 
     @property
     def largest_sub_scale(self) -> int:
@@ -152,8 +166,10 @@ class InputQuantization:
 
     @property
     def integer_bits(self) -> int:
-        """Width of the integers that kernels multiply; those with sub-scales are products."""
-        return self.bits if self.sub_scale_bits is None else 8
+        """Width of the signed integers that kernels multiply: with sub-scales products, else less zero points."""
+        if self.sub_scale_bits is not None:
+            return 8
+        return self.bits if self.symmetric else self.bits + 1
 
     def groups(self, width: int) -> int:
         """Groups per token of `width` coordinates."""
@@ -245,7 +261,7 @@ class QuantizedActivations(NamedTuple):
     Attributes:
         outlier: full-precision coordinates, `[..., rank]`, dtype of the input; None for rank 0.
         integers: `[..., n]`, int8, or packed in bytes, `[..., nibble_bytes(n)]`, uint8; with sub-scales the products of
-            integers and the sub-scales of their groups.
+            integers and the sub-scales of their groups, on asymmetric grids less their zero points.
         scale: `[..., scales]`, float32.
     """
 

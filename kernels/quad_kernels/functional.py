@@ -40,6 +40,10 @@ def quantize_activations(
     integers from -2^(bits-1) to 2^(bits-1) - 1, round to nearest even. A clip ratio of 1 is the grid of
     compressed-tensors; the "0.9 of absmax / 7" of the QUAD paper (section 4.1) is 0.964 here.
 
+    On asymmetric grids scale = clip_ratio * (max - min) / (2^bits - 1), where max is at least 0 and min at most 0, and
+    the zero point is z = round(-clip_ratio * min / scale). The integers returned have it taken off already: they lie
+    from -z to 2^bits - 1 - z, and x is about scale times them.
+
     With sub-scales a token has one scale, the largest step of its groups over the largest factor; the step of a group
     is an integer factor times that, and the integers returned are products with the factor.
 
@@ -57,7 +61,7 @@ def quantize_activations(
 
     Raises:
         ValueError: for a group size that does not divide the residual, a width that is not the split's, or `packed`
-            with more than 4 bits or sub-scales.
+            with integers that take more than 4 bits.
 
     Example:
         >>> x = torch.tensor([[100.0, 3.0, -7.5, 1.0]])
@@ -80,6 +84,7 @@ def quantize_activations(
         quantization.clip_ratio,
         group or 0,
         quantization.sub_scale_bits or 0,
+        quantization.symmetric,
         split.outliers,
         split.block,
         split.keep_width,

@@ -76,6 +76,7 @@ def quantize_activations(
     clip_ratio: float,
     group_size: int,
     sub_scale_bits: int,
+    symmetric: bool,
     outliers: int,
     block: int,
     keep_width: bool,
@@ -88,7 +89,7 @@ def quantize_activations(
     """See `quad_kernels.quantize_activations`; group size 0, 0 bits of sub-scales and a negative eps stand for none."""
     outlier, integers, scale = choose_backend(x.device, backend).quantize_activations(
         x,
-        _input_quantization(bits, clip_ratio, group_size or None, sub_scale_bits or None),
+        _input_quantization(bits, clip_ratio, group_size or None, sub_scale_bits or None, symmetric),
         _input_split(x.shape[-1], outliers, block, keep_width, hadamard),
         None if norm_eps < 0 else RMSNorm(norm_weight, norm_eps),
         packed,

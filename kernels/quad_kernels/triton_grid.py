@@ -53,6 +53,36 @@ def scale_of(largest: tl.tensor, clip_ratio: tl.tensor, BITS: tl.constexpr) -> t
 
 
 @triton.jit
+def below_zero(x: tl.tensor) -> tl.tensor:
+    """The numbers below 0 as float32, 0 for the others and NaN."""
+    wide = x.to(tl.float32)
+    return tl.where(wide < 0.0, wide, 0.0)
+
+
+@triton.jit
+def above_zero(x: tl.tensor) -> tl.tensor:
+    """The numbers above 0 as float32, 0 for the others and NaN."""
+    wide = x.to(tl.float32)
+    return tl.where(wide > 0.0, wide, 0.0)
+
+
+@triton.jit
+def asymmetric_scale(
+    least: tl.tensor, most: tl.tensor, largest: tl.tensor, clip_ratio: tl.tensor, BITS: tl.constexpr
+) -> tuple[tl.tensor, tl.tensor]:
+    """Scale and zero point, float32, from the smallest number up to 0, the largest from 0 on, and the largest
+    `magnitude_bits`, which know of NaN.
+    """
+    LEVELS: tl.constexpr = 2.0**BITS - 1.0
+    magnitude = largest.to(tl.float32, bitcast=True)
+    finite = magnitude < float("inf")
+    least = tl.where(finite, least, 0.0) * clip_ratio
+    most = tl.where(finite, most, 0.0) * clip_ratio
+    scale = tl.where(finite, _normal(tl.div_rn(most, LEVELS) - tl.div_rn(least, LEVELS)), magnitude)
+    return scale, (round_to_grid(-least, scale, 0.0, LEVELS) & 0xFF).to(tl.float32)
+
+
+@triton.jit
 def _normal(scale: tl.tensor) -> tl.tensor:
     return tl.where(scale < 1.1754943508222875e-38, 0.0, scale)
 
@@ -67,10 +97,11 @@ def common_scale(widest: tl.tensor, steps: tl.tensor, MOST: tl.constexpr) -> tup
 
 
 @triton.jit
-def round_to_grid(x: tl.tensor, scale: tl.tensor, SMALLEST: tl.constexpr, LARGEST: tl.constexpr) -> tl.tensor:
+def round_to_grid(x: tl.tensor, scale: tl.tensor, smallest: tl.tensor, largest: tl.tensor) -> tl.tensor:
     """Integers of the rounded quotient x / scale in the low bits of an int32, 0 for a scale of 0, inf or NaN.
 
-    `scale` has one value per row. The quotient is that of an IEEE division: Markstein's correction, twice.
+    `scale` and the ends of the grid have one value per row, or the ends are constants. The quotient is that of an IEEE
+    division: Markstein's correction, twice.
     """
     usable = (scale > 0.0) & (scale < float("inf"))
     # A power of two that keeps the remainders below out of the subnormal numbers.
@@ -82,7 +113,7 @@ def round_to_grid(x: tl.tensor, scale: tl.tensor, SMALLEST: tl.constexpr, LARGES
     quotient = x * inverse
     quotient = tl.fma(tl.fma(-quotient, divisor, x), inverse, quotient)
     quotient = tl.fma(tl.fma(-quotient, divisor, x), inverse, quotient)
-    quotient = tl.minimum(tl.maximum(quotient, SMALLEST), LARGEST)
+    quotient = tl.minimum(tl.maximum(quotient, smallest), largest)
     # Adding 1.5 * 2^23 rounds to nearest even and leaves the integer in the low bits of the sum.
     integer = (quotient + 12582912.0).to(tl.int32, bitcast=True)
     return integer & tl.where(usable, -1, 0)

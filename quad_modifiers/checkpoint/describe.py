@@ -144,7 +144,9 @@ def _input_format(module: QuadLinear, where: str) -> InputFormat | None:
         problem = unstorable_inputs(stock)
         if problem is not None:
             raise ValueError(f"{where}: {problem}")
-        return InputFormat(bits=stock.num_bits, clip_ratio=1.0, group_size=stock.group_size)
+        return InputFormat(
+            bits=stock.num_bits, clip_ratio=1.0, group_size=stock.group_size, **_symmetric(stock.symmetric)
+        )
     ours = module.input_quantization if module.quantize_input else None
     if ours is None:
         return None
@@ -153,6 +155,7 @@ def _input_format(module: QuadLinear, where: str) -> InputFormat | None:
         clip_ratio=ours.clip_ratio,
         group_size=ours.group_size,
         **_sub_scale_bits(ours.sub_scale_bits),
+        **_symmetric(ours.symmetric),
     )
 
 
@@ -173,6 +176,11 @@ def _weight_format(module: QuadLinear, where: str) -> WeightFormat | None:
 def _sub_scale_bits(bits: int | None) -> dict[str, Any]:
     """The field, left out where it says nothing: only version 4 has it."""
     return {} if bits is None else {"sub_scale_bits": bits}
+
+
+def _symmetric(symmetric: bool) -> dict[str, Any]:
+    """The field of an input, left out where it says nothing: only version 7 has it."""
+    return {} if symmetric else {"symmetric": False}
 
 
 def quantization_config(decoder: Decoder, described: Described, contributed: Contributions) -> dict[str, Any] | None:
@@ -253,7 +261,7 @@ def _scheme(linear: LinearFormat) -> dict[str, Any]:
         "weights": _arguments(linear.weight.bits, linear.weight.group_size, linear.weight.symmetric, dynamic=False),
         "input_activations": None
         if linear.input is None
-        else _arguments(linear.input.bits, linear.input.group_size, True, dynamic=True),
+        else _arguments(linear.input.bits, linear.input.group_size, linear.input.symmetric, dynamic=True),
         "output_activations": None,
         "format": "pack-quantized",
     }

@@ -10,7 +10,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, ValidationError, model_validator
 from quad_kernels import InputQuantization, InputSplit, IntegerGrid
 
-FORMAT_VERSIONS = (1, 2, 3, 4, 5, 6)
+FORMAT_VERSIONS = (1, 2, 3, 4, 5, 6, 7)
 QUANT_METHOD = "quad"
 
 
@@ -25,6 +25,7 @@ class InputFormat(_Strict):
     clip_ratio: float = Field(gt=0.0, le=1.0)
     group_size: int | None = None
     sub_scale_bits: Literal[4] | None = None
+    symmetric: bool = True
 
     @model_validator(mode="after")
     def _check_grid(self) -> "InputFormat":
@@ -33,7 +34,9 @@ class InputFormat(_Strict):
 
     def settings(self) -> InputQuantization:
         """As the module uses it."""
-        return InputQuantization(self.bits, self.clip_ratio, self.group_size, self.sub_scale_bits)
+        return InputQuantization(
+            self.bits, self.clip_ratio, self.group_size, self.sub_scale_bits, symmetric=self.symmetric
+        )
 
 
 class WeightFormat(_Strict):
@@ -151,10 +154,10 @@ class QuadFormat(_Strict):
     Version 2 adds `embedding` and `head`. Version 3 adds `terms` of linears and `sections`, whose kinds plugins
     bring, and leaves out what the first two reserved. Version 4 adds `sub_scale_bits` of weights and inputs, version 5
     `outlier` of linears, version 6 `overrides`, linears that have other bits in some blocks, and `high` of the section
-    `kv_cache`.
+    `kv_cache`, version 7 `symmetric` of inputs.
     """
 
-    format_version: Literal[1, 2, 3, 4, 5, 6] = 1
+    format_version: Literal[1, 2, 3, 4, 5, 6, 7] = 1
     base_model_type: str
     residual_basis: BasisFormat | None
     linears: dict[str, LinearFormat]
@@ -178,9 +181,15 @@ class QuadFormat(_Strict):
             unknown |= {"linears.outlier"}
         if self.format_version < 6:
             unknown |= _late_fields(self.sections)
+        if self.format_version < 7 and any("symmetric" in each.model_fields_set for each in self._inputs()):
+            unknown |= {"input.symmetric"}
         if unknown:
             raise ValueError(f"version {self.format_version} has no field {min(unknown)!r}")
         return self
+
+    def _inputs(self) -> list[InputFormat]:
+        stated = [each.input for each in self.linears.values()] + [each.input for each in self.overrides]
+        return [each for each in stated if each is not None]
 
     @model_validator(mode="after")
     def _check_overrides(self) -> "QuadFormat":
@@ -227,6 +236,8 @@ class QuadFormat(_Strict):
             version = 5
         if "overrides" in fields or _late_fields(fields.get("sections", {})):
             version = 6
+        if any(not each.symmetric for each in cls(format_version=7, **fields)._inputs()):
+            version = 7
         return cls(format_version=version, **fields)
 
     def section(self) -> dict[str, Any]:
@@ -240,6 +251,9 @@ class QuadFormat(_Strict):
             for grid in (linear["weight"], linear["input"]):
                 if self.format_version < 4 and grid is not None:
                     del grid["sub_scale_bits"]
+        for each in (*content["linears"].values(), *content.get("overrides", ())):
+            if self.format_version < 7 and each["input"] is not None:
+                del each["input"]["symmetric"]
         return content
 
 
@@ -254,7 +268,7 @@ _ABSENT = {
     1: {"embedding", "head", "sections", *_LATER},
     2: {"sections", *_LATER},
     **dict.fromkeys((3, 4, 5), _RESERVED | _LATER),
-    6: _RESERVED,
+    **dict.fromkeys((6, 7), _RESERVED),
 }
 """Fields that a version does not have."""
 

@@ -46,13 +46,17 @@ class DynamicActQuant(QuadModifier):
         sub_scale_bits: 4 for integers of two levels: a group has a 4-bit integer factor and a token the scale, so that
             kernels add up integers as with one scale per token; for inputs of up to 4 bits. None for a floating-point
             scale per group.
+        symmetric: False gives each scale a zero point: the grid reaches from the smallest coordinate to the largest, as
+            ResQ and compressed-tensors' asymmetric inputs have it. For inputs of up to 7 bits, without sub_scale_bits;
+            quantized outlier coordinates stay symmetric.
         o_proj_scale: one scale of the input of o_proj per "token", or per token and "head" (ResQ), whatever `strategy`
             says of the others; by default as the others.
         outlier_bits: 8 quantizes the outlier coordinates of quantized inputs, with one scale per token, where their
             weights have 8 bits, too (`OutlierSplitGPTQ.outlier_bits`); None leaves them unquantized.
-        u_type_clip_ratio, d_type_clip_ratio: share of the largest magnitude that the grid covers; 1.0 is the grid of
-            compressed-tensors, the paper's 0.9 of absmax / 7 is 0.964. "auto" takes for each role the one of least
-            output error on calibration tokens: the wider an input, the more its largest magnitude stands out.
+        u_type_clip_ratio, d_type_clip_ratio: share of the largest magnitude (of the range, with zero points) that the
+            grid covers; 1.0 is the grid of compressed-tensors, the paper's 0.9 of absmax / 7 is 0.964. "auto" takes for
+            each role the one of least output error on calibration tokens: the wider an input, the more its largest
+            magnitude stands out.
         overrides: other bits, and maybe another clip ratio, for the inputs of some linears, by layers and by names; of
             several for one linear the last counts. Those that share their input (q, k and v; gate and up) must have
             the same.
@@ -66,6 +70,7 @@ class DynamicActQuant(QuadModifier):
     strategy: Literal["token", "group"] = "token"
     group_size: int | None = Field(default=None, ge=8)
     sub_scale_bits: Literal[4] | None = None
+    symmetric: bool = True
     o_proj_scale: Literal["token", "head"] | None = None
     outlier_bits: Literal[8] | None = None
     u_type_clip_ratio: ClipRatio | Literal["auto"] = 0.92
@@ -107,7 +112,7 @@ class DynamicActQuant(QuadModifier):
             )
 
     def _quantization(self, bits: int, clip_ratio: float) -> InputQuantization:
-        return InputQuantization(bits, clip_ratio, self.group_size, self.sub_scale_bits)
+        return InputQuantization(bits, clip_ratio, self.group_size, self.sub_scale_bits, self.symmetric)
 
     def input_words(self, group: PlacedGroup) -> str:
         """Returns what the inputs of a group become, in words; nothing where they stay as they are."""
@@ -118,7 +123,7 @@ class DynamicActQuant(QuadModifier):
         grouped = f"groups of {self.group_size}{levels}" if self.group_size else "per token"
         if group.group.reads == "values" and self.o_proj_scale is not None:
             grouped = "per token and head" if self.o_proj_scale == "head" else "per token"
-        return f"{bits}, {grouped}"
+        return f"{bits}, {grouped}{'' if self.symmetric else ', with zero points'}"
 
     def words_of(self, linear: PlacedLinear) -> str:
         """Returns what becomes of an input where it may differ from others, in words; nothing if it is left alone."""
@@ -138,11 +143,12 @@ class DynamicActQuant(QuadModifier):
             if linear.module.input_quantization is not None and self.outlier_bits is not None:
                 linear.module.outlier_quantization = InputQuantization(self.outlier_bits)
         logger.info(
-            "DynamicActQuant: U-type inputs %s bits, D-type inputs %s bits, per %s%s",
+            "DynamicActQuant: U-type inputs %s bits, D-type inputs %s bits, per %s%s%s",
             self.u_type_bits,
             self.d_type_bits,
             self.strategy,
             " of two levels" if self.sub_scale_bits else "",
+            "" if self.symmetric else ", with zero points",
         )
 
     def run(self, decoder: Decoder, batches: Batches) -> None:
@@ -172,7 +178,8 @@ class DynamicActQuant(QuadModifier):
         bits = bits if override is None else override.bits
         ratio = 1.0 if clip == "auto" else clip
         if self.o_proj_scale is not None and linear.group.reads == "values":
-            return InputQuantization(bits, ratio, head_dim if self.o_proj_scale == "head" else None)
+            group_size = head_dim if self.o_proj_scale == "head" else None
+            return InputQuantization(bits, ratio, group_size, symmetric=self.symmetric)
         return self._quantization(bits, ratio)
 
     def _bits(self, group: Group) -> int | None:

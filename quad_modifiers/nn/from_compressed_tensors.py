@@ -72,11 +72,11 @@ def unstorable_weights(arguments: Any) -> str | None:
 
 def unstorable_inputs(arguments: Any) -> str | None:
     """Returns why a checkpoint cannot hold inputs with compressed-tensors' arguments, None if it can."""
-    stated = arguments.type == "int" and arguments.dynamic is True and arguments.symmetric
-    if stated and arguments.strategy in ("token", "group") and 2 <= arguments.num_bits <= 8:
+    stated = arguments.type == "int" and arguments.dynamic is True and arguments.strategy in ("token", "group")
+    if stated and 2 <= arguments.num_bits <= (8 if arguments.symmetric else 7):
         return None
     return (
         f"inputs of {arguments.num_bits} bits, type {arguments.type}, strategy {arguments.strategy}, "
         f"dynamic={arguments.dynamic}, symmetric={arguments.symmetric} cannot be stored; use DynamicActQuant, or "
-        "symmetric dynamic integers of 2 to 8 bits, per token or group"
+        "dynamic integers of 2 to 8 bits (asymmetric ones of up to 7), per token or group"
     )

@@ -113,7 +113,9 @@ def quad(config: dict[str, Any]) -> dict[str, Any]:
     ("damage", "message"),
     [
         pytest.param(
-            lambda c: quad(c).update(format_version=7), "version 7, .* versions 1, 2, 3, 4, 5, 6; upgrade", id="version"
+            lambda c: quad(c).update(format_version=8),
+            "version 8, .* versions 1, 2, 3, 4, 5, 6, 7; upgrade",
+            id="version",
         ),
         pytest.param(lambda c: quad(c).pop("format_version"), "format version None", id="no version"),
         pytest.param(lambda c: quad(c).update(sparsity=0.5), "sparsity", id="unknown field"),
@@ -126,6 +128,11 @@ def quad(config: dict[str, Any]) -> dict[str, Any]:
             lambda c: quad(c)["linears"]["q_proj"]["weight"].update(sub_scale_bits=None),
             "version 1 has no field 'sub_scale_bits'",
             id="field of version 4",
+        ),
+        pytest.param(
+            lambda c: quad(c)["linears"]["q_proj"]["input"].update(symmetric=False),
+            "version 1 has no field 'input.symmetric'",
+            id="field of version 7",
         ),
         pytest.param(lambda c: quad(c).update(low_rank={"rank": 4}), "low_rank", id="reserved field"),
         pytest.param(lambda c: quad(c)["outlier"].update(bits=8), r"outlier\.bits", id="reserved bits"),

@@ -147,10 +147,17 @@ def transform(k: int) -> np.ndarray:
 def quantize(x: np.ndarray, entry: Section) -> tuple[np.ndarray, np.ndarray]:
     """Integers and one step per coordinate; all in float32."""
     groups = x.reshape(len(x), -1, entry["group_size"] or x.shape[1])
-    half = 2 ** (entry["bits"] - 1)
+    low = np.float32(-(2 ** (entry["bits"] - 1)))
+    levels = np.float32(2 ** entry["bits"] - 1)
     largest = np.abs(groups).max(-1, keepdims=True)
-    step = largest * np.float32(entry["clip_ratio"]) / np.float32((2 ** entry["bits"] - 1) / 2)
+    step = largest * np.float32(entry["clip_ratio"]) / (levels / 2)
     step = np.where(step < 2.0**-126, np.float32(0), step)
+    if not entry.get("symmetric", True):
+        ends = np.minimum(groups.min(-1, keepdims=True), 0), np.maximum(groups.max(-1, keepdims=True), 0)
+        least, most = (end * np.float32(entry["clip_ratio"]) for end in ends)
+        step = most / levels - least / levels
+        step = np.where(step < 2.0**-126, np.float32(0), step)
+        low = -np.clip(np.rint(np.divide(-least, step, out=np.zeros_like(step), where=step > 0)), 0, levels)
     factor = np.ones_like(step)
     if entry.get("sub_scale_bits"):
         most = np.float32(2 ** entry["sub_scale_bits"] - 1)
@@ -160,7 +167,7 @@ def quantize(x: np.ndarray, entry: Section) -> tuple[np.ndarray, np.ndarray]:
         factor, step = np.clip(np.rint(quotient), np.float32(1), most), np.broadcast_to(scale, step.shape)
     divisor = factor * step
     quotient = np.divide(groups, divisor, out=np.zeros_like(groups), where=divisor > 0)
-    integers = factor * np.clip(np.rint(quotient), -half, half - 1)
+    integers = factor * np.clip(np.rint(quotient), low, low + levels)
     return integers.reshape(x.shape), np.broadcast_to(step, groups.shape).reshape(x.shape)
 
 
@@ -292,6 +299,14 @@ CASES = {
     DynamicActQuant: {strategy: group, group_size: 16, sub_scale_bits: 4}
     OutlierSplitGPTQ: {group_size: 8, sub_scale_bits: 4}""",
     ),
+    "inputs with zero points": (
+        "llama",
+        "even",
+        """
+    SVDOutlierProjection: {rank: 16, basis: square, o_proj_rank_per_head: 2, online_rotation: [down_proj]}
+    DynamicActQuant: {d_type_bits: 5, symmetric: false, o_proj_scale: head, d_type_clip_ratio: 1.0}
+    OutlierSplitGPTQ: {}""",
+    ),
     # widths 78 and 90: block Hadamards; some weights in full precision
     "blocks-and-ignored": (
         "llama",
@@ -350,6 +365,7 @@ def test_independent_runtime_reproduces_every_linear(case: str, make_toy, tmp_pa
     section = config["quantization_config"]["quad"]
     assert config["quantization_config"]["quant_method"] == "quad"
     versions = {"two levels": 4, "8-bit outliers": 5, "8-bit outlier weights": 5, "other bits in some blocks": 6}
+    versions["inputs with zero points"] = 7
     assert section["format_version"] == versions.get(case, 1)
     assert section["base_model_type"] == model_type
 
@@ -465,9 +481,14 @@ MODELS: dict[int, Section] = {
         "sections": {"kv_cache": {"bits": 4, "high": {"bits": 8}}},
     },
 }
+MODELS[7] = {"sections": {"kv_cache": {"bits": 4, "high": {"bits": 8}}}}
 
 
-LINEARS: dict[int, Section] = {4: {"weight": GROUPS}, 5: {"outliers_per_block": 2, "outlier": {"input_bits": 8}}}
+LINEARS: dict[int, Section] = {
+    4: {"weight": GROUPS},
+    5: {"outliers_per_block": 2, "outlier": {"input_bits": 8}},
+    7: {"input": {"bits": 4, "clip_ratio": 1.0, "symmetric": False}},
+}
 
 
 def model_of(version: int, linear: Section | None = None) -> QuadFormat:
@@ -492,6 +513,7 @@ def written_fields(quad: QuadFormat) -> set[str]:
     linear = section["linears"]["q_proj"]
     found = {f"linears.{name}" for name in ("terms", "outlier") if name in linear}
     found |= {f"linears.{part}.sub_scale_bits" for part in ("weight", "input") if "sub_scale_bits" in linear[part]}
+    found |= {"linears.input.symmetric"} if "symmetric" in linear["input"] else set()
     found |= {"sections.kv_cache.high"} if "high" in section.get("sections", {}).get("kv_cache", {}) else set()
     return {*section, *found}
 
@@ -520,6 +542,8 @@ def test_a_reader_refuses_fields_of_other_versions(version: int) -> None:
             section["linears"]["q_proj"]["terms"] = {}
         elif field == "linears.outlier":
             section["linears"]["q_proj"]["outlier"] = None
+        elif field == "linears.input.symmetric":
+            section["linears"]["q_proj"]["input"]["symmetric"] = True
         elif field == "sections.kv_cache.high":
             section.setdefault("sections", {})["kv_cache"] = {"bits": 4, "high": None}
         else:

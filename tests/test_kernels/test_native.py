@@ -40,6 +40,10 @@ SPLITS = {
 }
 QUANTIZATIONS = [InputQuantization(bits, clip) for bits in (2, 4, 8) for clip in (1.0, 0.86)]
 QUANTIZATIONS += [InputQuantization(4, 0.92, 8, 4), InputQuantization(3, 1.0, 24, 4), InputQuantization(2, 0.86, 8, 6)]
+QUANTIZATIONS += [
+    InputQuantization(bits, clip, symmetric=False) for bits, clip in ((2, 1.0), (4, 1.0), (4, 0.9), (7, 0.9))
+]
+QUANTIZATIONS += [InputQuantization(4, 1.0, 8, symmetric=False)]
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -75,10 +79,16 @@ def test_ties_zeros_and_numbers_that_are_none(instruction_set: str) -> None:
     truth = quantize_reference(x, sub_scaled, InputSplit(31), None, False)
     assert torch.equal(own.integers, truth[1])
     assert torch.equal(own.scale, truth[2])
+    asymmetric = InputQuantization(4, symmetric=False)
+    own = quantize_activations(x, asymmetric, backend="native")
+    truth = quantize_reference(x, asymmetric, InputSplit(31), None, False)
+    assert torch.equal(own.integers, truth[1])
+    assert torch.equal(own.scale, truth[2])
     x[2, 5], x[3, 7] = float("nan"), float("inf")
-    integers, scale = quantize_activations(x, sub_scaled, backend="native")[1:]
-    assert not scale[2:4].isfinite().any()
-    assert not integers[2:4].any()
+    for each in (sub_scaled, asymmetric):
+        integers, scale = quantize_activations(x, each, backend="native")[1:]
+        assert not scale[2:4].isfinite().any()
+        assert not integers[2:4].any()
     y = quad_linear(x, in_lines(random_weight(20, 31, 4)), InputSplit(31), quantization, backend="native")
     assert y[2:4].isnan().all()
     assert y[:2].eq(0).all()
@@ -103,6 +113,12 @@ LAYERS = {
     "odd rank": (InputSplit(203, 3), InputQuantization(4)),
     "groups": (InputSplit(512), InputQuantization(4, group_size=32)),
     "wide groups": (InputSplit(576, 64), InputQuantization(4, group_size=128)),
+    "zero points": (InputSplit(576, 64), InputQuantization(4, 0.95, symmetric=False)),
+    "zero points of groups": (InputSplit(512), InputQuantization(4, group_size=64, symmetric=False)),
+    "zero points behind a Hadamard": (
+        InputSplit(1536, keep_width=True, hadamard=True),
+        InputQuantization(4, symmetric=False),
+    ),
     "two levels": (InputSplit(576, 64), InputQuantization(4, 0.92, 32, 4)),
     "two levels behind a Hadamard": (
         InputSplit(1536, 16, keep_width=True, hadamard=True),

@@ -51,7 +51,7 @@ def test_sums_are_exact(instruction_set: str, weight_bits: int, x_bits: int, out
 
 
 @pytest.mark.parametrize("weight_bits", [4, 8])
-@pytest.mark.parametrize("x_bits", [4, 8])
+@pytest.mark.parametrize("x_bits", [2, 3, 4, 5, 6, 8])
 def test_sums_of_the_largest_integers_are_exact(instruction_set: str, weight_bits: int, x_bits: int) -> None:
     width = 1536
     for w in (-(2 ** (weight_bits - 1)), 2 ** (weight_bits - 1) - 1):

@@ -68,9 +68,13 @@ def plain_layer(
     integers, grid = quantize_input(residual.detach(), quantization)
     repeat = residual.shape[-1] // grid.shape[-1]
     steps = grid.repeat_interleave(repeat, -1)
-    half = 2 ** (quantization.bits - 1)
+    levels = 2**quantization.bits - 1
+    if quantization.symmetric:
+        below = torch.full_like(grid, (levels + 1) / 2)
+    else:
+        below = (residual.detach().amin(-1, keepdim=True).clamp(max=0) * -quantization.clip_ratio / grid).round()
     beyond = steps * (1 + 1e-6)  # at clip ratio 1 the largest value lies on the limit
-    clamped = residual.clamp(-(half + 0.5) * beyond, (half - 0.5) * beyond)
+    clamped = residual.clamp(-(below + 0.5) * beyond, (levels - below + 0.5) * beyond)
     rounded = clamped + (integers * steps - clamped).detach()
     shifted = weight.unpacked().float()
     columns = shifted.shape[1]
@@ -85,10 +89,11 @@ def plain_layer(
 @pytest.mark.parametrize("name", SPLITS)
 @pytest.mark.parametrize(("groups", "zero_points"), [(1, False), (2, True)])
 @pytest.mark.parametrize("clip_ratio", [1.0, 0.7])
-def test_values_and_gradients(name: str, groups: int, zero_points: bool, clip_ratio: float) -> None:
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_values_and_gradients(name: str, groups: int, zero_points: bool, clip_ratio: float, symmetric: bool) -> None:
     split = SPLITS[name]
     weight = make_weight(split.residual_width, groups, zero_points)
-    quantization = InputQuantization(4, clip_ratio)
+    quantization = InputQuantization(4, clip_ratio, symmetric=symmetric)
     x, bias = draw(2, 3, split.width), draw(OUT, seed=2)
     outlier_weight = draw(OUT, split.rank, seed=3) if split.rank else None
     results = []
@@ -241,7 +246,8 @@ def test_ops_are_declared_rightly(name: str, packed: bool, tokens: int) -> None:
     split = SPLITS[name]
     x = draw(tokens, split.width)
     ops = torch.ops.quad_kernels
-    arguments = (x, 4, 0.9, 0, 0, split.outliers, split.block, split.keep_width, split.hadamard, None, -1.0, packed, "")
+    how = (split.outliers, split.block, split.keep_width, split.hadamard)
+    arguments = (x, 4, 0.9, 0, 0, True, *how, None, -1.0, packed, "")
     checked = torch.library.opcheck(ops.quantize_activations.default, arguments)
     assert set(checked.values()) == {"SUCCESS"}
     outlier, integers, scale = ops.quantize_activations(*arguments)

@@ -75,11 +75,83 @@ def test_steps_of_groups_are_multiples_of_one_scale(bits: int, sub_scale_bits: i
     assert int(integers.abs().max()) <= 2 ** (bits - 1) * most
 
 
+@pytest.mark.parametrize("bits", range(2, 8))
+@pytest.mark.parametrize("clip_ratio", [1.0, 0.92])
+@pytest.mark.parametrize("group_size", [None, 8, 24])
+def test_asymmetric_grids_have_their_zero_points_taken_off(
+    bits: int, clip_ratio: float, group_size: int | None
+) -> None:
+    x = activations(3, 5, 48) + 0.7
+    x[0, 0] = x[0, 0].abs()
+    x[0, 1] = -x[0, 1].abs()
+    _, integers, scale = public_quantize_activations(
+        x, InputQuantization(bits, clip_ratio, group_size, symmetric=False)
+    )
+    groups, levels = 1 if group_size is None else 48 // group_size, 2**bits - 1
+    assert scale.shape == (3, 5, groups)
+    parts = x.double().reshape(3, 5, groups, -1)
+    least, most = parts.amin(-1).clamp(max=0) * clip_ratio, parts.amax(-1).clamp(min=0) * clip_ratio
+    wanted_scale = (most - least) / levels
+    torch.testing.assert_close(scale.double(), wanted_scale, rtol=1e-6, atol=0)
+    zero_point = (-least / wanted_scale).round().unsqueeze(-1)
+    exact = parts / wanted_scale.unsqueeze(-1)
+    wanted = (exact.round() + zero_point).clamp(0, levels) - zero_point
+    tie = (exact - exact.floor() - 0.5).abs() < 1e-4
+    assert torch.equal(integers.reshape(parts.shape)[~tie].double(), wanted[~tie])
+    assert (int(integers[0, 0].min()) >= 0, int(integers[0, 0].max())) == (True, levels)
+    assert (int(integers[0, 1].max()) <= 0, int(integers[0, 1].min())) == (True, -levels)
+
+
+def test_an_asymmetric_grid_is_that_of_compressed_tensors() -> None:
+    from compressed_tensors.quantization import QuantizationArgs, QuantizationStrategy
+    from compressed_tensors.quantization.lifecycle.forward import fake_quantize
+    from compressed_tensors.quantization.utils import calculate_qparams
+
+    x = activations(6, 32) - 0.4
+    arguments = QuantizationArgs(num_bits=4, symmetric=False, strategy=QuantizationStrategy.TOKEN, dynamic=True)
+    ends = x.amin(-1, keepdim=True), x.amax(-1, keepdim=True)
+    stock_scale, stock_zero_point = calculate_qparams(*ends, arguments)
+    _, integers, scale = public_quantize_activations(x, InputQuantization(4, symmetric=False))
+    torch.testing.assert_close(scale, stock_scale, rtol=1e-6, atol=0)
+    torch.testing.assert_close(
+        integers * scale, fake_quantize(x, stock_scale, stock_zero_point, arguments), rtol=1e-5, atol=1e-6
+    )
+
+
+def test_zero_points_use_the_whole_grid_for_numbers_of_one_sign() -> None:
+    x = activations(20, 64).abs()
+    errors = []
+    for symmetric in (True, False):
+        _, integers, scale = public_quantize_activations(x, InputQuantization(4, symmetric=symmetric))
+        errors.append(float((integers * scale - x).square().mean()))
+    assert errors[1] < 0.3 * errors[0]  # half the step is a quarter of the squared error
+
+
+def test_asymmetric_grids_of_rows_that_are_not_ordinary() -> None:
+    x = torch.zeros(5, 8)
+    x[1, 2] = 1e-45
+    x[2, :2] = torch.tensor([3e38, -3e38])  # the range is more than float32 holds
+    x[3, 4], x[4, 5] = float("nan"), float("-inf")
+    _, integers, scale = public_quantize_activations(x, InputQuantization(4, symmetric=False))
+    assert scale[:2].tolist() == [[0], [0]]
+    assert integers[2].tolist()[2:] == [0] * 6
+    torch.testing.assert_close(integers[2, :2] * scale[2], x[2, :2], rtol=0.1, atol=0)
+    assert scale[3].isnan()
+    assert scale[4].isinf()
+    assert not integers[[0, 1, 3, 4]].any()
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
-    [((4, 1.0, None, 4), "needs a group_size"), ((5, 1.0, 8, 4), "do not fit into 8 bits"), ((4, 1.0, 8, 0), "8 bits")],
+    [
+        ((4, 1.0, None, 4), "needs a group_size"),
+        ((5, 1.0, 8, 4), "do not fit into 8 bits"),
+        ((4, 1.0, 8, 0), "8 bits"),
+        ((4, 1.0, 8, 4, False), "goes with symmetric integers"),
+        ((8, 1.0, None, None, False), "inputs of 8 bits less their zero points do not fit into 8 bits; use 7"),
+    ],
 )
-def test_sub_scales_that_make_no_sense_are_refused(arguments: tuple, message: str) -> None:
+def test_grids_that_make_no_sense_are_refused(arguments: tuple, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         InputQuantization(*arguments)
 

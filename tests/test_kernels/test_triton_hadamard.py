@@ -112,8 +112,12 @@ def test_float64_runs_the_reference(device: torch.device) -> None:
     ids=["whole", "heads", "down_proj", "heads dropped", "one block dropped", "tiles", "reference"],
 )
 @pytest.mark.parametrize("tokens", [1, 3])
-def test_with_the_quantizer(device: torch.device, tokens: int, split: InputSplit, dtype: torch.dtype) -> None:
-    check_quantized(device, activations(tokens, split.width, dtype), InputQuantization(4, 0.9), split)
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_with_the_quantizer(
+    device: torch.device, symmetric: bool, tokens: int, split: InputSplit, dtype: torch.dtype
+) -> None:
+    quantization = InputQuantization(4, 0.9, symmetric=symmetric)
+    check_quantized(device, activations(tokens, split.width, dtype), quantization, split)
 
 
 @pytest.mark.parametrize(("group_size", "packed"), [(64, False), (None, True), (64, True), (128, True)])
@@ -153,9 +157,10 @@ def test_a_huge_value_spreads_exactly(device: torch.device) -> None:
 def test_a_value_that_is_not_finite_spoils_its_token_alone(device: torch.device, value: float) -> None:
     x = activations(3, 576, torch.bfloat16)
     x[1, 99] = value
-    got = quantize_activations(x.to(device), InputQuantization(4, 0.9), InputSplit(576, hadamard=True))
-    assert got.scale.isfinite().squeeze(1).tolist() == [True, False, True]
-    assert int(got.integers[1].abs().max()) == 0
+    for quantization in (InputQuantization(4, 0.9), InputQuantization(4, 0.9, symmetric=False)):
+        got = quantize_activations(x.to(device), quantization, InputSplit(576, hadamard=True))
+        assert got.scale.isfinite().squeeze(1).tolist() == [True, False, True]
+        assert int(got.integers[1].abs().max()) == 0
     assert apply_hadamard(x.to(device), plan_hadamard(576)).isnan().all(1).tolist() == [False, True, False]
 
 
@@ -174,7 +179,7 @@ def test_operator_contract(device: torch.device) -> None:
     x = activations(3, 64, torch.bfloat16).to(device)
     checked = torch.library.opcheck(ops.hadamard, (x, "triton"))
     assert set(checked.values()) == {"SUCCESS"}
-    arguments = (x, 4, 0.9, 0, 0, 4, 0, True, True, None, -1.0, False, "triton")
+    arguments = (x, 4, 0.9, 0, 0, True, 4, 0, True, True, None, -1.0, False, "triton")
     assert set(torch.library.opcheck(ops.quantize_activations, arguments).values()) == {"SUCCESS"}
 
 

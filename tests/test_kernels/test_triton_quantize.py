@@ -25,6 +25,10 @@ CASES = {
     "groups of 128": (InputSplit(384), InputQuantization(4, 1.0, 128)),
     "odd groups": (InputSplit(96, 4, 24), InputQuantization(8, 1.0, 20)),
     "groups of 1": (InputSplit(8), InputQuantization(4, 1.0, 1)),
+    "zero points": (InputSplit(576 + 72, 72), InputQuantization(4, 0.9, symmetric=False)),
+    "zero points of groups": (InputSplit(384), InputQuantization(4, 1.0, 128, symmetric=False)),
+    "zero points, odd": (InputSplit(203, 7), InputQuantization(7, 1.0, symmetric=False)),
+    "zero points, blocks": (InputSplit(576, 8, 64, keep_width=True), InputQuantization(3, 1.0, symmetric=False)),
     "sub-scales": (InputSplit(256 + 16, 16), InputQuantization(4, 0.9, 32, 4)),
     "sub-scales of odd groups": (InputSplit(96, 4, 24), InputQuantization(3, 1.0, 20, 4)),
     "sub-scales of wide groups": (InputSplit(576), InputQuantization(4, 1.0, 192, 4)),
@@ -197,11 +201,12 @@ def test_operator_contract(device: torch.device, dtype: torch.dtype) -> None:
     x = activations(3, 48, dtype).to(device)
     tail = (8, 0, False, False, None, -1.0)
     for arguments in (
-        (x, 4, 0.9, 0, 0, *tail, False, "triton"),
-        (x, 4, 0.9, 0, 0, *tail, True, "triton"),
-        (x, 4, 0.9, 20, 0, *tail, False, "triton"),
-        (x, 4, 0.9, 20, 4, *tail, False, "triton"),
-        (x, 4, 0.9, 0, 0, 4, 24, True, False, None, 1e-6, False, "triton"),
+        (x, 4, 0.9, 0, 0, True, *tail, False, "triton"),
+        (x, 4, 0.9, 0, 0, False, *tail, False, "triton"),
+        (x, 4, 0.9, 0, 0, True, *tail, True, "triton"),
+        (x, 4, 0.9, 20, 0, True, *tail, False, "triton"),
+        (x, 4, 0.9, 20, 4, True, *tail, False, "triton"),
+        (x, 4, 0.9, 0, 0, True, 4, 24, True, False, None, 1e-6, False, "triton"),
     ):
         assert set(torch.library.opcheck(ops.quantize_activations, arguments).values()) == {"SUCCESS"}, arguments
 

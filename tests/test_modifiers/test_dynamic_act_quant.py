@@ -10,6 +10,7 @@ from quad_modifiers.nn.quad_linear import QuadLinear
 
 pytest.importorskip("llmcompressor")
 from quad_modifiers.modifiers.dynamic_act_quant import DynamicActQuant
+from quad_modifiers.modifiers.outlier_split_gptq import OutlierSplitGPTQ
 from quad_modifiers.modifiers.svd_outlier_projection import SVDOutlierProjection
 from quad_modifiers.passes.clip_ratios import CANDIDATES
 
@@ -33,6 +34,15 @@ def settings_by_role(model) -> dict[str, InputQuantization | None]:
         ({"strategy": "group", "group_size": 4}, "group_size"),
         ({"strategy": "tensor"}, "strategy"),
         ({"bits": 4}, "bits"),
+        (
+            {"symmetric": False, "d_type_bits": 8},
+            "inputs of 8 bits less their zero points do not fit into 8 bits; use 7",
+        ),
+        ({"symmetric": False, "overrides": [{"layers": 0, "bits": 8}]}, "inputs of 8 bits less their zero points"),
+        (
+            {"symmetric": False, "strategy": "group", "group_size": 32, "sub_scale_bits": 4},
+            "sub_scale_bits goes with symmetric integers",
+        ),
     ],
 )
 def test_fields_are_validated(fields, match) -> None:
@@ -47,6 +57,19 @@ def test_bits_and_clip_ratio_per_role(make_toy, compress) -> None:
         assert found[role] == InputQuantization(4, 0.9)
     for role in ("o_proj", "down_proj"):
         assert found[role] == InputQuantization(8, 1.0)
+
+
+def test_zero_points_of_the_part_of_4_bits(make_toy, compress) -> None:
+    projection = SVDOutlierProjection(rank=8, basis="square", o_proj_rank_per_head=2)
+    quantizer = DynamicActQuant(symmetric=False, outlier_bits=8, o_proj_scale="head", d_type_clip_ratio=1.0)
+    model = compress(make_toy(), projection, quantizer, OutlierSplitGPTQ(outlier_bits=8))
+    found = settings_by_role(model)
+    assert found["q_proj"] == InputQuantization(4, 0.92, symmetric=False)
+    assert found["down_proj"] == InputQuantization(4, 1.0, symmetric=False)
+    head_dim = model.config.hidden_size // model.config.num_attention_heads
+    assert found["o_proj"] == InputQuantization(4, 1.0, head_dim, symmetric=False)
+    outliers = {m.outlier_quantization for m in model.modules() if isinstance(m, QuadLinear)}
+    assert outliers == {InputQuantization(8)}
 
 
 def test_the_chosen_ratio_has_the_least_error(make_toy, compress, token_ids) -> None:

@@ -63,15 +63,16 @@ def test_stock_quantizer_on_the_residual(
     assert_same_function(logits_of(reloaded), got, bound=1e-5)
 
 
+@pytest.mark.parametrize("symmetric", [True, False], ids=["symmetric", "zero points"])
 @pytest.mark.parametrize("strategy", [{"strategy": "token"}, {"strategy": "group", "group_size": 8}], ids=str)
-def test_stock_activation_quantization_is_kept(strategy, make_toy, compress, tmp_path) -> None:
+def test_stock_activation_quantization_is_kept(strategy, symmetric, make_toy, compress, tmp_path) -> None:
     """A checkpoint must never silently compute something else than the model in memory."""
-    inputs = {"num_bits": 4, "type": "int", "symmetric": True, "dynamic": True, **strategy}
+    inputs = {"num_bits": 4, "type": "int", "symmetric": symmetric, "dynamic": True, **strategy}
     stock = QuantizationModifier(ignore=IGNORE, config_groups=groups(weights=weights(), input_activations=inputs))
     compress(make_toy("llama"), SVDOutlierProjection(rank=8), stock, output_dir=tmp_path / "out")
     reloaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     found = {(m.quantize_input, m.input_quantization) for m in reloaded.modules() if isinstance(m, QuadLinear)}
-    assert found == {(True, InputQuantization(4, 1.0, strategy.get("group_size")))}
+    assert found == {(True, InputQuantization(4, 1.0, strategy.get("group_size"), symmetric=symmetric))}
 
 
 def test_stock_activation_quantization_without_a_place_in_the_format_is_refused(make_toy, compress, tmp_path) -> None:

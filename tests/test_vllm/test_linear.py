@@ -34,6 +34,7 @@ FORMATS: dict[str, dict[str, Any]] = {
     "W8A8": {"weight": WeightFormat(bits=8), "quantized": InputFormat(bits=8, clip_ratio=1.0)},
     "W2A3": {"weight": WeightFormat(bits=2), "quantized": InputFormat(bits=3, clip_ratio=0.8)},
     "zero points": {"weight": WeightFormat(bits=4, symmetric=False)},
+    "zero points of inputs": {"quantized": InputFormat(bits=4, clip_ratio=0.9, symmetric=False)},
     "groups": {
         "weight": WeightFormat(bits=4, group_size=4, symmetric=False),
         "quantized": InputFormat(bits=4, clip_ratio=0.9, group_size=2),

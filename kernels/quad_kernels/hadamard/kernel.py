@@ -11,6 +11,9 @@ import triton
 import triton.language as tl
 
 from quad_kernels.triton_grid import (
+    above_zero,
+    asymmetric_scale,
+    below_zero,
     drop_outliers,
     magnitude_bits,
     outlier_source,
@@ -144,18 +147,28 @@ def _store_quantized(
     TILE: tl.constexpr,
     TILES: tl.constexpr,
     BITS: tl.constexpr,
+    SYMMETRIC: tl.constexpr,
 ) -> None:
     """Quantizes a whole row, held in the tuple tile by tile and slice by slice, and stores integers and scale."""
     largest = magnitude_bits(rounded[0])
     for i in tl.static_range(1, TILES * SLICES):
         largest = tl.maximum(largest, magnitude_bits(rounded[i]))
-    scale = scale_of(tl.max(tl.max(largest, 1), 0), clip_ratio, BITS)
+    low = -(2.0 ** (BITS - 1))
+    high = 2.0 ** (BITS - 1) - 1.0
+    if SYMMETRIC:
+        scale = scale_of(tl.max(tl.max(largest, 1), 0), clip_ratio, BITS)
+    else:
+        least, most = below_zero(rounded[0]), above_zero(rounded[0])
+        for i in tl.static_range(1, TILES * SLICES):
+            least = tl.minimum(least, below_zero(rounded[i]))
+            most = tl.maximum(most, above_zero(rounded[i]))
+        least, most = tl.min(tl.min(least, 1), 0), tl.max(tl.max(most, 1), 0)
+        scale, zero_point = asymmetric_scale(least, most, tl.max(tl.max(largest, 1), 0), clip_ratio, BITS)
+        low, high = 0.0 - zero_point, 2.0**BITS - 1.0 - zero_point
     tl.store(scale_ptr, scale)
-    SMALLEST: tl.constexpr = -(2.0 ** (BITS - 1))
-    LARGEST: tl.constexpr = 2.0 ** (BITS - 1) - 1.0
     for tile in tl.static_range(TILES):
         for part in tl.static_range(SLICES):
-            integer = round_to_grid(rounded[tile * SLICES + part], scale, SMALLEST, LARGEST)
+            integer = round_to_grid(rounded[tile * SLICES + part], scale, low, high)
             _store_tile(y_row, integer.to(tl.int8), tile, part, LEFT, SLICES, RIGHT, TILE)
 
 
@@ -185,6 +198,7 @@ def hadamard_kernel(
     IN_TERMS: tl.constexpr,
     OUT_TERMS: tl.constexpr,
     BITS: tl.constexpr,
+    SYMMETRIC: tl.constexpr,
     RANK: tl.constexpr,
 ) -> None:
     """Transforms every num_programs-th token and, unless BITS is 0, quantizes it."""
@@ -218,4 +232,6 @@ def hadamard_kernel(
                 else:
                     _store_tile(y_row, y, tile, part, LEFT, SLICES, RIGHT, TILE)
         if BITS > 0:
-            _store_quantized(y_row, scale_ptr + token, rounded, clip_ratio, LEFT, SLICES, RIGHT, TILE, TILES, BITS)
+            _store_quantized(
+                y_row, scale_ptr + token, rounded, clip_ratio, LEFT, SLICES, RIGHT, TILE, TILES, BITS, SYMMETRIC
+            )

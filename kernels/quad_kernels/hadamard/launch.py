@@ -74,6 +74,7 @@ def _launch(
             IN_TERMS=3 if x.dtype == torch.float32 else 0,
             OUT_TERMS=3 if x.dtype == torch.float32 else 2,
             BITS=0 if quantization is None else quantization.bits,
+            SYMMETRIC=quantization is None or quantization.symmetric,
             RANK=triton.next_power_of_2(split.rank) if split.rank else 0,
             num_warps=max(1, tiles.tile // 16),
             num_stages=_stages(x.device, tiles, x.element_size()),

@@ -82,13 +82,16 @@ def takes(weight: QuantizedWeight, x_scales: int, *tensors: torch.Tensor | None)
     return known and fits(weight.layout, weight, x_scales)
 
 
-def settings(quantization: InputQuantization, split: InputSplit) -> tuple[int, float, int, int, int, int, bool, bool]:
+def settings(
+    quantization: InputQuantization, split: InputSplit
+) -> tuple[int, float, int, int, bool, int, int, bool, bool]:
     """Returns the arguments of the operators that describe the input."""
     return (
         quantization.bits,
         quantization.clip_ratio,
         quantization.groups(split.residual_width),
         quantization.largest_sub_scale,
+        quantization.symmetric,
         split.outliers,
         split.block,
         split.keep_width,

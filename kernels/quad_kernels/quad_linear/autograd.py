@@ -74,7 +74,7 @@ class QuadLinearFunction(torch.autograd.Function):
             if needs_integers:
                 integer_gradient = _integer_gradient(ctx.weight, products)
         return (
-            _input_gradient(ctx, flat_x, x_scale, flat, outlier_weight).view(x.shape) if needs_x else None,
+            _input_gradient(ctx, flat_x, flat, outlier_weight).view(x.shape) if needs_x else None,
             scale_gradient,
             outlier_gradient,
             flat.sum(0).to(ctx.bias_dtype) if needs_bias else None,
@@ -107,13 +107,11 @@ class DequantizedFunction(torch.autograd.Function):
         return scale_gradient, _integer_gradient(ctx.weight, products) if needs_integers else None, None, None
 
 
-def _input_gradient(
-    ctx: Any, x: torch.Tensor, x_scale: torch.Tensor, grad: torch.Tensor, outlier_weight: torch.Tensor | None
-) -> torch.Tensor:
+def _input_gradient(ctx: Any, x: torch.Tensor, grad: torch.Tensor, outlier_weight: torch.Tensor | None) -> torch.Tensor:
     split = ctx.split
     gradient = _residual_gradient(ctx.weight, grad)
     if ctx.quantization.clip_ratio < 1:
-        gradient.masked_fill_(_clipped(x, x_scale, split, ctx.quantization), 0.0)
+        gradient.masked_fill_(_clipped(x, split, ctx.quantization), 0.0)
     if split.hadamard:
         gradient = reference.apply_hadamard(gradient, plan_hadamard(gradient.shape[-1]), transpose=True)
     if split.keep_width:
@@ -139,17 +137,13 @@ def _residual_gradient(weight: QuantizedWeight, grad: torch.Tensor) -> torch.Ten
     return (grad * weight.scale.T.to(grad.dtype)) @ weight.unpacked().to(grad.dtype)
 
 
-def _clipped(
-    x: torch.Tensor, x_scale: torch.Tensor, split: InputSplit, quantization: InputQuantization
-) -> torch.Tensor:
+def _clipped(x: torch.Tensor, split: InputSplit, quantization: InputQuantization) -> torch.Tensor:
     """True where the residual input lies beyond the grid, whose cells end half a step after its outer points."""
     _, residual = split_input(x, split)
-    half = 2 ** (quantization.bits - 1)
-    if quantization.largest_sub_scale:
-        _, factors = quantize_reference.grids(residual, quantization)
-        x_scale = x_scale if factors is None else x_scale * factors
-    step = x_scale if x_scale.shape[1] == 1 else expand_scales(x_scale, residual.shape[1])
-    return (residual > step * (half - 0.5)) | (residual < step * -(half + 0.5))
+    grids = quantize_reference.grids(residual, quantization)
+    steps = grids.steps()
+    below, above = (steps * (end + half) for end, half in ((grids.low, -0.5), (grids.high, 0.5)))
+    return (residual > expand_scales(above, residual.shape[1])) | (residual < expand_scales(below, residual.shape[1]))
 
 
 def _scale_gradient(weight: QuantizedWeight, products: torch.Tensor) -> torch.Tensor:

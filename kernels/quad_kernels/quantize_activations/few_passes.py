@@ -44,7 +44,7 @@ def _rows(
     if norm is not None:
         x = norm(x)
     outlier, residual = _divide(x, split)
-    if quantization.group_size is not None:
+    if quantization.group_size is not None or not quantization.symmetric:
         integers, scale = reference.quantize(residual, quantization)
     else:
         integers, scale = _quantize(residual, quantization)
@@ -70,7 +70,7 @@ def _divide(x: torch.Tensor, split: InputSplit) -> tuple[torch.Tensor | None, to
 
 
 def _quantize(x: torch.Tensor, quantization: InputQuantization) -> tuple[torch.Tensor, torch.Tensor]:
-    """`reference.quantize` with one scale per token."""
+    """`reference.quantize` with one symmetric grid per token."""
     bits = quantization.bits
     largest = x.abs().amax(1, keepdim=True).float()
     scale = largest.mul_(quantization.clip_ratio).div_((2**bits - 1) / 2)

@@ -8,6 +8,9 @@ from quad_kernels.formats import InputQuantization, InputSplit, RMSNorm
 from quad_kernels.packing import nibble_bytes, pack_nibbles
 from quad_kernels.packing.nibbles import CHUNK
 from quad_kernels.triton_grid import (
+    above_zero,
+    asymmetric_scale,
+    below_zero,
     common_scale,
     drop_outliers,
     magnitude_bits,
@@ -88,6 +91,7 @@ def quantize_kernel(
     GROUP: tl.constexpr,
     BITS: tl.constexpr,
     MOST: tl.constexpr,
+    SYMMETRIC: tl.constexpr,
     NORM: tl.constexpr,
     PACKED: tl.constexpr,
     ROWS: tl.constexpr,
@@ -141,7 +145,18 @@ def quantize_kernel(
     if SECOND > 0:
         x_2 = drop_outliers(x_2, start + column_2, OUTLIERS, BLOCK, KEEP_WIDTH)
         largest = tl.maximum(largest, tl.max(magnitude_bits(x_2), 1, keep_dims=True))
-    scale = scale_of(largest, clip_ratio, BITS)
+    low = -(2.0 ** (BITS - 1))
+    high = 2.0 ** (BITS - 1) - 1.0
+    if SYMMETRIC:
+        scale = scale_of(largest, clip_ratio, BITS)
+    else:
+        least = tl.min(below_zero(x), 1, keep_dims=True)
+        most = tl.max(above_zero(x), 1, keep_dims=True)
+        if SECOND > 0:
+            least = tl.minimum(least, tl.min(below_zero(x_2), 1, keep_dims=True))
+            most = tl.maximum(most, tl.max(above_zero(x_2), 1, keep_dims=True))
+        scale, zero_point = asymmetric_scale(least, most, largest, clip_ratio, BITS)
+        low, high = 0.0 - zero_point, 2.0**BITS - 1.0 - zero_point
     if MOST > 0:
         common, factor = common_scale(tl.max(scale, 0, keep_dims=True), scale, MOST)
         tl.store(scale_ptr + token, common + scale * 0.0, mask=local == 0)
@@ -149,11 +164,9 @@ def quantize_kernel(
     else:
         tl.store(scale_ptr + row, scale, mask=in_rows)
 
-    SMALLEST: tl.constexpr = -(2.0 ** (BITS - 1))
-    LARGEST: tl.constexpr = 2.0 ** (BITS - 1) - 1.0
-    integer = round_to_grid(x, scale, SMALLEST, LARGEST)
+    integer = round_to_grid(x, scale, low, high)
     if PACKED:
-        integer = (integer & 0xF) | ((round_to_grid(x_2, scale, SMALLEST, LARGEST) & 0xF) << 4)
+        integer = (integer & 0xF) | ((round_to_grid(x_2, scale, low, high) & 0xF) << 4)
         BYTES: tl.constexpr = (GROUP + 127) // 128 * 64
         tl.store(integers_ptr + row.to(tl.int64) * BYTES + index, integer.to(tl.uint8), mask=in_rows & (index < BYTES))
     else:
@@ -163,7 +176,7 @@ def quantize_kernel(
             integer = (integer * factor).to(tl.int8)
         tl.store(out_row + column, integer, mask=valid)
         if SECOND > 0:
-            integer_2 = round_to_grid(x_2, scale, SMALLEST, LARGEST).to(tl.int8)
+            integer_2 = round_to_grid(x_2, scale, low, high).to(tl.int8)
             if MOST > 0:
                 integer_2 = (integer_2 * factor).to(tl.int8)
             tl.store(out_row + column_2, integer_2, mask=valid_2)
@@ -232,6 +245,7 @@ def quantize_activations(
             GROUP=group,
             BITS=quantization.bits,
             MOST=most,
+            SYMMETRIC=quantization.symmetric,
             NORM=norm is not None,
             PACKED=packed,
             ROWS=rows,

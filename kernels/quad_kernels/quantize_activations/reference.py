@@ -1,5 +1,7 @@
 """Plain PyTorch dynamic activation quantization; the truth for every backend."""
 
+from typing import NamedTuple
+
 import torch
 
 from quad_kernels.formats import InputQuantization, InputSplit, RMSNorm
@@ -29,35 +31,70 @@ def quantize_activations(
 
 def quantize(x: torch.Tensor, quantization: InputQuantization) -> tuple[torch.Tensor, torch.Tensor]:
     """Quantizes `[tokens, n]`: integers `[tokens, n]`, int8, and scales `[tokens, scales]`, float32."""
-    bits = quantization.bits
     grouped = x.unflatten(-1, (quantization.groups(x.shape[-1]), -1))
-    scale, factors = grids(x, quantization)
-    steps = scale if factors is None else scale * factors
+    found = grids(x, quantization)
     # A division, as in compressed-tensors: at clip ratio 1 the largest value is a tie, which a product with the
-    # inverse would round the other way. x / inf is the 0 of an all-zero token.
-    divisor = torch.where(steps > 0, steps, torch.full_like(steps, torch.inf)).unsqueeze(-1)
-    integers = (grouped / divisor).round_().clamp_(-(2 ** (bits - 1)), 2 ** (bits - 1) - 1)
-    if factors is not None:
-        integers *= factors.unsqueeze(-1)
-    return integers.flatten(-2).to(torch.int8), scale
+    # inverse would round the other way.
+    integers = (grouped / _divisor(found.steps()).unsqueeze(-1)).round_()
+    integers = integers.clamp_(found.low.unsqueeze(-1), found.high.unsqueeze(-1))
+    if found.factors is not None:
+        integers *= found.factors.unsqueeze(-1)
+    return integers.flatten(-2).to(torch.int8), found.scale
 
 
-def grids(x: torch.Tensor, quantization: InputQuantization) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Returns the grids of `[tokens, n]`: scales `[tokens, scales]`, and factors `[tokens, groups]`, both float32.
+class InputGrids(NamedTuple):
+    """The grids of the groups of some tokens; all are float32.
 
-    The factors are integers from 1 on, such that the largest step of a token is the largest factor times its scale;
-    None without sub-scales.
+    Attributes:
+        scale: `[tokens, scales]`.
+        low: smallest integer, less the zero point on asymmetric grids, `[tokens, groups]`.
+        high: likewise the largest.
+        factors: integers from 1 on, `[tokens, groups]`, such that the largest step of a token is the largest factor
+            times its scale; None without sub-scales.
     """
-    largest = x.unflatten(-1, (quantization.groups(x.shape[-1]), -1)).abs().amax(-1).float()
-    # By a tensor: CUDA would multiply by the rounded inverse of a number.
-    steps = _normal(largest * quantization.clip_ratio / torch.full_like(largest, (2**quantization.bits - 1) / 2))
+
+    scale: torch.Tensor
+    low: torch.Tensor
+    high: torch.Tensor
+    factors: torch.Tensor | None = None
+
+    def steps(self) -> torch.Tensor:
+        """Returns the distance of two points, `[tokens, groups]`."""
+        return self.scale if self.factors is None else self.scale * self.factors
+
+
+def grids(x: torch.Tensor, quantization: InputQuantization) -> InputGrids:
+    """Returns the grids of `[tokens, n]`."""
+    grouped = x.unflatten(-1, (quantization.groups(x.shape[-1]), -1))
+    if not quantization.symmetric:
+        return _asymmetric_grids(grouped, quantization)
+    largest, half = grouped.abs().amax(-1).float(), 2.0 ** (quantization.bits - 1)
+    steps = _normal(_over(largest * quantization.clip_ratio, half - 0.5))
+    low, high = torch.full_like(steps, -half), torch.full_like(steps, half - 1)
     most = quantization.largest_sub_scale
     if not most:
-        return steps, None
-    widest = steps.amax(-1, keepdim=True)
-    scale = _normal(widest / torch.full_like(widest, most))
-    divisor = torch.where(scale > 0, scale, torch.full_like(scale, torch.inf))
-    return scale, (steps / divisor).round_().clamp_(1, most)
+        return InputGrids(steps, low, high)
+    scale = _normal(_over(steps.amax(-1, keepdim=True), most))
+    return InputGrids(scale, low, high, (steps / _divisor(scale)).round_().clamp_(1, most))
+
+
+def _asymmetric_grids(grouped: torch.Tensor, quantization: InputQuantization) -> InputGrids:
+    levels = 2.0**quantization.bits - 1
+    least, largest = (grouped.amin(-1).float().clamp(max=0), grouped.amax(-1).float().clamp(min=0))
+    least, largest = least * quantization.clip_ratio, largest * quantization.clip_ratio
+    scale = _normal(_over(largest, levels) - _over(least, levels))  # their difference could be infinite
+    zero_point = (-least / _divisor(scale)).round_().clamp_(0, levels)
+    return InputGrids(scale, -zero_point, levels - zero_point)
+
+
+def _over(x: torch.Tensor, number: float) -> torch.Tensor:
+    """By a tensor: CUDA would multiply by the rounded inverse of a number."""
+    return x / torch.full_like(x, number)
+
+
+def _divisor(steps: torch.Tensor) -> torch.Tensor:
+    """Infinity instead of 0: what an all-zero token over it gives is 0."""
+    return torch.where(steps > 0, steps, torch.full_like(steps, torch.inf))
 
 
 def _normal(scale: torch.Tensor) -> torch.Tensor:

@@ -298,4 +298,5 @@ def _recipe(folder: Path) -> str:
 def _scope(whole: str, grid: WeightFormat | InputFormat) -> str:
     if grid.sub_scale_bits is not None:
         return f"{whole}, with a {grid.sub_scale_bits}-bit factor per {grid.group_size} coordinates"
-    return whole if grid.group_size is None else f"{whole} and {grid.group_size} coordinates"
+    grouped = whole if grid.group_size is None else f"{whole} and {grid.group_size} coordinates"
+    return grouped if grid.symmetric else f"{grouped}, with zero points"

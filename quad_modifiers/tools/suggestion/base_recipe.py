@@ -80,6 +80,8 @@ def _problem(weights: Any, inputs: Any, by_kind: dict[str, list[Any]]) -> str:
             return "has overrides already"
         if each is not None and each.sub_scale_bits is not None:
             return "has integers of two levels (sub_scale_bits), which take at most 4 bits"
+    if inputs is not None and not inputs.symmetric:
+        return "has inputs with zero points (symmetric: false), which take at most 7 bits"
     if "LowRankBranch" in by_kind:
         return "has a LowRankBranch, which is not measured here"
     return ""

@@ -32,6 +32,7 @@ struct Input {
     float clip_ratio;
     int64_t groups;             // per token
     int32_t largest_sub_scale;  // of a group, where a token has one scale; 0 where a group has
+    bool symmetric;             // false: the integers are those of an unsigned grid less its zero point
 
     // Inlined everywhere: a copy that the linker shares would be compiled for one instruction set.
     __attribute__((always_inline)) int64_t rank() const { return outliers * (width / block); }

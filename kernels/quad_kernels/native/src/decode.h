@@ -216,7 +216,7 @@ struct DecodeThread {
             whole.member_count = 2;
             whole.select(members[0], 0);
             whole.count = call.tokens;
-            whole.small = is_small(input);
+            whole.largest = largest_of(input);
             CallMemory& memory = call_memory();
             place_all(whole, begin, memory);
             for (int64_t i = 0; i < 2; ++i) {

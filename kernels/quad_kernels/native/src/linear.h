@@ -51,7 +51,7 @@ struct Call {
     const Output* output;
     int64_t selected;      // its number
     int64_t first, count;  // tokens of this batch
-    bool small;            // integers of the inputs fit into 4 bits
+    int32_t largest;       // power of two that no integer of the inputs exceeds in magnitude
     Tokens tokens;
     uint16_t* outlier16;  // [rank / 32][count][32], bfloat16, where AMX multiplies them
     float* branch;        // [members][count][columns], what `up` of a branch multiplies; columns are a multiple of 32
@@ -223,7 +223,7 @@ void direct_block(const Call& call, int64_t index, CallMemory& memory) {
                                         block.sub_scales, total);
         else
             Product::direct<T, F>(call.block_lines(index), begin, stop, tokens.integers, tokens.count * kChunk,
-                                  call.small, ahead, total);
+                                  call.largest, ahead, total);
         add_stretch(block, call.weight->groups, tokens, 0, T, s, total, y);
     }
     end_block(call, block, 0, T, y);
@@ -300,7 +300,7 @@ void tiles(const Call& call, const Block& block, const uint8_t* panel, int64_t r
                 Product::tile_products<T>(panel, rows, x, tokens.count * kChunk, first, block.sub_scales.from_token(t),
                                           sums);
             else
-                Product::tile<T, F>(panel, rows, x, tokens.count * kChunk, first, call.small, sums);
+                Product::tile<T, F>(panel, rows, x, tokens.count * kChunk, first, call.largest, sums);
             int32_t* target = total + t * kChannels;
             if (add) for (int i = 0; i < T * kChannels; ++i) target[i] += sums[i];
             else std::memcpy(target, sums, sizeof(sums));
@@ -399,21 +399,26 @@ void blocked(Call& call, ParallelFor parallel_for) {
         &call);
 }
 
-bool all_small(const Integers& x, int64_t width) {
+int32_t largest_of(const Integers& x, int64_t width) {
     int8_t low = 0, high = 0;
     for (int64_t i = 0; i < x.tokens * width; ++i) {
         low = x.data[i] < low ? x.data[i] : low;
         high = x.data[i] > high ? x.data[i] : high;
     }
-    return low >= -8 && high <= 7;
+    int32_t largest = 8;
+    while (low < -largest || high > largest) largest *= 2;
+    return largest;
 }
 
-bool is_small(const Input& input) { return input.bits <= 4 && !input.largest_sub_scale; }
+int32_t largest_of(const Input& input) {
+    if (input.largest_sub_scale) return 128;
+    return 1 << (input.symmetric ? input.bits - 1 : input.bits);
+}
 
 void linear(const Input* input, const Integers* integers, const Member* members, int64_t count,
             ParallelFor parallel_for) {
     int64_t tokens = input ? input->tokens : integers->tokens, width = members->weight.in_features;
-    bool small = input ? is_small(*input) : all_small(*integers, width);
+    int32_t largest = input ? largest_of(*input) : largest_of(*integers, width);
     int64_t batch = larger(64, smaller(kBatch, kBatchBytes / width / 32 * 32));
     for (int64_t first = 0; first < tokens; first += batch) {
         Call call{};
@@ -424,7 +429,7 @@ void linear(const Input* input, const Integers* integers, const Member* members,
         call.select(*members, 0);
         call.first = first;
         call.count = smaller(batch, tokens - first);
-        call.small = small;
+        call.largest = largest;
         if (call.count <= Product::kDirect) {
             direct(call, larger(1, kBytesPerThread / (call.lines() * kLine * call.count)), parallel_for);
         } else {

@@ -54,13 +54,13 @@ struct Product {
         }
     };
 
-    // Products that fit into 16 bits before the sums must be widened: 2 x 15 x 8 each for 4-bit inputs, 2 x 15 x 128 else.
-    static int64_t steps(bool small) {
+    // Products that fit into 16 bits before the sums must be widened: 2 x 15 x the largest integer of the inputs each.
+    static int64_t steps(int32_t largest) {
 #ifdef __AVXVNNI__
-        (void)small;
+        (void)largest;
         return int64_t(1) << 40;
 #else
-        return small ? 128 : 8;
+        return 1024 / largest;
 #endif
     }
 
@@ -88,11 +88,11 @@ struct Product {
     }
 
     template <int T, Form F>
-    static void direct(const uint8_t* lines, int64_t begin, int64_t end, const int8_t* a, int64_t chunk, bool small,
+    static void direct(const uint8_t* lines, int64_t begin, int64_t end, const int8_t* a, int64_t chunk, int32_t largest,
                        const Ahead& ahead, int32_t* total) {
         constexpr bool Wide = F == Form::bytes;
         constexpr int kPer = Wide ? 16 : 8;
-        const int64_t flush = Wide ? steps(small) : steps(small) / 2;
+        const int64_t flush = Wide ? steps(largest) : steps(largest) / 2;
         std::memset(total, 0, T * 16 * sizeof(int32_t));
         for (int64_t start = begin; start < end; start += flush) {
             int64_t stop = smaller(end, start + flush);
@@ -175,9 +175,9 @@ struct Product {
     }
 
     template <int T>
-    static void plane(const uint8_t* panel, int64_t rows, const int8_t* a, int64_t chunk, int64_t first, bool small,
+    static void plane(const uint8_t* panel, int64_t rows, const int8_t* a, int64_t chunk, int64_t first, int32_t largest,
                       int shift, int32_t* total) {
-        const int64_t flush = steps(small);
+        const int64_t flush = steps(largest);
         for (int64_t start = 0; start < rows; start += flush) {
             int64_t stop = smaller(rows, start + flush);
             Sum sum[T][2];
@@ -201,11 +201,11 @@ struct Product {
     }
 
     template <int T, Form F>
-    static void tile(const uint8_t* panel, int64_t rows, const int8_t* a, int64_t chunk, int64_t first, bool small,
+    static void tile(const uint8_t* panel, int64_t rows, const int8_t* a, int64_t chunk, int64_t first, int32_t largest,
                      int32_t* total) {
         std::memset(total, 0, T * 16 * sizeof(int32_t));
-        plane<T>(panel, rows, a, chunk, first, small, 0, total);
-        if constexpr (F == Form::bytes) plane<T>(panel + rows * kLine, rows, a, chunk, first, small, 4, total);
+        plane<T>(panel, rows, a, chunk, first, largest, 0, total);
+        if constexpr (F == Form::bytes) plane<T>(panel + rows * kLine, rows, a, chunk, first, largest, 4, total);
     }
 };
 

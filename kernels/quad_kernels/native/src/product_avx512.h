@@ -26,7 +26,7 @@ struct Product {
 
     // Sums [T][16] over lines [begin, end) of 16 channels, for T tokens 64 bytes apart in each chunk.
     template <int T, Form F>
-    static void direct(const uint8_t* lines, int64_t begin, int64_t end, const int8_t* a, int64_t chunk, bool,
+    static void direct(const uint8_t* lines, int64_t begin, int64_t end, const int8_t* a, int64_t chunk, int32_t,
                        const Ahead&, int32_t* total) {
         constexpr bool Wide = F == Form::bytes;
         constexpr int kPer = Wide ? 16 : 8;  // lines in a chunk of inputs
@@ -151,7 +151,7 @@ struct Product {
 
     // Sums [T][16] over rows [0, rows) of an unpacked panel; input `first` is the first row's.
     template <int T, Form F>
-    static void tile(const uint8_t* panel, int64_t rows, const int8_t* a, int64_t chunk, int64_t first, bool,
+    static void tile(const uint8_t* panel, int64_t rows, const int8_t* a, int64_t chunk, int64_t first, int32_t,
                      int32_t* total) {
         __m512i sum[T];
         for (int t = 0; t < T; ++t) sum[t] = _mm512_setzero_si512();

@@ -51,16 +51,23 @@ float largest_magnitude(const float* x, int64_t count) {
     return value;
 }
 
-// Rounds `count` numbers to multiples of `scale`, half to even.
-void round_to_grid(const float* x, int64_t count, float scale, int32_t bits, int8_t* integers) {
-    const float low = -float(1 << (bits - 1)), high = -low - 1;
-    const float magic = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer
+constexpr float kMagic = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer, half to even
+
+// What a group is rounded to: multiples of `scale` from `low` to `high`.
+struct Grid {
+    float scale;
+    float low;
+    float high;
+};
+
+void round_to_grid(const float* x, int64_t count, const Grid& grid, int8_t* integers) {
+    const float scale = grid.scale, low = grid.low, high = grid.high;
     for (int64_t i = 0; i < count; ++i) {
         // A division, as in the reference: at clip ratio 1 the largest value is a tie.
         float q = x[i] / scale;
         q = q < low ? low : q;
         q = q > high ? high : q;
-        q = (q + magic) - magic;
+        q = (q + kMagic) - kMagic;
         integers[i] = int8_t(int32_t(q));
     }
 }
@@ -82,9 +89,37 @@ float normal(float scale) { return scale < 1.17549435e-38f ? 0.0f : scale; }
 // False for a token of zeros, and for one with a NaN or an infinity, whose scale makes the output NaN.
 bool usable(float scale) { return scale > 0 && scale <= 3.402823466e38f; }
 
+// The step of a symmetric grid.
+float step(const float* x, int64_t count, const Input& input) {
+    return normal(largest_magnitude(x, count) * input.clip_ratio / ((float(1 << input.bits) - 1) / 2));
+}
+
+Grid symmetric_grid(float scale, int32_t bits) {
+    const float half = float(1 << (bits - 1));
+    return {scale, -half, half - 1};
+}
+
+// From the least number to the largest one, 0 between them; the integers have the zero point taken off.
+Grid asymmetric_grid(const float* x, int64_t count, const Input& input) {
+    const float levels = float(1 << input.bits) - 1;
+    float magnitude = largest_magnitude(x, count), least = 0, most = 0;
+    if (!(magnitude <= 3.402823466e38f)) return {magnitude, 0, 0};
+    for (int64_t i = 0; i < count; ++i) {
+        least = x[i] < least ? x[i] : least;
+        most = x[i] > most ? x[i] : most;
+    }
+    least *= input.clip_ratio;
+    most *= input.clip_ratio;
+    float scale = normal(most / levels - least / levels);  // their difference could be infinite
+    if (!usable(scale)) return {scale, 0, 0};
+    float zero_point = (-least / scale + kMagic) - kMagic;
+    zero_point = zero_point > levels ? levels : zero_point;
+    return {scale, -zero_point, levels - zero_point};
+}
+
 // Quantizes groups of `size` numbers to multiples of one scale, integers times the sub-scale of their group.
 void quantize_groups(const Input& input, const float* row, int64_t size, float* steps, int8_t* integers, float* scale) {
-    const float most = float(input.largest_sub_scale), magic = 12582912.0f;
+    const float most = float(input.largest_sub_scale);
     float common = normal(largest_magnitude(steps, input.groups) / most);
     *scale = common;
     if (!usable(common)) {
@@ -92,10 +127,10 @@ void quantize_groups(const Input& input, const float* row, int64_t size, float* 
         return;
     }
     for (int64_t g = 0; g < input.groups; ++g, integers += size) {
-        float factor = (steps[g] / common + magic) - magic;
+        float factor = (steps[g] / common + kMagic) - kMagic;
         factor = factor < 1.0f ? 1.0f : factor;
         factor = factor > most ? most : factor;
-        round_to_grid(row + g * size, size, common * factor, input.bits, integers);
+        round_to_grid(row + g * size, size, symmetric_grid(common * factor, input.bits), integers);
         int32_t whole = int32_t(factor);
         for (int64_t i = 0; i < size; ++i) integers[i] = int8_t(integers[i] * whole);
     }
@@ -112,14 +147,18 @@ void quantize_token(const Input& input, int64_t t, float* outlier, int8_t* integ
         transform(row, *input.hadamard, memory.tables);
         round_row(row, input.dtype, width);
     }
-    const float levels = (float(1 << input.bits) - 1) / 2;
     int64_t size = width / input.groups;
-    float* steps = input.largest_sub_scale ? memory.steps.at_least(input.groups) : scale;
-    for (int64_t g = 0; g < input.groups; ++g)
-        steps[g] = normal(largest_magnitude(row + g * size, size) * input.clip_ratio / levels);
-    if (input.largest_sub_scale) return quantize_groups(input, row, size, steps, integers, scale);
+    if (input.largest_sub_scale) {
+        float* steps = memory.steps.at_least(input.groups);
+        for (int64_t g = 0; g < input.groups; ++g) steps[g] = step(row + g * size, size, input);
+        return quantize_groups(input, row, size, steps, integers, scale);
+    }
     for (int64_t g = 0; g < input.groups; ++g) {
-        if (usable(steps[g])) round_to_grid(row + g * size, size, steps[g], input.bits, integers + g * size);
+        const float* group = row + g * size;
+        Grid grid = input.symmetric ? symmetric_grid(step(group, size, input), input.bits)
+                                    : asymmetric_grid(group, size, input);
+        scale[g] = grid.scale;
+        if (usable(grid.scale)) round_to_grid(group, size, grid, integers + g * size);
         else std::memset(integers + g * size, 0, size);
     }
 }

@@ -107,13 +107,15 @@ const quad::Hadamard& plan_for(int64_t size) {
 struct Settings {
     int64_t bits;
     double clip_ratio;
-    int64_t groups, largest_sub_scale, outliers, block;
+    int64_t groups, largest_sub_scale;
+    bool symmetric;
+    int64_t outliers, block;
     bool keep_width, hadamard;
 };
 
 // Without data.
 quad::Input input_of(quad::Dtype dtype, int64_t width, const Settings& settings) {
-    const auto& [bits, clip_ratio, groups, largest_sub_scale, outliers, block, keep_width, hadamard] = settings;
+    const auto& [bits, clip_ratio, groups, largest_sub_scale, symmetric, outliers, block, keep_width, hadamard] = settings;
     quad::Input input{};
     input.dtype = dtype;
     input.width = width;
@@ -124,11 +126,14 @@ quad::Input input_of(quad::Dtype dtype, int64_t width, const Settings& settings)
     input.clip_ratio = float(clip_ratio);
     input.groups = groups;
     input.largest_sub_scale = int32_t(largest_sub_scale);
+    input.symmetric = symmetric;
     STD_TORCH_CHECK(block > 0 && width % block == 0 && outliers >= 0 && outliers < block, "the split does not fit x");
     STD_TORCH_CHECK(groups > 0 && input.residual() % groups == 0, "the groups do not divide the residual");
     STD_TORCH_CHECK(bits >= 2 && bits <= 8, "the input must be quantized to 2 to 8 bits");
     STD_TORCH_CHECK(largest_sub_scale >= 0 && (largest_sub_scale << (bits - 1)) < 128,
                     "the input's integers times their sub-scales must fit into 8 bits");
+    STD_TORCH_CHECK(symmetric || (bits < 8 && !largest_sub_scale),
+                    "the input's integers less their zero points must fit into 8 bits, without sub-scales");
     if (hadamard) input.hadamard = &plan_for(input.residual());
     return input;
 }
@@ -202,15 +207,15 @@ quad::Rest rest_of(const MaybeTensor& outlier_weight, const MaybeTensor& bias, i
 }
 
 Tensor linear(const Tensor& x_, int64_t bits, double clip_ratio, int64_t groups, int64_t largest_sub_scale,
-              int64_t outliers, int64_t block, bool keep_width, bool hadamard, const Tensor& lines, const Tensor& scale_,
-              const MaybeTensor& zero_point_, const MaybeTensor& sub_scale_, int64_t in_features, int64_t out_features,
-              bool wide, const MaybeTensor& outlier_weight_, const MaybeTensor& bias_, const MaybeTensor& down_,
-              const MaybeTensor& up_) {
+              bool symmetric, int64_t outliers, int64_t block, bool keep_width, bool hadamard, const Tensor& lines,
+              const Tensor& scale_, const MaybeTensor& zero_point_, const MaybeTensor& sub_scale_, int64_t in_features,
+              int64_t out_features, bool wide, const MaybeTensor& outlier_weight_, const MaybeTensor& bias_,
+              const MaybeTensor& down_, const MaybeTensor& up_) {
     Tensor x = dense(x_), scale = dense(scale_);
     MaybeTensor zero_point = dense(zero_point_), sub_scale = dense(sub_scale_);
     MaybeTensor outlier_weight = dense(outlier_weight_), bias = dense(bias_), down = dense(down_), up = dense(up_);
     quad::Input input =
-        input_of(x, {bits, clip_ratio, groups, largest_sub_scale, outliers, block, keep_width, hadamard});
+        input_of(x, {bits, clip_ratio, groups, largest_sub_scale, symmetric, outliers, block, keep_width, hadamard});
     STD_TORCH_CHECK(input.residual() == in_features, "the weight does not fit the residual");
     quad::Weight weight = weight_of(lines, scale, zero_point, sub_scale, in_features, out_features, wide);
     quad::Rest rest = rest_of(outlier_weight, bias, input.rank(), out_features);
@@ -248,11 +253,11 @@ Tensor integer_linear(const Tensor& x_, const Tensor& x_scale_, const Tensor& li
 }
 
 std::tuple<Tensor, Tensor, Tensor> quantize(const Tensor& x_, int64_t bits, double clip_ratio, int64_t groups,
-                                            int64_t largest_sub_scale, int64_t outliers, int64_t block, bool keep_width,
-                                            bool hadamard) {
+                                            int64_t largest_sub_scale, bool symmetric, int64_t outliers, int64_t block,
+                                            bool keep_width, bool hadamard) {
     Tensor x = dense(x_);
     quad::Input input =
-        input_of(x, {bits, clip_ratio, groups, largest_sub_scale, outliers, block, keep_width, hadamard});
+        input_of(x, {bits, clip_ratio, groups, largest_sub_scale, symmetric, outliers, block, keep_width, hadamard});
     Tensor outlier = empty(sizes_with(x, input.rank()), torch_dtype(input.dtype));
     Tensor integers = empty(sizes_with(x, input.residual()), aoti_torch_dtype_int8());
     Tensor scale = empty(sizes_with(x, input.scales()), aoti_torch_dtype_float32());
@@ -314,10 +319,12 @@ class Parts {
     // Returns how the input of the next `count` linears, of `width` coordinates, is quantized, and adds them to `members`.
     quad::Input group(quad::Dtype dtype, int64_t width, double clip_ratio, int64_t count,
                       std::vector<quad::Member>& members) {
-        int64_t bits = number(), groups = number(), largest_sub_scale = number(), outliers = number(), block = number();
+        int64_t bits = number(), groups = number(), largest_sub_scale = number();
+        bool symmetric = number();
+        int64_t outliers = number(), block = number();
         bool keep_width = number(), hadamard = number();
         quad::Input input = input_of(
-            dtype, width, {bits, clip_ratio, groups, largest_sub_scale, outliers, block, keep_width, hadamard});
+            dtype, width, {bits, clip_ratio, groups, largest_sub_scale, symmetric, outliers, block, keep_width, hadamard});
         size_t first = members.size();
         for (int64_t i = 0; i < count; ++i) {
             int64_t in_features = number(), out_features = number();
@@ -751,8 +758,8 @@ Tensor rounding_errors(const Tensor& weight_, const Tensor& scale_, const Tensor
 
 STABLE_TORCH_LIBRARY(quad_native, m) {
     m.def(
-        "linear(Tensor x, int bits, float clip_ratio, int groups, int largest_sub_scale, int outliers, int block, "
-        "bool keep_width, bool hadamard, Tensor lines, Tensor scale, Tensor? zero_point, Tensor? sub_scale, "
+        "linear(Tensor x, int bits, float clip_ratio, int groups, int largest_sub_scale, bool symmetric, "
+        "int outliers, int block, bool keep_width, bool hadamard, Tensor lines, Tensor scale, Tensor? zero_point, Tensor? sub_scale, "
         "int in_features, int out_features, bool wide, Tensor? outlier_weight, Tensor? bias, Tensor? down=None, "
         "Tensor? up=None) -> Tensor");
     m.def(
@@ -760,8 +767,8 @@ STABLE_TORCH_LIBRARY(quad_native, m) {
         "Tensor? sub_scale, int in_features, int out_features, bool wide, Tensor? outlier, Tensor? outlier_weight, "
         "Tensor? bias, int out_dtype) -> Tensor");
     m.def(
-        "quantize(Tensor x, int bits, float clip_ratio, int groups, int largest_sub_scale, int outliers, int block, "
-        "bool keep_width, bool hadamard) -> (Tensor, Tensor, Tensor)");
+        "quantize(Tensor x, int bits, float clip_ratio, int groups, int largest_sub_scale, bool symmetric, "
+        "int outliers, int block, bool keep_width, bool hadamard) -> (Tensor, Tensor, Tensor)");
     m.def(
         "block_in(Tensor x, Tensor norm, float eps, Tensor cosine, Tensor sine, Tensor[] head_norms, Tensor[] parts, "
         "int[] numbers, float clip_ratio) -> Tensor[]");
@@ -814,7 +821,7 @@ STABLE_TORCH_LIBRARY_IMPL(quad_native, CPU, m) {
 extern "C" {
 
 // Changes with the arguments of the operators.
-int quad_interface() { return 4; }
+int quad_interface() { return 5; }
 const char* quad_supported() { return quad::supported(); }
 const char* quad_chosen() { return quad::chosen() ? quad::chosen()->name : ""; }
 int quad_choose(const char* name) { return quad::choose(name); }
