@@ -9,7 +9,7 @@ from quad_modifiers.checkpoint.contribute import CheckpointSection
 from quad_modifiers.model.decoder import Decoder
 from quad_modifiers.model.geometry import ModelGeometry
 from quad_modifiers.nn.kv_cache import Bases, install_kv_cache, remove_kv_cache
-from quad_modifiers.nn.kv_lines import HIGH_BITS, KVCacheFormat, check_high_rank
+from quad_modifiers.nn.kv_lines import HIGH_BITS, Basis, KVCacheFormat, check_high_rank
 
 NAME = "kv_cache"
 
@@ -40,6 +40,7 @@ class _Fields(BaseModel):
     sink_tokens: int = Field(ge=0)
     centred: bool
     high: _High | None = None
+    key_inverse: Literal[True] | None = None
 
     def form(self) -> KVCacheFormat:
         ranks = {} if self.high is None else {"key_rank": self.high.key_rank, "value_rank": self.high.value_rank}
@@ -51,12 +52,22 @@ class KVCacheSection(CheckpointSection):
 
     With `centred` a block has the tensors `key_mean` and `value_mean`, `[key and value heads, head_dim]`. `high` says
     how many coordinates of a head have 8 bits; then there may be `key_basis` and `value_basis`,
-    `[key and value heads, head_dim, head_dim]`.
+    `[key and value heads, head_dim, head_dim]`. With `key_inverse`, which is there only where it is true, there are
+    `key_basis` and `key_inverse`, whatever `high` says.
     """
 
     @classmethod
-    def section(cls, form: KVCacheFormat, centred: bool, value_basis: bool = False) -> dict[str, Any]:
-        """Returns what a checkpoint says of a form; `value_basis` is whether values have a basis of their own."""
+    def section(
+        cls, form: KVCacheFormat, centred: bool, value_basis: bool = False, key_inverse: bool = False
+    ) -> dict[str, Any]:
+        """Returns what a checkpoint says.
+
+        Args:
+            form: how keys and values are rounded.
+            centred: whether they have means.
+            value_basis: whether values have a basis of their own.
+            key_inverse: whether keys have a basis that is not orthogonal.
+        """
         section: dict[str, Any] = {
             "bits": 4,
             "clip_ratio": form.clip_ratio,
@@ -67,6 +78,8 @@ class KVCacheSection(CheckpointSection):
         ranks = {"key_rank": form.key_rank, "value_rank": form.value_rank}
         if any(ranks.values()):  # only version 6 of the format has it
             section["high"] = {"bits": HIGH_BITS, **ranks, "value_basis": value_basis}
+        if key_inverse:  # only version 7
+            section["key_inverse"] = True
         return section
 
     @classmethod
@@ -91,7 +104,7 @@ class KVCacheSection(CheckpointSection):
         if fields.centred:
             shape = sizes.kv_heads, sizes.head_dim
             means = [(like.new_empty(shape), like.new_empty(shape)) for _ in decoder.blocks]
-        bases = None if fields.high is None else [_room(fields.high, sizes, like) for _ in decoder.blocks]
+        bases = [_room(fields, sizes, like) for _ in decoder.blocks]
         install_kv_cache([block.module for block in decoder.blocks], decoder.model.config, form, means, bases)
 
     @classmethod
@@ -104,6 +117,13 @@ def _refusal(reasons: str) -> ValueError:
     return ValueError(f"the section {NAME!r} is damaged, or of a later version of quad-modifiers ({reasons})")
 
 
-def _room(high: _High, sizes: ModelGeometry, like: torch.Tensor) -> Bases:
+def _room(fields: _Fields, sizes: ModelGeometry, like: torch.Tensor) -> Bases:
     shape = sizes.kv_heads, sizes.head_dim, sizes.head_dim
-    return like.new_empty(shape) if high.key_rank else None, like.new_empty(shape) if high.value_basis else None
+    keys = values = None
+    if fields.key_inverse:
+        keys = Basis(like.new_empty(shape), like.new_empty(shape))
+    elif fields.high is not None and fields.high.key_rank:
+        keys = Basis(like.new_empty(shape))
+    if fields.high is not None and fields.high.value_basis:
+        values = Basis(like.new_empty(shape))
+    return keys, values

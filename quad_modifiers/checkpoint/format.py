@@ -154,7 +154,7 @@ class QuadFormat(_Strict):
     Version 2 adds `embedding` and `head`. Version 3 adds `terms` of linears and `sections`, whose kinds plugins
     bring, and leaves out what the first two reserved. Version 4 adds `sub_scale_bits` of weights and inputs, version 5
     `outlier` of linears, version 6 `overrides`, linears that have other bits in some blocks, and `high` of the section
-    `kv_cache`, version 7 `symmetric` of inputs.
+    `kv_cache`, version 7 `symmetric` of inputs, and `key_inverse` of that section.
     """
 
     format_version: Literal[1, 2, 3, 4, 5, 6, 7] = 1
@@ -179,8 +179,7 @@ class QuadFormat(_Strict):
             unknown |= {"sub_scale_bits"}
         if self.format_version < 5 and any("outlier" in linear.model_fields_set for linear in self.linears.values()):
             unknown |= {"linears.outlier"}
-        if self.format_version < 6:
-            unknown |= _late_fields(self.sections)
+        unknown |= {field for field, version in _late_fields(self.sections).items() if version > self.format_version}
         if self.format_version < 7 and any("symmetric" in each.model_fields_set for each in self._inputs()):
             unknown |= {"input.symmetric"}
         if unknown:
@@ -234,8 +233,9 @@ class QuadFormat(_Strict):
             version = 4
         if any(linear.outlier for linear in fields["linears"].values()):
             version = 5
-        if "overrides" in fields or _late_fields(fields.get("sections", {})):
+        if "overrides" in fields:
             version = 6
+        version = max([version, *_late_fields(fields.get("sections", {})).values()])
         if any(not each.symmetric for each in cls(format_version=7, **fields)._inputs()):
             version = 7
         return cls(format_version=version, **fields)
@@ -257,9 +257,16 @@ class QuadFormat(_Strict):
         return content
 
 
-def _late_fields(sections: dict[str, dict[str, Any]]) -> set[str]:
-    """Returns the fields of sections of our own that came with version 6: that of a plugin has what the plugin says."""
-    return {"sections.kv_cache.high"} if "high" in sections.get("kv_cache", {}) else set()
+def _late_fields(sections: dict[str, dict[str, Any]]) -> dict[str, int]:
+    """Returns the later fields of sections of our own, and the versions that they came with.
+
+    The section of a plugin has what the plugin says.
+    """
+    stated = sections.get("kv_cache", {})
+    return {f"sections.kv_cache.{name}": version for name, version in _LATE_IN_CACHE.items() if name in stated}
+
+
+_LATE_IN_CACHE = {"high": 6, "key_inverse": 7}
 
 
 _RESERVED = {"outlier", "low_rank", "kv_cache"}

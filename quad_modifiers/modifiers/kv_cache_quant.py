@@ -9,13 +9,13 @@ from llmcompressor.modifiers import Modifier
 from pydantic import Field, model_validator
 
 from quad_modifiers.checkpoint.cache_section import NAME, KVCacheSection
-from quad_modifiers.linalg import outlier_basis, random_rotation, square_basis
+from quad_modifiers.linalg import balanced_transform, outlier_basis, random_rotation, square_basis
 from quad_modifiers.model.decoder import Decoder
 from quad_modifiers.modifiers.base import Batches, QuadModifier
 from quad_modifiers.modifiers.dynamic_act_quant import ClipRatio
 from quad_modifiers.modifiers.rank_field import RankField
-from quad_modifiers.nn.kv_cache import install_kv_cache
-from quad_modifiers.nn.kv_lines import KVCacheFormat, check_high_rank
+from quad_modifiers.nn.kv_cache import Bases, install_kv_cache
+from quad_modifiers.nn.kv_lines import Basis, KVCacheFormat, check_high_rank
 from quad_modifiers.passes.cache_means import CacheMoments, cache_moments
 from quad_modifiers.projection.rank import is_share, rank_of
 
@@ -50,9 +50,12 @@ class KVCacheQuant(QuadModifier):
             a basis, with as many outliers.
         high_bits: 8 with a `high_rank`, else null.
         high_states: what has such coordinates, "keys" or "values"; the other is all in 4 bits.
+        key_basis: what keys are rounded in. "energy" is the eigenbasis of keys where they have a `high_rank`, and else
+            their coordinates as they are. "balanced" also weighs what queries make of an error in each direction: a
+            matrix that is not orthogonal, with or without a `high_rank`.
         clip_ratio: share of the span of a vector that its grid of 16 points covers.
-        hadamard: True to transform each vector that is all in 4 bits before it is rounded, and back when it is read:
-            outlying coordinates spread over all, for some time in each step.
+        hadamard: True to transform each vector that is all in 4 bits, and in no basis, before it is rounded, and back
+            when it is read: outlying coordinates spread over all, for some time in each step.
         sink_tokens: first tokens of a sequence whose keys and values stay as they are: most attention goes to the first
             one. Not where attention slides; in a padded batch, padding takes their place.
         center: True to take each head's mean key and value off before rounding, and to put them back when read.
@@ -65,6 +68,7 @@ class KVCacheQuant(QuadModifier):
     high_rank: RankField = 0
     high_bits: Literal[8] | None = None
     high_states: list[Literal["keys", "values"]] = Field(default=["keys", "values"], min_length=1)
+    key_basis: Literal["energy", "balanced"] = "energy"
     clip_ratio: ClipRatio = 0.9
     hadamard: bool = True
     sink_tokens: int = Field(default=1, ge=0)
@@ -105,13 +109,15 @@ class KVCacheQuant(QuadModifier):
     def run(self, decoder: Decoder, batches: Batches) -> None:
         """Lets the blocks round keys and values."""
         form, folded = self._form(decoder), _folded_rank(decoder)
-        online = bool(form.key_rank), bool(form.value_rank) and form.value_rank != folded
-        moments = cache_moments(decoder, batches()[:_WINDOWS], any(online)) if self.center or any(online) else []
+        balanced = self.key_basis == "balanced"
+        online = balanced or bool(form.key_rank), bool(form.value_rank) and form.value_rank != folded
+        needed = self.center or any(online)
+        moments = cache_moments(decoder, batches()[:_WINDOWS], any(online), balanced) if needed else []
         generator = torch.Generator().manual_seed(_SEED)
         bases = [self._bases(each, form, online, generator) for each in moments] if any(online) else None
         means = [each.means for each in moments] if self.center else None
         install_kv_cache([block.module for block in decoder.blocks], decoder.model.config, form, means, bases)
-        section = KVCacheSection.section(form, self.center, value_basis=online[1])
+        section = KVCacheSection.section(form, self.center, value_basis=online[1], key_inverse=balanced)
         self.contribute(decoder, sections={NAME: section})
         logger.info("KVCacheQuant: keys and values in %d bits, clip ratio %g", self.bits, self.clip_ratio)
 
@@ -126,16 +132,22 @@ class KVCacheQuant(QuadModifier):
 
     def _bases(
         self, moments: CacheMoments, form: KVCacheFormat, online: tuple[bool, bool], generator: torch.Generator
-    ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    ) -> Bases:
         """The bases of one block, of the states as they are rounded: with the mean taken off, if it is."""
         assert moments.squares is not None
-        found: list[torch.Tensor | None] = []
-        for mean, square, rank, wanted in zip(
-            moments.means, moments.squares, (form.key_rank, form.value_rank), online, strict=True
-        ):
-            about = square - mean.double().unsqueeze(-1) * mean.double().unsqueeze(-2) if self.center else square
-            found.append(_eigenbasis(about, rank, generator).to(mean) if wanted else None)
+        keys, values = (self._about(*each) for each in zip(moments.means, moments.squares, strict=True))
+        like = moments.means[0]
+        found: list[Basis | None] = [None, None]
+        if moments.queries is not None:
+            found[0] = _balanced_basis(keys, moments.queries, form.key_rank, generator, like)
+        elif online[0]:
+            found[0] = Basis(_eigenbasis(keys, form.key_rank, generator).to(like))
+        if online[1]:
+            found[1] = Basis(_eigenbasis(values, form.value_rank, generator).to(like))
         return found[0], found[1]
+
+    def _about(self, mean: torch.Tensor, square: torch.Tensor) -> torch.Tensor:
+        return square - mean.double().unsqueeze(-1) * mean.double().unsqueeze(-2) if self.center else square
 
 
 def _eigenbasis(squares: torch.Tensor, rank: int, generator: torch.Generator) -> torch.Tensor:
@@ -146,6 +158,16 @@ def _eigenbasis(squares: torch.Tensor, rank: int, generator: torch.Generator) ->
         among = [random_rotation(part.shape[1], "random", generator) for part in (outliers, complement)]
         bases.append(square_basis(outliers, complement, rotation=among[1], outlier_rotation=among[0]))
     return torch.stack(bases)
+
+
+def _balanced_basis(
+    keys: torch.Tensor, queries: torch.Tensor, rank: int, generator: torch.Generator, like: torch.Tensor
+) -> Basis:
+    """Returns T U of each head, for U the eigenbasis of what T makes of the keys, and the inverse, dtype of `like`."""
+    pairs = [balanced_transform(*moments) for moments in zip(keys.cpu(), queries.cpu(), strict=True)]
+    into, back = (torch.stack(each) for each in zip(*pairs, strict=True))
+    rotation = _eigenbasis(into @ keys.cpu() @ into, rank, generator)
+    return Basis((into @ rotation).to(like), (rotation.mT @ back).to(like))
 
 
 def _folded_rank(decoder: Decoder) -> int:

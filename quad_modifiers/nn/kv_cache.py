@@ -22,18 +22,21 @@ import torch
 from torch import nn
 
 from quad_modifiers.nn.cache_argument import NEW, OLD
-from quad_modifiers.nn.kv_lines import KVCacheFormat, pack_states, unpack_states
+from quad_modifiers.nn.kv_lines import Basis, KVCacheFormat, pack_states, unpack_states
 
 STOCK_LAYERS = ("DynamicLayer", "DynamicSlidingWindowLayer", "StaticLayer", "StaticSlidingWindowLayer")
 MEANS = ("key_mean", "value_mean")
 """The buffers of a block with what is taken off its keys and values, `[heads, head_dim]` each."""
 BASES = ("key_basis", "value_basis")
-"""The buffers of a block with the bases that its keys and values are rounded in, `[heads, head_dim, head_dim]` each."""
+"""The buffers of a block with the matrices of the bases of its keys and values, `[heads, head_dim, head_dim]` each."""
+INVERSES = ("key_inverse", "value_inverse")
+"""Those with the inverses of bases that are not orthogonal."""
+BUFFERS = (*MEANS, *BASES, *INVERSES)
 _STOCK_MODULE = "transformers.cache_utils"
 States = tuple[torch.Tensor, torch.Tensor]
 """Keys and values, `[batch, heads, positions, head_dim]` each."""
-Bases = tuple[torch.Tensor | None, torch.Tensor | None]
-"""Of keys and of values, orthogonal, `[heads, head_dim, head_dim]` each; None for the coordinates as they come."""
+Bases = tuple[Basis | None, Basis | None]
+"""Of keys and of values; None for the coordinates as they come."""
 
 
 @dataclass(frozen=True)
@@ -144,7 +147,7 @@ def install_kv_cache(
         config: of the model, which says where attention slides.
         form: how keys and values are rounded.
         means: of each block's keys and values, `[heads, head_dim]` each, which become its buffers; None for none.
-        bases: of each block's keys and values, likewise.
+        bases: of each block's keys and values; their matrices become buffers, too.
     """
     from transformers import DynamicCache
 
@@ -156,16 +159,17 @@ def install_kv_cache(
             for name, mean in zip(MEANS, means[index], strict=True):
                 block.register_buffer(name, mean)
         if bases is not None:
-            for name, basis in zip(BASES, bases[index], strict=True):
-                if basis is not None:
-                    block.register_buffer(name, basis)
+            for names, basis in zip(zip(BASES, INVERSES, strict=True), bases[index], strict=True):
+                for name, matrix in zip(names, basis or (None, None), strict=True):
+                    if matrix is not None:
+                        block.register_buffer(name, matrix)
         block.register_forward_pre_hook(KVCacheHook(index, own), with_kwargs=True)
 
 
 def remove_kv_cache(blocks: Sequence[nn.Module]) -> None:
     """Lets blocks keep keys and values as they are."""
     for block in blocks:
-        for name in (*MEANS, *BASES):
+        for name in BUFFERS:
             block._buffers.pop(name, None)
         for number in [number for number, hook in block._forward_pre_hooks.items() if isinstance(hook, KVCacheHook)]:
             del block._forward_pre_hooks[number]
@@ -178,8 +182,11 @@ def _means(block: nn.Module) -> States | None:
 
 
 def _bases(block: nn.Module) -> Bases:
-    keys, values = (block._buffers.get(name) for name in BASES)
-    return keys, values
+    found: list[Basis | None] = []
+    for name, inverse in zip(BASES, INVERSES, strict=True):
+        matrix = block._buffers.get(name)
+        found.append(None if matrix is None else Basis(matrix, block._buffers.get(inverse)))
+    return found[0], found[1]
 
 
 def _holds_lines(past: Any, index: int, rounding: BlockRounding) -> bool:

@@ -4,13 +4,29 @@ A line is the integers in 4 bits, two a byte, then those in 8 bits, then scale a
 """
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 from quad_kernels import KVEntries, apply_hadamard, dequantize_kv, quantize_kv
 from quad_kernels.hadamard import HadamardPlan, plan_hadamard
 
 HIGH_BITS: Literal[8] = 8
+
+
+class Basis(NamedTuple):
+    """The coordinates that states are rounded in.
+
+    Attributes:
+        matrix: by which row vectors are multiplied before they are rounded, `[heads, head_dim, head_dim]`.
+        inverse: by which they are multiplied when they are read, likewise; None for an orthogonal matrix.
+    """
+
+    matrix: torch.Tensor
+    inverse: torch.Tensor | None = None
+
+    def back(self) -> torch.Tensor:
+        """Returns the inverse."""
+        return self.matrix.mT if self.inverse is None else self.inverse
 
 
 @dataclass(frozen=True)
@@ -50,9 +66,7 @@ def _plan(size: int) -> HadamardPlan:
     return plan_hadamard(size)
 
 
-def pack_states(
-    states: torch.Tensor, form: KVCacheFormat, rank: int = 0, basis: torch.Tensor | None = None
-) -> torch.Tensor:
+def pack_states(states: torch.Tensor, form: KVCacheFormat, rank: int = 0, basis: Basis | None = None) -> torch.Tensor:
     """Returns keys or values `[..., head_dim]` as lines of bytes, uint8.
 
     Scale and zero have the dtype of the states, float16, bfloat16 or float32: a line has
@@ -62,11 +76,11 @@ def pack_states(
         states: `[batch, heads, positions, head_dim]`; without a basis any leading dimensions.
         form: how they are rounded.
         rank: how many of the first coordinates have 8 bits; with any, `form.hadamard` is of no account.
-        basis: `[heads, head_dim, head_dim]`, orthogonal, whose columns are the coordinates; None for those given.
+        basis: of each head; None for the coordinates given, behind the Hadamard transform if the form has it.
     """
     dtype = states.dtype
     if basis is not None:
-        states = states.float() @ basis.float()
+        states = states.float() @ basis.matrix.float()
     elif form.hadamard and not rank:
         states = apply_hadamard(states, _plan(states.shape[-1]))
     entries = [quantize_kv(states[..., rank:], clip_ratio=form.clip_ratio, scale_dtype=dtype)]
@@ -81,7 +95,7 @@ def unpack_states(
     form: KVCacheFormat,
     dtype: torch.dtype,
     rank: int = 0,
-    basis: torch.Tensor | None = None,
+    basis: Basis | None = None,
 ) -> torch.Tensor:
     """Returns the rounded states of lines, in the dtype that the states had; the other arguments are as they were."""
     size = lines.shape[-1] - (4 if rank else 2) * dtype.itemsize
@@ -93,5 +107,5 @@ def unpack_states(
         high = KVEntries(lines[..., size - rank : size].contiguous(), ends[2].contiguous(), ends[3].contiguous())
         states = torch.cat([dequantize_kv(high, wide, bits=HIGH_BITS), states], dim=-1)
     if basis is not None:
-        return (states @ basis.float().mT).to(dtype)
+        return (states @ basis.back().float()).to(dtype)
     return apply_hadamard(states, _plan(states.shape[-1]), transpose=True) if form.hadamard and not rank else states

@@ -18,7 +18,7 @@ from vllm.platforms import current_platform
 
 from quad_modifiers.checkpoint.head_transform import NAME as HEAD_TRANSFORM
 from quad_modifiers.checkpoint.tensors import expected_tensors
-from quad_modifiers.nn.kv_cache import BASES, MEANS
+from quad_modifiers.nn.kv_cache import BUFFERS
 from quad_modifiers.nn.transformed_norm import add_head_transform
 from quad_modifiers.plugins import architectures
 from quad_modifiers.vllm_plugin.config import QuadConfig
@@ -51,7 +51,7 @@ class CheckedWeights:
         expected = expected_tensors(model_config.hf_config, quad, architectures())
         checked = checked_tensors(weights, expected, model_config.dtype)
         # vLLM's cache has its own way.
-        served = (each for each in checked if each[0].rpartition(".")[2] not in (*MEANS, *BASES))
+        served = (each for each in checked if each[0].rpartition(".")[2] not in BUFFERS)
         loaded: set[str] = super().load_weights(served)  # type: ignore[misc]
         return loaded
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import pytest
@@ -74,6 +75,32 @@ def test_a_checkpoint_keeps_coordinates_in_eight_bits(rank, dtype, compress_toy,
         read_format(older)
 
 
+@pytest.mark.parametrize("high", ["", ", high_rank: 2, high_bits: 8, high_states: [keys]"], ids=["4 bits", "some in 8"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_checkpoint_keeps_balanced_keys(dtype, high, compress_toy, logits_of, tmp_path) -> None:
+    made = compress_toy(QUAD.replace("{clip_ratio: 0.95}", f"{{key_basis: balanced{high}}}"), dtype=dtype)
+    model = AutoModelForCausalLM.from_pretrained(made.folder)
+    quad = model.config.quantization_config.content["quad"]
+    assert (quad["format_version"], quad["sections"]["kv_cache"]["key_inverse"]) == (7, True)
+    assert torch.equal(logits_of(model), made.logits)
+    block = model.model.layers[0]
+    product = block.key_basis.float() @ block.key_inverse.float()
+    torch.testing.assert_close(
+        product, torch.eye(16).expand_as(product), rtol=0, atol=1e-5 if dtype == torch.float32 else 0.05
+    )
+    assert float((block.key_basis.mT - block.key_inverse).abs().max()) > 0.1
+    with torch.no_grad():
+        layer = model(PROMPT, use_cache=True).past_key_values.layers[0]
+    assert layer.keys.shape[-1] == (9 + 4 * dtype.itemsize if high else 8 + 2 * dtype.itemsize)
+    model.save_pretrained(tmp_path / "again")
+    assert torch.equal(logits_of(AutoModelForCausalLM.from_pretrained(tmp_path / "again")), made.logits)
+    older = copy.deepcopy(quad) | {"format_version": 6}
+    for linear in older["linears"].values():
+        del linear["input"]["symmetric"]
+    with pytest.raises(ValueError, match=r"version 6 has no field 'sections\.kv_cache\.key_inverse'"):
+        read_format(older)
+
+
 def test_a_token_at_a_time_on_native_kernels(compress_toy) -> None:
     model = AutoModelForCausalLM.from_pretrained(compress_toy(QUAD).folder)
     found, wanted = by_tokens(model), at_once(model)
@@ -87,6 +114,7 @@ def test_a_token_at_a_time_on_native_kernels(compress_toy) -> None:
         ({"bits": 4, "clip_ratio": 0, "hadamard": True, **REST}, "clip_ratio"),
         ({"bits": 4, "clip_ratio": 0.9, **REST}, "hadamard: Field required"),
         ({"bits": 4, "clip_ratio": 0.9, "hadamard": True, **REST, "sinks": 4}, "sinks"),
+        ({"bits": 4, "clip_ratio": 0.9, "hadamard": True, **REST, "key_inverse": False}, "key_inverse"),
     ],
 )
 def test_a_damaged_section_is_refused(section, message) -> None:

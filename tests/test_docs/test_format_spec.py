@@ -481,7 +481,7 @@ MODELS: dict[int, Section] = {
         "sections": {"kv_cache": {"bits": 4, "high": {"bits": 8}}},
     },
 }
-MODELS[7] = {"sections": {"kv_cache": {"bits": 4, "high": {"bits": 8}}}}
+MODELS[7] = {"sections": {"kv_cache": {"bits": 4, "high": {"bits": 8}, "key_inverse": True}}}
 
 
 LINEARS: dict[int, Section] = {
@@ -514,7 +514,8 @@ def written_fields(quad: QuadFormat) -> set[str]:
     found = {f"linears.{name}" for name in ("terms", "outlier") if name in linear}
     found |= {f"linears.{part}.sub_scale_bits" for part in ("weight", "input") if "sub_scale_bits" in linear[part]}
     found |= {"linears.input.symmetric"} if "symmetric" in linear["input"] else set()
-    found |= {"sections.kv_cache.high"} if "high" in section.get("sections", {}).get("kv_cache", {}) else set()
+    cache = section.get("sections", {}).get("kv_cache", {})
+    found |= {f"sections.kv_cache.{name}" for name in ("high", "key_inverse") if name in cache}
     return {*section, *found}
 
 
@@ -544,8 +545,8 @@ def test_a_reader_refuses_fields_of_other_versions(version: int) -> None:
             section["linears"]["q_proj"]["outlier"] = None
         elif field == "linears.input.symmetric":
             section["linears"]["q_proj"]["input"]["symmetric"] = True
-        elif field == "sections.kv_cache.high":
-            section.setdefault("sections", {})["kv_cache"] = {"bits": 4, "high": None}
+        elif field.startswith("sections.kv_cache."):
+            section.setdefault("sections", {})["kv_cache"] = {"bits": 4, field.rpartition(".")[2]: None}
         else:
             empty = {"sections": {}, "outlier": {"bits": 16}, "overrides": []}
             section[field] = empty.get(field)

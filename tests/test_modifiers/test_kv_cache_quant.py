@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from transformers import DynamicCache, StaticCache
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 pytest.importorskip("llmcompressor")
 from quad_modifiers.model.architecture import BUILTIN_ARCHITECTURES
@@ -17,7 +18,8 @@ from quad_modifiers.modifiers.kv_cache_quant import KVCacheQuant
 from quad_modifiers.modifiers.outlier_split_gptq import OutlierSplitGPTQ
 from quad_modifiers.modifiers.svd_outlier_projection import SVDOutlierProjection
 from quad_modifiers.nn.kv_cache import BlockRounding, KVCacheFormat, pack_states, unpack_states
-from quad_modifiers.passes.cache_means import cache_means
+from quad_modifiers.nn.kv_lines import Basis
+from quad_modifiers.passes.cache_means import cache_means, cache_moments
 from quad_modifiers.recipe import validate_modifiers
 from tests.continuation import PROMPT, TOKENS, at_once, by_tokens
 
@@ -27,14 +29,15 @@ KNOWN = {architecture.model_type: architecture for architecture in BUILTIN_ARCHI
 SPLIT = {"high_rank": "1/8", "high_bits": 8}
 
 
-@pytest.fixture(scope="module", params=["llama", "ministral", "phi3", "qwen3", "split llama"])
+@pytest.fixture(scope="module", params=["llama", "ministral", "phi3", "qwen3", "split llama", "balanced qwen3"])
 def rounded(request, make_toy, compress) -> Any:
     """A toy whose keys and values are rounded, and nothing else; where they are split, an eighth of them to 8 bits.
 
     Ministral's and Phi-3's attention slides, and Phi-3's modules do not say so; Qwen3's heads have 24 numbers.
     """
-    settings = SPLIT if request.param.startswith("split") else {}
-    return compress(make_toy(request.param.removeprefix("split ")), KVCacheQuant(**settings))
+    *kind, model_type = request.param.split()
+    settings = {"split": SPLIT, "balanced": {"key_basis": "balanced"}}
+    return compress(make_toy(model_type), KVCacheQuant(**(settings[kind[0]] if kind else {})))
 
 
 def rounded_states(x: torch.Tensor, form: KVCacheFormat) -> torch.Tensor:
@@ -118,7 +121,7 @@ def test_four_bits_are_held(rounded) -> None:
         for layer in past.layers:
             assert layer.keys.dtype == layer.values.dtype == torch.uint8
             line = size // 2 + 8  # float32 scale and zero
-            if hasattr(rounded.model.layers[0], "key_basis"):
+            if hasattr(rounded.model.layers[0], "value_basis"):
                 line += size // 8 // 2 + 8  # four more bits of an eighth, and its own scale and zero
             assert layer.keys.shape[-1] == layer.values.shape[-1] == line
             assert layer.keys.shape[:2] == (2, rounded.config.num_key_value_heads)
@@ -241,9 +244,12 @@ def test_an_unfilled_cache_of_another_class_is_left_as_it_is(make_toy, compress)
     assert [layer.keys.dtype for layer in past.layers] == [torch.float32, torch.uint8]
 
 
-def test_the_split_compiles() -> None:
+@pytest.mark.parametrize("orthogonal", [True, False])
+def test_the_split_compiles(orthogonal) -> None:
     torch._dynamo.reset()
-    basis = torch.linalg.qr(states(3, 16, 16)).Q
+    matrix = torch.linalg.qr(states(3, 16, 16)).Q
+    matrix = matrix if orthogonal else matrix * torch.linspace(1, 2, 16)
+    basis = Basis(matrix, None if orthogonal else torch.linalg.inv(matrix))
     rounding = BlockRounding(KVCacheFormat(0.9, key_rank=4, value_rank=2), None, (basis, None))
     compiled = torch.compile(rounding.round, fullgraph=True, backend="aot_eager")
     given = states(2, 3, 5, 16), states(2, 3, 5, 16, seed=1)
@@ -254,8 +260,8 @@ def test_the_split_compiles() -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_coordinates_in_eight_bits(dtype) -> None:
     """Vectors whose energy is in four directions of a basis: these have 8 bits, and the others a finer grid."""
-    basis = torch.linalg.qr(states(3, 24, 24)).Q.to(dtype)
-    x = (states(2, 3, 7, 24) * torch.tensor([20.0] * 4 + [1.0] * 20) @ basis.float().mT).to(dtype)
+    basis = Basis(torch.linalg.qr(states(3, 24, 24)).Q.to(dtype))
+    x = (states(2, 3, 7, 24) * torch.tensor([20.0] * 4 + [1.0] * 20) @ basis.matrix.float().mT).to(dtype)
     form = KVCacheFormat(0.9)
     lines = pack_states(x, form, 4, basis)
     assert lines.shape == (2, 3, 7, 20 // 2 + 4 + 4 * dtype.itemsize)
@@ -286,6 +292,66 @@ def test_bases_are_those_of_the_calibration_data(center, make_toy, compress, tok
             assert (torch.linalg.eigvalsh(high)[:, 0] >= 0.999 * largest).all()
             assert float(mixed.abs().max()) < 1e-3 * float(largest.max())
             assert float((low - torch.diag_embed(low.diagonal(dim1=1, dim2=2))).abs().max()) > 0.01  # rotated
+
+
+@torch.no_grad()
+def attended(model: Any, ids: torch.Tensor, **options: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    """The queries and keys that the attention of a model of one block gets, `[batch, heads, positions, size]` each."""
+    seen = []
+
+    def watched(module, query, key, *rest, **others):
+        seen.append((query, key))
+        return ALL_ATTENTION_FUNCTIONS["sdpa"](module, query, key, *rest, **others)
+
+    ALL_ATTENTION_FUNCTIONS["watched"] = watched
+    model.config._attn_implementation = "watched"
+    model(ids, use_cache=False, **options)
+    del ALL_ATTENTION_FUNCTIONS["watched"]
+    (found,) = seen
+    return found
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_moments_of_queries_are_those_of_what_reads_the_keys(attention, make_toy, token_ids) -> None:
+    model, ids = make_toy("qwen3", num_hidden_layers=1), token_ids()
+    model.set_attn_implementation(attention)
+    padded = torch.ones_like(ids)
+    padded[0, :5] = 0
+    (found,) = cache_moments(Decoder(model, KNOWN["qwen3"]), [{"input_ids": ids, "attention_mask": padded}], True, True)
+    assert model.config._attn_implementation == attention
+    query, _ = attended(model, ids, attention_mask=padded)
+    counted = (padded.cumsum(1) > 1) & (padded > 0)
+    heads = model.config.num_key_value_heads
+    rows = query.transpose(1, 2)[counted].double().unflatten(1, (heads, -1))  # [tokens, heads, group, size]
+    wanted = torch.einsum("tngd,tnge->nde", rows, rows) / rows.shape[0] / rows.shape[2]
+    torch.testing.assert_close(found.queries, wanted, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("rank", [0, 2], ids=["all in 4 bits", "some in 8"])
+def test_balanced_keys_spoil_scores_less(rank, make_toy, compress) -> None:
+    """Queries that ask in a few directions: the others may be rounded more coarsely."""
+
+    def lopsided() -> Any:
+        model = make_toy(num_hidden_layers=1)
+        attention = model.model.layers[0].self_attn
+        size = attention.head_dim
+        few = torch.linspace(0, 1, size // 2).repeat(2)[:, None] ** 6 + 0.01  # pairs that turn together
+        for linear in (attention.q_proj, attention.k_proj):
+            factor = few if linear is attention.q_proj else 1 / (few + 0.1)
+            linear.weight.data *= factor.repeat(linear.out_features // size, 1)
+        return model
+
+    def scores(model: Any) -> torch.Tensor:
+        query, key = attended(model, PROMPT)
+        return query.unflatten(1, (key.shape[1], -1)) @ key.mT.unsqueeze(2)
+
+    exact, errors = scores(lopsided()), []
+    high = {"high_rank": rank, "high_bits": 8, "high_states": ["keys"]} if rank else {}
+    for basis in ("energy", "balanced"):
+        model = compress(lopsided(), KVCacheQuant(key_basis=basis, **high))
+        errors.append(float((scores(model) - exact).norm() / exact.norm()))
+    print(errors)
+    assert 1e-4 < errors[1] < 0.7 * errors[0]
 
 
 def test_values_that_the_projection_has_split_need_no_basis(make_toy, compress) -> None:
