@@ -58,18 +58,12 @@ def toy_format(
         own = {"out_features": sum(sizes[space] for space in member.produces)}
         own["bias"] = base == "qwen2" and group.name == "qkv"
         linears[member.role] = LinearFormat(**{**common, **inputs[group.reads], **own, **changes.get(member.role, {})})
-    ends = {"format_version": 2, "embedding": TableFormat(), "head": TableFormat()} if packed_ends else {}
+    ends: dict[str, Any] = {"embedding": TableFormat(), "head": TableFormat()} if packed_ends else {}
     if shared_table:
-        ends |= {"format_version": 3, "sections": {"head_transform": {}}}
-    if any(linear.terms for linear in linears.values()):
-        ends["format_version"] = 3
-    if any(grid.sub_scale_bits for linear in linears.values() for grid in linear.grids()):
-        ends["format_version"] = 4
-    if any(linear.outlier for linear in linears.values()):
-        ends["format_version"] = 5
+        ends["sections"] = {"head_transform": {}}
     if "overrides" in changes:
-        ends |= {"format_version": 6, "overrides": changes["overrides"]}
-    return QuadFormat(base_model_type=base, residual_basis=None, linears=linears, **ends)
+        ends["overrides"] = changes["overrides"]
+    return QuadFormat.lowest(base_model_type=base, residual_basis=None, linears=linears, **ends)
 
 
 def _toy_config(base: str, quad: QuadFormat, dtype: torch.dtype, **overrides: Any) -> Any:

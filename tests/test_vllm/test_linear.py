@@ -132,7 +132,7 @@ def test_a_head_that_reads_the_embedding_s_table(base, packed, load, toy_quad, w
         torch.testing.assert_close(served.compute_logits(found), reference.lm_head(wanted), **tolerance(torch.float32))
 
 
-@pytest.mark.parametrize("parts", ["plain", "centred", "centred and split"])
+@pytest.mark.parametrize("parts", ["plain", "centred", "centred and split", "balanced"])
 def test_rounded_keys_and_values_are_left_to_vllm(parts, load, toy_quad, write_toy, tolerance, monkeypatch) -> None:
     log = Mock()
     monkeypatch.setattr("quad_modifiers.vllm_plugin.config.logger", log)
@@ -140,11 +140,14 @@ def test_rounded_keys_and_values_are_left_to_vllm(parts, load, toy_quad, write_t
     section = {"bits": 4, "clip_ratio": 0.9, "hadamard": True, "sink_tokens": 1, "centred": centred}
     if split:
         section["high"] = {"bits": 8, "key_rank": 2, "value_rank": 2, "value_basis": True}
-    version = 6 if split else 3
+    if parts == "balanced":
+        section["key_inverse"] = True
+    version = 7 if parts == "balanced" else 6 if split else 3
     quad = toy_quad("llama").model_copy(update={"format_version": version, "sections": {"kv_cache": section}})
     folder = write_toy(quad)
     stored = load_file(folder / "model.safetensors")
     assert ("model.layers.1.key_mean" in stored, "model.layers.1.value_basis" in stored) == (centred, split)
+    assert ("model.layers.1.key_inverse" in stored) == (parts == "balanced")
     reference = AutoModelForCausalLM.from_pretrained(folder)
     assert_alike(*outputs(load(folder, "float32"), reference, torch.float32), tolerance(torch.float32))
     assert "--kv-cache-dtype int4_per_token_head" in log.warning_once.call_args.args[0]
