@@ -104,7 +104,7 @@ def first_block_inputs(
         call: dict[str, Any] = {"input_ids": batch["input_ids"].to(device), "use_cache": False}
         if mask is not None and keep is not None:
             call["attention_mask"] = mask.to(device)
-        with _recorded(layers) as seen:
+        with _recorded(layers, decoder.final_norm) as seen:
             backbone(**call)
         converted: dict[int, torch.Tensor] = {}  # blocks share their arguments: so do the copies
         arguments = [tree_map(partial(_shared_copy, converted), kwargs) for _, kwargs in seen]
@@ -137,8 +137,8 @@ def _merged(batches: list[dict[str, torch.Tensor]]) -> Iterator[dict[str, torch.
 
 
 @contextmanager
-def _recorded(layers: list[nn.Module]) -> Iterator[list[tuple[torch.Tensor, dict[str, Any]]]]:
-    """Replaces blocks by identities that record their calls."""
+def _recorded(layers: list[nn.Module], norm: nn.Module) -> Iterator[list[tuple[torch.Tensor, dict[str, Any]]]]:
+    """Replaces blocks by identities that record their calls, and the norm behind them, which may multiply, by one."""
     seen: list[tuple[torch.Tensor, dict[str, Any]]] = []
 
     def record(hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
@@ -148,11 +148,12 @@ def _recorded(layers: list[nn.Module]) -> Iterator[list[tuple[torch.Tensor, dict
 
     for layer in layers:
         layer.forward = record
+    norm.forward = lambda hidden_states: hidden_states
     try:
         yield seen
     finally:
-        for layer in layers:
-            del layer.forward
+        for module in (*layers, norm):
+            del module.forward
 
 
 def _shared_copy(converted: dict[int, torch.Tensor], value: Any) -> Any:

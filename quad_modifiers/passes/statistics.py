@@ -23,6 +23,8 @@ from quad_modifiers.passes.runners import runner_of
 from quad_modifiers.ranks import OrderedSum
 from quad_modifiers.reporting import layer_progress
 
+_ROWS = 128  # tokens that are widened at a time: they stay in the cache until they are summed
+
 ValuesBasis = Literal["attention", "values"]
 """What the basis of the value heads is made from."""
 
@@ -159,8 +161,9 @@ class _PartMoments:
         elif reads == "values" == wanted:
             self._add_heads(group.path, self.batch.tokens(x))
         elif group.group.reads == "channels":
-            energy = self.batch.tokens(x).double().square().sum(0)
-            self.channels[group.path] = self.channels.get(group.path, torch.zeros_like(energy)) + energy
+            for rows in self.batch.tokens(x).split(_ROWS):
+                energy = rows.double().square().sum(0)
+                self.channels[group.path] = self.channels.get(group.path, torch.zeros_like(energy)) + energy
 
     def _values(self, linear: PlacedLinear, x: torch.Tensor) -> torch.Tensor:
         """The value heads among the output of a linear, `[tokens, kv_heads * head_dim]`."""
