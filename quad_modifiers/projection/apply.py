@@ -6,17 +6,18 @@ c x Q / rms(x): writers are multiplied by c, readers divided by it. docs/concept
 """
 
 from collections.abc import Iterator
+from typing import NamedTuple
 
 import torch
 from quad_kernels import InputSplit, split_input
 
 from quad_modifiers.model.architecture import Space
 from quad_modifiers.model.decoder import Block, Decoder, PlacedGroup, PlacedLinear
-from quad_modifiers.nn.quad_linear import QuadLinear
 from quad_modifiers.nn.transformed_norm import add_head_transform
 from quad_modifiers.on_disk import let_go, rest
 from quad_modifiers.projection.parameters import by_rows, set_parameter
 from quad_modifiers.projection.plan import Projection, ResidualBasis
+from quad_modifiers.ranks import ranks
 from quad_modifiers.reporting import layer_progress
 
 
@@ -38,8 +39,9 @@ def apply_projection(decoder: Decoder, projection: Projection, keep_tied: bool =
     _project_ends(decoder, projection.residual, keep_tied and decoder.is_tied)
     for end in (decoder.embedding, decoder.head):
         rest(end)
+    projected = ranks().in_turn(decoder.blocks, lambda block: _project_block(block, projection, geometry.sizes()))
     for block in layer_progress(decoder.blocks, "projecting"):
-        _project_block(block, projection, geometry.sizes())
+        _take_weights(block, projection, next(projected))
         rest(block.module)
     _check_representable(decoder)
     config.hidden_size = projection.residual.width
@@ -80,29 +82,61 @@ def _project_ends(decoder: Decoder, basis: ResidualBasis, shared: bool) -> None:
     decoder.model.config.tie_word_embeddings = shared
 
 
-def _project_block(block: Block, projection: Projection, sizes: dict[Space, int]) -> None:
-    for group in block.groups:
-        for linear in group.linears:
-            if group.group.reads == "stream":
-                _project_reader(group, linear, projection, sizes)
-            else:
-                _project_writer(group, linear, projection)
+class _Weights(NamedTuple):
+    """What a linear computes with; a plain one has all of it in `residual`."""
+
+    residual: torch.Tensor
+    outlier: torch.Tensor | None
+    bias: torch.Tensor | None
+
+
+def _project_block(block: Block, projection: Projection, sizes: dict[Space, int]) -> list[_Weights]:
+    """Rewrites the linears of a block; returns what they hold then, in order."""
+    held = []
+    for group, linear in _linears(block):
+        if group.group.reads == "stream":
+            new = _projected_reader(group, linear, projection, sizes)
+        else:
+            new = _projected_writer(group, linear, projection)
+        held.append(_set_weights(group, linear, projection, new))
+    return held
+
+
+def _take_weights(block: Block, projection: Projection, weights: list[_Weights]) -> None:
+    """Gives a block what the rank that rewrote its linears made of them; on that rank they have it already."""
+    for (group, linear), new in zip(_linears(block), weights, strict=True):
+        _set_weights(group, linear, projection, new)
     for norm in block.norms():  # after every group that reads it
         set_parameter(norm, "weight", torch.ones(projection.residual.width))
 
 
-def _project_reader(group: PlacedGroup, linear: PlacedLinear, projection: Projection, sizes: dict[Space, int]) -> None:
+def _linears(block: Block) -> Iterator[tuple[PlacedGroup, PlacedLinear]]:
+    return ((group, linear) for group in block.groups for linear in group.linears)
+
+
+def _set_weights(group: PlacedGroup, linear: PlacedLinear, projection: Projection, new: _Weights) -> _Weights:
+    """Returns the weights as the linear holds them, in its own dtype."""
+    module = linear.module
+    if not group.group.quantized:
+        set_parameter(module, "weight", new.residual)
+        module.in_features = projection.residual.width
+        return _Weights(module.weight, None, None)
+    module.set_weights(projection.split(group), *new)
+    return _Weights(module.residual.weight, module.outlier_weight, module.bias)
+
+
+def _projected_reader(
+    group: PlacedGroup, linear: PlacedLinear, projection: Projection, sizes: dict[Space, int]
+) -> _Weights:
     basis, module, norm = projection.residual, linear.module, group.norm
     assert norm is not None
     if not group.group.quantized:
-        set_parameter(module, "weight", basis.read(module.weight, norm.weight))
-        module.in_features = basis.width
-        return
+        return _Weights(basis.read(module.weight, norm.weight), None, None)
     weight, bias = basis.read(module.residual.weight, norm.weight), module.bias
     weight = _new_rows(weight, linear, group.path, projection, sizes)
     if bias is not None:
         bias = _new_rows(bias.detach().double().unsqueeze(1), linear, group.path, projection, sizes).squeeze(1)
-    _install(module, projection.split(group), weight, bias)
+    return _divided(projection.split(group), weight, bias)
 
 
 def _new_rows(
@@ -126,7 +160,7 @@ def _new_rows(
     return torch.cat(list(changed()))
 
 
-def _project_writer(group: PlacedGroup, linear: PlacedLinear, projection: Projection) -> None:
+def _projected_writer(group: PlacedGroup, linear: PlacedLinear, projection: Projection) -> _Weights:
     basis, module = projection.residual, linear.module
     weight = basis.write(module.residual.weight)
     if group.group.reads == "values":
@@ -134,7 +168,7 @@ def _project_writer(group: PlacedGroup, linear: PlacedLinear, projection: Projec
     else:
         weight = weight[:, projection.orders[group.path].to(weight.device)]
     bias = None if module.bias is None else basis.write(module.bias)
-    _install(module, projection.split(group), weight, bias)
+    return _divided(projection.split(group), weight, bias)
 
 
 def _rotate_heads_out(weight: torch.Tensor, heads: torch.Tensor) -> torch.Tensor:
@@ -149,8 +183,8 @@ def _rotate_heads_in(weight: torch.Tensor, heads: torch.Tensor) -> torch.Tensor:
     return torch.einsum("okgd,kde->okge", columns, heads.to(weight.device)).flatten(1)
 
 
-def _install(linear: QuadLinear, split: InputSplit, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
+def _divided(split: InputSplit, weight: torch.Tensor, bias: torch.Tensor | None) -> _Weights:
     """Divides a weight on the unsplit input between the outlier and the residual linear."""
     # split is orthogonal on its range: outlier columns are picked, the residual keeps zeros and is rotated.
     outlier, residual = split_input(weight, split)
-    linear.set_weights(split, residual, outlier, bias)
+    return _Weights(residual, outlier, bias)

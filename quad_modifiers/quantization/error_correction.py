@@ -12,6 +12,7 @@ from typing import NamedTuple
 import torch
 
 from quad_modifiers.quantization.gptq import factorizations, input_level
+from quad_modifiers.ranks import ranks
 
 _RIDGES = (0.01, 0.1, 1.0, 10.0)  # fractions of the level of the inputs
 _ROWS = 256  # of the weight, spread over it, that the choice is made by
@@ -66,14 +67,18 @@ def cross_fitted(weight: torch.Tensor, halves: Sequence[Moments], columns: int) 
         columns: number of residual columns.
     """
     rows = weight[:: max(1, len(weight) // _ROWS)]
-    best, least = Correction(0.0, _RIDGES[-1]), 0.0
-    for ridge in _RIDGES:
+
+    def gain_and_cost(ridge: float) -> tuple[float, float]:
         gain = cost = 0.0
         for made, other in zip(halves, reversed(halves), strict=True):
             change = _change(rows, made, columns, ridge)
             if change is not None:
                 gain += float((change * (rows @ other.drift.to(rows))).sum())
                 cost += float(((change @ other.hessian.to(rows)) * change).sum())
+        return gain, cost
+
+    best, least = Correction(0.0, _RIDGES[-1]), 0.0
+    for ridge, (gain, cost) in zip(_RIDGES, ranks().each(_RIDGES, gain_and_cost), strict=True):
         share = min(1.0, max(0.0, gain / cost)) if cost > 0 else 0.0
         error = share * (share * cost - 2 * gain)
         if error < least:

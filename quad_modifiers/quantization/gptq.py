@@ -8,6 +8,7 @@ through their Schur complement.
 """
 
 from collections.abc import Iterator, Sequence
+from copy import copy
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -194,6 +195,13 @@ class ColumnSolver:
         self._reduced = _without_outliers(damped.float().flip(0, 1), self._response) if sweeps else None
         self._ranges, self._quantized, self._order = ranges, quantized, order
         self._block_size, self._sweeps = block_size, sweeps
+
+    def to(self, device: torch.device) -> "ColumnSolver":
+        """Returns the same solver for weights on a device."""
+        moved = copy(self)
+        for name, value in vars(self).items():
+            setattr(moved, name, value.to(device) if isinstance(value, torch.Tensor) else value)
+        return moved
 
     def solve(self, weight: torch.Tensor, scales: Sequence[WeightScales]) -> GptqResult:
         """Returns what becomes of output channels.

@@ -27,7 +27,9 @@ from quad_modifiers.quantization.grid import (
 from quad_modifiers.quantization.outlier_rounding import round_outliers, rounded_to_nearest
 from quad_modifiers.ranks import ranks
 
-_PIECE, _PIECES = 128, 16  # output channels that are rounded at once, at least; and pieces, at most
+# Pieces of a weight's output channels that are rounded at once: as many for each of two, four or eight ranks.
+_PIECES, _LEAST = 8, 64  # how many, and output channels of one
+_MANY_PIECES, _MANY = 16, 2048  # of a weight that has many output channels, for the memory that a piece takes
 _ROWS = 512  # of a product that is added to a sum
 _TINY = torch.finfo(torch.float32).tiny
 
@@ -148,8 +150,8 @@ class GroupMoments:
         Raises:
             ValueError: if no input was added, or one of the original model is NaN or infinite, or its products are.
         """
-        tokens, gram = sums["tokens"], sums["gram"].to(device)
-        cross = sums["cross"].to(device) if "cross" in sums else None
+        tokens, gram = sums["tokens"], sums.pop("gram").to(device)
+        cross = sums.pop("cross").to(device) if "cross" in sums else None
         halves = []
         if len(gram) > 1 and cross is not None:
             for number, total, drift in zip(tokens.tolist(), gram, cross, strict=True):
@@ -225,12 +227,9 @@ def quantize_group(
         relative = float(error / weight[:, :columns].square().sum().clamp(min=_TINY))
     else:
         try:
-            moments = GroupMoments.of(sums, weight.device)
-            result = _gptq(weight, columns, moments, settings, scale_dtype)
+            result, relative = _gptq(weight, columns, GroupMoments.of(sums, weight.device), settings, scale_dtype)
         except ValueError as problem:
             raise ValueError(f"{name}: {problem}") from problem
-        hessian = moments.hessian.to(weight)
-        relative = float(result.loss.sum() / ((weight @ hessian) * weight).sum().clamp(min=_TINY))
     weights = _write_back(linears, result, columns, settings, scale_dtype)
     return weights, LinearReport(name, relative, result.damping, result.attempts)
 
@@ -302,26 +301,38 @@ def _gptq(
     moments: GroupMoments,
     settings: WeightQuantization,
     scale_dtype: torch.dtype,
-) -> GptqResult:
+) -> tuple[GptqResult, float]:
+    """Returns the result and its error: the expected squared one of the output, over that of the output."""
     hessian, target = moments.hessian, weight
-    if moments.drift is not None:
+
+    def correct() -> torch.Tensor:
+        assert moments.drift is not None
+        return corrected(weight, Moments(hessian, moments.drift), columns, correction)
+
+    def prepare() -> tuple[ColumnSolver, float]:
+        moments.drift = None  # the solver needs the room
+        energy = ((weight @ hessian.to(weight)) * weight).sum().clamp(min=_TINY)
+        blocks = [ColumnBlock(columns, settings.grid), ColumnBlock(weight.shape[1] - columns)]
+        order, size = settings.activation_order, settings.block_size
+        return ColumnSolver(hessian, blocks, settings.damping, order, size, settings.sweeps), float(energy)
+
+    if moments.drift is None:
+        solver, energy = prepare()
+    else:
         correction = _correction(weight, columns, moments, settings)
-        target = corrected(weight, Moments(hessian, moments.drift), columns, correction)
-        moments.drift, moments.halves = None, []  # the solver needs the room
-    solver = ColumnSolver(
-        hessian,
-        [ColumnBlock(columns, settings.grid), ColumnBlock(weight.shape[1] - columns)],
-        settings.damping,
-        settings.activation_order,
-        settings.block_size,
-        settings.sweeps,
-    )
+        moments.halves = []
+        target, (solver, energy) = ranks().both(correct, prepare)
+        target, solver = target.to(weight.device), solver.to(weight.device)
 
     def solve(piece: torch.Tensor) -> GptqResult:
         return _packed(_rounded(piece, columns, hessian, solver, settings, scale_dtype))
 
-    pieces = target.tensor_split(min(_PIECES, max(1, len(target) // _PIECE)))
-    return _joined(ranks().each(pieces, solve), weight)
+    result = _joined(ranks().each(target.tensor_split(_pieces(len(target))), solve), weight)
+    return result, float(result.loss.sum()) / energy
+
+
+def _pieces(channels: int) -> int:
+    return _MANY_PIECES if channels >= _MANY else min(_PIECES, max(1, channels // _LEAST))
 
 
 def _rounded(

@@ -17,6 +17,8 @@ from quad_modifiers.torchrun import number_here, ranks_here, ranks_started
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
+First = TypeVar("First")
+Second = TypeVar("Second")
 
 _FAILED = "failed"
 _RUNS = count()  # of this process: each finds the others of its own in the store
@@ -88,6 +90,17 @@ class Ranks:
         """Returns what `work` makes of every item, each done by one rank. Tensors of other ranks are on the CPU."""
         own = [work(item) for number, item in enumerate(items) if self.share(number, len(items))]
         return [result for source in range(self.size) for result in self.from_rank(source, own)]
+
+    def in_turn(self, items: Sequence[Item], work: Callable[[Item], Result]) -> Iterator[Result]:
+        """Yields what `each` returns, working on one item for each rank at a time; all ask for all of it."""
+        for start in range(0, len(items), self.size):
+            yield from self.each(items[start : start + self.size], work)
+
+    def both(self, first: Callable[[], First], second: Callable[[], Second]) -> tuple[First, Second]:
+        """Returns what two works make, each done by one rank, one after the other by a single one; as `each`."""
+        works: tuple[Callable[[], Any], ...] = (first, second)
+        one, other = self.each(works, lambda work: work())
+        return one, other
 
     def agree(self, what: str, value: Any) -> None:
         """Checks that all ranks have the same value.

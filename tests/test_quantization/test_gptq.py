@@ -331,3 +331,14 @@ def test_pieces_of_a_weight_are_what_the_whole_is(make_hessian, make_weight) -> 
     assert torch.equal(joined.scale, whole.blocks[0].scales.scale)
     torch.testing.assert_close(torch.cat([part.outlier for part in parts]), whole.outlier)
     torch.testing.assert_close(torch.cat([part.loss for part in parts]), whole.loss)
+
+
+def test_a_solver_goes_to_another_device(make_hessian, make_weight) -> None:
+    weight, grid = make_weight(OUT, 40), IntegerGrid(4)
+    scales = search_clip(weight[:, :32], grid, torch.float32)
+    solver = ColumnSolver(make_hessian(40), [ColumnBlock(32, grid), ColumnBlock(8)], sweeps=2)
+    wanted = solver.solve(weight, [scales]).loss
+    elsewhere = torch.device("meta")
+    found = solver.to(elsewhere).solve(weight.to(elsewhere), [scales.to(elsewhere)])
+    assert (found.loss.device, found.blocks[0].integers.device) == (elsewhere, elsewhere)
+    assert torch.equal(solver.solve(weight, [scales]).loss, wanted), "this one has stayed"

@@ -8,7 +8,7 @@ import signal
 import socket
 import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,15 @@ import pytest
 import torch
 
 _SECONDS = 300
+
+
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """Lets this process have as many threads as each of `in_ranks`, which its sums depend on."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 @pytest.fixture

@@ -22,14 +22,11 @@ MORE = SETTINGS | {"num_calibration_samples": 100, "max_seq_length": 64}
 
 
 @pytest.mark.parametrize(("name", "count"), [("corrected", 2), ("auto", 3), ("smoothed", 2), ("learned", 2)])
-def test_the_checkpoint_is_the_same(name: str, count: int, toy_checkpoint, tmp_path: Path, in_ranks) -> None:
+def test_the_checkpoint_is_the_same(
+    name: str, count: int, toy_checkpoint, tmp_path: Path, in_ranks, one_thread
+) -> None:
     model, text = toy_checkpoint("llama"), recipe_text(name)
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        quad_modifiers.oneshot(model, text, output_dir=tmp_path / "alone", **MORE)
-    finally:
-        torch.set_num_threads(before)
+    quad_modifiers.oneshot(model, text, output_dir=tmp_path / "alone", **MORE)
 
     def work(rank: int) -> Any:
         found = quad_modifiers.oneshot(model, text, output_dir=tmp_path / "shared", **MORE)

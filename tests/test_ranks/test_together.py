@@ -37,6 +37,11 @@ def test_alone_nothing_is_sent() -> None:
         assert (group.size, group.is_first, group.on_this_machine) == (1, True, 1)
         assert group.from_rank(0, "x") == "x"
         assert group.each([1, 2, 3], lambda item: item * 2) == [2, 4, 6]
+        done: list[int] = []
+        turns = group.in_turn([1, 2, 3], lambda item: (done.append(item), item * 2)[1])
+        assert (next(turns), done) == (2, [1]), "an item is worked on when it is asked for"
+        assert list(turns) == [4, 6]
+        assert group.both(lambda: "a", lambda: 1) == ("a", 1)
         group.agree("the weather", "rain")
         assert ranks() is group
 
@@ -49,11 +54,13 @@ def test_what_three_ranks_tell_each_other(in_ranks) -> None:
                 group.from_first(lambda: f"made by {rank}"),
                 group.to_first(rank * 10),
                 group.each(list("abcd"), lambda item: f"{item}{rank}"),
+                list(group.in_turn(list("abcd"), lambda item: f"{item}{rank}")),
+                group.both(lambda: f"a{rank}", lambda: f"b{rank}"),
                 float(group.from_rank(2, torch.tensor([1.5 + rank]))[0]),
             ]
 
     found = in_ranks(3, work)
-    shared = [1, "made by 0", ["a0", "b0", "c1", "d2"], 3.5]
+    shared = [1, "made by 0", ["a0", "b0", "c1", "d2"], ["a0", "b1", "c2", "d0"], ("a0", "b1"), 3.5]
     assert [each[:2] + each[3:] for each in found] == [shared] * 3
     assert [each[2] for each in found] == [[0, 10, 20], [], []]
 
