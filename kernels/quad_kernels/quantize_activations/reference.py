@@ -83,7 +83,7 @@ def _asymmetric_grids(grouped: torch.Tensor, quantization: InputQuantization) ->
     least, largest = (grouped.amin(-1).float().clamp(max=0), grouped.amax(-1).float().clamp(min=0))
     least, largest = least * quantization.clip_ratio, largest * quantization.clip_ratio
     scale = _normal(_over(largest, levels) - _over(least, levels))  # their difference could be infinite
-    zero_point = (-least / _divisor(scale)).round_().clamp_(0, levels)
+    zero_point = (-least / _divisor(scale)).round_().clamp_(0, levels).nan_to_num_()  # of tokens that are not finite
     return InputGrids(scale, -zero_point, levels - zero_point)
 
 

@@ -759,9 +759,9 @@ Tensor rounding_errors(const Tensor& weight_, const Tensor& scale_, const Tensor
 STABLE_TORCH_LIBRARY(quad_native, m) {
     m.def(
         "linear(Tensor x, int bits, float clip_ratio, int groups, int largest_sub_scale, bool symmetric, "
-        "int outliers, int block, bool keep_width, bool hadamard, Tensor lines, Tensor scale, Tensor? zero_point, Tensor? sub_scale, "
-        "int in_features, int out_features, bool wide, Tensor? outlier_weight, Tensor? bias, Tensor? down=None, "
-        "Tensor? up=None) -> Tensor");
+        "int outliers, int block, bool keep_width, bool hadamard, Tensor lines, Tensor scale, Tensor? zero_point, "
+        "Tensor? sub_scale, int in_features, int out_features, bool wide, Tensor? outlier_weight, Tensor? bias, "
+        "Tensor? down=None, Tensor? up=None) -> Tensor");
     m.def(
         "integer_linear(Tensor x, Tensor x_scale, Tensor lines, Tensor scale, Tensor? zero_point, "
         "Tensor? sub_scale, int in_features, int out_features, bool wide, Tensor? outlier, Tensor? outlier_weight, "
