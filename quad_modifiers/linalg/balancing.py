@@ -39,4 +39,5 @@ def _ridged(moment: torch.Tensor) -> torch.Tensor:
 def _power(matrix: torch.Tensor, exponent: float) -> torch.Tensor:
     """Of a symmetric positive definite matrix."""
     values, vectors = torch.linalg.eigh((matrix + matrix.T) / 2)
-    return (vectors * values.clamp(min=torch.finfo(torch.float64).tiny) ** exponent) @ vectors.T
+    least = values[-1] * torch.finfo(torch.float64).eps  # rounding may leave less than nothing
+    return (vectors * values.clamp(min=least) ** exponent) @ vectors.T

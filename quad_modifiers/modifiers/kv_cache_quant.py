@@ -14,7 +14,7 @@ from quad_modifiers.model.decoder import Decoder
 from quad_modifiers.modifiers.base import Batches, QuadModifier
 from quad_modifiers.modifiers.dynamic_act_quant import ClipRatio
 from quad_modifiers.modifiers.rank_field import RankField
-from quad_modifiers.nn.kv_cache import Bases, install_kv_cache
+from quad_modifiers.nn.kv_cache import Bases, States, install_kv_cache
 from quad_modifiers.nn.kv_lines import Basis, KVCacheFormat, check_high_rank
 from quad_modifiers.passes.cache_means import CacheMoments, cache_moments
 from quad_modifiers.projection.rank import is_share, rank_of
@@ -114,9 +114,16 @@ class KVCacheQuant(QuadModifier):
         needed = self.center or any(online)
         moments = cache_moments(decoder, batches()[:_WINDOWS], any(online), balanced) if needed else []
         generator = torch.Generator().manual_seed(_SEED)
-        bases = [self._bases(each, form, online, generator) for each in moments] if any(online) else None
-        means = [each.means for each in moments] if self.center else None
-        install_kv_cache([block.module for block in decoder.blocks], decoder.model.config, form, means, bases)
+        means = [_stored(each.means, decoder.model.dtype) for each in moments]
+        taken = means if self.center else [(torch.zeros(()), torch.zeros(()))] * len(moments)
+        bases = None
+        if any(online):
+            bases = [
+                _bases(each, off, form, online, generator, decoder.model.dtype)
+                for each, off in zip(moments, taken, strict=True)
+            ]
+        blocks = [block.module for block in decoder.blocks]
+        install_kv_cache(blocks, decoder.model.config, form, means if self.center else None, bases)
         section = KVCacheSection.section(form, self.center, value_basis=online[1], key_inverse=balanced)
         self.contribute(decoder, sections={NAME: section})
         logger.info("KVCacheQuant: keys and values in %d bits, clip ratio %g", self.bits, self.clip_ratio)
@@ -130,24 +137,37 @@ class KVCacheQuant(QuadModifier):
         keys, values = (rank if each in self.high_states else 0 for each in ("keys", "values"))
         return KVCacheFormat(self.clip_ratio, self.hadamard, self.sink_tokens, keys, values)
 
-    def _bases(
-        self, moments: CacheMoments, form: KVCacheFormat, online: tuple[bool, bool], generator: torch.Generator
-    ) -> Bases:
-        """The bases of one block, of the states as they are rounded: with the mean taken off, if it is."""
-        assert moments.squares is not None
-        keys, values = (self._about(*each) for each in zip(moments.means, moments.squares, strict=True))
-        like = moments.means[0]
-        found: list[Basis | None] = [None, None]
-        if moments.queries is not None:
-            found[0] = _balanced_basis(keys, moments.queries, form.key_rank, generator, like)
-        elif online[0]:
-            found[0] = Basis(_eigenbasis(keys, form.key_rank, generator).to(like))
-        if online[1]:
-            found[1] = Basis(_eigenbasis(values, form.value_rank, generator).to(like))
-        return found[0], found[1]
 
-    def _about(self, mean: torch.Tensor, square: torch.Tensor) -> torch.Tensor:
-        return square - mean.double().unsqueeze(-1) * mean.double().unsqueeze(-2) if self.center else square
+def _stored(means: States, dtype: torch.dtype) -> States:
+    return means[0].to(dtype), means[1].to(dtype)
+
+
+def _bases(
+    moments: CacheMoments,
+    taken: States,
+    form: KVCacheFormat,
+    online: tuple[bool, bool],
+    generator: torch.Generator,
+    dtype: torch.dtype,
+) -> Bases:
+    """The bases of one block, of keys and values as they are rounded: with `taken` taken off."""
+    assert moments.squares is not None
+    keys, values = (_about(*each) for each in zip(taken, moments.means, moments.squares, strict=True))
+    found: list[Basis | None] = [None, None]
+    if moments.queries is not None:
+        found[0] = _balanced_basis(keys, moments.queries, form.key_rank, generator, dtype)
+    elif online[0]:
+        found[0] = Basis(_eigenbasis(keys, form.key_rank, generator).to(keys.device, dtype))
+    if online[1]:
+        found[1] = Basis(_eigenbasis(values, form.value_rank, generator).to(keys.device, dtype))
+    return found[0], found[1]
+
+
+def _about(point: torch.Tensor, mean: torch.Tensor, square: torch.Tensor) -> torch.Tensor:
+    """The second moment about a point, which may be the mean as its dtype holds it; semi-definite like any."""
+    point = point.to(mean).expand_as(mean)
+    mixed = mean.unsqueeze(-1) * point.unsqueeze(-2)
+    return square - mixed - mixed.mT + point.unsqueeze(-1) * point.unsqueeze(-2)
 
 
 def _eigenbasis(squares: torch.Tensor, rank: int, generator: torch.Generator) -> torch.Tensor:
@@ -161,13 +181,13 @@ def _eigenbasis(squares: torch.Tensor, rank: int, generator: torch.Generator) ->
 
 
 def _balanced_basis(
-    keys: torch.Tensor, queries: torch.Tensor, rank: int, generator: torch.Generator, like: torch.Tensor
+    keys: torch.Tensor, queries: torch.Tensor, rank: int, generator: torch.Generator, dtype: torch.dtype
 ) -> Basis:
-    """Returns T U of each head, for U the eigenbasis of what T makes of the keys, and the inverse, dtype of `like`."""
+    """Returns T U of each head, for U the eigenbasis of what T makes of the keys, and the inverse."""
     pairs = [balanced_transform(*moments) for moments in zip(keys.cpu(), queries.cpu(), strict=True)]
     into, back = (torch.stack(each) for each in zip(*pairs, strict=True))
     rotation = _eigenbasis(into @ keys.cpu() @ into, rank, generator)
-    return Basis((into @ rotation).to(like), (rotation.mT @ back).to(like))
+    return Basis((into @ rotation).to(keys.device, dtype), (rotation.mT @ back).to(keys.device, dtype))
 
 
 def _folded_rank(decoder: Decoder) -> int:

@@ -22,7 +22,7 @@ class CacheMoments(NamedTuple):
     """Moments of the keys, behind the rotary embedding, and of the values of one block, in this order.
 
     Attributes:
-        means: `[heads, head_dim]` each, in the model's dtype.
+        means: `[heads, head_dim]` each, float64.
         squares: mean of x^T x, `[heads, head_dim, head_dim]` each, float64; None where they were not asked for.
         queries: the same of the queries that read a head of keys, behind the rotary embedding.
     """
@@ -69,11 +69,6 @@ class _Recorder:
         return (known.cumsum(1) > 1) & (known > 0)
 
 
-def cache_means(decoder: Decoder, batches: list[dict[str, torch.Tensor]]) -> list[tuple[torch.Tensor, torch.Tensor]]:
-    """Returns the means of `cache_moments`."""
-    return [each.means for each in cache_moments(decoder, batches)]
-
-
 @torch.no_grad()
 def cache_moments(
     decoder: Decoder, batches: list[dict[str, torch.Tensor]], squares: bool = False, queries: bool = False
@@ -91,15 +86,15 @@ def cache_moments(
     Raises:
         ValueError: if a block hands no keys to a cache, or no sequence has two tokens.
     """
-    log = open_step("cache-means")
-    device, dtype = decoder.model.device, decoder.model.dtype
+    log = open_step("cache-moments")
+    device = decoder.model.device
     if log.done:
         kept = {name: tensor.to(device) for name, tensor in log.result(0)[0].items()}
     else:
         kept = {}
         for index, recorder in enumerate(_recorded(decoder, batches, squares, queries)):
             found = [total / recorder.count for total in recorder.totals]
-            kept |= {f"{kind}.{index}": mean.to(dtype) for kind, mean in zip(_KINDS, found[:2], strict=True)}
+            kept |= {f"{kind}.{index}": mean for kind, mean in zip(_KINDS, found[:2], strict=True)}
             if squares:
                 kept |= {f"{kind}.squares.{index}": each for kind, each in zip(_KINDS, found[2:], strict=True)}
             if recorder.queries is not None:

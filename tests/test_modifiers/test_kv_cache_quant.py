@@ -19,7 +19,7 @@ from quad_modifiers.modifiers.outlier_split_gptq import OutlierSplitGPTQ
 from quad_modifiers.modifiers.svd_outlier_projection import SVDOutlierProjection
 from quad_modifiers.nn.kv_cache import BlockRounding, KVCacheFormat, pack_states, unpack_states
 from quad_modifiers.nn.kv_lines import Basis
-from quad_modifiers.passes.cache_means import cache_means, cache_moments
+from quad_modifiers.passes.cache_means import cache_moments
 from quad_modifiers.recipe import validate_modifiers
 from tests.continuation import PROMPT, TOKENS, at_once, by_tokens
 
@@ -225,11 +225,11 @@ def test_padding_does_not_count_in_means(make_toy) -> None:
     decoder = Decoder(make_toy(), KNOWN["llama"])
     padded = torch.cat([torch.full((2, 3), 2), PROMPT], 1)
     mask = (torch.arange(15) >= 3).long().expand(2, -1)
-    found = cache_means(decoder, [{"input_ids": padded, "attention_mask": mask}])
+    found = [each.means for each in cache_moments(decoder, [{"input_ids": padded, "attention_mask": mask}])]
     with torch.no_grad():
         layer = decoder.model(padded, attention_mask=mask, use_cache=True).past_key_values.layers[0]
     for mean, wanted in zip(found[0], (layer.keys, layer.values), strict=True):
-        torch.testing.assert_close(mean, wanted[:, :, 4:].mean((0, 2)), rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(mean.float(), wanted[:, :, 4:].mean((0, 2)), rtol=1e-4, atol=1e-5)
 
 
 def test_an_unfilled_cache_of_another_class_is_left_as_it_is(make_toy, compress) -> None:
@@ -325,6 +325,27 @@ def test_moments_of_queries_are_those_of_what_reads_the_keys(attention, make_toy
     rows = query.transpose(1, 2)[counted].double().unflatten(1, (heads, -1))  # [tokens, heads, group, size]
     wanted = torch.einsum("tngd,tnge->nde", rows, rows) / rows.shape[0] / rows.shape[2]
     torch.testing.assert_close(found.queries, wanted, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("settings", [{"high_rank": 2, "high_bits": 8}, {"key_basis": "balanced"}], ids=str)
+def test_means_that_are_large_against_the_rest(settings, make_toy, compress) -> None:
+    """In bfloat16 the mean that is taken off is not the mean, and the second moment about it is another."""
+
+    def biased() -> Any:
+        model = make_toy("qwen2", num_hidden_layers=1, dtype=torch.bfloat16)
+        bias = model.model.layers[0].self_attn.k_proj.bias
+        bias.data = 300 * states(*bias.shape, seed=3, dtype=torch.bfloat16)
+        return model
+
+    rounded = compress(biased(), KVCacheQuant(**settings))
+    for basis in (rounded.model.layers[0].key_basis, getattr(rounded.model.layers[0], "key_inverse", None)):
+        assert basis is None or bool(basis.isfinite().all())
+    (_, exact), (_, found) = attended(biased(), PROMPT), attended(rounded, PROMPT)
+    about = exact.float() - exact.float().mean(2, keepdim=True)
+    error = found.float() - exact.float()
+    relative = float(error.norm() / about.norm())
+    print(relative)
+    assert relative < 0.5
 
 
 @pytest.mark.parametrize("rank", [0, 2], ids=["all in 4 bits", "some in 8"])
