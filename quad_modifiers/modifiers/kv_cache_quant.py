@@ -14,9 +14,9 @@ from quad_modifiers.model.decoder import Decoder
 from quad_modifiers.modifiers.base import Batches, QuadModifier
 from quad_modifiers.modifiers.dynamic_act_quant import ClipRatio
 from quad_modifiers.modifiers.rank_field import RankField
-from quad_modifiers.nn.kv_cache import Bases, States, install_kv_cache
+from quad_modifiers.nn.kv_cache import Bases, install_kv_cache
 from quad_modifiers.nn.kv_lines import Basis, KVCacheFormat, check_high_rank
-from quad_modifiers.passes.cache_means import CacheMoments, cache_moments
+from quad_modifiers.passes.cache_moments import CacheMoments, cache_moments, shows_queries
 from quad_modifiers.projection.rank import is_share, rank_of
 
 logger = logging.getLogger(__name__)
@@ -96,7 +96,8 @@ class KVCacheQuant(QuadModifier):
         """Checks the size of the heads, and what of it `high_rank` takes.
 
         Raises:
-            ValueError: if it is odd, or `high_rank` leaves nothing or an odd rest.
+            ValueError: if it is odd, or `high_rank` leaves nothing or an odd rest, or the queries that `key_basis`
+                weighs cannot be seen.
         """
         size = decoder.geometry.head_dim
         if size % 2:
@@ -105,6 +106,13 @@ class KVCacheQuant(QuadModifier):
             )
         if self.high_rank:
             check_high_rank(self._rank(size), size)
+        if self.key_basis == "balanced":
+            for block in decoder.blocks:
+                if not shows_queries(block):
+                    raise ValueError(
+                        f"KVCacheQuant.key_basis 'balanced' weighs queries, and {block.name} computes its attention "
+                        "without transformers' attention functions, which would show them; set key_basis: energy"
+                    )
 
     def run(self, decoder: Decoder, batches: Batches) -> None:
         """Lets the blocks round keys and values."""
@@ -113,17 +121,10 @@ class KVCacheQuant(QuadModifier):
         online = balanced or bool(form.key_rank), bool(form.value_rank) and form.value_rank != folded
         needed = self.center or any(online)
         moments = cache_moments(decoder, batches()[:_WINDOWS], any(online), balanced) if needed else []
-        generator = torch.Generator().manual_seed(_SEED)
-        means = [_stored(each.means, decoder.model.dtype) for each in moments]
-        taken = means if self.center else [(torch.zeros(()), torch.zeros(()))] * len(moments)
-        bases = None
-        if any(online):
-            bases = [
-                _bases(each, off, form, online, generator, decoder.model.dtype)
-                for each, off in zip(moments, taken, strict=True)
-            ]
-        blocks = [block.module for block in decoder.blocks]
-        install_kv_cache(blocks, decoder.model.config, form, means if self.center else None, bases)
+        generator, dtype = torch.Generator().manual_seed(_SEED), decoder.model.dtype
+        means = [(each.means[0].to(dtype), each.means[1].to(dtype)) for each in moments] if self.center else None
+        bases = [self._bases(each, form, online, generator, dtype) for each in moments] if any(online) else None
+        install_kv_cache([block.module for block in decoder.blocks], decoder.model.config, form, means, bases)
         section = KVCacheSection.section(form, self.center, value_basis=online[1], key_inverse=balanced)
         self.contribute(decoder, sections={NAME: section})
         logger.info("KVCacheQuant: keys and values in %d bits, clip ratio %g", self.bits, self.clip_ratio)
@@ -137,37 +138,36 @@ class KVCacheQuant(QuadModifier):
         keys, values = (rank if each in self.high_states else 0 for each in ("keys", "values"))
         return KVCacheFormat(self.clip_ratio, self.hadamard, self.sink_tokens, keys, values)
 
+    def _bases(
+        self,
+        moments: CacheMoments,
+        form: KVCacheFormat,
+        online: tuple[bool, bool],
+        generator: torch.Generator,
+        dtype: torch.dtype,
+    ) -> Bases:
+        """The bases of one block, of the states as they are rounded: with the mean taken off, if it is."""
+        assert moments.squares is not None
+        keys, values = moments.squares
+        if self.center:
+            keys, values = (
+                _about(mean, square, dtype) for mean, square in zip(moments.means, moments.squares, strict=True)
+            )
+        found: list[Basis | None] = [None, None]
+        if moments.queries is not None:
+            found[0] = _balanced_basis(keys, moments.queries, form.key_rank, generator, dtype)
+        elif online[0]:
+            found[0] = Basis(_eigenbasis(keys, form.key_rank, generator).to(keys.device, dtype))
+        if online[1]:
+            found[1] = Basis(_eigenbasis(values, form.value_rank, generator).to(keys.device, dtype))
+        return found[0], found[1]
 
-def _stored(means: States, dtype: torch.dtype) -> States:
-    return means[0].to(dtype), means[1].to(dtype)
 
-
-def _bases(
-    moments: CacheMoments,
-    taken: States,
-    form: KVCacheFormat,
-    online: tuple[bool, bool],
-    generator: torch.Generator,
-    dtype: torch.dtype,
-) -> Bases:
-    """The bases of one block, of keys and values as they are rounded: with `taken` taken off."""
-    assert moments.squares is not None
-    keys, values = (_about(*each) for each in zip(taken, moments.means, moments.squares, strict=True))
-    found: list[Basis | None] = [None, None]
-    if moments.queries is not None:
-        found[0] = _balanced_basis(keys, moments.queries, form.key_rank, generator, dtype)
-    elif online[0]:
-        found[0] = Basis(_eigenbasis(keys, form.key_rank, generator).to(keys.device, dtype))
-    if online[1]:
-        found[1] = Basis(_eigenbasis(values, form.value_rank, generator).to(keys.device, dtype))
-    return found[0], found[1]
-
-
-def _about(point: torch.Tensor, mean: torch.Tensor, square: torch.Tensor) -> torch.Tensor:
-    """The second moment about a point, which may be the mean as its dtype holds it; semi-definite like any."""
-    point = point.to(mean).expand_as(mean)
-    mixed = mean.unsqueeze(-1) * point.unsqueeze(-2)
-    return square - mixed - mixed.mT + point.unsqueeze(-1) * point.unsqueeze(-2)
+def _about(mean: torch.Tensor, square: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """The second moment about the mean as `dtype` holds it, which is what is taken off; semi-definite like any."""
+    off = mean.to(dtype).to(mean)
+    mixed = mean.unsqueeze(-1) * off.unsqueeze(-2)
+    return square - mixed - mixed.mT + off.unsqueeze(-1) * off.unsqueeze(-2)
 
 
 def _eigenbasis(squares: torch.Tensor, rank: int, generator: torch.Generator) -> torch.Tensor:

@@ -38,6 +38,7 @@ _FAMILIES = ("Llama", "Ministral", "Mistral", "Qwen2", "Qwen3")
 STOCK_BLOCKS = tuple(f"{family}DecoderLayer" for family in _FAMILIES)
 STOCK_NORMS = tuple(f"{family}RMSNorm" for family in _FAMILIES)
 STOCK_ACTIVATIONS = ("SiLU", "SiLUActivation")
+_EAGER = "eager_attention_forward"  # what a module of transformers that calls attention functions defines
 _GROUPS = (("self_attn", ("q_proj", "k_proj", "v_proj")), ("self_attn", ("o_proj",)))
 _MLP_GROUPS = (("mlp", ("gate_proj", "up_proj")), ("mlp", ("down_proj",)))
 # The weights that fit, by block. Weak on both sides: a weight that was repacked must not stay in memory.
@@ -295,11 +296,16 @@ def _norm(norm: Any) -> RMSNorm:
     return RMSNorm(norm.weight, norm.variance_epsilon)
 
 
+def calls_attention_function(attention: nn.Module) -> bool:
+    """Returns whether a layer calls one of transformers' attention functions, rather than compute attention itself."""
+    return hasattr(attention, "config") and _EAGER in sys.modules[_stock_module(attention)].__dict__
+
+
 def attention_function(attention: nn.Module) -> Any:
-    """Returns the attention that transformers would call for a layer."""
+    """Returns the attention that transformers would call for a layer; `calls_attention_function` must hold."""
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-    eager = sys.modules[_stock_module(attention)].__dict__["eager_attention_forward"]
+    eager = sys.modules[_stock_module(attention)].__dict__[_EAGER]
     return ALL_ATTENTION_FUNCTIONS.get_interface(attention.config._attn_implementation, eager)
 
 

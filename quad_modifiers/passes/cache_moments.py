@@ -10,7 +10,7 @@ from torch import nn
 from quad_modifiers.journal import open_step
 from quad_modifiers.model.decoder import Block, Decoder
 from quad_modifiers.nn.cache_argument import NEW, OLD
-from quad_modifiers.nn.native_block import attention_function
+from quad_modifiers.nn.native_block import attention_function, calls_attention_function
 from quad_modifiers.reporting import layer_progress
 
 _KINDS = ("keys", "values")
@@ -81,10 +81,11 @@ def cache_moments(
         decoder: the model.
         batches: `input_ids`, `[batch, positions]`, and optional `attention_mask` of padding.
         squares: whether second moments are wanted as well.
-        queries: whether those of queries are.
+        queries: whether those of queries are; `shows_queries` must hold for every block.
 
     Raises:
-        ValueError: if a block hands no keys to a cache, or no sequence has two tokens.
+        ValueError: if a block hands no keys to a cache, or shows no queries though they are wanted, or no sequence has
+            two tokens.
     """
     log = open_step("cache-moments")
     device = decoder.model.device
@@ -140,8 +141,13 @@ def _recorded(
         if not recorder.count:
             raise ValueError(f"{block.name} hands no keys to a cache, or the calibration data has no second token")
         if queries and recorder.queries is None:
-            raise ValueError(f"{block.name} does not call transformers' attention functions; its queries are unknown")
+            raise ValueError(f"{block.name} did not call transformers' attention function; its queries are unknown")
     return recorders
+
+
+def shows_queries(block: Block) -> bool:
+    """Returns whether the attention of a block is one of transformers' attention functions, which get its queries."""
+    return calls_attention_function(_attention_of(block))
 
 
 def _attention_of(block: Block) -> nn.Module:
@@ -155,16 +161,16 @@ def _queries_seen(decoder: Decoder, seers: Mapping[nn.Module, Callable[[torch.Te
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
     stock = {module: attention_function(module) for module in seers}
+    configs: list[Any] = [decoder.backbone.config, *(module.config for module in seers)]
+    configs = list({id(config): config for config in configs}.values())
+    names = [config._attn_implementation for config in configs]
+    mask = ALL_MASK_ATTENTION_FUNCTIONS[names[0]]
 
     def attention(module: nn.Module, query: torch.Tensor, key: torch.Tensor, *rest: Any, **options: Any) -> Any:
         seers[module](query, key.shape[1])
         return stock[module](module, query, key, *rest, **options)
 
-    configs: list[Any] = [decoder.backbone.config, *(module.config for module in seers)]
-    configs = list({id(config): config for config in configs}.values())
-    names = [config._attn_implementation for config in configs]
-    ALL_ATTENTION_FUNCTIONS[_SEEN] = attention
-    ALL_MASK_ATTENTION_FUNCTIONS[_SEEN] = ALL_MASK_ATTENTION_FUNCTIONS[names[0]]
+    ALL_ATTENTION_FUNCTIONS[_SEEN], ALL_MASK_ATTENTION_FUNCTIONS[_SEEN] = attention, mask
     try:
         for config in configs:
             config._attn_implementation = _SEEN
