@@ -46,13 +46,6 @@ def magnitude_bits(x: tl.tensor) -> tl.tensor:
 
 
 @triton.jit
-def scale_of(largest: tl.tensor, clip_ratio: tl.tensor, BITS: tl.constexpr) -> tl.tensor:
-    """Scale of a token from its largest `magnitude_bits`; 0 if it is not a normal number, NaN and inf stay."""
-    HALF_RANGE: tl.constexpr = (2**BITS - 1) / 2
-    return _normal(tl.div_rn(largest.to(tl.float32, bitcast=True) * clip_ratio, HALF_RANGE))
-
-
-@triton.jit
 def below_zero(x: tl.tensor) -> tl.tensor:
     """The numbers below 0 as float32, 0 for the others and NaN."""
     wide = x.to(tl.float32)
@@ -67,11 +60,22 @@ def above_zero(x: tl.tensor) -> tl.tensor:
 
 
 @triton.jit
-def asymmetric_scale(
+def symmetric_grid(largest: tl.tensor, clip_ratio: tl.tensor, BITS: tl.constexpr) -> tuple[tl.tensor, float, float]:
+    """Scale, smallest and largest integer of tokens, from their largest `magnitude_bits`.
+
+    The scale is 0 if it is not a normal number; NaN and inf stay.
+    """
+    HALF_RANGE: tl.constexpr = (2**BITS - 1) / 2
+    scale = _normal(tl.div_rn(largest.to(tl.float32, bitcast=True) * clip_ratio, HALF_RANGE))
+    return scale, -(2.0 ** (BITS - 1)), 2.0 ** (BITS - 1) - 1.0
+
+
+@triton.jit
+def asymmetric_grid(
     least: tl.tensor, most: tl.tensor, largest: tl.tensor, clip_ratio: tl.tensor, BITS: tl.constexpr
-) -> tuple[tl.tensor, tl.tensor]:
-    """Scale and zero point, float32, from the smallest number up to 0, the largest from 0 on, and the largest
-    `magnitude_bits`, which know of NaN.
+) -> tuple[tl.tensor, tl.tensor, tl.tensor]:
+    """The same with zero points, which the ends have taken off; from the smallest number up to 0, the largest from 0
+    on, and the largest `magnitude_bits`, which know of NaN.
     """
     LEVELS: tl.constexpr = 2.0**BITS - 1.0
     magnitude = largest.to(tl.float32, bitcast=True)
@@ -79,7 +83,8 @@ def asymmetric_scale(
     least = tl.where(finite, least, 0.0) * clip_ratio
     most = tl.where(finite, most, 0.0) * clip_ratio
     scale = tl.where(finite, _normal(tl.div_rn(most, LEVELS) - tl.div_rn(least, LEVELS)), magnitude)
-    return scale, (round_to_grid(-least, scale, 0.0, LEVELS) & 0xFF).to(tl.float32)
+    zero_point = (round_to_grid(-least, scale, 0.0, LEVELS) & 0xFF).to(tl.float32)
+    return scale, 0.0 - zero_point, LEVELS - zero_point
 
 
 @triton.jit

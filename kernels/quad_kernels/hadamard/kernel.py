@@ -12,14 +12,14 @@ import triton.language as tl
 
 from quad_kernels.triton_grid import (
     above_zero,
-    asymmetric_scale,
+    asymmetric_grid,
     below_zero,
     drop_outliers,
     magnitude_bits,
     outlier_source,
     residual_source,
     round_to_grid,
-    scale_of,
+    symmetric_grid,
 )
 
 
@@ -153,18 +153,16 @@ def _store_quantized(
     largest = magnitude_bits(rounded[0])
     for i in tl.static_range(1, TILES * SLICES):
         largest = tl.maximum(largest, magnitude_bits(rounded[i]))
-    low = -(2.0 ** (BITS - 1))
-    high = 2.0 ** (BITS - 1) - 1.0
+    largest = tl.max(tl.max(largest, 1), 0)
     if SYMMETRIC:
-        scale = scale_of(tl.max(tl.max(largest, 1), 0), clip_ratio, BITS)
+        scale, low, high = symmetric_grid(largest, clip_ratio, BITS)
     else:
         least, most = below_zero(rounded[0]), above_zero(rounded[0])
         for i in tl.static_range(1, TILES * SLICES):
             least = tl.minimum(least, below_zero(rounded[i]))
             most = tl.maximum(most, above_zero(rounded[i]))
         least, most = tl.min(tl.min(least, 1), 0), tl.max(tl.max(most, 1), 0)
-        scale, zero_point = asymmetric_scale(least, most, tl.max(tl.max(largest, 1), 0), clip_ratio, BITS)
-        low, high = 0.0 - zero_point, 2.0**BITS - 1.0 - zero_point
+        scale, low, high = asymmetric_grid(least, most, largest, clip_ratio, BITS)
     tl.store(scale_ptr, scale)
     for tile in tl.static_range(TILES):
         for part in tl.static_range(SLICES):

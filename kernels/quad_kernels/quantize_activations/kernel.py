@@ -9,7 +9,7 @@ from quad_kernels.packing import nibble_bytes, pack_nibbles
 from quad_kernels.packing.nibbles import CHUNK
 from quad_kernels.triton_grid import (
     above_zero,
-    asymmetric_scale,
+    asymmetric_grid,
     below_zero,
     common_scale,
     drop_outliers,
@@ -17,7 +17,7 @@ from quad_kernels.triton_grid import (
     outlier_source,
     residual_source,
     round_to_grid,
-    scale_of,
+    symmetric_grid,
 )
 
 MAX_COLUMNS = 32768  # of a row, or of a group of it: one program holds them in its registers
@@ -145,18 +145,15 @@ def quantize_kernel(
     if SECOND > 0:
         x_2 = drop_outliers(x_2, start + column_2, OUTLIERS, BLOCK, KEEP_WIDTH)
         largest = tl.maximum(largest, tl.max(magnitude_bits(x_2), 1, keep_dims=True))
-    low = -(2.0 ** (BITS - 1))
-    high = 2.0 ** (BITS - 1) - 1.0
     if SYMMETRIC:
-        scale = scale_of(largest, clip_ratio, BITS)
+        scale, low, high = symmetric_grid(largest, clip_ratio, BITS)
     else:
         least = tl.min(below_zero(x), 1, keep_dims=True)
         most = tl.max(above_zero(x), 1, keep_dims=True)
         if SECOND > 0:
             least = tl.minimum(least, tl.min(below_zero(x_2), 1, keep_dims=True))
             most = tl.maximum(most, tl.max(above_zero(x_2), 1, keep_dims=True))
-        scale, zero_point = asymmetric_scale(least, most, largest, clip_ratio, BITS)
-        low, high = 0.0 - zero_point, 2.0**BITS - 1.0 - zero_point
+        scale, low, high = asymmetric_grid(least, most, largest, clip_ratio, BITS)
     if MOST > 0:
         common, factor = common_scale(tl.max(scale, 0, keep_dims=True), scale, MOST)
         tl.store(scale_ptr + token, common + scale * 0.0, mask=local == 0)
