@@ -60,8 +60,9 @@ def extended_basis(outliers: torch.Tensor, rotation: torch.Tensor) -> torch.Tens
 
     Args:
         outliers: P, `[d, r]`, orthonormal columns.
-        rotation: R, `[d, d]`, orthogonal.
+        rotation: R, `[d, d]`, orthogonal; brought to the device of P.
     """
+    rotation = rotation.to(outliers.device)
     return torch.cat([outliers, rotation - outliers @ (outliers.T @ rotation)], dim=1)
 
 
@@ -74,6 +75,7 @@ def square_basis(
         outliers: P, `[d, r]`.
         complement: P_perp, `[d, d - r]`.
         rotation: R_2, `[d - r, d - r]`.
-        outlier_rotation: R_1, `[r, r]`.
+        outlier_rotation: R_1, `[r, r]`. Both rotations are brought to the device of P.
     """
-    return torch.cat([outliers @ outlier_rotation, complement @ rotation], dim=1)
+    device = outliers.device
+    return torch.cat([outliers @ outlier_rotation.to(device), complement @ rotation.to(device)], dim=1)

@@ -192,9 +192,10 @@ class OutlierSplitGPTQ(QuadModifier):
 
 
 def _install(linear: PlacedLinear, weight: QuantizedWeight) -> None:
-    """Puts the packed weight in the place of the residual linear."""
+    """Puts the packed weight in the place of the residual linear, on its device."""
     container = linear.module
-    container.residual = PackedLinear.of(weight, weight.scale.dtype, container.input_quantization)
+    packed = PackedLinear.of(weight, weight.scale.dtype, container.input_quantization)
+    container.residual = packed.to(container.qweight.device)
 
 
 def _decibels(report: LinearReport | None) -> str:
