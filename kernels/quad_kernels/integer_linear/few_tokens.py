@@ -64,7 +64,8 @@ CANDIDATES = tuple(
 
 def default_config(tokens: int, outputs: int, inputs: int) -> FewTokensConfig:
     """The choice without measurements."""
-    return FewTokensConfig(8 if outputs >= 8192 and tokens <= 2 else 4, 512, 4)
+    block_w = min(512, max(32 * VECTOR, triton.next_power_of_2(row_words(inputs))))
+    return FewTokensConfig(8 if outputs >= 8192 and tokens <= 2 else 4, block_w, block_w // (32 * VECTOR))
 
 
 def fits(config: FewTokensConfig, tokens: int, inputs: int) -> bool:
@@ -194,7 +195,7 @@ def few_tokens_kernel(
     scale = tl.load(weight_scale + n)
     if bias is not None:
         shift = tl.load(bias + n)
-    if EARLY:
+    if EARLY and ASM:
         gdc_wait()
 
     sums = ()
