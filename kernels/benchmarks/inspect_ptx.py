@@ -228,10 +228,9 @@ def few_tokens_cases() -> Iterator[Case]:
         ("no outliers", 1, 4096, 0, torch.bfloat16, first),
         ("K 4032 rank 72", 1, 4032, 72, torch.bfloat16, first),
         ("early", 1, 4096, 64, torch.bfloat16, first._replace(early=True)),
-        ("without prefetch", 1, 14336, 64, torch.bfloat16, first._replace(prefetch=False)),
     ]
     for name, tokens, inputs, rank, dtype, config in variants:
-        shape = f"tokens {tokens} K {inputs} block {config.block_n}x{config.block_w}"
+        shape = f"tokens {tokens} K {inputs} block {config.block_n}x{config.block_w}x{config.depth}"
         yield from _few_tokens_case(f"few_tokens {shape} {name}".strip(), tokens, inputs, rank, dtype, config)
 
 

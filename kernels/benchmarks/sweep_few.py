@@ -78,8 +78,9 @@ def compiled_once(shapes: Sequence[Shape], early: Sequence[bool]) -> list[tuple[
     for shape in shapes:
         tokens, _, inputs, rank = shape
         for config in configurations(tokens, inputs, early):
-            words = inputs // 8
-            key = (tokens, rank, config, words <= config.block_w, words % config.block_w == 0)
+            steps = -(-inputs // (8 * config.block_w))
+            even = inputs // 8 % (config.block_w * (config.depth if steps > config.depth else 1)) == 0
+            key = (tokens, rank, config, min(config.depth, steps), steps > config.depth, even)
             work.setdefault(key, (shape, [config]))
     return list(work.values())
 

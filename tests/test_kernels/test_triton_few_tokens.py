@@ -14,7 +14,7 @@ pytestmark = pytest.mark.usefixtures("own_cache", "poisoned")
 
 from quad_kernels.integer_linear.few_tokens import CANDIDATES, FewTokensConfig, default_config, fits  # noqa: E402
 
-SMALL = FewTokensConfig(4, 128, 1)
+SMALL = FewTokensConfig(4, 128, 1, 2)
 
 
 def integers(shape: tuple[int, ...], bits: int, seed: int) -> torch.Tensor:
@@ -91,17 +91,17 @@ def test_integer_sums_are_exact(m: int, n: int, k: int, config: FewTokensConfig 
     assert torch.equal(run(operands, device, config), wanted)
 
 
-@pytest.mark.parametrize("config", CANDIDATES, ids=lambda config: "x".join(map(str, config[:3])))
+@pytest.mark.parametrize("config", CANDIDATES, ids=lambda config: "x".join(map(str, config[:4])))
 def test_every_candidate_gives_the_integers_of_the_other_kernel(config: FewTokensConfig, device: torch.device) -> None:
     """One step, several steps, and a last one beyond the end; the scales are multiplied in the same order."""
     from quad_kernels.integer_linear import launch
     from quad_kernels.integer_linear.config import Config
 
-    for k in (8 * config.block_w, 8 * config.block_w * 2 + 384):
+    group = 8 * config.block_w * config.depth
+    for k in (group // 2 + 128, group, group * 2 + 384):
         operands = layer(2, 6, k, bits=4, dtype=torch.bfloat16)
         wanted = launch.integer_linear(moved(operands, device), Config(16, 64, 512, 1, 4, 3)).cpu()
         assert torch.equal(run(operands, device, config), wanted)
-        assert torch.equal(run(operands, device, config._replace(prefetch=False)), wanted)
 
 
 @pytest.mark.parametrize(("x_value", "w_value"), [(-128, -8), (-128, 7)])

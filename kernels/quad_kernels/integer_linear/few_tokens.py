@@ -21,7 +21,7 @@ class FewTokensConfig(NamedTuple):
         block_n: output channels per program.
         block_w: words of a row per step, 8 weights each; at least one vector for each thread.
         warps: warps per program.
-        prefetch: loads the next step's weights before it multiplies with this one's.
+        depth: steps whose weights are in flight or in registers at the same time.
         early: starts before the kernel in front of it has ended, and loads weights meanwhile (programmatic dependent
             launch, compute capability 9.0).
     """
@@ -29,53 +29,46 @@ class FewTokensConfig(NamedTuple):
     block_n: int
     block_w: int
     warps: int
-    prefetch: bool = True
+    depth: int
     early: bool = False
 
 
-# block_n, block_w, warps
-CANDIDATES = tuple(
-    FewTokensConfig(*each)
-    for each in (
-        (8, 512, 4),
-        (4, 512, 4),
-        (16, 512, 4),
-        (2, 512, 4),
-        (8, 256, 2),
-        (4, 256, 2),
-        (16, 256, 2),
-        (8, 128, 1),
-        (4, 128, 1),
-        (4, 512, 1),
-        (2, 512, 1),
-        (4, 512, 2),
-        (2, 512, 2),
-        (4, 1024, 4),
-        (2, 1024, 4),
-        (8, 1024, 8),
-        (4, 1024, 8),
-        (2, 2048, 4),
-        (4, 2048, 8),
-        (2, 2048, 8),
-        (4, 2048, 16),
-    )
+# block_w, warps, depth, and block_n of each
+_STEPS = (
+    (512, 4, 1, (8, 4, 16, 2)),
+    (256, 2, 2, (4, 8, 2)),
+    (128, 1, 4, (4, 2, 1)),
+    (1024, 8, 1, (8, 4)),
+    (256, 2, 7, (2, 4, 1)),
+    (512, 4, 4, (4, 2, 1)),
+    (1024, 8, 2, (4, 8, 2)),
+    (2048, 16, 1, (8, 4)),
+    (128, 1, 14, (1, 2)),
+    (512, 4, 2, (4, 8)),
 )
+CANDIDATES = tuple(FewTokensConfig(n, w, warps, depth) for w, warps, depth, sizes in _STEPS for n in sizes)
 
 
 def default_config(tokens: int, outputs: int, inputs: int) -> FewTokensConfig:
-    """The choice without measurements."""
-    block_w = min(512, max(32 * VECTOR, triton.next_power_of_2(row_words(inputs))))
-    return FewTokensConfig(8 if outputs >= 8192 and tokens <= 2 else 4, block_w, block_w // (32 * VECTOR))
+    """The choice without measurements: rows that are in flight as a whole, 16 words of a thread or more."""
+    words = row_words(inputs)
+    block_w = min(512, max(32 * VECTOR, triton.next_power_of_2(words)))
+    depth = min(4, -(-words // block_w))
+    block_n = 8 if depth == 1 and tokens <= 2 and outputs >= 4096 else 4 if tokens <= 4 else 2
+    return FewTokensConfig(block_n, block_w, block_w // (32 * VECTOR), depth)
 
 
 def fits(config: FewTokensConfig, tokens: int, inputs: int) -> bool:
     """Whether the blocks suit the width, and a thread's sums and weights its registers."""
-    if config.block_w < 32 * VECTOR * config.warps or config.block_w >= 2 * max(row_words(inputs), 128):
+    words, threads = row_words(inputs), 32 * config.warps
+    if config.block_w < VECTOR * threads or (config.block_w >= 2 * words and config.block_w > 32 * VECTOR):
         return False
-    padded, threads = triton.next_power_of_2(tokens), 32 * config.warps
-    weights = config.block_n * config.block_w // threads
+    if config.depth > 1 and (config.depth - 1) * config.block_w >= words:
+        return False
+    padded = triton.next_power_of_2(tokens)
+    weights = config.block_n * config.block_w * config.depth // threads
     sums = padded * config.block_n * config.block_w // VECTOR // threads
-    return weights <= 64 and sums <= 64
+    return weights <= (112 if tokens == 1 else 64) and sums <= 32
 
 
 def row_words(inputs: int) -> int:
@@ -101,7 +94,7 @@ def _multiply_bytes(a: tl.tensor, b: tl.tensor, c: tl.tensor, ASM: tl.constexpr)
 def _load_weights(
     rows: tl.tensor, start: tl.tensor, words: tl.tensor, BLOCK_W: tl.constexpr, MASK: tl.constexpr
 ) -> tl.tensor:
-    """Words `start` to `start + BLOCK_W` of each row, `[BLOCK_N, BLOCK_W]`."""
+    """Words `start` to `start + BLOCK_W` of each row, `[BLOCK_N, BLOCK_W]`; zeros beyond the end, if MASK."""
     column = start + tl.arange(0, BLOCK_W)[None, :]
     if MASK:
         return tl.load(rows + column, mask=column < words, other=0, eviction_policy="evict_first")
@@ -150,6 +143,23 @@ def _add_products(
     return added
 
 
+@triton.jit
+def _stacked_sums(parts: tl.tensor, COUNT: tl.constexpr) -> tl.tensor:
+    """Sums of each of COUNT tensors `[BLOCK_N, columns]` over its columns, `[BLOCK_N, COUNT]`: all in one reduction."""
+    BLOCK_N: tl.constexpr = parts[0].shape[0]
+    if COUNT == 1:
+        return tl.sum(parts[0], 1)[:, None]
+    elif COUNT == 2:
+        return tl.sum(tl.join(parts[0], parts[1]), 1)
+    elif COUNT == 4:
+        sums = tl.sum(tl.join(tl.join(parts[0], parts[2]), tl.join(parts[1], parts[3])), 1)
+        return tl.reshape(sums, (BLOCK_N, 4))
+    else:
+        even = tl.join(tl.join(parts[0], parts[4]), tl.join(parts[2], parts[6]))
+        odd = tl.join(tl.join(parts[1], parts[5]), tl.join(parts[3], parts[7]))
+        return tl.reshape(tl.sum(tl.join(even, odd), 1), (BLOCK_N, 8))
+
+
 @triton.jit(do_not_specialize=("tokens",))
 def few_tokens_kernel(
     x: tl.tensor,  # [tokens, x_stride] words of 4 int8
@@ -173,18 +183,25 @@ def few_tokens_kernel(
     BLOCK_R: tl.constexpr,
     HALF_WORDS: tl.constexpr,
     VECTOR: tl.constexpr,
-    SINGLE: tl.constexpr,
-    PREFETCH: tl.constexpr,
+    DEPTH: tl.constexpr,
+    LOOP: tl.constexpr,
     EARLY: tl.constexpr,
     MASK: tl.constexpr,
     RANK_MASK: tl.constexpr,
     ASM: tl.constexpr,
 ) -> None:
-    """BLOCK_N outputs of all tokens. What does not depend on the activations is loaded first."""
+    """BLOCK_N outputs of all tokens. What does not depend on the activations is loaded first.
+
+    DEPTH steps of weights are in registers or on their way there. If that is not the whole row, LOOP, what a step has
+    freed is filled for the step DEPTH later.
+    """
     first_n = tl.program_id(0) * BLOCK_N
     n = tl.minimum(first_n + tl.arange(0, BLOCK_N), outputs - 1)
     rows = weight + n.to(tl.int64)[:, None] * words
-    weights = _load_weights(rows, 0, words, BLOCK_W, MASK)
+    weights = ()
+    for step in tl.static_range(DEPTH):
+        block = _load_weights(rows, step * BLOCK_W, words, BLOCK_W, MASK and step == DEPTH - 1 and not LOOP)
+        weights = weights + (block,)  # type: ignore[assignment]  # noqa: RUF005 (not in Triton)
     if outlier is not None:
         coordinate = tl.arange(0, BLOCK_R)[None, :] + tl.zeros((BLOCK_N, 1), tl.int32)
         outlier_rows = outlier_weight + n.to(tl.int64)[:, None] * rank + coordinate
@@ -195,58 +212,57 @@ def few_tokens_kernel(
     scale = tl.load(weight_scale + n)
     if bias is not None:
         shift = tl.load(bias + n)
+    # Either one keeps the loads before it in front of everything else. Without, the compiler puts them off, each until
+    # there are registers to spare, and few are under way at a time.
     if EARLY and ASM:
         gdc_wait()
+    else:
+        tl.debug_barrier()
 
-    sums = ()
-    for _ in tl.static_range(TOKENS):
+    m = tl.arange(0, TOKENS)
+    token_scale = tl.load(x_scale + tl.minimum(m, tokens - 1))
+    sums, products = (), ()
+    for token in tl.static_range(TOKENS):
         zeros = tl.zeros((BLOCK_N, BLOCK_W // VECTOR), tl.int32)
         sums = sums + (zeros,)  # type: ignore[assignment]  # noqa: RUF005 (not in Triton)
-    if SINGLE:
-        sums = _add_products(
-            sums, weights, x, 0, x_words, x_stride, tokens,
-            TOKENS, BLOCK_N, BLOCK_W, HALF_WORDS, VECTOR, MASK, ASM,
-        )  # fmt: skip
-    elif PREFETCH:
-        start = 0
-        for following in range(BLOCK_W, words, BLOCK_W):
-            next_weights = _load_weights(rows, following, words, BLOCK_W, MASK)
-            sums = _add_products(
-                sums, weights, x, start, x_words, x_stride, tokens,
-                TOKENS, BLOCK_N, BLOCK_W, HALF_WORDS, VECTOR, False, ASM,
-            )  # fmt: skip
-            weights = next_weights
-            start = following
-        sums = _add_products(
-            sums, weights, x, start, x_words, x_stride, tokens,
-            TOKENS, BLOCK_N, BLOCK_W, HALF_WORDS, VECTOR, MASK, ASM,
-        )  # fmt: skip
-    else:
-        sums = _add_products(
-            sums, weights, x, 0, x_words, x_stride, tokens,
-            TOKENS, BLOCK_N, BLOCK_W, HALF_WORDS, VECTOR, False, ASM,
-        )  # fmt: skip
-        for start in range(BLOCK_W, words, BLOCK_W):
-            weights = _load_weights(rows, start, words, BLOCK_W, MASK)
-            sums = _add_products(
-                sums, weights, x, start, x_words, x_stride, tokens,
-                TOKENS, BLOCK_N, BLOCK_W, HALF_WORDS, VECTOR, MASK, ASM,
-            )  # fmt: skip
-
-    n = first_n + tl.arange(0, BLOCK_N)
-    for token in tl.static_range(TOKENS):
-        m = tl.minimum(token, tokens - 1).to(tl.int64)
-        total = tl.sum(sums[token], 1) >> 4
-        result = total.to(tl.float32) * tl.load(x_scale + m) * scale.to(tl.float32)
         if outlier is not None:
+            row = outlier + tl.minimum(token, tokens - 1).to(tl.int64) * outlier_stride
             if RANK_MASK:
-                coordinates = tl.load(outlier + m * outlier_stride + coordinate, mask=coordinate < rank, other=0.0)
+                coordinates = tl.load(row + coordinate, mask=coordinate < rank, other=0.0)
             else:
-                coordinates = tl.load(outlier + m * outlier_stride + coordinate)
-            result += tl.sum(wide.to(tl.float32) * coordinates.to(tl.float32), 1)
-        if bias is not None:
-            result += shift.to(tl.float32)
-        tl.store(y + m * outputs + n, result.to(y.dtype.element_ty), mask=(n < outputs) & (token < tokens))
+                coordinates = tl.load(row + coordinate)
+            product = wide.to(tl.float32) * coordinates.to(tl.float32)
+            products = products + (product,)  # type: ignore[assignment]  # noqa: RUF005 (not in Triton)
+
+    first = 0
+    if LOOP:
+        for start in range(0, words - DEPTH * BLOCK_W, DEPTH * BLOCK_W):
+            following = ()
+            for step in tl.static_range(DEPTH):
+                sums = _add_products(
+                    sums, weights[step], x, start + step * BLOCK_W, x_words, x_stride, tokens,
+                    TOKENS, BLOCK_N, BLOCK_W, HALF_WORDS, VECTOR, False, ASM,
+                )  # fmt: skip
+                block = _load_weights(rows, start + (DEPTH + step) * BLOCK_W, words, BLOCK_W, MASK)
+                tl.debug_barrier()  # keeps the load in front of the next step
+                following = following + (block,)  # type: ignore[assignment]  # noqa: RUF005 (not in Triton)
+            weights = following
+            first = start + DEPTH * BLOCK_W
+    for step in tl.static_range(DEPTH):
+        sums = _add_products(
+            sums, weights[step], x, first + step * BLOCK_W, x_words, x_stride, tokens,
+            TOKENS, BLOCK_N, BLOCK_W, HALF_WORDS, VECTOR, MASK and (LOOP or step == DEPTH - 1), ASM,
+        )  # fmt: skip
+
+    result = (_stacked_sums(sums, TOKENS) >> 4).to(tl.float32)
+    result = result * token_scale[None, :] * scale.to(tl.float32)[:, None]
+    if outlier is not None:
+        result += _stacked_sums(products, TOKENS)
+    if bias is not None:
+        result += shift.to(tl.float32)[:, None]
+    n = first_n + tl.arange(0, BLOCK_N)
+    pointers = y + m.to(tl.int64)[None, :] * outputs + n[:, None]
+    tl.store(pointers, result.to(y.dtype.element_ty), mask=(m < tokens)[None, :] & (n < outputs)[:, None])
 
 
 def qualifies(x: torch.Tensor, inputs: int, rank: int) -> bool:
@@ -285,6 +301,9 @@ def few_tokens_linear(
     packed, x = integers.view(torch.int32), x.view(torch.int32)
     words = packed.shape[1]
     rank = 0 if outlier is None else outlier.shape[1]
+    depth = min(config.depth, triton.cdiv(words, config.block_w))
+    loop = depth * config.block_w < words
+    step = depth * config.block_w if loop else config.block_w
     block_r = triton.next_power_of_2(max(rank, 8))
     y = torch.empty(tokens, outputs, dtype=out_dtype, device=x.device)
     options = {"launch_pdl": True} if config.early else {}
@@ -310,10 +329,10 @@ def few_tokens_linear(
         BLOCK_R=block_r,
         HALF_WORDS=HALF_WORDS,
         VECTOR=VECTOR,
-        SINGLE=config.block_w >= words,
-        PREFETCH=config.prefetch,
+        DEPTH=depth,
+        LOOP=loop,
         EARLY=config.early,
-        MASK=words % config.block_w != 0 or inputs % (8 * HALF_WORDS) != 0,
+        MASK=words % step != 0 or inputs % (8 * HALF_WORDS) != 0,
         RANK_MASK=rank != block_r,
         ASM=compiled,
         num_warps=config.warps,
