@@ -21,6 +21,7 @@ from typing import Any
 
 import torch
 from quad_kernels import InputQuantization, InputSplit, LinearOperands
+from quad_kernels.early_launch import VARIABLE
 
 from benchmarks.record import Row, last_level_cache
 from benchmarks.sweep import operands
@@ -187,6 +188,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--seconds", type=float, default=60.0, help="for measuring")
     parser.add_argument("--output", type=Path, help="a file of JSON lines")
     options = parser.parse_args(argv)
+    if options.early:
+        os.environ[VARIABLE] = "1"  # for the quantizer
     torch.set_grad_enabled(False)
     lines, wrong = [], False
     try:

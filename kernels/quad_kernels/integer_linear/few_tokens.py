@@ -1,5 +1,9 @@
 """The layer for few tokens, without tensor cores: reading the weights is what costs, the kernel does little else."""
 
+# Tuples grow in the unrolled loops of the kernel: no static type follows them, and Triton knows no (*a, b).
+# mypy: disable-error-code="assignment, misc, unreachable"
+# ruff: noqa: RUF005, SIM108
+
 from typing import NamedTuple
 
 import torch
@@ -139,7 +143,7 @@ def _add_products(
         products = _multiply_bytes(low, tl.broadcast_to(low_x, (BLOCK_N, BLOCK_W)), products, ASM)
         products = _multiply_bytes(high, tl.broadcast_to(high_x, (BLOCK_N, BLOCK_W)), products, ASM)
         products = tl.sum(tl.reshape(products, (BLOCK_N, BLOCK_W // VECTOR, VECTOR)), 2)
-        added = added + (sums[token] + products,)  # type: ignore[assignment]  # noqa: RUF005 (not in Triton)
+        added = added + (sums[token] + products,)
     return added
 
 
@@ -201,11 +205,11 @@ def few_tokens_kernel(
     weights = ()
     for step in tl.static_range(DEPTH):
         block = _load_weights(rows, step * BLOCK_W, words, BLOCK_W, MASK and step == DEPTH - 1 and not LOOP)
-        weights = weights + (block,)  # type: ignore[assignment]  # noqa: RUF005 (not in Triton)
+        weights = weights + (block,)
     if outlier is not None:
         coordinate = tl.arange(0, BLOCK_R)[None, :] + tl.zeros((BLOCK_N, 1), tl.int32)
         outlier_rows = outlier_weight + n.to(tl.int64)[:, None] * rank + coordinate
-        if RANK_MASK:  # noqa: SIM108 (decided when it is compiled)
+        if RANK_MASK:
             wide = tl.load(outlier_rows, mask=coordinate < rank, other=0.0)
         else:
             wide = tl.load(outlier_rows)
@@ -224,7 +228,7 @@ def few_tokens_kernel(
     sums, products = (), ()
     for token in tl.static_range(TOKENS):
         zeros = tl.zeros((BLOCK_N, BLOCK_W // VECTOR), tl.int32)
-        sums = sums + (zeros,)  # type: ignore[assignment]  # noqa: RUF005 (not in Triton)
+        sums = sums + (zeros,)
         if outlier is not None:
             row = outlier + tl.minimum(token, tokens - 1).to(tl.int64) * outlier_stride
             if RANK_MASK:
@@ -232,7 +236,7 @@ def few_tokens_kernel(
             else:
                 coordinates = tl.load(row + coordinate)
             product = wide.to(tl.float32) * coordinates.to(tl.float32)
-            products = products + (product,)  # type: ignore[assignment]  # noqa: RUF005 (not in Triton)
+            products = products + (product,)
 
     first = 0
     if LOOP:
@@ -245,7 +249,7 @@ def few_tokens_kernel(
                 )  # fmt: skip
                 block = _load_weights(rows, start + (DEPTH + step) * BLOCK_W, words, BLOCK_W, MASK)
                 tl.debug_barrier()  # keeps the load in front of the next step
-                following = following + (block,)  # type: ignore[assignment]  # noqa: RUF005 (not in Triton)
+                following = following + (block,)
             weights = following
             first = start + DEPTH * BLOCK_W
     for step in tl.static_range(DEPTH):

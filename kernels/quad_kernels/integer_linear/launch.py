@@ -5,6 +5,7 @@ import math
 import torch
 import triton
 
+from quad_kernels.early_launch import starts_early
 from quad_kernels.integer_linear.autotune import choose_config
 from quad_kernels.integer_linear.config import Config, Problem, token_bucket
 from quad_kernels.integer_linear.few_tokens import FewTokensConfig, default_config, few_tokens_linear, qualifies
@@ -37,6 +38,7 @@ def integer_linear(operands: LinearOperands, config: Config | FewTokensConfig | 
     launch = Launch(operands)
     if config is None and launch.takes_few_tokens:
         config = default_config(x.shape[0], launch.problem.outputs, launch.problem.inputs)
+        config = config._replace(early=launch.weights_are_old and starts_early(x.device))
     return launch(config or choose_config(launch.problem, x.device, launch))
 
 
@@ -46,6 +48,7 @@ class Launch:
     Attributes:
         problem: properties that the choice of a configuration depends on.
         takes_few_tokens: whether the kernel for few tokens can run it.
+        weights_are_old: nothing was made of the weights just now, so they may be read before the stream comes to it.
     """
 
     def __init__(self, operands: LinearOperands) -> None:
@@ -79,6 +82,12 @@ class Launch:
             and not self.problem.zero_point
             and self._groups == 1
             and qualifies(self._x, weight.in_features, self.problem.rank)
+        )
+        old = operands.weight
+        self.weights_are_old = (
+            self._integers is old.integers
+            and self._weight_scale is old.scale
+            and (self._outlier_weight is None or self._outlier_weight is operands.outlier_weight)
         )
 
     def __call__(self, config: Config | FewTokensConfig) -> torch.Tensor:
