@@ -39,7 +39,7 @@ _TYPES = {
     torch.int64: "i64",
 }
 _TENSOR_CORES = ("HMMA", "HGMMA", "IMMA", "IGMMA")
-_OPTIONS = ("num_warps", "num_stages", "num_ctas", "maxnreg", "enable_fp_fusion")
+_OPTIONS = ("num_warps", "num_stages", "num_ctas", "maxnreg", "enable_fp_fusion", "launch_pdl")
 
 
 @dataclass
@@ -211,6 +211,46 @@ def _integer_linear_case(
         launch.row_sum_kernel = row_sums
 
 
+def few_tokens_cases() -> Iterator[Case]:
+    """Every candidate with 1, 4 and 8 tokens, 4096 and 14336 inputs; variants of one of them."""
+    from quad_kernels.integer_linear import few_tokens
+
+    first = few_tokens.CANDIDATES[0]
+    variants = [
+        ("", tokens, inputs, 64, torch.bfloat16, config)
+        for tokens in (1, 4, 8)
+        for inputs in (4096, 14336)
+        for config in few_tokens.CANDIDATES
+        if few_tokens.fits(config, tokens, inputs)
+    ]
+    variants += [
+        ("fp32", 1, 4096, 64, torch.float32, first),
+        ("no outliers", 1, 4096, 0, torch.bfloat16, first),
+        ("K 4032 rank 72", 1, 4032, 72, torch.bfloat16, first),
+        ("early", 1, 4096, 64, torch.bfloat16, first._replace(early=True)),
+    ]
+    for name, tokens, inputs, rank, dtype, config in variants:
+        shape = f"tokens {tokens} K {inputs} block {config.block_n}x{config.block_w}x{config.depth}"
+        yield from _few_tokens_case(f"few_tokens {shape} {name}".strip(), tokens, inputs, rank, dtype, config)
+
+
+def _few_tokens_case(name: str, tokens: int, inputs: int, rank: int, dtype: torch.dtype, config: Any) -> Iterator[Case]:
+    from quad_kernels.integer_linear import few_tokens
+    from quad_kernels.packing import nibble_bytes
+
+    outputs = 1024
+    x, x_scale = torch.zeros(tokens, inputs, dtype=torch.int8), torch.ones(tokens, 1)
+    packed, scale = torch.zeros(outputs, nibble_bytes(inputs), dtype=torch.uint8), torch.ones(outputs, 1, dtype=dtype)
+    outliers = (
+        (torch.zeros(tokens, rank, dtype=dtype), torch.zeros(outputs, rank, dtype=dtype)) if rank else (None, None)
+    )
+
+    def call() -> None:
+        few_tokens.few_tokens_linear(x, x_scale, packed, scale, *outliers, None, dtype, config, compiled=True)
+
+    yield from record(name, few_tokens, "few_tokens_kernel", call, (90,) if config.early else ())
+
+
 def int4_kv_cases() -> Iterator[Case]:
     """Heads of 64, 80 and 128 coordinates."""
     from quad_kernels.int4_kv import kernel
@@ -229,7 +269,13 @@ def int4_kv_cases() -> Iterator[Case]:
         yield from record(f"dequantize_kv {head_dim}", kernel, "dequantize_kv_kernel", dequantize)
 
 
-CASES: list[Callable[[], Iterator[Case]]] = [quantize_cases, hadamard_cases, int4_kv_cases, integer_linear_cases]
+CASES: list[Callable[[], Iterator[Case]]] = [
+    quantize_cases,
+    hadamard_cases,
+    int4_kv_cases,
+    integer_linear_cases,
+    few_tokens_cases,
+]
 
 
 def compile_case(case: Case, capability: int) -> Any:

@@ -9,6 +9,7 @@ README.md in this folder has the factors and the error.
 
 import triton
 import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents
 
 from quad_kernels.triton_grid import (
     above_zero,
@@ -198,8 +199,11 @@ def hadamard_kernel(
     BITS: tl.constexpr,
     SYMMETRIC: tl.constexpr,
     RANK: tl.constexpr,
+    NEXT_EARLY: tl.constexpr,
 ) -> None:
     """Transforms every num_programs-th token and, unless BITS is 0, quantizes it."""
+    if NEXT_EARLY:
+        gdc_launch_dependents()
     SIZE: tl.constexpr = LEFT * SLICES * RIGHT
     OUTLIER_WIDTH: tl.constexpr = WIDTH // BLOCK * OUTLIERS
     right_index = tl.arange(0, RIGHT)

@@ -5,6 +5,7 @@ from functools import lru_cache
 import torch
 import triton
 
+from quad_kernels.early_launch import starts_early
 from quad_kernels.formats import InputQuantization, InputSplit
 from quad_kernels.hadamard.construct import plan_hadamard
 from quad_kernels.hadamard.kernel import hadamard_kernel
@@ -76,6 +77,7 @@ def _launch(
             BITS=0 if quantization is None else quantization.bits,
             SYMMETRIC=quantization is None or quantization.symmetric,
             RANK=triton.next_power_of_2(split.rank) if split.rank else 0,
+            NEXT_EARLY=starts_early(x.device),
             num_warps=max(1, tiles.tile // 16),
             num_stages=_stages(x.device, tiles, x.element_size()),
             enable_fp_fusion=False,

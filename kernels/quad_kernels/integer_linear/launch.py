@@ -5,8 +5,10 @@ import math
 import torch
 import triton
 
+from quad_kernels.early_launch import starts_early
 from quad_kernels.integer_linear.autotune import choose_config
 from quad_kernels.integer_linear.config import Config, Problem, token_bucket
+from quad_kernels.integer_linear.few_tokens import FewTokensConfig, default_config, few_tokens_linear, qualifies
 from quad_kernels.integer_linear.kernel import linear_kernel, row_sum_kernel
 from quad_kernels.integer_linear.operands import LinearOperands
 from quad_kernels.integer_linear.workspace import arrival_counters
@@ -19,12 +21,13 @@ LARGEST_GROUP = 2**17 - 1  # of so many products of -128 and -128, which is 16 *
 COMPILED = isinstance(linear_kernel, triton.JITFunction)  # not so in Triton's interpreter
 
 
-def integer_linear(operands: LinearOperands, config: Config | None = None) -> torch.Tensor:
+def integer_linear(operands: LinearOperands, config: Config | FewTokensConfig | None = None) -> torch.Tensor:
     """Returns `[tokens, out]`; see `quad_kernels.integer_linear`.
 
     Args:
         operands: operands of the layer.
-        config: configuration of the launch, by default the choice of `autotune.choose_config`.
+        config: configuration of the launch, by default that for few tokens where they are few, else the choice of
+            `autotune.choose_config`.
 
     Raises:
         ValueError: if sums could leave int32.
@@ -33,6 +36,9 @@ def integer_linear(operands: LinearOperands, config: Config | None = None) -> to
     if x.shape[0] == 0:
         return torch.empty(0, operands.weight.out_features, dtype=operands.out_dtype, device=x.device)
     launch = Launch(operands)
+    if config is None and launch.takes_few_tokens:
+        config = default_config(x.shape[0], launch.problem.outputs, launch.problem.inputs)
+        config = config._replace(early=launch.weights_are_old and starts_early(x.device))
     return launch(config or choose_config(launch.problem, x.device, launch))
 
 
@@ -41,6 +47,8 @@ class Launch:
 
     Attributes:
         problem: properties that the choice of a configuration depends on.
+        takes_few_tokens: whether the kernel for few tokens can run it.
+        weights_are_old: nothing was made of the weights just now, so they may be read before the stream comes to it.
     """
 
     def __init__(self, operands: LinearOperands) -> None:
@@ -69,9 +77,23 @@ class Launch:
             zero_point=weight.zero_point is not None,
             wide=self._outlier is not None and self._outlier.dtype == torch.float32,
         )
+        self.takes_few_tokens = (
+            self.problem.nibbles
+            and not self.problem.zero_point
+            and self._groups == 1
+            and qualifies(self._x, weight.in_features, self.problem.rank)
+        )
+        old = operands.weight
+        self.weights_are_old = (
+            self._integers is old.integers
+            and self._weight_scale is old.scale
+            and (self._outlier_weight is None or self._outlier_weight is operands.outlier_weight)
+        )
 
-    def __call__(self, config: Config) -> torch.Tensor:
+    def __call__(self, config: Config | FewTokensConfig) -> torch.Tensor:
         """Returns `[tokens, out]`."""
+        if isinstance(config, FewTokensConfig):
+            return self._few_tokens(config)
         problem, x, outlier = self.problem, self._x, self._outlier
         tokens, x_groups, weight_groups = x.shape[0], self._x_scale.shape[1], self._weight_scale.shape[1]
         group_mask = self._groups > 1 and self._group % config.block_k != 0
@@ -126,6 +148,20 @@ class Launch:
             num_stages=config.stages,
         )
         return y
+
+    def _few_tokens(self, config: FewTokensConfig) -> torch.Tensor:
+        return few_tokens_linear(
+            self._x,
+            self._x_scale,
+            self._integers,
+            self._weight_scale,
+            self._outlier,
+            self._outlier_weight,
+            self._bias,
+            self._out_dtype,
+            config,
+            COMPILED,
+        )
 
 
 def _outlier_operands(

@@ -3,7 +3,9 @@
 import torch
 import triton
 import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents
 
+from quad_kernels.early_launch import starts_early
 from quad_kernels.formats import InputQuantization, InputSplit, RMSNorm
 from quad_kernels.packing import nibble_bytes, pack_nibbles
 from quad_kernels.packing.nibbles import CHUNK
@@ -98,11 +100,14 @@ def quantize_kernel(
     FIRST: tl.constexpr,
     SECOND: tl.constexpr,
     RANK: tl.constexpr,
+    NEXT_EARLY: tl.constexpr,
 ) -> None:
     """ROWS rows of one group of one token each, as two tiles of FIRST and SECOND columns; see `_tiles`.
 
     With sub-scales up to MOST, which is 0 without, the rows are all groups of one token.
     """
+    if NEXT_EARLY:
+        gdc_launch_dependents()
     GROUPS: tl.constexpr = COLUMNS // GROUP
     local = tl.arange(0, ROWS)[:, None]
     if MOST > 0:
@@ -249,6 +254,7 @@ def quantize_activations(
             FIRST=first,
             SECOND=second,
             RANK=triton.next_power_of_2(split.rank) if split.rank else 0,
+            NEXT_EARLY=starts_early(x.device),
             num_warps=warps,
             enable_fp_fusion=False,
         )
