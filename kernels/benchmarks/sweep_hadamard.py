@@ -43,14 +43,16 @@ def configurations(size: int, tokens: int) -> list[Configuration]:
         tiles = tiling(plan_hadamard(size), rows, right)
         if tiles is None:
             continue
-        choices = [Configuration(rows, right)]
-        if tokens > _MOST_MULTIPROCESSORS:
-            for programs, stages in itertools.product((1, 2, 3, 4, 6, 8), (1, 2)):
-                if 16384 <= programs * tiles.elements <= 32768:
-                    choices.append(Configuration(rows, right, programs=programs, stages=stages, joined=64))
-                    if programs * tiles.elements == 32768:
-                        choices.append(choices[-1]._replace(registers=128))
-            choices.append(choices[-1]._replace(joined=256))
+        if tiles.tiles > 1:
+            choices = [Configuration(rows, right, stages=stages) for stages in (1, 2, 3)]
+        else:
+            choices = [Configuration(rows, right)]
+        for programs in (1, 2, 3, 4, 6, 8) if tokens > _MOST_MULTIPROCESSORS and tiles.tiles == 1 else ():
+            if 16384 <= programs * tiles.elements <= 32768:
+                config = Configuration(rows, right, programs=programs, stages=2, joined=64)
+                choices += [config, config._replace(stages=1), config._replace(joined=256)]
+                if programs * tiles.elements == 32768:
+                    choices += [config._replace(registers=128), config._replace(stages=1, registers=128)]
         for config in choices:
             found.setdefault((tiles, config[2:]), config)
     return list(found.values())

@@ -60,17 +60,19 @@ def _copy_outliers(
 def _load_rows(
     x_row: tl.tensor,
     step: tl.tensor,
+    first: tl.constexpr,
     WIDTH: tl.constexpr,
     OUTLIERS: tl.constexpr,
     BLOCK: tl.constexpr,
     KEEP_WIDTH: tl.constexpr,
     LEFT: tl.constexpr,
     COLUMNS: tl.constexpr,
+    LOADED: tl.constexpr,
     DEPTH: tl.constexpr,
 ) -> tl.tensor:
-    """Rows of one step of a token read as `[LEFT, COLUMNS]`, `[DEPTH, COLUMNS]`, zeros in the place of outliers."""
+    """LOADED columns, from `first` on, of one step's rows of a token read as `[LEFT, COLUMNS]`; outliers are zero."""
     row = step * DEPTH + tl.arange(0, DEPTH)[:, None]
-    column = row * COLUMNS + tl.arange(0, COLUMNS)[None, :]
+    column = row * COLUMNS + first + tl.arange(0, LOADED)[None, :]
     valid = row < LEFT
     if KEEP_WIDTH and OUTLIERS > 0:
         valid = valid & (column % BLOCK >= OUTLIERS)
@@ -110,19 +112,54 @@ def _put_together(parts: tl.tuple, FIRST: tl.constexpr, PARTS: tl.constexpr) -> 
 
 
 @triton.jit
+def _multiply_left(
+    x_row: tl.tensor,
+    left_ptr: tl.tensor,
+    left: tl.tensor,  # None: loaded here, step by step
+    tile: tl.constexpr,
+    first: tl.constexpr,
+    WIDTH: tl.constexpr,
+    OUTLIERS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    KEEP_WIDTH: tl.constexpr,
+    LEFT: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    LOADED: tl.constexpr,
+    TILE: tl.constexpr,
+    DEPTH: tl.constexpr,
+    STEPS: tl.constexpr,
+    IN_TERMS: tl.constexpr,
+) -> tl.tensor:
+    """One tile of rows of the left factor times LOADED columns of a token, `[TILE, LOADED]`, float32."""
+    acc = tl.zeros([TILE, LOADED], tl.float32)
+    small = acc  # terms other than the largest are summed apart, where little is lost to the places that are cut off
+    for step in range(STEPS):
+        x = _load_rows(x_row, step, first, WIDTH, OUTLIERS, BLOCK, KEEP_WIDTH, LEFT, COLUMNS, LOADED, DEPTH)
+        tile_left = left
+        if left is None:
+            left_row = (tile * TILE + tl.arange(0, TILE)[:, None]) * (STEPS * DEPTH)
+            tile_left = tl.load(left_ptr + left_row + step * DEPTH + tl.arange(0, DEPTH)[None, :])
+        terms = _terms(x, IN_TERMS)
+        for term in tl.static_range(IN_TERMS - 1):
+            small = tl.dot(tile_left, terms[term], small)
+        acc = tl.dot(tile_left, terms[max(1, IN_TERMS) - 1], acc)
+    return acc + small if IN_TERMS > 0 else acc
+
+
+@triton.jit
 def _multiply_right(
-    acc: tl.tensor, right: tl.tensor, normaliser: tl.tensor, SLICES: tl.constexpr, OUT_TERMS: tl.constexpr
+    acc: tl.tensor, right: tl.tensor, normaliser: tl.tensor, PARTS: tl.constexpr, OUT_TERMS: tl.constexpr
 ) -> tl.tuple:
-    """The right and the middle factor: SLICES tiles, float32."""
-    parts = _take_apart(acc * normaliser, SLICES)
+    """The right factor: PARTS tiles, float32."""
+    parts = _take_apart(acc * normaliser, PARTS)
     products = ()
-    for part in tl.static_range(SLICES):
+    for part in tl.static_range(PARTS):
         terms = _terms(parts[part], OUT_TERMS)
         y = tl.dot(terms[0], right)
         for term in tl.static_range(1, OUT_TERMS):
             y = tl.dot(terms[term], right, y)
         products = products + (y,)
-    return _add_slices(products, SLICES)
+    return products
 
 
 @triton.jit
@@ -249,6 +286,7 @@ def _transform_token(
     TILES: tl.constexpr,
     DEPTH: tl.constexpr,
     STEPS: tl.constexpr,
+    LOADED: tl.constexpr,
     JOINED: tl.constexpr,
     IN_TERMS: tl.constexpr,
     OUT_TERMS: tl.constexpr,
@@ -260,19 +298,16 @@ def _transform_token(
     COLUMNS: tl.constexpr = SLICES * RIGHT
     rounded = ()
     for tile in tl.static_range(TILES):
-        acc = tl.zeros([TILE, COLUMNS], tl.float32)
-        for step in range(STEPS):
-            x = _load_rows(x_row, step, WIDTH, OUTLIERS, BLOCK, KEEP_WIDTH, LEFT, COLUMNS, DEPTH)
-            tile_left = left
-            if left is None:
-                left_row = (tile * TILE + tl.arange(0, TILE)[:, None]) * (STEPS * DEPTH)
-                tile_left = tl.load(left_ptr + left_row + step * DEPTH + tl.arange(0, DEPTH)[None, :])
-            terms = _terms(x, IN_TERMS)
-            for term in tl.static_range(max(1, IN_TERMS)):
-                acc = tl.dot(tile_left, terms[term], acc)
-        if right is None:
-            right = _load_right(right_ptr, RIGHT)
-        parts = _multiply_right(acc, right, normaliser, SLICES, OUT_TERMS)
+        parts = ()
+        for first in tl.static_range(0, COLUMNS, LOADED):
+            acc = _multiply_left(
+                x_row, left_ptr, left, tile, first, WIDTH, OUTLIERS, BLOCK, KEEP_WIDTH, LEFT, COLUMNS, LOADED, TILE,
+                DEPTH, STEPS, IN_TERMS,
+            )  # fmt: skip
+            if right is None:
+                right = _load_right(right_ptr, RIGHT)
+            parts = parts + _multiply_right(acc, right, normaliser, LOADED // RIGHT, OUT_TERMS)
+        parts = _add_slices(parts, SLICES)
         if BITS > 0:
             for part in tl.static_range(SLICES):
                 rounded = rounded + (_round_to_dtype(parts[part], x_row.dtype.element_ty),)
@@ -317,6 +352,7 @@ def hadamard_kernel(
     TILES: tl.constexpr,
     DEPTH: tl.constexpr,
     STEPS: tl.constexpr,
+    LOADED: tl.constexpr,
     JOINED: tl.constexpr,
     TURNS: tl.constexpr,
     IN_TERMS: tl.constexpr,
@@ -343,12 +379,14 @@ def hadamard_kernel(
             _transform_token(
                 x_ptr + token * X_STRIDE, left_ptr, right_ptr, left, right, outlier_ptr + token * OUTLIER_WIDTH,
                 y_ptr + token * SIZE, scale_ptr + token, normaliser, clip_ratio, WIDTH, OUTLIERS, BLOCK, KEEP_WIDTH,
-                LEFT, SLICES, RIGHT, TILE, TILES, DEPTH, STEPS, JOINED, IN_TERMS, OUT_TERMS, BITS, SYMMETRIC, RANK,
+                LEFT, SLICES, RIGHT, TILE, TILES, DEPTH, STEPS, LOADED, JOINED, IN_TERMS, OUT_TERMS, BITS, SYMMETRIC,
+                RANK,
             )  # fmt: skip
     else:
         token = tl.cast(tl.program_id(0), tl.int64)
         _transform_token(
             x_ptr + token * X_STRIDE, left_ptr, right_ptr, left, right, outlier_ptr + token * OUTLIER_WIDTH,
             y_ptr + token * SIZE, scale_ptr + token, normaliser, clip_ratio, WIDTH, OUTLIERS, BLOCK, KEEP_WIDTH,
-            LEFT, SLICES, RIGHT, TILE, TILES, DEPTH, STEPS, JOINED, IN_TERMS, OUT_TERMS, BITS, SYMMETRIC, RANK,
+            LEFT, SLICES, RIGHT, TILE, TILES, DEPTH, STEPS, LOADED, JOINED, IN_TERMS, OUT_TERMS, BITS, SYMMETRIC,
+                RANK,
         )  # fmt: skip

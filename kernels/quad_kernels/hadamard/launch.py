@@ -12,6 +12,8 @@ from quad_kernels.hadamard.kernel import hadamard_kernel
 from quad_kernels.hadamard.tiling import factors, tiling
 
 _INTERPRETED_PROGRAMS = 2
+_ELEMENTS_PER_MULTIPROCESSOR = 32768  # what programs that take turns hold in registers beside each other
+_OTHER_BYTES = 4 * 1024  # shared memory of a program for the right factor, reductions and the system
 
 
 class Configuration(NamedTuple):
@@ -25,6 +27,7 @@ class Configuration(NamedTuple):
         stages: 2 to fetch the input of the next turn during the arithmetic of one.
         registers: most registers of a thread, 0 for what the compiler chooses.
         joined: columns that are stored together; they go through shared memory.
+        loaded: columns that are multiplied by the left factor at a time.
     """
 
     rows: int = 128
@@ -34,14 +37,24 @@ class Configuration(NamedTuple):
     stages: int = 1
     registers: int = 0
     joined: int = 256
+    loaded: int = 512
 
 
-def configuration(device: torch.device, size: int, tokens: int) -> Configuration:
+@lru_cache(maxsize=256)
+def configuration(device: torch.device, size: int, tokens: int, dtype: torch.dtype) -> Configuration:
     """What a size and a number of tokens are launched with."""
-    programs = 2 if size > 4096 else 4
+    if dtype == torch.float32:
+        return Configuration(loaded=32)
+    config = Configuration(rows=64 if size <= 4096 else 128)
+    tiles = tiling(plan_hadamard(size), config.rows, config.right)
+    if tiles is None or tiles.tiles > 1:
+        return Configuration(rows=64, stages=2)
+    programs = max(1, min(8, _ELEMENTS_PER_MULTIPROCESSOR // tiles.elements))
     if tokens <= programs * _multiprocessors(device):
-        return Configuration()
-    return Configuration(programs=programs, stages=2)
+        return config
+    config = config._replace(programs=programs, joined=64)
+    needed = 2 * tiles.tile * tiles.depth + 2 * 2 * tiles.elements + tiles.tile * config.joined + _OTHER_BYTES
+    return config._replace(stages=2 if programs * needed <= _shared_memory(device) else 1)
 
 
 def supports(x: torch.Tensor, size: int) -> bool:
@@ -69,7 +82,7 @@ def _launch(
 ) -> tuple[torch.Tensor | None, torch.Tensor, torch.Tensor | None]:
     size, tokens = split.residual_width, x.shape[0]
     plan = plan_hadamard(size)
-    config = config or configuration(x.device, size, tokens)
+    config = config or configuration(x.device, size, tokens, x.dtype)
     tiles = tiling(plan, config.rows, config.right)
     assert tiles is not None
     if x.stride(1) != 1:
@@ -105,6 +118,7 @@ def _launch(
             TILES=tiles.tiles,
             DEPTH=tiles.depth,
             STEPS=tiles.steps,
+            LOADED=max(tiles.right, min(tiles.slices * tiles.right, config.loaded)),
             JOINED=max(1, min(tiles.slices, config.joined // tiles.right)),
             TURNS=config.programs > 0,
             IN_TERMS=3 if x.dtype == torch.float32 else 0,
@@ -125,3 +139,11 @@ def _multiprocessors(device: torch.device) -> int:
     if device.type != "cuda":
         return _INTERPRETED_PROGRAMS
     return int(torch.cuda.get_device_properties(device).multi_processor_count)
+
+
+@lru_cache(maxsize=8)
+def _shared_memory(device: torch.device) -> int:
+    """Bytes of a multiprocessor; an H100's for the interpreter and for inspection."""
+    if device.type != "cuda":
+        return 228 * 1024
+    return int(torch.cuda.get_device_properties(device).shared_memory_per_multiprocessor)

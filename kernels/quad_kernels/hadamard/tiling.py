@@ -58,15 +58,17 @@ def tiling(plan: HadamardPlan, rows: int = 128, right: int = 32) -> Tiling | Non
     if plan.size > MAX_SIZE or right < 16:
         return None
     slices = power // right
-    if left > rows // 2 and left <= MAX_ROWS:
+    if rows // 2 < left <= MAX_ROWS:
         rows = MAX_ROWS
     while slices > 1 and 2 * left <= rows:
         left, slices = 2 * left, slices // 2
-    if left > MAX_LEFT or slices > MAX_SLICES:
-        return None
     if left <= rows:
         tile = max(16, triton.next_power_of_2(left))
-        return Tiling(left, slices, right, tile, 1, tile, 1)
+        return Tiling(left, slices, right, tile, 1, tile, 1) if slices <= MAX_SLICES else None
+    while rows < MAX_ROWS and slices > 2:
+        left, slices = 2 * left, slices // 2
+    if left > MAX_LEFT or slices > MAX_SLICES:
+        return None
     tile = min((128, 64), key=lambda size: -(-left // size) * size)
     return Tiling(left, slices, right, tile, -(-left // tile), 64, -(-left // 64))
 
