@@ -137,6 +137,13 @@ def hadamard_cases() -> Iterator[Case]:
             launch.hadamard_quantize(x, InputQuantization(4, 0.9), split)
 
         yield from record(f"hadamard+quantize {size} {_TYPES[dtype]}", launch, "hadamard_kernel", call)
+    for size in (14336, 4096):
+        x, split = torch.zeros(1, size, dtype=torch.bfloat16), InputSplit(size, 64, 0, True, True)
+
+        def call_one(x: torch.Tensor = x, split: InputSplit = split) -> None:
+            launch.hadamard_quantize(x, InputQuantization(4, 0.9), split)
+
+        yield from record(f"hadamard+quantize {size} bf16, one token", launch, "hadamard_kernel", call_one)
     wide, asymmetric = torch.zeros(16, 14336, dtype=torch.bfloat16), InputQuantization(4, symmetric=False)
     yield from record(
         "hadamard+quantize 14336 bf16, zero points",

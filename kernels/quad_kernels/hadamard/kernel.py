@@ -5,45 +5,39 @@ README.md in this folder has the factors and the error.
 
 # Tuples of tiles grow in the unrolled loops of the kernel: no static type follows them, and Triton knows no (*a, b).
 # mypy: disable-error-code="assignment, misc, unreachable"
-# ruff: noqa: RUF005
+# ruff: noqa: RUF005, SIM108
 
 import triton
 import triton.language as tl
-from triton.language.extra.cuda import gdc_launch_dependents
 
 from quad_kernels.triton_grid import (
     above_zero,
     asymmetric_grid,
     below_zero,
-    drop_outliers,
     magnitude_bits,
     outlier_source,
     residual_source,
-    round_to_grid,
     symmetric_grid,
 )
 
 
 @triton.jit
-def _dot_split(
-    a: tl.tensor, b: tl.tensor, acc: tl.tensor, LEFT_TERMS: tl.constexpr, RIGHT_TERMS: tl.constexpr
-) -> tl.tensor:
-    """Returns acc + a b; the operand with terms is taken apart into bfloat16, 8 bits each, the other one is exact."""
-    if LEFT_TERMS > 0:
-        for term in tl.static_range(LEFT_TERMS):
-            high = a.to(tl.bfloat16)
-            acc = tl.dot(high, b, acc)
-            if term + 1 < LEFT_TERMS:
-                a -= high.to(tl.float32)
-    elif RIGHT_TERMS > 0:
-        for term in tl.static_range(RIGHT_TERMS):
-            high = b.to(tl.bfloat16)
-            acc = tl.dot(a, high, acc)
-            if term + 1 < RIGHT_TERMS:
-                b -= high.to(tl.float32)
-    else:
-        acc = tl.dot(a, b, acc)
-    return acc
+def _terms(x: tl.tensor, TERMS: tl.constexpr) -> tl.tuple:
+    """Bfloat16 tiles whose sum is x, 8 bits each, the smallest first; x itself if TERMS is 0.
+
+    All but the smallest are cut off, not rounded: that takes integer operations at the full rate.
+    """
+    terms = ()
+    if TERMS == 0:
+        terms = (x,)
+    for term in tl.static_range(TERMS):
+        if term + 1 < TERMS:
+            bits = x.to(tl.int32, bitcast=True)
+            terms = ((bits >> 16).to(tl.int16).to(tl.bfloat16, bitcast=True),) + terms
+            x -= (bits & -65536).to(tl.float32, bitcast=True)
+        else:
+            terms = (x.to(tl.bfloat16),) + terms
+    return terms
 
 
 @triton.jit
@@ -63,51 +57,115 @@ def _copy_outliers(
 
 
 @triton.jit
-def _multiply_slice(
+def _load_rows(
     x_row: tl.tensor,
-    left_ptr: tl.tensor,
-    left: tl.tensor,  # loaded already if there is only one tile and step, else None
-    right: tl.tensor,
-    normaliser: tl.tensor,
-    tile: tl.constexpr,
-    part: tl.constexpr,
+    step: tl.tensor,
+    first: tl.constexpr,
     WIDTH: tl.constexpr,
     OUTLIERS: tl.constexpr,
     BLOCK: tl.constexpr,
     KEEP_WIDTH: tl.constexpr,
     LEFT: tl.constexpr,
-    SLICES: tl.constexpr,
-    RIGHT: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    LOADED: tl.constexpr,
+    DEPTH: tl.constexpr,
+) -> tl.tensor:
+    """LOADED columns, from `first` on, of one step's rows of a token read as `[LEFT, COLUMNS]`; outliers are zero."""
+    row = step * DEPTH + tl.arange(0, DEPTH)[:, None]
+    column = row * COLUMNS + first + tl.arange(0, LOADED)[None, :]
+    valid = row < LEFT
+    if KEEP_WIDTH and OUTLIERS > 0:
+        valid = valid & (column % BLOCK >= OUTLIERS)
+    source = residual_source(column, WIDTH, OUTLIERS, BLOCK, KEEP_WIDTH)
+    return tl.load(x_row + source, mask=valid, other=0.0)
+
+
+@triton.jit
+def _take_apart(x: tl.tensor, PARTS: tl.constexpr) -> tl.tuple:
+    """PARTS tiles side by side, from left to right: no data moves, a thread holds the same columns of each."""
+    parts = (x,)
+    for level in tl.static_range(8):
+        if (1 << level) < PARTS:
+            halves = ()
+            for i in tl.static_range(1 << level):
+                whole = parts[i].reshape([x.shape[0], 2, x.shape[1] >> (level + 1)])
+                low, high = whole.permute(0, 2, 1).split()
+                halves = halves + (low, high)
+            parts = halves
+    return parts
+
+
+@triton.jit
+def _put_together(parts: tl.tuple, FIRST: tl.constexpr, PARTS: tl.constexpr) -> tl.tensor:
+    """The opposite, of PARTS tiles from FIRST on."""
+    tiles = ()
+    for i in tl.static_range(PARTS):
+        tiles = tiles + (parts[FIRST + i],)
+    for level in tl.static_range(8):
+        if (1 << level) < PARTS:
+            wider = ()
+            for i in tl.static_range(PARTS >> (level + 1)):
+                both = tl.join(tiles[2 * i], tiles[2 * i + 1]).permute(0, 2, 1)
+                wider = wider + (both.reshape([both.shape[0], 2 * both.shape[2]]),)
+            tiles = wider
+    return tiles[0]
+
+
+@triton.jit
+def _multiply_left(
+    x_row: tl.tensor,
+    left_ptr: tl.tensor,
+    left: tl.tensor,  # None: loaded here, step by step
+    tile: tl.constexpr,
+    first: tl.constexpr,
+    WIDTH: tl.constexpr,
+    OUTLIERS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    KEEP_WIDTH: tl.constexpr,
+    LEFT: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    LOADED: tl.constexpr,
     TILE: tl.constexpr,
     DEPTH: tl.constexpr,
     STEPS: tl.constexpr,
     IN_TERMS: tl.constexpr,
-    OUT_TERMS: tl.constexpr,
 ) -> tl.tensor:
-    """Rows of one tile of left^T x_part right, normalised, `[TILE, RIGHT]`, float32."""
-    depth = tl.arange(0, DEPTH)
-    right_column = tl.arange(0, RIGHT)
-    tile_row = tl.arange(0, TILE)
-    acc = tl.zeros([TILE, RIGHT], tl.float32)
+    """One tile of rows of the left factor times LOADED columns of a token, `[TILE, LOADED]`, float32."""
+    acc = tl.zeros([TILE, LOADED], tl.float32)
+    small = acc  # terms other than the largest are summed apart, where little is lost to the places that are cut off
     for step in range(STEPS):
-        row = step * DEPTH + depth[:, None]
-        column = (row * SLICES + part) * RIGHT + right_column[None, :]
-        source = residual_source(column, WIDTH, OUTLIERS, BLOCK, KEEP_WIDTH)
-        x = tl.load(x_row + source, mask=row < LEFT, other=0.0)
-        x = drop_outliers(x, column, OUTLIERS, BLOCK, KEEP_WIDTH)
+        x = _load_rows(x_row, step, first, WIDTH, OUTLIERS, BLOCK, KEEP_WIDTH, LEFT, COLUMNS, LOADED, DEPTH)
+        tile_left = left
         if left is None:
-            left_row = (tile * TILE + tile_row[:, None]) * (STEPS * DEPTH)
-            acc = _dot_split(tl.load(left_ptr + left_row + row.trans(1, 0)), x, acc, 0, IN_TERMS)
-        else:
-            acc = _dot_split(left, x, acc, 0, IN_TERMS)
-    y = tl.zeros([TILE, RIGHT], tl.float32)
-    return _dot_split(acc * normaliser, right, y, OUT_TERMS, 0)
+            left_row = (tile * TILE + tl.arange(0, TILE)[:, None]) * (STEPS * DEPTH)
+            tile_left = tl.load(left_ptr + left_row + step * DEPTH + tl.arange(0, DEPTH)[None, :])
+        terms = _terms(x, IN_TERMS)
+        for term in tl.static_range(IN_TERMS - 1):
+            small = tl.dot(tile_left, terms[term], small)
+        acc = tl.dot(tile_left, terms[max(1, IN_TERMS) - 1], acc)
+    return acc + small if IN_TERMS > 0 else acc
+
+
+@triton.jit
+def _multiply_right(
+    acc: tl.tensor, right: tl.tensor, normaliser: tl.tensor, PARTS: tl.constexpr, OUT_TERMS: tl.constexpr
+) -> tl.tuple:
+    """The right factor: PARTS tiles, float32."""
+    parts = _take_apart(acc * normaliser, PARTS)
+    products = ()
+    for part in tl.static_range(PARTS):
+        terms = _terms(parts[part], OUT_TERMS)
+        y = tl.dot(terms[0], right)
+        for term in tl.static_range(1, OUT_TERMS):
+            y = tl.dot(terms[term], right, y)
+        products = products + (y,)
+    return products
 
 
 @triton.jit
 def _add_slices(parts: tl.tuple, SLICES: tl.constexpr) -> tl.tuple:
     """The middle factor, of order SLICES: butterflies between whole tiles."""
-    for bit in tl.static_range(3):
+    for bit in tl.static_range(4):
         if (1 << bit) < SLICES:
             sums = ()
             for part in tl.static_range(SLICES):
@@ -120,20 +178,50 @@ def _add_slices(parts: tl.tuple, SLICES: tl.constexpr) -> tl.tuple:
 
 
 @triton.jit
-def _store_tile(
+def _round_to_dtype(y: tl.tensor, dtype: tl.constexpr) -> tl.tensor:
+    """Float32 numbers rounded to nearest even in `dtype`.
+
+    For bfloat16 two operations at the full rate: 65537 y has its last place where bfloat16 has it in y, and the
+    rounding's tie is even where y's is. For |y| < 2^112, and without bfloat16's subnormal numbers.
+    """
+    if dtype == tl.bfloat16:
+        y = tl.fma(y, -65536.0, y * 65537.0)
+    else:
+        y = y.to(dtype).to(tl.float32)
+    return y
+
+
+@triton.jit
+def _store_slices(
     y_row: tl.tensor,
     y: tl.tensor,
     tile: tl.constexpr,
     part: tl.constexpr,
     LEFT: tl.constexpr,
-    SLICES: tl.constexpr,
+    COLUMNS: tl.constexpr,
     RIGHT: tl.constexpr,
     TILE: tl.constexpr,
 ) -> None:
-    """Stores one slice of one tile, `[TILE, RIGHT]`, in its place in the row."""
+    """Stores the slices of one tile from `part` on in their place in the token."""
     row = tile * TILE + tl.arange(0, TILE)[:, None]
-    column = (row * SLICES + part) * RIGHT + tl.arange(0, RIGHT)[None, :]
+    column = row * COLUMNS + part * RIGHT + tl.arange(0, y.shape[1])[None, :]
     tl.store(y_row + column, y, mask=row < LEFT)
+
+
+@triton.jit
+def _round_once(x: tl.tensor, scale: tl.tensor, low: tl.tensor, high: tl.tensor) -> tl.tensor:
+    """`triton_grid.round_to_grid` with one correction of the quotient instead of two, as int8.
+
+    The quotient is that of an IEEE division but for one in millions, and for scales below 2^-100.
+    """
+    usable = (scale > 0.0) & (scale < float("inf"))
+    divisor = tl.where(usable, scale, 1.0)
+    inverse = tl.div_rn(1.0, divisor)
+    low, high = tl.where(usable, low, 0.0), tl.where(usable, high, 0.0)
+    quotient = x * inverse
+    quotient = tl.fma(tl.fma(quotient, -divisor, x), inverse, quotient)
+    quotient = tl.minimum(tl.maximum(quotient, low), high)
+    return (quotient + 12582912.0).to(tl.int32, bitcast=True).to(tl.int8)
 
 
 @triton.jit
@@ -147,14 +235,15 @@ def _store_quantized(
     RIGHT: tl.constexpr,
     TILE: tl.constexpr,
     TILES: tl.constexpr,
+    JOINED: tl.constexpr,
     BITS: tl.constexpr,
     SYMMETRIC: tl.constexpr,
 ) -> None:
-    """Quantizes a whole row, held in the tuple tile by tile and slice by slice, and stores integers and scale."""
-    largest = magnitude_bits(rounded[0])
+    """Quantizes a token, held in the tuple tile by tile and slice by slice, and stores integers and scale."""
+    largest = tl.abs(rounded[0])
     for i in tl.static_range(1, TILES * SLICES):
-        largest = tl.maximum(largest, magnitude_bits(rounded[i]))
-    largest = tl.max(tl.max(largest, 1), 0)
+        largest = tl.maximum(largest, tl.abs(rounded[i]), propagate_nan=tl.PropagateNan.ALL)
+    largest = tl.max(tl.max(magnitude_bits(largest), 1), 0)
     if SYMMETRIC:
         scale, low, high = symmetric_grid(largest, clip_ratio, BITS)
     else:
@@ -166,12 +255,81 @@ def _store_quantized(
         scale, low, high = asymmetric_grid(least, most, largest, clip_ratio, BITS)
     tl.store(scale_ptr, scale)
     for tile in tl.static_range(TILES):
-        for part in tl.static_range(SLICES):
-            integer = round_to_grid(rounded[tile * SLICES + part], scale, low, high)
-            _store_tile(y_row, integer.to(tl.int8), tile, part, LEFT, SLICES, RIGHT, TILE)
+        for first in tl.static_range(0, SLICES, JOINED):
+            integers = ()
+            for part in tl.static_range(JOINED):
+                integers = integers + (_round_once(rounded[tile * SLICES + first + part], scale, low, high),)
+            y = _put_together(integers, 0, JOINED)
+            _store_slices(y_row, y, tile, first, LEFT, SLICES * RIGHT, RIGHT, TILE)
 
 
 @triton.jit
+def _transform_token(
+    x_row: tl.tensor,
+    left_ptr: tl.tensor,
+    right_ptr: tl.tensor,
+    left: tl.tensor,  # None: loaded here, tile by tile
+    right: tl.tensor,  # None: loaded here
+    outlier_row: tl.tensor,
+    y_row: tl.tensor,
+    scale_ptr: tl.tensor,
+    normaliser: tl.tensor,
+    clip_ratio: tl.tensor,
+    WIDTH: tl.constexpr,
+    OUTLIERS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    KEEP_WIDTH: tl.constexpr,
+    LEFT: tl.constexpr,
+    SLICES: tl.constexpr,
+    RIGHT: tl.constexpr,
+    TILE: tl.constexpr,
+    TILES: tl.constexpr,
+    DEPTH: tl.constexpr,
+    STEPS: tl.constexpr,
+    LOADED: tl.constexpr,
+    JOINED: tl.constexpr,
+    IN_TERMS: tl.constexpr,
+    OUT_TERMS: tl.constexpr,
+    BITS: tl.constexpr,
+    SYMMETRIC: tl.constexpr,
+    RANK: tl.constexpr,
+) -> None:
+    """One token, from its input to what is stored."""
+    COLUMNS: tl.constexpr = SLICES * RIGHT
+    rounded = ()
+    for tile in tl.static_range(TILES):
+        parts = ()
+        for first in tl.static_range(0, COLUMNS, LOADED):
+            acc = _multiply_left(
+                x_row, left_ptr, left, tile, first, WIDTH, OUTLIERS, BLOCK, KEEP_WIDTH, LEFT, COLUMNS, LOADED, TILE,
+                DEPTH, STEPS, IN_TERMS,
+            )  # fmt: skip
+            if right is None:
+                right = _load_right(right_ptr, RIGHT)
+            parts = parts + _multiply_right(acc, right, normaliser, LOADED // RIGHT, OUT_TERMS)
+        parts = _add_slices(parts, SLICES)
+        if BITS > 0:
+            for part in tl.static_range(SLICES):
+                rounded = rounded + (_round_to_dtype(parts[part], x_row.dtype.element_ty),)
+        else:
+            for first in tl.static_range(0, SLICES, JOINED):
+                y = _put_together(parts, first, JOINED).to(x_row.dtype.element_ty)
+                _store_slices(y_row, y, tile, first, LEFT, COLUMNS, RIGHT, TILE)
+    if RANK > 0:
+        _copy_outliers(x_row, outlier_row, WIDTH, OUTLIERS, BLOCK, WIDTH // BLOCK * OUTLIERS, RANK)
+    if BITS > 0:
+        _store_quantized(
+            y_row, scale_ptr, rounded, clip_ratio, LEFT, SLICES, RIGHT, TILE, TILES, JOINED, BITS, SYMMETRIC
+        )
+
+
+@triton.jit
+def _load_right(right_ptr: tl.tensor, RIGHT: tl.constexpr) -> tl.tensor:
+    index = tl.arange(0, RIGHT)
+    return tl.load(right_ptr + index[:, None] * RIGHT + index[None, :])
+
+
+@triton.jit(do_not_specialize=["tokens"])
 def hadamard_kernel(
     x_ptr: tl.tensor,  # [tokens, WIDTH]
     left_ptr: tl.tensor,  # [TILES * TILE, STEPS * DEPTH], signs of the left factor, transposed
@@ -194,46 +352,41 @@ def hadamard_kernel(
     TILES: tl.constexpr,
     DEPTH: tl.constexpr,
     STEPS: tl.constexpr,
+    LOADED: tl.constexpr,
+    JOINED: tl.constexpr,
+    TURNS: tl.constexpr,
     IN_TERMS: tl.constexpr,
     OUT_TERMS: tl.constexpr,
     BITS: tl.constexpr,
     SYMMETRIC: tl.constexpr,
     RANK: tl.constexpr,
-    NEXT_EARLY: tl.constexpr,
 ) -> None:
-    """Transforms every num_programs-th token and, unless BITS is 0, quantizes it."""
-    if NEXT_EARLY:
-        gdc_launch_dependents()
+    """Transforms tokens and, unless BITS is 0, quantizes them.
+
+    With TURNS the programs take turns with the tokens and keep the factors; without, each has one token, and asks for
+    its input and the factors together.
+    """
     SIZE: tl.constexpr = LEFT * SLICES * RIGHT
     OUTLIER_WIDTH: tl.constexpr = WIDTH // BLOCK * OUTLIERS
-    right_index = tl.arange(0, RIGHT)
-    right = tl.load(right_ptr + right_index[:, None] * RIGHT + right_index[None, :])
     left = None
-    if TILES * STEPS == 1:
-        left = tl.load(left_ptr + tl.arange(0, TILE)[:, None] * DEPTH + tl.arange(0, DEPTH)[None, :])
-    for token in range(tl.program_id(0), tokens, tl.num_programs(0)):
-        x_row = x_ptr + tl.cast(token, tl.int64) * X_STRIDE
-        y_row = y_ptr + tl.cast(token, tl.int64) * SIZE
-        if RANK > 0:
-            outlier_row = outlier_ptr + tl.cast(token, tl.int64) * OUTLIER_WIDTH
-            _copy_outliers(x_row, outlier_row, WIDTH, OUTLIERS, BLOCK, OUTLIER_WIDTH, RANK)
-        rounded = ()
-        for tile in tl.static_range(TILES):
-            parts = ()
-            for part in tl.static_range(SLICES):
-                y = _multiply_slice(
-                    x_row, left_ptr, left, right, normaliser, tile, part, WIDTH, OUTLIERS, BLOCK, KEEP_WIDTH,
-                    LEFT, SLICES, RIGHT, TILE, DEPTH, STEPS, IN_TERMS, OUT_TERMS,
-                )  # fmt: skip
-                parts = parts + (y,)
-            parts = _add_slices(parts, SLICES)
-            for part in tl.static_range(SLICES):
-                y = parts[part].to(x_ptr.dtype.element_ty)
-                if BITS > 0:
-                    rounded = rounded + (y,)
-                else:
-                    _store_tile(y_row, y, tile, part, LEFT, SLICES, RIGHT, TILE)
-        if BITS > 0:
-            _store_quantized(
-                y_row, scale_ptr + token, rounded, clip_ratio, LEFT, SLICES, RIGHT, TILE, TILES, BITS, SYMMETRIC
-            )
+    right = None
+    if TURNS:
+        right = _load_right(right_ptr, RIGHT)
+        if TILES * STEPS == 1:
+            left = tl.load(left_ptr + tl.arange(0, TILE)[:, None] * DEPTH + tl.arange(0, DEPTH)[None, :])
+        for turn in range(tl.program_id(0), tokens, tl.num_programs(0)):
+            token = tl.cast(turn, tl.int64)
+            _transform_token(
+                x_ptr + token * X_STRIDE, left_ptr, right_ptr, left, right, outlier_ptr + token * OUTLIER_WIDTH,
+                y_ptr + token * SIZE, scale_ptr + token, normaliser, clip_ratio, WIDTH, OUTLIERS, BLOCK, KEEP_WIDTH,
+                LEFT, SLICES, RIGHT, TILE, TILES, DEPTH, STEPS, LOADED, JOINED, IN_TERMS, OUT_TERMS, BITS, SYMMETRIC,
+                RANK,
+            )  # fmt: skip
+    else:
+        token = tl.cast(tl.program_id(0), tl.int64)
+        _transform_token(
+            x_ptr + token * X_STRIDE, left_ptr, right_ptr, left, right, outlier_ptr + token * OUTLIER_WIDTH,
+            y_ptr + token * SIZE, scale_ptr + token, normaliser, clip_ratio, WIDTH, OUTLIERS, BLOCK, KEEP_WIDTH,
+            LEFT, SLICES, RIGHT, TILE, TILES, DEPTH, STEPS, LOADED, JOINED, IN_TERMS, OUT_TERMS, BITS, SYMMETRIC,
+                RANK,
+        )  # fmt: skip

@@ -11,9 +11,8 @@ from quad_kernels.hadamard.construct import HadamardPlan, hadamard_factor
 
 MAX_SIZE = 32768
 MAX_LEFT = 512
-MAX_SLICES = 8
-
-_TILE = 128
+MAX_SLICES = 16
+MAX_ROWS = 128  # of a tile
 
 
 @dataclass(frozen=True)
@@ -45,21 +44,31 @@ class Tiling:
 
 
 @lru_cache(maxsize=64)
-def tiling(plan: HadamardPlan) -> Tiling | None:
-    """The tiles of a plan, or None if the kernel does not fit it (no power of two, or too large)."""
+def tiling(plan: HadamardPlan, rows: int = 128, right: int = 32) -> Tiling | None:
+    """The tiles of a plan, or None if the kernel does not fit it (no power of two, or too large).
+
+    Args:
+        plan: the transform.
+        rows: largest number of rows of a tile, 64 or 128; the left factor takes of the power of two what fits.
+        right: largest order of the right factor.
+    """
     power = math.prod(plan.factors[_leading_factors(plan) :])
     left = plan.size // power
-    right = min(32, power)
+    right = min(right, power)
     if plan.size > MAX_SIZE or right < 16:
         return None
     slices = power // right
-    while (slices > 1 and 2 * left <= _TILE) or (slices > 2 and left > _TILE):
+    if rows // 2 < left <= MAX_ROWS:
+        rows = MAX_ROWS
+    while slices > 1 and 2 * left <= rows:
+        left, slices = 2 * left, slices // 2
+    if left <= rows:
+        tile = max(16, triton.next_power_of_2(left))
+        return Tiling(left, slices, right, tile, 1, tile, 1) if slices <= MAX_SLICES else None
+    while rows < MAX_ROWS and slices > 2:
         left, slices = 2 * left, slices // 2
     if left > MAX_LEFT or slices > MAX_SLICES:
         return None
-    if left <= _TILE:
-        tile = max(16, triton.next_power_of_2(left))
-        return Tiling(left, slices, right, tile, 1, tile, 1)
     tile = min((128, 64), key=lambda size: -(-left // size) * size)
     return Tiling(left, slices, right, tile, -(-left // tile), 64, -(-left // 64))
 
