@@ -74,7 +74,8 @@ def _cells(row: Row, beside: Sequence[str], eager: bool) -> list[str]:
     shares = [row.get("share_quantization"), row.get("share_outliers")]
     cells += [f"{row['fraction']:.2f}", *("" if share is None else f"{share:.0%}" for share in shares)]
     if eager:
-        own, other = row["eager"].get("quad"), row["eager"].get("bf16") or row["eager"].get("fp16")
+        seen = row.get("eager", {})  # of few tokens alone
+        own, other = seen.get("quad"), seen.get("bf16") or seen.get("fp16")
         cells += [
             _microseconds(own["median"]) if own else "",
             f"{other['median'] / own['median']:.2f}" if own and other else "",

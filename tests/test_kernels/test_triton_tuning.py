@@ -20,6 +20,7 @@ from quad_kernels.integer_linear.tune import tune
 
 pytestmark = pytest.mark.usefixtures("own_cache")
 
+SWEEP = Path(__file__).parents[2] / "docs" / "benchmarks" / "kernels-h200-sweep.jsonl"
 H100 = Device(processors=132, shared_memory=232448, hopper=True)
 A100 = Device(processors=108, shared_memory=166912, hopper=False)
 
@@ -63,7 +64,21 @@ def test_few_tokens_use_the_whole_gpu() -> None:
 def test_many_tokens_use_large_tiles_and_no_split() -> None:
     config = config_module.default_config(problem(8192, 14336), H100)
     assert config.split_k == 1
-    assert config.block_m * config.block_n == 128 * 256
+    assert config.block_m * config.block_n >= 128 * 128
+
+
+def test_the_choice_is_close_to_the_fastest_that_was_measured() -> None:
+    measured: dict[tuple[Any, ...], dict[Config, float]] = {}
+    for line in SWEEP.read_text().splitlines():
+        row = json.loads(line)
+        key = row["tokens"], row["outputs"], row["inputs"], row["rank"], row["layout"]
+        measured.setdefault(key, {})[Config(*row["config"])] = row["seconds"]
+    assert len(measured) > 4
+    for (tokens, outputs, inputs, rank, layout), seconds in measured.items():
+        bucket = config_module.token_bucket(tokens)
+        wanted = problem(bucket, outputs, inputs, group=inputs, rank=rank, nibbles=layout == "nibbles")
+        chosen = next(config for config in config_module.candidates(wanted, H100) if config in seconds)
+        assert seconds[chosen] < 1.2 * min(seconds.values()), (wanted, chosen)
 
 
 def test_groups_that_no_block_divides_use_the_smallest_block() -> None:

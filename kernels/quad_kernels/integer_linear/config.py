@@ -70,8 +70,6 @@ class Device(NamedTuple):
 
 # block_m, block_n, block_k, warps, stages. README.md has what the compiler makes of each.
 TILES = (
-    (16, 64, 256, 4, 4),
-    (16, 64, 512, 4, 3),
     (16, 128, 256, 4, 4),
     (16, 64, 128, 4, 5),
     (32, 64, 256, 4, 4),
@@ -90,12 +88,15 @@ TILES = (
 )
 SPLITS = (1, 2, 4, 8, 16)
 
-# The model, in cycles and bytes of one multiprocessor. The rates are those of data sheets, rounded: they rank
-# configurations and predict no time.
+# The model, in cycles and bytes of one multiprocessor. It ranks configurations and predicts no time. Rates of memory and
+# tensor cores are an H200's, the rest is fitted to docs/benchmarks/kernels-h200-sweep.jsonl.
 _MULTIPLIES = {True: 4096, False: 2048}  # int8 products per cycle, Hopper and before
-_CACHE_BYTES, _MEMORY_BYTES = 32.0, 14.0  # per cycle, from the L2 cache and from memory
-_LATENCY = 1000.0  # of a load, under load
-_START, _MEETING = 2500.0, 2500.0  # of a program; of the programs that share a tile
+_CACHE_BYTES, _MEMORY_BYTES = 30.0, 19.0  # per cycle, from the L2 cache and from memory
+_LATENCY = 1100.0  # of a load, under load
+_UNPACK = 0.02  # for each nibble of a step: no tensor core works meanwhile
+_ALONE = 100.0, 0.5  # of a step, and of its multiplication: one program cannot multiply while it waits
+_ONE_AHEAD = 300.0  # of a step whose loads began only one step before
+_START, _MEETING = 3400.0, 2100.0  # of a program; of the programs that share a tile
 _THREADS, _REGISTERS = 2048, 65536
 
 
@@ -177,20 +178,33 @@ def estimated_cycles(config: Config, problem: Problem, device: Device) -> float:
     tiles = tiles_m * -(-problem.outputs // config.block_n)
     steps = -(-problem.inputs // config.block_k) / config.split_k
     x_bytes, weight_bytes = _block_bytes(config, problem)
-    shared = shared_memory(config, problem)
-    resident = max(1, min(device.shared_memory // shared, _THREADS // (32 * config.warps)))
-    if config.block_m * config.block_n >= 64 * 32 * config.warps:
-        resident = min(resident, _REGISTERS // (240 * 32 * config.warps))
+    resident = _resident(config, problem, device)
     programs = -(-tiles * config.split_k // device.processors)
-    in_flight = min(resident, programs) * (config.stages - 1) * (x_bytes + weight_bytes) / _LATENCY
+    together = min(resident, programs)
+    in_flight = together * (config.stages - 1) * (x_bytes + weight_bytes) / _LATENCY
     multiply = config.block_m * config.block_n * config.block_k / _MULTIPLIES[device.hopper]
     fetch = (x_bytes + weight_bytes) / min(_CACHE_BYTES, in_flight)
     if tiles_m == 1:
         fetch = max(fetch, weight_bytes / min(_MEMORY_BYTES, in_flight))
-    # A multiprocessor with one program cannot multiply while it unpacks, loads and synchronises.
-    overlap = 0.0 if min(resident, programs) > 1 else 150.0
-    cycles = programs * steps * (max(multiply, fetch) + overlap) + -(-programs // resident) * _START
+    compute = multiply
+    if problem.nibbles:
+        compute += _UNPACK * config.block_n * config.block_k
+    if together == 1:
+        compute += _ALONE[0] + _ALONE[1] * multiply
+    if config.stages == 2:
+        compute += _ONE_AHEAD
+    cycles = programs * steps * max(compute, fetch) + -(-programs // resident) * _START
     if config.split_k > 1:
         partial = config.block_n * min(problem.tokens, config.block_m) * 4
         cycles += _MEETING + programs * partial / _CACHE_BYTES + config.split_k * partial / _CACHE_BYTES
     return cycles
+
+
+def _resident(config: Config, problem: Problem, device: Device) -> int:
+    """Programs that a multiprocessor holds at a time."""
+    threads = 32 * config.warps
+    sums = config.block_m * config.block_n / threads
+    weights = config.block_n * config.block_k / threads / 4
+    registers = min(255.0, 55 + 1.25 * sums + 0.75 * weights)  # about what the compiler takes, see README.md
+    shared = device.shared_memory // shared_memory(config, problem)
+    return max(1, min(shared, _THREADS // threads, int(_REGISTERS / (registers * threads))))
