@@ -107,6 +107,17 @@ def _load_weights(
 
 
 @triton.jit
+def _columns_of_vectors(words: tl.tensor) -> tuple[tl.tensor, tl.tensor, tl.tensor, tl.tensor]:
+    """Words 4i, 4i + 1, 4i + 2 and 4i + 3 of rows, in tensors of their own; a thread that has loaded a vector of four
+    words has them all.
+    """
+    even, odd = tl.split(tl.reshape(words, (words.shape[0], words.shape[1] // 4, 2, 2)))
+    first, third = tl.split(even)
+    second, fourth = tl.split(odd)
+    return first, second, third, fourth
+
+
+@triton.jit
 def _add_products(
     sums: tl.tensor,
     weights: tl.tensor,
@@ -128,8 +139,8 @@ def _add_products(
     """
     word = start + tl.arange(0, BLOCK_W)[None, :]
     column = word // HALF_WORDS * (2 * HALF_WORDS) + word % HALF_WORDS
-    low = (weights << 4) & -0x0F0F0F10
-    high = weights & -0x0F0F0F10
+    low = _columns_of_vectors((weights << 4) & -0x0F0F0F10)
+    high = _columns_of_vectors(weights & -0x0F0F0F10)
     added = ()
     for token in tl.static_range(TOKENS):
         pointers = x + tl.minimum(token, tokens - 1).to(tl.int64) * x_stride + column
@@ -139,11 +150,13 @@ def _add_products(
         else:
             low_x = tl.load(pointers)
             high_x = tl.load(pointers + HALF_WORDS)
-        products = tl.zeros((BLOCK_N, BLOCK_W), tl.int32)
-        products = _multiply_bytes(low, tl.broadcast_to(low_x, (BLOCK_N, BLOCK_W)), products, ASM)
-        products = _multiply_bytes(high, tl.broadcast_to(high_x, (BLOCK_N, BLOCK_W)), products, ASM)
-        products = tl.sum(tl.reshape(products, (BLOCK_N, BLOCK_W // VECTOR, VECTOR)), 2)
-        added = added + (sums[token] + products,)
+        low_x = _columns_of_vectors(low_x)
+        high_x = _columns_of_vectors(high_x)
+        total = sums[token]
+        for place in tl.static_range(VECTOR):
+            total = _multiply_bytes(low[place], tl.broadcast_to(low_x[place], total.shape), total, ASM)
+            total = _multiply_bytes(high[place], tl.broadcast_to(high_x[place], total.shape), total, ASM)
+        added = added + (total,)
     return added
 
 
