@@ -54,11 +54,14 @@ CANDIDATES = tuple(FewTokensConfig(n, w, warps, depth) for w, warps, depth, size
 
 
 def default_config(tokens: int, outputs: int, inputs: int) -> FewTokensConfig:
-    """The choice without measurements: rows that are in flight as a whole, 16 words of a thread or more."""
+    """The choice without measurements: whole rows in flight, 16 KB of a program or more where there are many rows."""
     words = row_words(inputs)
-    block_w = min(512, max(32 * VECTOR, triton.next_power_of_2(words)))
+    widest = 512 if tokens == 1 or words > 512 else 256  # with more tokens, sums over fewer threads weigh more
+    block_w = min(widest, max(32 * VECTOR, triton.next_power_of_2(words)))
     depth = min(4, -(-words // block_w))
-    block_n = 8 if depth == 1 and tokens <= 2 and outputs >= 4096 else 4 if tokens <= 4 else 2
+    block_n = 8 if depth == 1 and tokens == 1 and outputs >= 4096 else 4
+    if depth > 2 and tokens > 4:
+        block_n = 2
     return FewTokensConfig(block_n, block_w, block_w // (32 * VECTOR), depth)
 
 
@@ -72,7 +75,10 @@ def fits(config: FewTokensConfig, tokens: int, inputs: int) -> bool:
     padded = triton.next_power_of_2(tokens)
     weights = config.block_n * config.block_w * config.depth // threads
     sums = padded * config.block_n * config.block_w // VECTOR // threads
-    return weights <= (112 if tokens == 1 else 64) and sums <= 32
+    if tokens == 1:
+        return weights <= 112
+    loop = config.depth * config.block_w < words
+    return weights <= 64 and sums <= 32 and weights + sums <= (80 if loop else 96)
 
 
 def row_words(inputs: int) -> int:
