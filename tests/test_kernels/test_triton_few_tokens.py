@@ -84,7 +84,7 @@ def assert_rounded_alike(got: torch.Tensor, wanted: torch.Tensor) -> None:
 
 
 @pytest.mark.parametrize("config", [None, SMALL], ids=["chosen", "small"])
-@pytest.mark.parametrize(("m", "n", "k"), [(1, 70, 576), (3, 33, 4096), (8, 9, 132), (5, 8, 1408), (2, 3, 4)])
+@pytest.mark.parametrize(("m", "n", "k"), [(1, 70, 576), (3, 5, 4096), (8, 9, 132), (5, 3, 1408), (2, 3, 4)])
 def test_integer_sums_are_exact(m: int, n: int, k: int, config: FewTokensConfig | None, device: torch.device) -> None:
     operands = with_unit_scales(layer(m, n, k))
     wanted = (operands.x.double() @ operands.weight.unpacked().double().T).float()
@@ -99,7 +99,7 @@ def test_every_candidate_gives_the_integers_of_the_other_kernel(config: FewToken
 
     group = 8 * config.block_w * config.depth
     for k in (group - 128, group, group + 384):
-        operands = layer(2, 3, k, bits=4, dtype=torch.bfloat16)
+        operands = layer(1, 2, k, bits=4, dtype=torch.bfloat16)
         wanted = launch.integer_linear(moved(operands, device), Config(16, 64, 512, 1, 4, 3)).cpu()
         assert torch.equal(run(operands, device, config), wanted)
 
@@ -120,7 +120,7 @@ def test_largest_sums_do_not_overflow(x_value: int, w_value: int, device: torch.
 def test_complete_layer_agrees_with_the_reference(
     m: int, rank: int, bias: bool, dtype: torch.dtype, device: torch.device
 ) -> None:
-    operands = layer(m, 37, 700, rank, bias, bits=4, dtype=dtype)
+    operands = layer(m, 9, 300, rank, bias, bits=4, dtype=dtype)
     got = run(operands, device)
     assert got.dtype == dtype
     assert_rounded_alike(got, reference(operands))

@@ -54,11 +54,14 @@ CANDIDATES = tuple(FewTokensConfig(n, w, warps, depth) for w, warps, depth, size
 
 
 def default_config(tokens: int, outputs: int, inputs: int) -> FewTokensConfig:
-    """The choice without measurements: rows that are in flight as a whole, 16 words of a thread or more."""
+    """The choice without measurements: whole rows in flight, 16 KB of a program or more where there are many rows."""
     words = row_words(inputs)
-    block_w = min(512, max(32 * VECTOR, triton.next_power_of_2(words)))
+    widest = 512 if tokens == 1 or words > 512 else 256  # with more tokens, sums over fewer threads weigh more
+    block_w = min(widest, max(32 * VECTOR, triton.next_power_of_2(words)))
     depth = min(4, -(-words // block_w))
-    block_n = 8 if depth == 1 and tokens <= 2 and outputs >= 4096 else 4 if tokens <= 4 else 2
+    block_n = 8 if depth == 1 and tokens == 1 and outputs >= 4096 else 4
+    if depth > 2 and tokens > 4:
+        block_n = 2
     return FewTokensConfig(block_n, block_w, block_w // (32 * VECTOR), depth)
 
 
@@ -72,7 +75,10 @@ def fits(config: FewTokensConfig, tokens: int, inputs: int) -> bool:
     padded = triton.next_power_of_2(tokens)
     weights = config.block_n * config.block_w * config.depth // threads
     sums = padded * config.block_n * config.block_w // VECTOR // threads
-    return weights <= (112 if tokens == 1 else 64) and sums <= 32
+    if tokens == 1:
+        return weights <= 112
+    loop = config.depth * config.block_w < words
+    return weights <= 64 and sums <= 32 and weights + sums <= (80 if loop else 96)
 
 
 def row_words(inputs: int) -> int:
@@ -107,6 +113,17 @@ def _load_weights(
 
 
 @triton.jit
+def _columns_of_vectors(words: tl.tensor) -> tuple[tl.tensor, tl.tensor, tl.tensor, tl.tensor]:
+    """Words 4i, 4i + 1, 4i + 2 and 4i + 3 of rows, in tensors of their own; a thread that has loaded a vector of four
+    words has them all.
+    """
+    even, odd = tl.split(tl.reshape(words, (words.shape[0], words.shape[1] // 4, 2, 2)))
+    first, third = tl.split(even)
+    second, fourth = tl.split(odd)
+    return first, second, third, fourth
+
+
+@triton.jit
 def _add_products(
     sums: tl.tensor,
     weights: tl.tensor,
@@ -128,8 +145,8 @@ def _add_products(
     """
     word = start + tl.arange(0, BLOCK_W)[None, :]
     column = word // HALF_WORDS * (2 * HALF_WORDS) + word % HALF_WORDS
-    low = (weights << 4) & -0x0F0F0F10
-    high = weights & -0x0F0F0F10
+    low = _columns_of_vectors((weights << 4) & -0x0F0F0F10)
+    high = _columns_of_vectors(weights & -0x0F0F0F10)
     added = ()
     for token in tl.static_range(TOKENS):
         pointers = x + tl.minimum(token, tokens - 1).to(tl.int64) * x_stride + column
@@ -139,11 +156,13 @@ def _add_products(
         else:
             low_x = tl.load(pointers)
             high_x = tl.load(pointers + HALF_WORDS)
-        products = tl.zeros((BLOCK_N, BLOCK_W), tl.int32)
-        products = _multiply_bytes(low, tl.broadcast_to(low_x, (BLOCK_N, BLOCK_W)), products, ASM)
-        products = _multiply_bytes(high, tl.broadcast_to(high_x, (BLOCK_N, BLOCK_W)), products, ASM)
-        products = tl.sum(tl.reshape(products, (BLOCK_N, BLOCK_W // VECTOR, VECTOR)), 2)
-        added = added + (sums[token] + products,)
+        low_x = _columns_of_vectors(low_x)
+        high_x = _columns_of_vectors(high_x)
+        total = sums[token]
+        for place in tl.static_range(VECTOR):
+            total = _multiply_bytes(low[place], tl.broadcast_to(low_x[place], total.shape), total, ASM)
+            total = _multiply_bytes(high[place], tl.broadcast_to(high_x[place], total.shape), total, ASM)
+        added = added + (total,)
     return added
 
 
