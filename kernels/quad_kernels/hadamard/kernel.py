@@ -155,9 +155,12 @@ def _multiply_right(
     products = ()
     for part in tl.static_range(PARTS):
         terms = _terms(parts[part], OUT_TERMS)
-        y = tl.dot(terms[0], right)
-        for term in tl.static_range(1, OUT_TERMS):
-            y = tl.dot(terms[term], right, y)
+        if right.shape[0] == OUT_TERMS * right.shape[1]:
+            y = tl.dot(_put_together(terms, 0, OUT_TERMS), right)
+        else:
+            y = tl.dot(terms[0], right)
+            for term in tl.static_range(1, OUT_TERMS):
+                y = tl.dot(terms[term], right, y)
         products = products + (y,)
     return products
 
@@ -209,19 +212,17 @@ def _store_slices(
 
 
 @triton.jit
-def _round_once(x: tl.tensor, scale: tl.tensor, low: tl.tensor, high: tl.tensor) -> tl.tensor:
-    """`triton_grid.round_to_grid` with one correction of the quotient instead of two, as int8.
+def _round_product(x: tl.tensor, scale: tl.tensor, low: tl.tensor, high: tl.tensor) -> tl.tensor:
+    """`triton_grid.round_to_grid` by one multiplication, as int8: of x times the inverse of the scale.
 
-    The quotient is that of an IEEE division but for one in millions, and for scales below 2^-100.
+    That is x / scale but for 2^-24 of it, less than what the order of the sums in x makes.
     """
     usable = (scale > 0.0) & (scale < float("inf"))
-    divisor = tl.where(usable, scale, 1.0)
-    inverse = tl.div_rn(1.0, divisor)
-    low, high = tl.where(usable, low, 0.0), tl.where(usable, high, 0.0)
-    quotient = x * inverse
-    quotient = tl.fma(tl.fma(quotient, -divisor, x), inverse, quotient)
-    quotient = tl.minimum(tl.maximum(quotient, low), high)
-    return (quotient + 12582912.0).to(tl.int32, bitcast=True).to(tl.int8)
+    inverse = tl.div_rn(1.0, tl.where(usable, scale, 1.0))
+    # Adding 1.5 * 2^23 rounds to nearest even and leaves the integer in the low bits of the sum.
+    total = tl.fma(x, inverse, 12582912.0)
+    low, high = tl.where(usable, low, 0.0) + 12582912.0, tl.where(usable, high, 0.0) + 12582912.0
+    return tl.minimum(tl.maximum(total, low), high).to(tl.int32, bitcast=True).to(tl.int8)
 
 
 @triton.jit
@@ -258,7 +259,7 @@ def _store_quantized(
         for first in tl.static_range(0, SLICES, JOINED):
             integers = ()
             for part in tl.static_range(JOINED):
-                integers = integers + (_round_once(rounded[tile * SLICES + first + part], scale, low, high),)
+                integers = integers + (_round_product(rounded[tile * SLICES + first + part], scale, low, high),)
             y = _put_together(integers, 0, JOINED)
             _store_slices(y_row, y, tile, first, LEFT, SLICES * RIGHT, RIGHT, TILE)
 
@@ -305,7 +306,7 @@ def _transform_token(
                 DEPTH, STEPS, IN_TERMS,
             )  # fmt: skip
             if right is None:
-                right = _load_right(right_ptr, RIGHT)
+                right = _load_right(right_ptr, RIGHT, OUT_TERMS)
             parts = parts + _multiply_right(acc, right, normaliser, LOADED // RIGHT, OUT_TERMS)
         parts = _add_slices(parts, SLICES)
         if BITS > 0:
@@ -324,9 +325,10 @@ def _transform_token(
 
 
 @triton.jit
-def _load_right(right_ptr: tl.tensor, RIGHT: tl.constexpr) -> tl.tensor:
-    index = tl.arange(0, RIGHT)
-    return tl.load(right_ptr + index[:, None] * RIGHT + index[None, :])
+def _load_right(right_ptr: tl.tensor, RIGHT: tl.constexpr, OUT_TERMS: tl.constexpr) -> tl.tensor:
+    """The right factor, twice one above the other for two terms side by side: `[RIGHT or 2 * RIGHT, RIGHT]`."""
+    row = tl.arange(0, 2 * RIGHT if OUT_TERMS == 2 else RIGHT)[:, None]
+    return tl.load(right_ptr + row % RIGHT * RIGHT + tl.arange(0, RIGHT)[None, :])
 
 
 @triton.jit(do_not_specialize=["tokens"])
@@ -371,7 +373,7 @@ def hadamard_kernel(
     left = None
     right = None
     if TURNS:
-        right = _load_right(right_ptr, RIGHT)
+        right = _load_right(right_ptr, RIGHT, OUT_TERMS)
         if TILES * STEPS == 1:
             left = tl.load(left_ptr + tl.arange(0, TILE)[:, None] * DEPTH + tl.arange(0, DEPTH)[None, :])
         for turn in range(tl.program_id(0), tokens, tl.num_programs(0)):
