@@ -59,6 +59,7 @@ def _copy_outliers(
 @triton.jit
 def _load_rows(
     x_row: tl.tensor,
+    exists: tl.tensor,
     step: tl.tensor,
     first: tl.constexpr,
     WIDTH: tl.constexpr,
@@ -73,7 +74,7 @@ def _load_rows(
     """LOADED columns, from `first` on, of one step's rows of a token read as `[LEFT, COLUMNS]`; outliers are zero."""
     row = step * DEPTH + tl.arange(0, DEPTH)[:, None]
     column = row * COLUMNS + first + tl.arange(0, LOADED)[None, :]
-    valid = row < LEFT
+    valid = (row < LEFT) & exists
     if KEEP_WIDTH and OUTLIERS > 0:
         valid = valid & (column % BLOCK >= OUTLIERS)
     source = residual_source(column, WIDTH, OUTLIERS, BLOCK, KEEP_WIDTH)
@@ -114,6 +115,7 @@ def _put_together(parts: tl.tuple, FIRST: tl.constexpr, PARTS: tl.constexpr) -> 
 @triton.jit
 def _multiply_left(
     x_row: tl.tensor,
+    exists: tl.tensor,  # False: zeros
     left_ptr: tl.tensor,
     left: tl.tensor,  # None: loaded here, step by step
     tile: tl.constexpr,
@@ -134,7 +136,7 @@ def _multiply_left(
     acc = tl.zeros([TILE, LOADED], tl.float32)
     small = acc  # terms other than the largest are summed apart, where little is lost to the places that are cut off
     for step in range(STEPS):
-        x = _load_rows(x_row, step, first, WIDTH, OUTLIERS, BLOCK, KEEP_WIDTH, LEFT, COLUMNS, LOADED, DEPTH)
+        x = _load_rows(x_row, exists, step, first, WIDTH, OUTLIERS, BLOCK, KEEP_WIDTH, LEFT, COLUMNS, LOADED, DEPTH)
         tile_left = left
         if left is None:
             left_row = (tile * TILE + tl.arange(0, TILE)[:, None]) * (STEPS * DEPTH)
@@ -155,9 +157,12 @@ def _multiply_right(
     products = ()
     for part in tl.static_range(PARTS):
         terms = _terms(parts[part], OUT_TERMS)
-        y = tl.dot(terms[0], right)
-        for term in tl.static_range(1, OUT_TERMS):
-            y = tl.dot(terms[term], right, y)
+        if right.shape[0] == OUT_TERMS * right.shape[1]:
+            y = tl.dot(_put_together(terms, 0, OUT_TERMS), right)
+        else:
+            y = tl.dot(terms[0], right)
+            for term in tl.static_range(1, OUT_TERMS):
+                y = tl.dot(terms[term], right, y)
         products = products + (y,)
     return products
 
@@ -209,19 +214,17 @@ def _store_slices(
 
 
 @triton.jit
-def _round_once(x: tl.tensor, scale: tl.tensor, low: tl.tensor, high: tl.tensor) -> tl.tensor:
-    """`triton_grid.round_to_grid` with one correction of the quotient instead of two, as int8.
+def _round_product(x: tl.tensor, scale: tl.tensor, low: tl.tensor, high: tl.tensor) -> tl.tensor:
+    """`triton_grid.round_to_grid` by one multiplication, as int8: of x times the inverse of the scale.
 
-    The quotient is that of an IEEE division but for one in millions, and for scales below 2^-100.
+    That is x / scale but for 2^-24 of it, less than what the order of the sums in x makes.
     """
     usable = (scale > 0.0) & (scale < float("inf"))
-    divisor = tl.where(usable, scale, 1.0)
-    inverse = tl.div_rn(1.0, divisor)
-    low, high = tl.where(usable, low, 0.0), tl.where(usable, high, 0.0)
-    quotient = x * inverse
-    quotient = tl.fma(tl.fma(quotient, -divisor, x), inverse, quotient)
-    quotient = tl.minimum(tl.maximum(quotient, low), high)
-    return (quotient + 12582912.0).to(tl.int32, bitcast=True).to(tl.int8)
+    inverse = tl.div_rn(1.0, tl.where(usable, scale, 1.0))
+    # Adding 1.5 * 2^23 rounds to nearest even and leaves the integer in the low bits of the sum.
+    total = tl.fma(x, inverse, 12582912.0)
+    low, high = tl.where(usable, low, 0.0) + 12582912.0, tl.where(usable, high, 0.0) + 12582912.0
+    return tl.minimum(tl.maximum(total, low), high).to(tl.int32, bitcast=True).to(tl.int8)
 
 
 @triton.jit
@@ -258,75 +261,54 @@ def _store_quantized(
         for first in tl.static_range(0, SLICES, JOINED):
             integers = ()
             for part in tl.static_range(JOINED):
-                integers = integers + (_round_once(rounded[tile * SLICES + first + part], scale, low, high),)
+                integers = integers + (_round_product(rounded[tile * SLICES + first + part], scale, low, high),)
             y = _put_together(integers, 0, JOINED)
             _store_slices(y_row, y, tile, first, LEFT, SLICES * RIGHT, RIGHT, TILE)
 
 
 @triton.jit
-def _transform_token(
+def _store_token(
     x_row: tl.tensor,
-    left_ptr: tl.tensor,
-    right_ptr: tl.tensor,
-    left: tl.tensor,  # None: loaded here, tile by tile
-    right: tl.tensor,  # None: loaded here
     outlier_row: tl.tensor,
     y_row: tl.tensor,
     scale_ptr: tl.tensor,
-    normaliser: tl.tensor,
+    parts: tl.tuple,
     clip_ratio: tl.tensor,
     WIDTH: tl.constexpr,
     OUTLIERS: tl.constexpr,
     BLOCK: tl.constexpr,
-    KEEP_WIDTH: tl.constexpr,
     LEFT: tl.constexpr,
     SLICES: tl.constexpr,
     RIGHT: tl.constexpr,
     TILE: tl.constexpr,
     TILES: tl.constexpr,
-    DEPTH: tl.constexpr,
-    STEPS: tl.constexpr,
-    LOADED: tl.constexpr,
     JOINED: tl.constexpr,
-    IN_TERMS: tl.constexpr,
-    OUT_TERMS: tl.constexpr,
     BITS: tl.constexpr,
     SYMMETRIC: tl.constexpr,
     RANK: tl.constexpr,
 ) -> None:
-    """One token, from its input to what is stored."""
-    COLUMNS: tl.constexpr = SLICES * RIGHT
-    rounded = ()
-    for tile in tl.static_range(TILES):
-        parts = ()
-        for first in tl.static_range(0, COLUMNS, LOADED):
-            acc = _multiply_left(
-                x_row, left_ptr, left, tile, first, WIDTH, OUTLIERS, BLOCK, KEEP_WIDTH, LEFT, COLUMNS, LOADED, TILE,
-                DEPTH, STEPS, IN_TERMS,
-            )  # fmt: skip
-            if right is None:
-                right = _load_right(right_ptr, RIGHT)
-            parts = parts + _multiply_right(acc, right, normaliser, LOADED // RIGHT, OUT_TERMS)
-        parts = _add_slices(parts, SLICES)
-        if BITS > 0:
-            for part in tl.static_range(SLICES):
-                rounded = rounded + (_round_to_dtype(parts[part], x_row.dtype.element_ty),)
-        else:
-            for first in tl.static_range(0, SLICES, JOINED):
-                y = _put_together(parts, first, JOINED).to(x_row.dtype.element_ty)
-                _store_slices(y_row, y, tile, first, LEFT, COLUMNS, RIGHT, TILE)
+    """What becomes of a token's products, held in the tuple tile by tile and slice by slice, float32; its outliers."""
     if RANK > 0:
         _copy_outliers(x_row, outlier_row, WIDTH, OUTLIERS, BLOCK, WIDTH // BLOCK * OUTLIERS, RANK)
     if BITS > 0:
+        rounded = ()
+        for i in tl.static_range(TILES * SLICES):
+            rounded = rounded + (_round_to_dtype(parts[i], x_row.dtype.element_ty),)
         _store_quantized(
             y_row, scale_ptr, rounded, clip_ratio, LEFT, SLICES, RIGHT, TILE, TILES, JOINED, BITS, SYMMETRIC
         )
+    else:
+        for tile in tl.static_range(TILES):
+            for first in tl.static_range(0, SLICES, JOINED):
+                y = _put_together(parts, tile * SLICES + first, JOINED).to(x_row.dtype.element_ty)
+                _store_slices(y_row, y, tile, first, LEFT, SLICES * RIGHT, RIGHT, TILE)
 
 
 @triton.jit
-def _load_right(right_ptr: tl.tensor, RIGHT: tl.constexpr) -> tl.tensor:
-    index = tl.arange(0, RIGHT)
-    return tl.load(right_ptr + index[:, None] * RIGHT + index[None, :])
+def _load_right(right_ptr: tl.tensor, RIGHT: tl.constexpr, OUT_TERMS: tl.constexpr) -> tl.tensor:
+    """The right factor, twice one above the other for two terms side by side: `[RIGHT or 2 * RIGHT, RIGHT]`."""
+    row = tl.arange(0, 2 * RIGHT if OUT_TERMS == 2 else RIGHT)[:, None]
+    return tl.load(right_ptr + row % RIGHT * RIGHT + tl.arange(0, RIGHT)[None, :])
 
 
 @triton.jit(do_not_specialize=["tokens"])
@@ -363,30 +345,51 @@ def hadamard_kernel(
 ) -> None:
     """Transforms tokens and, unless BITS is 0, quantizes them.
 
-    With TURNS the programs take turns with the tokens and keep the factors; without, each has one token, and asks for
-    its input and the factors together.
+    With TURNS the programs take turns with the tokens and keep the factors, of which the left one must be one tile. The
+    left product of the next token ends a turn, so that its input has the time of a turn to arrive. Without TURNS each
+    program has one token, and asks for its input and the factors together.
     """
-    SIZE: tl.constexpr = LEFT * SLICES * RIGHT
+    COLUMNS: tl.constexpr = SLICES * RIGHT
+    SIZE: tl.constexpr = LEFT * COLUMNS
     OUTLIER_WIDTH: tl.constexpr = WIDTH // BLOCK * OUTLIERS
-    left = None
-    right = None
     if TURNS:
-        right = _load_right(right_ptr, RIGHT)
-        if TILES * STEPS == 1:
-            left = tl.load(left_ptr + tl.arange(0, TILE)[:, None] * DEPTH + tl.arange(0, DEPTH)[None, :])
+        right = _load_right(right_ptr, RIGHT, OUT_TERMS)
+        left = tl.load(left_ptr + tl.arange(0, TILE)[:, None] * DEPTH + tl.arange(0, DEPTH)[None, :])
+        x_row = x_ptr + tl.cast(tl.program_id(0), tl.int64) * X_STRIDE
+        acc = _multiply_left(
+            x_row, tl.program_id(0) < tokens, left_ptr, left, 0, 0, WIDTH, OUTLIERS, BLOCK, KEEP_WIDTH, LEFT, COLUMNS,
+            COLUMNS, TILE, DEPTH, STEPS, IN_TERMS,
+        )  # fmt: skip
         for turn in range(tl.program_id(0), tokens, tl.num_programs(0)):
             token = tl.cast(turn, tl.int64)
-            _transform_token(
-                x_ptr + token * X_STRIDE, left_ptr, right_ptr, left, right, outlier_ptr + token * OUTLIER_WIDTH,
-                y_ptr + token * SIZE, scale_ptr + token, normaliser, clip_ratio, WIDTH, OUTLIERS, BLOCK, KEEP_WIDTH,
-                LEFT, SLICES, RIGHT, TILE, TILES, DEPTH, STEPS, LOADED, JOINED, IN_TERMS, OUT_TERMS, BITS, SYMMETRIC,
+            parts = _add_slices(_multiply_right(acc, right, normaliser, SLICES, OUT_TERMS), SLICES)
+            _store_token(
+                x_ptr + token * X_STRIDE, outlier_ptr + token * OUTLIER_WIDTH, y_ptr + token * SIZE, scale_ptr + token,
+                parts, clip_ratio, WIDTH, OUTLIERS, BLOCK, LEFT, SLICES, RIGHT, TILE, TILES, JOINED, BITS, SYMMETRIC,
                 RANK,
+            )  # fmt: skip
+            after = turn + tl.num_programs(0)
+            acc = _multiply_left(
+                x_ptr + tl.cast(after, tl.int64) * X_STRIDE, after < tokens, left_ptr, left, 0, 0, WIDTH, OUTLIERS,
+                BLOCK, KEEP_WIDTH, LEFT, COLUMNS, COLUMNS, TILE, DEPTH, STEPS, IN_TERMS,
             )  # fmt: skip
     else:
         token = tl.cast(tl.program_id(0), tl.int64)
-        _transform_token(
-            x_ptr + token * X_STRIDE, left_ptr, right_ptr, left, right, outlier_ptr + token * OUTLIER_WIDTH,
-            y_ptr + token * SIZE, scale_ptr + token, normaliser, clip_ratio, WIDTH, OUTLIERS, BLOCK, KEEP_WIDTH,
-            LEFT, SLICES, RIGHT, TILE, TILES, DEPTH, STEPS, LOADED, JOINED, IN_TERMS, OUT_TERMS, BITS, SYMMETRIC,
-                RANK,
+        x_row = x_ptr + token * X_STRIDE
+        products = ()
+        right = None
+        for tile in tl.static_range(TILES):
+            parts = ()
+            for first in tl.static_range(0, COLUMNS, LOADED):
+                acc = _multiply_left(
+                    x_row, True, left_ptr, None, tile, first, WIDTH, OUTLIERS, BLOCK, KEEP_WIDTH, LEFT, COLUMNS, LOADED,
+                    TILE, DEPTH, STEPS, IN_TERMS,
+                )  # fmt: skip
+                if right is None:
+                    right = _load_right(right_ptr, RIGHT, OUT_TERMS)
+                parts = parts + _multiply_right(acc, right, normaliser, LOADED // RIGHT, OUT_TERMS)
+            products = products + _add_slices(parts, SLICES)
+        _store_token(
+            x_row, outlier_ptr + token * OUTLIER_WIDTH, y_ptr + token * SIZE, scale_ptr + token, products, clip_ratio,
+            WIDTH, OUTLIERS, BLOCK, LEFT, SLICES, RIGHT, TILE, TILES, JOINED, BITS, SYMMETRIC, RANK,
         )  # fmt: skip

@@ -26,7 +26,7 @@ class Configuration(NamedTuple):
         programs: programs per multiprocessor, which take turns with the tokens; 0 for programs of one turn.
         stages: 2 to fetch the input of the next turn during the arithmetic of one.
         registers: most registers of a thread, 0 for what the compiler chooses.
-        joined: columns that are stored together; they go through shared memory.
+        joined: bytes of a row that are stored together; they go through shared memory.
         loaded: columns that are multiplied by the left factor at a time.
     """
 
@@ -92,9 +92,10 @@ def _launch(
     scale = None if quantization is None else torch.empty(tokens, 1, dtype=torch.float32, device=x.device)
     if tokens:
         left, right = factors(plan, tiles, torch.float16 if x.dtype == torch.float16 else torch.bfloat16, x.device)
+        turns = config.programs > 0 and tiles.tiles * tiles.steps == 1
         programs = tokens
-        if config.programs:
-            programs = min(programs, config.programs * _multiprocessors(x.device))
+        if turns:
+            programs = min(tokens, config.programs * _multiprocessors(x.device))
         options: dict[str, Any] = {"maxnreg": config.registers} if config.registers else {}
         hadamard_kernel[(programs,)](
             x,
@@ -119,8 +120,8 @@ def _launch(
             DEPTH=tiles.depth,
             STEPS=tiles.steps,
             LOADED=max(tiles.right, min(tiles.slices * tiles.right, config.loaded)),
-            JOINED=max(1, min(tiles.slices, config.joined // tiles.right)),
-            TURNS=config.programs > 0,
+            JOINED=max(1, min(tiles.slices, config.joined // (y.element_size() * tiles.right))),
+            TURNS=turns,
             IN_TERMS=3 if x.dtype == torch.float32 else 0,
             OUT_TERMS=3 if x.dtype == torch.float32 else 2,
             BITS=0 if quantization is None else quantization.bits,
