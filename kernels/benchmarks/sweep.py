@@ -13,8 +13,10 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
+from typing import Any
 
 import torch
 from quad_kernels import LinearOperands, QuantizedWeight
@@ -54,13 +56,15 @@ def operands(
     )
 
 
-def configurations(launch: "Launch", device: torch.device, extra: Sequence[Config]) -> list[Config]:  # noqa: F821
+def configurations(launch: Any, device: torch.device, extra: Sequence[Config]) -> list[Config]:
     """Every tile with every split that fits, and more."""
     from quad_kernels.integer_linear.autotune import describe as describe_gpu
 
     gpu = describe_gpu(device)
     splits = SPLITS if launch.problem.tokens <= _MOST_SPLIT_TOKENS else (1,)
-    every = [Config(m, n, k, split, warps, stages) for (m, n, k, warps, stages), split in itertools.product(TILES, splits)]
+    every = [
+        Config(m, n, k, split, warps, stages) for (m, n, k, warps, stages), split in itertools.product(TILES, splits)
+    ]
     return [config for config in dict.fromkeys([*every, *extra]) if fits(config, launch.problem, gpu)]
 
 
@@ -124,7 +128,7 @@ def rows(options: argparse.Namespace) -> Iterator[Row]:
                 print("out of time for measuring", file=sys.stderr)
                 return
             try:
-                graph = CudaGraph(Method("", lambda i, config=config: launches[i](config), copies))
+                graph = CudaGraph(Method("", partial(_launch, launches, config), copies))
                 seconds = sorted(graph.sample() for _ in range(_SAMPLES))[_SAMPLES // 2]
             except Exception as error:
                 print(f"{shape} {layout} {tuple(config)}: {describe(error)}", file=sys.stderr)
@@ -133,9 +137,14 @@ def rows(options: argparse.Namespace) -> Iterator[Row]:
             yield {"tokens": tokens, "outputs": outputs, "inputs": inputs, "rank": shape[3], "layout": layout,
                    "config": list(config), "seconds": seconds}  # fmt: skip
         for seconds, config in sorted(found)[:4]:
-            rate = 2 * tokens * outputs * inputs / seconds / 1e12
-            speed = weight_bytes / seconds / 1e12
-            print(f"{tokens}x{outputs}x{inputs} {layout} {tuple(config)}: {seconds * 1e6:.1f} us, {rate:.0f} TOP/s, {speed:.2f} TB/s", flush=True)  # fmt: skip
+            rate, speed = 2 * tokens * outputs * inputs / seconds / 1e12, weight_bytes / seconds / 1e12
+            print(f"{tokens}x{outputs}x{inputs} {layout} {tuple(config)}: ", end="")
+            print(f"{seconds * 1e6:.1f} us, {rate:.0f} TOP/s, {speed:.2f} TB/s", flush=True)
+
+
+def _launch(launches: Sequence[Any], config: Config, copy: int) -> torch.Tensor:
+    y: torch.Tensor = launches[copy](config)
+    return y
 
 
 def main(argv: Sequence[str] | None = None) -> int:

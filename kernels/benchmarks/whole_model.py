@@ -198,8 +198,7 @@ def measure(options: argparse.Namespace) -> Row:
             for which, each in models.items():
                 with _measured(row, f"{name}_{which}_capture", device):
                     steps[which] = Step(each, tokens, context)
-            graphs = {which: step for which, step in steps.items() if step.graph is not None or device.type == "cpu"}
-            calls: dict[str, Any] = {which: step for which, step in graphs.items()}
+            calls: dict[str, Any] = {which: step for which, step in steps.items() if step.graph or device.type == "cpu"}
             calls |= {f"{which}_eager": step.eager for which, step in steps.items()}
             times = seconds_in_turn(calls, options.repeats, device)
             row[name] = times
@@ -207,7 +206,7 @@ def measure(options: argparse.Namespace) -> Row:
             if options.profile:
                 for which, step in steps.items():
                     _profile(f"{name} {which}", step, options.profile)
-            del steps, graphs, calls
+            del steps, calls
             gc.collect()
     return row
 
@@ -228,7 +227,9 @@ def _profile(title: str, step: Step, rows: int) -> None:
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs; returns 1 if a part failed."""
     parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.whole_model", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="python -m benchmarks.whole_model",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--model", choices=list(LAYERS), default="llama-3-8b")
     parser.add_argument("--layers", type=int, help="default: as many as the model has")

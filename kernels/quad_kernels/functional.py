@@ -18,6 +18,7 @@ from quad_kernels.formats import (
 )
 from quad_kernels.hadamard.construct import HadamardPlan, plan_hadamard
 from quad_kernels.hadamard.reference import apply_hadamard as reference_hadamard
+from quad_kernels.integer_linear.operands import LinearOperands
 from quad_kernels.packing import nibble_bytes
 from quad_kernels.table_product.reference import table_product as reference_table_product
 from quad_kernels.weight import QuantizedWeight, expand_scales
@@ -78,25 +79,31 @@ def quantize_activations(
         raise ValueError(f"group_size ({group}) must divide the width of the activations ({split.residual_width})")
     if packed and quantization.integer_bits > 4:
         raise ValueError(f"only integers of up to 4 bits can be packed, not {quantization.integer_bits}")
-    outlier, integers, scale = ops.quantize_activations(
-        x.reshape(-1, width),
-        quantization.bits,
-        quantization.clip_ratio,
-        group or 0,
-        quantization.sub_scale_bits or 0,
-        quantization.symmetric,
-        split.outliers,
-        split.block,
-        split.keep_width,
-        split.hadamard,
-        None if norm is None else norm.weight,
-        -1.0 if norm is None else norm.eps,
-        packed,
-        backend or "",
-    )
+    flat = x.reshape(-1, width)
+    outlier: torch.Tensor | None
+    if torch.compiler.is_compiling():
+        outlier, integers, scale = ops.quantize_activations(
+            flat,
+            quantization.bits,
+            quantization.clip_ratio,
+            group or 0,
+            quantization.sub_scale_bits or 0,
+            quantization.symmetric,
+            split.outliers,
+            split.block,
+            split.keep_width,
+            split.hadamard,
+            None if norm is None else norm.weight,
+            -1.0 if norm is None else norm.eps,
+            packed,
+            backend or "",
+        )
+    else:  # an operator takes longer to be called than many of these kernels to run
+        chosen = choose_backend(x.device, backend)
+        outlier, integers, scale = chosen.quantize_activations(flat, quantization, split, norm, packed)
     leading = x.shape[:-1]
     return QuantizedActivations(
-        outlier.view(*leading, split.rank) if split.rank else None,
+        outlier.view(*leading, split.rank) if split.rank and outlier is not None else None,
         integers.view(*leading, integers.shape[-1]),
         scale.view(*leading, scale.shape[-1]),
     )
@@ -239,23 +246,29 @@ def integer_linear(
             raise ValueError(f"outlier_weight {list(outlier_weight.shape)} does not fit {outputs} output channels")
     if bias is not None and bias.shape != (outputs,):
         raise ValueError(f"bias {list(bias.shape)} does not fit {outputs} output channels")
-    y = ops.integer_linear(
-        x.reshape(-1, columns),
-        x_scale.reshape(-1, x_groups),
-        weight.integers,
-        weight.scale,
-        weight.zero_point,
-        weight.factors,
-        inputs,
-        outputs,
-        weight.bits,
-        weight.layout,
-        None if outlier is None else outlier.reshape(-1, outlier.shape[-1]),
-        outlier_weight,
-        bias,
-        out_dtype,
-        backend or "",
-    )
+    x, x_scale = x.reshape(-1, columns), x_scale.reshape(-1, x_groups)
+    outlier = None if outlier is None else outlier.reshape(-1, outlier.shape[-1])
+    if torch.compiler.is_compiling():
+        y = ops.integer_linear(
+            x,
+            x_scale,
+            weight.integers,
+            weight.scale,
+            weight.zero_point,
+            weight.factors,
+            inputs,
+            outputs,
+            weight.bits,
+            weight.layout,
+            outlier,
+            outlier_weight,
+            bias,
+            out_dtype,
+            backend or "",
+        )
+    else:
+        operands = LinearOperands(x, x_scale, weight, outlier, outlier_weight, bias, out_dtype)
+        y = choose_backend(x.device, backend).integer_linear(operands)
     return y.view(*leading, outputs)
 
 

@@ -4,12 +4,12 @@ from functools import lru_cache
 from typing import Any, NamedTuple
 
 import torch
-import triton
 
 from quad_kernels.formats import InputQuantization, InputSplit
 from quad_kernels.hadamard.construct import plan_hadamard
 from quad_kernels.hadamard.kernel import hadamard_kernel
 from quad_kernels.hadamard.tiling import factors, tiling
+from quad_kernels.whole_numbers import next_power_of_2
 
 _INTERPRETED_PROGRAMS = 2
 _ELEMENTS_PER_MULTIPROCESSOR = 32768  # what programs that take turns hold in registers beside each other
@@ -126,7 +126,7 @@ def _launch(
             OUT_TERMS=3 if x.dtype == torch.float32 else 2,
             BITS=0 if quantization is None else quantization.bits,
             SYMMETRIC=quantization is None or quantization.symmetric,
-            RANK=triton.next_power_of_2(split.rank) if split.rank else 0,
+            RANK=next_power_of_2(split.rank) if split.rank else 0,
             num_warps=config.warps or max(1, tiles.tile // 16),
             num_stages=config.stages,
             enable_fp_fusion=False,

@@ -5,9 +5,9 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 import torch
-import triton
 
 from quad_kernels.hadamard.construct import HadamardPlan, hadamard_factor
+from quad_kernels.whole_numbers import next_power_of_2
 
 MAX_SIZE = 32768
 MAX_LEFT = 512
@@ -63,7 +63,7 @@ def tiling(plan: HadamardPlan, rows: int = 128, right: int = 32) -> Tiling | Non
     while slices > 1 and 2 * left <= rows:
         left, slices = 2 * left, slices // 2
     if left <= rows:
-        tile = max(16, triton.next_power_of_2(left))
+        tile = max(16, next_power_of_2(left))
         return Tiling(left, slices, right, tile, 1, tile, 1) if slices <= MAX_SLICES else None
     while rows < MAX_ROWS and slices > 2:
         left, slices = 2 * left, slices // 2

@@ -5,6 +5,7 @@ import triton
 import triton.language as tl
 
 from quad_kernels.triton_grid import magnitude_bits, round_to_grid
+from quad_kernels.whole_numbers import ceil_div, next_power_of_2
 
 _COORDINATES_PER_PROGRAM = 2048
 _WARPS = 2
@@ -103,7 +104,7 @@ def quantize_kv(
     zero = torch.empty(vectors, dtype=scale_dtype, device=x.device)
     if vectors:
         rows, columns = _tile(half)
-        quantize_kv_kernel[(triton.cdiv(vectors, rows),)](
+        quantize_kv_kernel[(ceil_div(vectors, rows),)](
             x,
             integers,
             scale,
@@ -132,7 +133,7 @@ def dequantize_kv(
     x = torch.empty(vectors, 2 * half, dtype=dtype, device=integers.device)
     if vectors:
         rows, columns = _tile(half)
-        dequantize_kv_kernel[(triton.cdiv(vectors, rows),)](
+        dequantize_kv_kernel[(ceil_div(vectors, rows),)](
             integers,
             scale.contiguous(),
             zero.contiguous(),
@@ -150,5 +151,5 @@ def dequantize_kv(
 
 
 def _tile(half: int) -> tuple[int, int]:
-    columns = triton.next_power_of_2(half)
+    columns = next_power_of_2(half)
     return max(1, _COORDINATES_PER_PROGRAM // (2 * columns)), columns

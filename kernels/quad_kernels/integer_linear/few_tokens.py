@@ -11,6 +11,8 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_wait
 
+from quad_kernels.whole_numbers import ceil_div, next_power_of_2
+
 MOST_TOKENS = 8  # beyond, the tensor cores are faster
 MOST_RANK = 256
 VECTOR = 4  # words of 4 bytes that a thread loads at once
@@ -57,7 +59,7 @@ def default_config(tokens: int, outputs: int, inputs: int) -> FewTokensConfig:
     """The choice without measurements: whole rows in flight, 16 KB of a program or more where there are many rows."""
     words = row_words(inputs)
     widest = 512 if tokens == 1 or words > 512 else 256  # with more tokens, sums over fewer threads weigh more
-    block_w = min(widest, max(32 * VECTOR, triton.next_power_of_2(words)))
+    block_w = min(widest, max(32 * VECTOR, next_power_of_2(words)))
     depth = min(4, -(-words // block_w))
     block_n = 8 if depth == 1 and tokens == 1 and outputs >= 4096 else 4
     if depth > 2 and tokens > 4:
@@ -72,7 +74,7 @@ def fits(config: FewTokensConfig, tokens: int, inputs: int) -> bool:
         return False
     if config.depth > 1 and (config.depth - 1) * config.block_w >= words:
         return False
-    padded = triton.next_power_of_2(tokens)
+    padded = next_power_of_2(tokens)
     weights = config.block_n * config.block_w * config.depth // threads
     sums = padded * config.block_n * config.block_w // VECTOR // threads
     if tokens == 1:
@@ -324,13 +326,13 @@ def few_tokens_linear(
     packed, x = integers.view(torch.int32), x.view(torch.int32)
     words = packed.shape[1]
     rank = 0 if outlier is None else outlier.shape[1]
-    depth = min(config.depth, triton.cdiv(words, config.block_w))
+    depth = min(config.depth, ceil_div(words, config.block_w))
     loop = depth * config.block_w < words
     step = depth * config.block_w if loop else config.block_w
-    block_r = triton.next_power_of_2(max(rank, 8))
+    block_r = next_power_of_2(max(rank, 8))
     y = torch.empty(tokens, outputs, dtype=out_dtype, device=x.device)
     options = {"launch_pdl": True} if config.early else {}
-    few_tokens_kernel[(triton.cdiv(outputs, config.block_n),)](
+    few_tokens_kernel[(ceil_div(outputs, config.block_n),)](
         x,
         x_scale,
         packed,
@@ -346,7 +348,7 @@ def few_tokens_linear(
         x.stride(0),
         1 if outlier is None else outlier.stride(0),
         max(1, rank),
-        TOKENS=triton.next_power_of_2(tokens),
+        TOKENS=next_power_of_2(tokens),
         BLOCK_N=config.block_n,
         BLOCK_W=config.block_w,
         BLOCK_R=block_r,

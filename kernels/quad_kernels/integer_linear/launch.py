@@ -13,6 +13,7 @@ from quad_kernels.integer_linear.kernel import linear_kernel, row_sum_kernel
 from quad_kernels.integer_linear.operands import LinearOperands
 from quad_kernels.integer_linear.workspace import arrival_counters
 from quad_kernels.packing.nibbles import CHUNK, HALF
+from quad_kernels.whole_numbers import next_power_of_2
 
 OUTLIER_BLOCK, WIDE_OUTLIER_BLOCK = 64, 16  # coordinates per step of the outlier product, in 16 and in 32 bits
 UNROLLED_SLAB = 64 * 64  # elements of a tile up to which the partial sums are read all at once
@@ -170,8 +171,10 @@ def _outlier_operands(
     """Outliers and their weight in one dtype; neither for rank 0."""
     if outlier is None or outlier_weight is None or outlier.shape[1] == 0:
         return None, None
-    common = torch.promote_types(outlier.dtype, outlier_weight.dtype)
-    return _rows(outlier.to(common)), outlier_weight.to(common).contiguous()
+    if outlier.dtype != outlier_weight.dtype:
+        common = torch.promote_types(outlier.dtype, outlier_weight.dtype)
+        outlier, outlier_weight = outlier.to(common), outlier_weight.to(common)
+    return _rows(outlier), outlier_weight.contiguous()
 
 
 def _blocks_per_group(group: int, block: int, masked: bool) -> int:
@@ -186,7 +189,7 @@ def _rows(x: torch.Tensor) -> torch.Tensor:
 
 def _row_sums(x: torch.Tensor, inputs: int, groups: int) -> torch.Tensor:
     sums = torch.empty(x.shape[0], groups, dtype=torch.int32, device=x.device)
-    block = min(1024, triton.next_power_of_2(inputs // groups))
+    block = min(1024, next_power_of_2(inputs // groups))
     row_sum_kernel[(x.shape[0], groups)](
         x, sums, inputs, x.stride(0), groups, X_PACKED=x.dtype == torch.uint8, BLOCK=block, CHUNK=CHUNK, HALF=HALF
     )

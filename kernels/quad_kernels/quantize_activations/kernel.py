@@ -21,6 +21,7 @@ from quad_kernels.triton_grid import (
     round_to_grid,
     symmetric_grid,
 )
+from quad_kernels.whole_numbers import ceil_div, next_power_of_2
 
 MAX_COLUMNS = 32768  # of a row, or of a group of it: one program holds them in its registers
 
@@ -190,11 +191,11 @@ def _tiles(columns: int, packed: bool) -> tuple[int, int]:
     Packed: the coordinates of low and of high nibbles.
     """
     if packed:
-        size = triton.next_power_of_2(nibble_bytes(columns))
+        size = next_power_of_2(nibble_bytes(columns))
         return size, size
-    whole = triton.next_power_of_2(columns)
+    whole = next_power_of_2(columns)
     first = whole // 2
-    second = triton.next_power_of_2(columns - first) if columns > first else 0
+    second = next_power_of_2(columns - first) if columns > first else 0
     return (whole, 0) if columns < 128 or second in (0, first) else (first, second)
 
 
@@ -225,11 +226,11 @@ def quantize_activations(
     scale = torch.empty(tokens, 1 if most else groups, dtype=torch.float32, device=x.device)
     if tokens:
         first, second = _tiles(group, packed)
-        rows = max(1, _ELEMENTS_PER_PROGRAM // triton.next_power_of_2(first + second))
+        rows = max(1, _ELEMENTS_PER_PROGRAM // next_power_of_2(first + second))
         if most:
-            rows = triton.next_power_of_2(groups)
-        warps = max(1, min(32, triton.next_power_of_2(rows * (first + second)) // (32 * _ELEMENTS_PER_THREAD)))
-        quantize_kernel[(tokens if most else triton.cdiv(tokens * groups, rows),)](
+            rows = next_power_of_2(groups)
+        warps = max(1, min(32, next_power_of_2(rows * (first + second)) // (32 * _ELEMENTS_PER_THREAD)))
+        quantize_kernel[(tokens if most else ceil_div(tokens * groups, rows),)](
             x,
             None if norm is None else norm.weight,
             x if outlier is None else outlier,
@@ -253,7 +254,7 @@ def quantize_activations(
             ROWS=rows,
             FIRST=first,
             SECOND=second,
-            RANK=triton.next_power_of_2(split.rank) if split.rank else 0,
+            RANK=next_power_of_2(split.rank) if split.rank else 0,
             NEXT_EARLY=starts_early(x.device),
             num_warps=warps,
             enable_fp_fusion=False,
