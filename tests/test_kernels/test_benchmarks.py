@@ -440,3 +440,16 @@ def test_every_phase_of_the_gpu_script_runs_without_a_gpu(tmp_path: Path) -> Non
     assert "out of time" not in result.stdout
     assert {"log.txt", "report.txt", "untuned.jsonl", "tuned.jsonl"} <= {f.name for f in (tmp_path / "out").iterdir()}
     assert "| toy/mlp | 1 |" in result.stdout
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("timeout") is None, reason="needs GNU timeout")
+def test_the_gpu_script_of_whole_models_runs_without_a_gpu(tmp_path: Path) -> None:
+    environment = {**os.environ, "OUT": str(tmp_path), "PYTHON": sys.executable}
+    script = ROOT / "kernels" / "benchmarks" / "gpu_model.sh"
+    command = ["bash", str(script), "--dry"]
+    result = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)
+    assert result.returncode == 0, result.stdout[-3000:]
+    (row,) = [json.loads(line) for line in (tmp_path / "models.jsonl").read_text().splitlines()]
+    assert not row.get("failed")
+    assert set(row["decode"]) == set(row["prefill"]) == {"bf16", "quad", "bf16_eager", "quad_eager"}

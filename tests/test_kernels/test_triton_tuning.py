@@ -20,7 +20,7 @@ from quad_kernels.integer_linear.tune import tune
 
 pytestmark = pytest.mark.usefixtures("own_cache")
 
-SWEEP = Path(__file__).parents[2] / "docs" / "benchmarks" / "kernels-h200-sweep.jsonl"
+SWEEP = Path(__file__).parents[2] / "docs" / "benchmarks" / "tiles-h200.jsonl"
 H100 = Device(processors=132, shared_memory=232448, hopper=True)
 A100 = Device(processors=108, shared_memory=166912, hopper=False)
 

@@ -89,7 +89,7 @@ TILES = (
 SPLITS = (1, 2, 4, 8, 16)
 
 # The model, in cycles and bytes of one multiprocessor: it ranks configurations and predicts no time. The rate of tensor
-# cores is a data sheet's, the rest is fitted to docs/benchmarks/kernels-h200-sweep.jsonl.
+# cores is a data sheet's, the rest is fitted to docs/benchmarks/tiles-h200.jsonl.
 _MULTIPLIES = {True: 4096, False: 2048}  # int8 products per cycle, Hopper and before
 _CACHE_BYTES, _MEMORY_BYTES = 30.0, 19.0  # per cycle, from the L2 cache and from memory
 _LATENCY = 1100.0  # of a load, under load
