@@ -24,6 +24,8 @@ DIVIDED = ("quad_kernels", "quad_modifiers")  # packages whose every module is i
 # it that is not a room of its own.
 FLOORS = (
     "quad_kernels.processor",
+    "quad_kernels.whole_numbers",
+    "quad_kernels.early_launch",
     "quad_kernels.packing",
     "quad_kernels.formats",
     "quad_kernels.layouts",
