@@ -57,7 +57,8 @@ if [[ ${1:-} == --dry ]]; then
 else
     phase "two small layers" 90 "${model[@]}" --model llama-3.2-1b --layers 2 --samples 8 --length 256 --prompt 512
     phase "two layers of 8B" 110 "${model[@]}" --layers 2 --profile 24
-    phase "8B, 64 x 512" 300 "${model[@]}"
+    phase "the same in few launches" 80 env QUAD_KERNELS_BLOCKS=1 "${model[@]}" --layers 2 --profile 24
+    phase "8B, 64 x 512" 300 env QUAD_KERNELS_BLOCKS=1 "${model[@]}"
 fi
 if [[ -n ${CHECKPOINT:-} ]]; then
     for device in cuda cpu; do

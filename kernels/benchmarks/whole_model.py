@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from quad_kernels import choose_backend
+from quad_kernels import block, choose_backend
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel, Qwen2Config, StaticCache
 
 from benchmarks.record import Row, add_row, environment
@@ -180,7 +180,8 @@ def measure(options: argparse.Namespace) -> Row:
     layers = options.layers or LAYERS[options.model]
     row: Row = {
         **environment(device, choose_backend(device).name, torch.bfloat16, options.commit),
-        "case": f"{options.model}/{layers} layers, {options.recipe}, {options.samples} x {options.length}",
+        "case": f"{options.model}/{layers} layers, {options.recipe}, {options.samples} x {options.length}"
+        + (", few launches" if block.is_wanted() else ""),
         "tokens": options.prompt,
     }
     with _measured(row, "build", device):

@@ -9,18 +9,22 @@ It runs so where nothing can see the difference: without gradients, hooks, adapt
 block, and in graphs of torch.compile too. Everywhere else the stock forward runs. Norms and activations get native
 classes too: with them the stock forward computes the same bits, compiled or not, unless gradients are wanted, which
 take PyTorch's.
+
+On a GPU the same class can run a block in few launches (`quad_kernels.block`), if that is asked for.
 """
 
 import importlib
 import logging
 import sys
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from types import ModuleType
 from typing import Any
 
 import torch
-from quad_kernels import QuantizedWeight, RMSNorm, choose_backend
-from quad_kernels.native.block import BlockLinear, block_in, block_out, takes
+from quad_kernels import QuantizedWeight, RMSNorm, block, choose_backend
+from quad_kernels.native import block as native
+from quad_kernels.native.block import BlockLinear
 from torch import nn
 from torch.nn.modules import module as torch_module
 
@@ -39,10 +43,13 @@ STOCK_BLOCKS = tuple(f"{family}DecoderLayer" for family in _FAMILIES)
 STOCK_NORMS = tuple(f"{family}RMSNorm" for family in _FAMILIES)
 STOCK_ACTIVATIONS = ("SiLU", "SiLUActivation")
 _EAGER = "eager_attention_forward"  # what a module of transformers that calls attention functions defines
+_Takes = Callable[[list[list[BlockLinear]], torch.dtype], bool]
 _GROUPS = (("self_attn", ("q_proj", "k_proj", "v_proj")), ("self_attn", ("o_proj",)))
 _MLP_GROUPS = (("mlp", ("gate_proj", "up_proj")), ("mlp", ("down_proj",)))
 # The weights that fit, by block. Weak on both sides: a weight that was repacked must not stay in memory.
-_checked: "weakref.WeakKeyDictionary[nn.Module, tuple[torch.dtype, list[Any]]]" = weakref.WeakKeyDictionary()
+_checked: "weakref.WeakKeyDictionary[nn.Module, tuple[tuple[torch.dtype, _Takes], list[Any]]]" = (
+    weakref.WeakKeyDictionary()
+)
 
 
 class NativeBlock(nn.Module):
@@ -71,6 +78,9 @@ class NativeBlock(nn.Module):
         """
         past = cache if past_key_values is None else past_key_values
         groups = native_groups(self, hidden_states)
+        kernels: ModuleType = native
+        if groups is None:
+            groups, kernels = launched_groups(self, hidden_states), block
         if groups is None or position_embeddings is None:
             return super().forward(
                 hidden_states,
@@ -87,7 +97,7 @@ class NativeBlock(nn.Module):
         inner = attention._modules
         head_norms = [inner[name].weight for name in ("q_norm", "k_norm") if name in inner]
         cosine, sine = position_embeddings
-        states = block_in(hidden_states, _norm(modules["input_layernorm"]), qkv, cosine, sine, head_norms)
+        states = kernels.block_in(hidden_states, _norm(modules["input_layernorm"]), qkv, cosine, sine, head_norms)
         batch, positions = hidden_states.shape[:2]
         query, key, value = (s.view(batch, positions, -1, attention.head_dim).transpose(1, 2) for s in states)
         if past is not None:
@@ -107,7 +117,9 @@ class NativeBlock(nn.Module):
             **kwargs,
         )
         output = output.reshape(batch, positions, -1)
-        return block_out(output, hidden_states, _norm(modules["post_attention_layernorm"]), o_proj, gate_up, down)
+        return kernels.block_out(
+            output, hidden_states, _norm(modules["post_attention_layernorm"]), o_proj, gate_up, down
+        )
 
 
 class NativeNorm(nn.Module):
@@ -147,17 +159,21 @@ class NativeHead(nn.Linear):
 def install_native_blocks(layers: list[nn.Module], head: nn.Module, final_norm: nn.Module) -> None:
     """Gives blocks of known classes, their norms and activations, and a head of floating-point rows native classes.
 
-    Does nothing where the native kernels do not run; calling it again changes nothing.
+    Where the native kernels do not run it does nothing, or gives blocks alone theirs if few launches are asked for;
+    calling it again changes nothing.
     """
     known = [layer for layer in layers if type(layer).__name__ in STOCK_BLOCKS or isinstance(layer, NativeBlock)]
-    if not known or choose_backend("cpu").name != "native":
+    natively = choose_backend("cpu").name == "native"
+    if not known or not (natively or block.is_wanted()):
+        return
+    for layer in known:
+        become(layer, type(layer) if isinstance(layer, NativeBlock) else _native_class(NativeBlock, type(layer)))
+    if not natively:
         return
     for module in (*(module for layer in known for module in layer.modules()), final_norm, head):
         name = type(module).__name__
-        if isinstance(module, NativeBlock | NativeNorm | NativeSiLU | NativeHead):
+        if isinstance(module, NativeNorm | NativeSiLU | NativeHead):
             become(module, type(module))
-        elif name in STOCK_BLOCKS:
-            become(module, _native_class(NativeBlock, type(module)))
         elif name in STOCK_NORMS:
             become(module, _native_class(NativeNorm, type(module)))
         elif isinstance(module, TransformedNorm) and norm_class(module).__name__ in STOCK_NORMS:
@@ -182,10 +198,10 @@ def remove_native_blocks(model: nn.Module) -> None:
 
 def __getattr__(name: str) -> type[nn.Module]:
     """Makes a native class when a pickle asks for it in a process that has not loaded such a model yet."""
-    for module, native, names in _stock_classes():
+    for module, kind, names in _stock_classes():
         for stock in names:
             if name == f"Native{stock}":
-                return _native_class(native, getattr(importlib.import_module(module), stock))
+                return _native_class(kind, getattr(importlib.import_module(module), stock))
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
@@ -199,21 +215,30 @@ def _stock_classes() -> Iterator[tuple[str, type[nn.Module], tuple[str, ...]]]:
     yield "torch.nn", NativeSiLU, ("SiLU",)
 
 
-def _native_class(native: type[nn.Module], stock: type[nn.Module]) -> type[nn.Module]:
+def _native_class(kind: type[nn.Module], stock: type[nn.Module]) -> type[nn.Module]:
     """Returns the native child of a stock class; it can be found by name in this module, for pickles."""
     name = f"Native{stock.__name__}"
     found = globals().get(name)
     if found is None or found.__bases__[1] is not stock:
         members = {"__doc__": f"{stock.__name__} on native kernels.", "__module__": __name__}
-        if native is NativeBlock:
+        if kind is NativeBlock:
             members["cache_argument"] = cache_argument(stock.forward)
-        found = globals()[name] = type(name, (native, stock), members)
+        found = globals()[name] = type(name, (kind, stock), members)
     return found
 
 
 def native_groups(layer: nn.Module, x: torch.Tensor) -> list[list[BlockLinear]] | None:
-    """Returns the block's linears in groups that share an input, None where the stock forward must run."""
-    if not x.is_cpu or (torch.is_grad_enabled() and _needs_gradients(x, layer)):
+    """Returns the block's linears in groups that share an input, None where the native kernels cannot run it."""
+    return _groups(layer, x, native.takes) if x.is_cpu else None
+
+
+def launched_groups(layer: nn.Module, x: torch.Tensor) -> list[list[BlockLinear]] | None:
+    """Returns the same for a block in few launches."""
+    return _groups(layer, x, block.takes) if block.in_few_launches(x.device) else None
+
+
+def _groups(layer: nn.Module, x: torch.Tensor, takes: _Takes) -> list[list[BlockLinear]] | None:
+    if torch.is_grad_enabled() and _needs_gradients(x, layer):
         return None
     if torch_module._global_forward_hooks or torch_module._global_forward_pre_hooks:
         return None
@@ -232,25 +257,36 @@ def native_groups(layer: nn.Module, x: torch.Tensor) -> list[list[BlockLinear]] 
     heads = [attention._modules[name] for name in ("q_norm", "k_norm") if name in attention._modules]
     norms = [layer._modules[name] for name in ("input_layernorm", "post_attention_layernorm")]
     activation = mlp._modules["act_fn"]
-    if not isinstance(activation, NativeSiLU) or not all(isinstance(norm, NativeNorm) for norm in (*norms, *heads)):
+    if not _is_of(activation, NativeSiLU, STOCK_ACTIVATIONS):
+        return None
+    if not all(_is_of(norm, NativeNorm, STOCK_NORMS) for norm in (*norms, *heads)):
         return None
     if any(_has_hooks(module) for module in (activation, *norms, *heads) if module is not None):
         return None
-    return groups if _fit(layer, groups, x.dtype) else None
+    return groups if _fit(layer, groups, x.dtype, takes) else None
 
 
-def _fit(layer: nn.Module, groups: list[list[BlockLinear]], dtype: torch.dtype) -> bool:
+def _fit(layer: nn.Module, groups: list[list[BlockLinear]], dtype: torch.dtype, takes: _Takes) -> bool:
     """Checks formats once for these weights: it would take longer than some of the products."""
     if torch.compiler.is_compiling():
         return takes(groups, dtype)  # once, while the graph is made
     weights = [linear.weight for group in groups for linear in group]
     known = _checked.get(layer)
-    if known is not None and known[0] == dtype and all(a is b() for a, b in zip(weights, known[1], strict=True)):
+    if (
+        known is not None
+        and known[0] == (dtype, takes)
+        and all(a is b() for a, b in zip(weights, known[1], strict=True))
+    ):
         return True
     fits = takes(groups, dtype)
     if fits:
-        _checked[layer] = dtype, [weakref.ref(weight) for weight in weights]
+        _checked[layer] = (dtype, takes), [weakref.ref(weight) for weight in weights]
     return fits
+
+
+def _is_of(module: nn.Module | None, kind: type[nn.Module], stock: tuple[str, ...]) -> bool:
+    """True for a module of a native class or of a stock class that computes the same."""
+    return isinstance(module, kind) or type(module).__name__ in stock
 
 
 def _needs_gradients(x: torch.Tensor, layer: nn.Module) -> bool:

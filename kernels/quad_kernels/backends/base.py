@@ -5,6 +5,7 @@ from types import MappingProxyType
 
 import torch
 
+from quad_kernels.elementwise import reference as elementwise_reference
 from quad_kernels.formats import InputQuantization, InputSplit, LowRank
 from quad_kernels.hadamard import plan_hadamard
 from quad_kernels.hadamard import reference as hadamard_reference
@@ -84,3 +85,5 @@ class Backend:
     rounding_errors = staticmethod(round_reference.rounding_errors)
     quantize_kv = staticmethod(kv_reference.quantize_kv)
     dequantize_kv = staticmethod(kv_reference.dequantize_kv)
+    rotate = staticmethod(elementwise_reference.rotate)
+    gated = staticmethod(elementwise_reference.gated)

@@ -2,6 +2,7 @@
 
 import importlib.util
 import os
+from collections.abc import Sequence
 
 import torch
 
@@ -104,3 +105,25 @@ class TritonBackend(Backend):
             return super().dequantize_kv(integers, scale, zero, dtype, bits)
         with torch.cuda.device_of(integers):
             return kernel.dequantize_kv(integers, scale, zero, dtype, bits)
+
+    def rotate(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        cosine: torch.Tensor,
+        sine: torch.Tensor,
+        head_norms: Sequence[torch.Tensor],
+        eps: float,
+    ) -> None:
+        """One kernel, a program per token."""
+        from quad_kernels.elementwise import kernel
+
+        with torch.cuda.device_of(query):
+            kernel.rotate(query, key, cosine, sine, head_norms, eps)
+
+    def gated(self, gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
+        """One kernel."""
+        from quad_kernels.elementwise import kernel
+
+        with torch.cuda.device_of(gate):
+            return kernel.gated(gate, up)
