@@ -268,7 +268,7 @@ def integer_linear(
         )
     else:
         operands = LinearOperands(x, x_scale, weight, outlier, outlier_weight, bias, out_dtype)
-        y = choose_backend(x.device, backend).integer_linear(operands)
+        y = choose_backend(x.device, backend).integer_linear(operands).contiguous()
     return y.view(*leading, outputs)
 
 
