@@ -156,6 +156,29 @@ def hadamard_cases() -> Iterator[Case]:
         yield from record(f"hadamard {size} bf16", launch, "hadamard_kernel", lambda x=x: launch.hadamard(x))
 
 
+def small_cases() -> Iterator[Case]:
+    """What a block computes between its linears, and the head with 8-bit rows."""
+    from quad_kernels.elementwise import kernel as elementwise
+    from quad_kernels.table_product import kernel as table
+
+    query, key = torch.zeros(3, 32 * 128, dtype=torch.bfloat16), torch.zeros(3, 8 * 128, dtype=torch.bfloat16)
+    cosine, norm = torch.zeros(3, 128, dtype=torch.bfloat16), torch.zeros(128, dtype=torch.bfloat16)
+    for name, norms in (("rotate", []), ("rotate with norms", [norm, norm])):
+        yield from record(
+            name,
+            elementwise,
+            "rotate_kernel",
+            lambda norms=norms: elementwise.rotate(query, key, cosine, cosine, norms, 1e-6),
+        )
+    yield from record("gated", elementwise, "gated_kernel", lambda: elementwise.gated(query, query))
+    words, scale = torch.zeros(64, 1024, dtype=torch.int32), torch.zeros(64, 1, dtype=torch.bfloat16)
+    for tokens in (1, 8):
+        x = torch.zeros(tokens, 4096, dtype=torch.bfloat16)
+        yield from record(
+            f"table {tokens} tokens", table, "table_kernel", lambda x=x: table.table_product(x, words, scale)
+        )
+
+
 def integer_linear_cases() -> Iterator[Case]:
     """Every tile where it may run: plain, with groups, zero points, int8 weights, packed x, a ragged width."""
     from quad_kernels.integer_linear.config import TILES, Config, Device, Problem, fits
@@ -282,6 +305,7 @@ CASES: list[Callable[[], Iterator[Case]]] = [
     int4_kv_cases,
     integer_linear_cases,
     few_tokens_cases,
+    small_cases,
 ]
 
 

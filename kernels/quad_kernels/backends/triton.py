@@ -84,6 +84,15 @@ class TritonBackend(Backend):
         with torch.cuda.device_of(x):
             return launch.hadamard(x)
 
+    def table_product(self, x: torch.Tensor, words: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+        """One kernel for few tokens; more run the reference, some rows of the table at a time."""
+        from quad_kernels.table_product import kernel
+
+        if x.shape[0] > kernel.MOST_TOKENS or x.dtype == torch.float64:
+            return super().table_product(x, words, scale)
+        with torch.cuda.device_of(x):
+            return kernel.table_product(x, words, scale)
+
     def quantize_kv(
         self, x: torch.Tensor, clip_ratio: float, scale_dtype: torch.dtype, bits: int = 4
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
