@@ -28,7 +28,8 @@ module=("$python" -m)
 if ((dry)); then
     export TRITON_INTERPRET=1 QUAD_KERNELS=triton
     module=("$python" -m benchmarks.dry)
-    models=(toy) few=(1) prefill=(17) more=(2) all_models=(toy) odd=(5)
+    # More tokens than the kernel for few takes, whose many small programs take seconds in the interpreter.
+    models=(toy) few=(9) prefill=(17) more=(12) all_models=(toy) odd=(11)
     common=(--device cpu --dtype float16 --repeats 2 --row-seconds 1 --ceiling-size 64)
     linears=(qkv down) select=(--cases qkv mlp)
     tune=(--device cpu:0 --dtype float16 --jobs 1)

@@ -439,7 +439,7 @@ def test_every_phase_of_the_gpu_script_runs_without_a_gpu(tmp_path: Path) -> Non
     assert "FAILED" not in result.stdout
     assert "out of time" not in result.stdout
     assert {"log.txt", "report.txt", "untuned.jsonl", "tuned.jsonl"} <= {f.name for f in (tmp_path / "out").iterdir()}
-    assert "| toy/mlp | 1 |" in result.stdout
+    assert "| toy/mlp | 9 |" in result.stdout
 
 
 @pytest.mark.slow
