@@ -60,7 +60,7 @@ def test_a_block(device: torch.device, batch: int, positions: int, monkeypatch: 
             moved(output, device),
             [moved(each, device) for each in gate_up],
             moved(down, device),
-        )  # fmt: skip
+        )
     )
     monkeypatch.setenv("QUAD_KERNELS", "reference")
     wanted = block.block_in(x, norm, qkv, cosine, sine, heads)
