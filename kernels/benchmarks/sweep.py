@@ -7,15 +7,10 @@ Compiles in parallel, then times graphs of launches that rotate through copies o
 
 import argparse
 import itertools
-import json
-import os
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
 from functools import partial
-from multiprocessing import get_context
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -24,10 +19,10 @@ from quad_kernels.integer_linear.config import SPLITS, TILES, Config, fits
 
 from benchmarks.record import Row, last_level_cache
 from benchmarks.shapes import WEIGHT_BITS
-from benchmarks.timing import CudaGraph, Method, describe
+from benchmarks.sweeping import add_options, compile_in_parallel, keep, median_seconds, problem_of
+from benchmarks.timing import describe
 
 LAYOUTS = ("nibbles", "int8")
-_SAMPLES = 5
 _MOST_SPLIT_TOKENS = 512  # beyond, there are enough tiles
 
 
@@ -73,28 +68,8 @@ def compile_one(shape: tuple[int, int, int, int], layout: str, config: Config, d
     from quad_kernels.integer_linear.launch import Launch
 
     tokens, outputs, inputs, rank = shape
-    try:
-        Launch(operands(min(tokens, 64), outputs, inputs, rank, layout, torch.device(device)))(config)
-        torch.cuda.synchronize()
-    except Exception as error:
-        return f"{shape} {layout} {tuple(config)}: {describe(error)}"
-    return None
-
-
-def compile_all(work: Sequence[tuple[tuple[int, int, int, int], str, Config]], device: str, seconds: float) -> None:
-    """In parallel, for at most about `seconds`."""
-    start, done = time.monotonic(), 0
-    with ProcessPoolExecutor(os.cpu_count(), mp_context=get_context("spawn")) as pool:
-        futures = [pool.submit(compile_one, *each, device) for each in work]
-        try:
-            for future in as_completed(futures, timeout=seconds):
-                done += 1
-                if problem := future.result():
-                    print(problem, file=sys.stderr)
-        except TimeoutError:
-            print("out of time for compiling", file=sys.stderr)
-        pool.shutdown(wait=True, cancel_futures=True)
-    print(f"compiled {done} of {len(work)} in {time.monotonic() - start:.0f} s", file=sys.stderr)
+    few = partial(operands, min(tokens, 64), outputs, inputs, rank, layout, torch.device(device))
+    return problem_of(lambda: Launch(few())(config), f"{shape} {layout} {tuple(config)}")
 
 
 def rows(options: argparse.Namespace) -> Iterator[Row]:
@@ -115,7 +90,7 @@ def rows(options: argparse.Namespace) -> Iterator[Row]:
             # Widths enter a compiled kernel only by what divides them; one launch for few tokens stands for all.
             work.setdefault((shape[2] % config.block_k == 0, shape[3], layout, config), (shape, layout, config))
     del launch
-    compile_all(list(work.values()), options.device, options.compile_seconds)
+    compile_in_parallel(compile_one, [(*each, options.device) for each in work.values()], options.compile_seconds)
     deadline = time.monotonic() + options.seconds
     for (shape, layout), configs in per_problem.items():
         tokens, outputs, inputs, _ = shape
@@ -128,8 +103,7 @@ def rows(options: argparse.Namespace) -> Iterator[Row]:
                 print("out of time for measuring", file=sys.stderr)
                 return
             try:
-                graph = CudaGraph(Method("", partial(_launch, launches, config), copies))
-                seconds = sorted(graph.sample() for _ in range(_SAMPLES))[_SAMPLES // 2]
+                seconds = median_seconds(partial(_launch, launches, config), copies)
             except Exception as error:
                 print(f"{shape} {layout} {tuple(config)}: {describe(error)}", file=sys.stderr)
                 continue
@@ -157,20 +131,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--rank", type=int, default=64)
     parser.add_argument("--layouts", nargs="+", choices=LAYOUTS, default=["nibbles"])
     parser.add_argument("--extra", nargs="*", default=[], help="further configurations, six numbers with commas each")
-    parser.add_argument("--device", default="cuda:0")
-    parser.add_argument("--compile-seconds", type=float, default=90.0)
-    parser.add_argument("--seconds", type=float, default=60.0, help="for measuring")
-    parser.add_argument("--output", type=Path, help="a file of JSON lines")
+    add_options(parser, compile_seconds=90.0, seconds=60.0)
     options = parser.parse_args(argv)
     torch.set_grad_enabled(False)
-    lines = []
-    try:
-        for row in rows(options):
-            lines.append(json.dumps(row))
-    finally:
-        if options.output is not None:
-            options.output.write_text("".join(line + "\n" for line in lines))
-    return 0 if lines else 1
+    return 0 if keep(rows(options), options.output) else 1
 
 
 if __name__ == "__main__":

@@ -8,15 +8,12 @@ with --quantize, the quantizer of the activations runs before each launch, as in
 
 import argparse
 import itertools
-import json
 import os
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import replace
-from multiprocessing import get_context
-from pathlib import Path
+from functools import partial
 from typing import Any
 
 import torch
@@ -25,10 +22,10 @@ from quad_kernels.early_launch import VARIABLE
 
 from benchmarks.record import Row, last_level_cache
 from benchmarks.sweep import operands
-from benchmarks.timing import CudaGraph, Method, describe
+from benchmarks.sweeping import add_options, compile_in_parallel, keep, median_seconds, problem_of
+from benchmarks.timing import describe
 
 SHAPES = ["28672x4096", "4160x14336", "6144x4096", "4160x4096", "1024x4096", "14336x4096", "4096x4096"]
-_SAMPLES = 5
 _MOST_COPIES = 48
 
 Shape = tuple[int, int, int, int]  # tokens, outputs, inputs, rank
@@ -41,48 +38,25 @@ def configurations(tokens: int, inputs: int, early: Sequence[bool]) -> list[Any]
     return [each._replace(early=e) for each in CANDIDATES for e in early if fits(each, tokens, inputs)]
 
 
-def compile_some(shape: Shape, configs: Sequence[Any], device: str) -> list[str]:
-    """Compiles configurations into Triton's cache; returns what went wrong."""
+def compile_one(shape: Shape, config: Any, device: str) -> str | None:
+    """Compiles one configuration into Triton's cache; returns what went wrong."""
     from quad_kernels.integer_linear.launch import Launch
 
     tokens, _, inputs, rank = shape
-    problems = []
-    launch = Launch(operands(tokens, 256, inputs, rank, "nibbles", torch.device(device)))
-    for config in configs:
-        try:
-            launch(config)
-            torch.cuda.synchronize()
-        except Exception as error:
-            problems.append(f"{shape} {tuple(config)}: {describe(error)}")
-    return problems
+    few = partial(operands, tokens, 256, inputs, rank, "nibbles", torch.device(device))
+    return problem_of(lambda: Launch(few())(config), f"{shape} {tuple(config)}")
 
 
-def compile_all(work: Sequence[tuple[Shape, list[Any]]], device: str, seconds: float) -> None:
-    """In parallel, for at most about `seconds`."""
-    start, done = time.monotonic(), 0
-    with ProcessPoolExecutor(os.cpu_count(), mp_context=get_context("spawn")) as pool:
-        futures = [pool.submit(compile_some, *each, device) for each in work]
-        try:
-            for future in as_completed(futures, timeout=seconds):
-                done += 1
-                for problem in future.result():
-                    print(problem, file=sys.stderr)
-        except TimeoutError:
-            print("out of time for compiling", file=sys.stderr)
-        pool.shutdown(wait=True, cancel_futures=True)
-    print(f"compiled {done} of {len(work)} in {time.monotonic() - start:.0f} s", file=sys.stderr)
-
-
-def compiled_once(shapes: Sequence[Shape], early: Sequence[bool]) -> list[tuple[Shape, list[Any]]]:
+def compiled_once(shapes: Sequence[Shape], early: Sequence[bool]) -> list[tuple[Shape, Any]]:
     """Kernels that differ: widths enter them only by what divides them and whether one step is enough."""
-    work: dict[tuple[object, ...], tuple[Shape, list[Any]]] = {}
+    work: dict[tuple[object, ...], tuple[Shape, Any]] = {}
     for shape in shapes:
         tokens, _, inputs, rank = shape
         for config in configurations(tokens, inputs, early):
             steps = -(-inputs // (8 * config.block_w))
             even = inputs // 8 % (config.block_w * (config.depth if steps > config.depth else 1)) == 0
             key = (tokens, rank, config, min(config.depth, steps), steps > config.depth, even)
-            work.setdefault(key, (shape, [config]))
+            work.setdefault(key, (shape, config))
     return list(work.values())
 
 
@@ -113,12 +87,6 @@ def layer(each: LinearOperands, launch_of: Any) -> Callable[[Any], torch.Tensor]
     return call
 
 
-def seconds_of(calls: Sequence[Callable[[Any], Any]], config: Any) -> float:
-    """Median over samples."""
-    graph = CudaGraph(Method("", lambda i: calls[i](config), len(calls)))
-    return sorted(graph.sample() for _ in range(_SAMPLES))[_SAMPLES // 2]
-
-
 def rows(options: argparse.Namespace) -> Iterator[Row]:
     """One for each configuration, None for the other kernel; the four fastest of a problem are printed."""
     from quad_kernels.integer_linear.autotune import choose_config
@@ -128,7 +96,8 @@ def rows(options: argparse.Namespace) -> Iterator[Row]:
     early = (False, True) if options.early else (False,)
     sizes = [tuple(map(int, shape.split("x"))) for shape in options.shapes]
     problems = [(tokens, *size, options.rank) for size, tokens in itertools.product(sizes, options.tokens)]
-    compile_all(compiled_once(problems, early), options.device, options.compile_seconds)
+    work = [(*each, options.device) for each in compiled_once(problems, early)]
+    compile_in_parallel(compile_one, work, options.compile_seconds)
     deadline = time.monotonic() + options.seconds
     for outputs, inputs in sizes:
         weight_bytes = outputs * inputs // 2
@@ -153,7 +122,7 @@ def rows(options: argparse.Namespace) -> Iterator[Row]:
                 try:
                     if problem := difference(launch, exact, config, chosen):
                         print(f"WRONG {name} {tuple(config)}: {problem}", file=sys.stderr)
-                    seconds = seconds_of(calls, config)
+                    seconds = median_seconds(partial(_launch, calls, config), copies)
                 except Exception as error:
                     print(f"{name} {tuple(config)}: {describe(error)}", file=sys.stderr)
                     continue
@@ -166,6 +135,10 @@ def rows(options: argparse.Namespace) -> Iterator[Row]:
             for seconds, few, config in [each for each in found if not each[1]] + best:
                 kind, speed = "few" if few else "tensor cores", weight_bytes / seconds / 1e12
                 print(f"{name} {kind} {config}: {seconds * 1e6:.2f} us, {speed:.2f} TB/s", flush=True)
+
+
+def _launch(calls: Sequence[Callable[[Any], Any]], config: Any, copy: int) -> Any:
+    return calls[copy](config)
 
 
 def _first_tokens(each: LinearOperands, tokens: int) -> LinearOperands:
@@ -183,23 +156,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--rank", type=int, default=64)
     parser.add_argument("--quantize", action="store_true", help="with the quantizer before")
     parser.add_argument("--early", action="store_true", help="also every configuration as a dependent launch")
-    parser.add_argument("--device", default="cuda:0")
-    parser.add_argument("--compile-seconds", type=float, default=60.0)
-    parser.add_argument("--seconds", type=float, default=60.0, help="for measuring")
-    parser.add_argument("--output", type=Path, help="a file of JSON lines")
+    add_options(parser, compile_seconds=60.0, seconds=60.0)
     options = parser.parse_args(argv)
     if options.early:
         os.environ[VARIABLE] = "1"  # for the quantizer
     torch.set_grad_enabled(False)
-    lines, wrong = [], False
-    try:
-        for row in rows(options):
-            lines.append(json.dumps(row))
-            wrong |= row["wrong"] is not None
-    finally:
-        if options.output is not None:
-            options.output.write_text("".join(line + "\n" for line in lines))
-    return 0 if lines and not wrong else 1
+    found = keep(rows(options), options.output)
+    return 0 if found and all(row["wrong"] is None for row in found) else 1
 
 
 if __name__ == "__main__":

@@ -8,14 +8,10 @@ copies of the input.
 
 import argparse
 import itertools
-import json
-import os
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
-from multiprocessing import get_context
-from pathlib import Path
+from functools import partial
 
 import torch
 from quad_kernels import InputQuantization, InputSplit, quantize_activations
@@ -24,9 +20,9 @@ from quad_kernels.hadamard.launch import Configuration, hadamard_quantize
 from quad_kernels.hadamard.tiling import tiling
 
 from benchmarks.record import Row, last_level_cache
-from benchmarks.timing import CudaGraph, Method, describe
+from benchmarks.sweeping import add_options, compile_in_parallel, keep, median_seconds, problem_of
+from benchmarks.timing import describe
 
-_SAMPLES = 5
 _QUANTIZATION = InputQuantization(4, 0.9)
 _MOST_MULTIPROCESSORS = 132  # beyond so many tokens programs may take turns
 
@@ -66,28 +62,10 @@ def inputs(size: int, tokens: int, device: torch.device, seed: int = 0) -> torch
 
 def compile_one(size: int, config: Configuration, device: str) -> str | None:
     """Compiles one configuration into Triton's cache; returns what went wrong."""
-    try:
-        hadamard_quantize(inputs(size, 3, torch.device(device)), _QUANTIZATION, split_of(size), config)
-        torch.cuda.synchronize()
-    except Exception as error:
-        return f"{size} {tuple(config)}: {describe(error)}"
-    return None
-
-
-def compile_all(work: Sequence[tuple[int, Configuration]], device: str, seconds: float) -> None:
-    """In parallel, for at most about `seconds`."""
-    start, done = time.monotonic(), 0
-    with ProcessPoolExecutor(os.cpu_count(), mp_context=get_context("spawn")) as pool:
-        futures = [pool.submit(compile_one, *each, device) for each in work]
-        try:
-            for future in as_completed(futures, timeout=seconds):
-                done += 1
-                if problem := future.result():
-                    print(problem, file=sys.stderr)
-        except TimeoutError:
-            print("out of time for compiling", file=sys.stderr)
-        pool.shutdown(wait=True, cancel_futures=True)
-    print(f"compiled {done} of {len(work)} in {time.monotonic() - start:.0f} s", file=sys.stderr)
+    few = partial(inputs, size, 3, torch.device(device))
+    return problem_of(
+        lambda: hadamard_quantize(few(), _QUANTIZATION, split_of(size), config), f"{size} {tuple(config)}"
+    )
 
 
 def difference(x: torch.Tensor, config: Configuration, wanted: Sequence[torch.Tensor | None]) -> str | None:
@@ -108,8 +86,8 @@ def rows(options: argparse.Namespace) -> Iterator[Row]:
     """One for each configuration; the fastest of a problem are printed."""
     device = torch.device(options.device)
     problems = {each: configurations(*each) for each in itertools.product(options.sizes, options.tokens)}
-    work = {(size, config): None for (size, _), configs in problems.items() for config in configs}
-    compile_all(list(work), options.device, options.compile_seconds)
+    work = {(size, config, options.device): None for (size, _), configs in problems.items() for config in configs}
+    compile_in_parallel(compile_one, list(work), options.compile_seconds)
     deadline = time.monotonic() + options.seconds
     for (size, tokens), configs in problems.items():
         split = split_of(size)
@@ -131,8 +109,7 @@ def rows(options: argparse.Namespace) -> Iterator[Row]:
                 if wrong := difference(x[0], config, wanted):
                     print(f"{size} {tokens} {tuple(config)} differs: {wrong}", file=sys.stderr)
                     continue
-                graph = CudaGraph(Method("", call, copies))
-                seconds = sorted(graph.sample() for _ in range(_SAMPLES))[_SAMPLES // 2]
+                seconds = median_seconds(call, copies)
             except Exception as error:
                 print(f"{size} {tokens} {tuple(config)}: {describe(error)}", file=sys.stderr)
                 continue
@@ -152,20 +129,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--sizes", nargs="+", type=int, default=[14336, 4096, 8192, 18944])
     parser.add_argument("--tokens", nargs="+", type=int, default=[1, 16, 2048])
-    parser.add_argument("--device", default="cuda:0")
-    parser.add_argument("--compile-seconds", type=float, default=25.0)
-    parser.add_argument("--seconds", type=float, default=15.0, help="for measuring")
-    parser.add_argument("--output", type=Path, help="a file of JSON lines")
+    add_options(parser, compile_seconds=25.0, seconds=15.0)
     options = parser.parse_args(argv)
     torch.set_grad_enabled(False)
-    lines = []
-    try:
-        for row in rows(options):
-            lines.append(json.dumps(row))
-    finally:
-        if options.output is not None:
-            options.output.write_text("".join(line + "\n" for line in lines))
-    return 0 if lines else 1
+    return 0 if keep(rows(options), options.output) else 1
 
 
 if __name__ == "__main__":

@@ -9,9 +9,7 @@ import shutil
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
-from multiprocessing import get_context
 from pathlib import Path
 
 import torch
@@ -20,6 +18,7 @@ from quad_kernels.integer_linear.config import Config, Problem, candidates, toke
 from quad_kernels.packing import nibble_bytes
 
 from benchmarks.shapes import MODELS, SQUARE, WEIGHT_BITS, Linear, cases
+from benchmarks.sweeping import compile_in_parallel
 from benchmarks.timing import describe
 
 
@@ -90,20 +89,8 @@ def candidates_to_compile(wanted: Sequence[Shape], device: str, dtype: torch.dty
 
 def compile_ahead(wanted: Sequence[Shape], device: str, dtype: torch.dtype, jobs: int, seconds: float) -> None:
     """Compiles the candidates of all problems in `jobs` processes, for at most about `seconds`."""
-    start = time.monotonic()
-    work = candidates_to_compile(wanted, device, dtype)
-    done = 0
-    with ProcessPoolExecutor(jobs, mp_context=get_context("spawn")) as pool:
-        futures = [pool.submit(compile_one, shape, config, device, dtype) for shape, config in work]
-        try:
-            for future in as_completed(futures, timeout=seconds):
-                done += 1
-                if problem := future.result():
-                    print(problem, file=sys.stderr)
-        except TimeoutError:
-            print(f"out of time for compiling: {done} of {len(work)} candidates", file=sys.stderr)
-        pool.shutdown(wait=True, cancel_futures=True)
-    print(f"compiled {done} of {len(work)} candidates in {time.monotonic() - start:.0f} s with {jobs} processes")
+    work = [(shape, config, device, dtype) for shape, config in candidates_to_compile(wanted, device, dtype)]
+    compile_in_parallel(compile_one, work, seconds, jobs)
 
 
 def tune_all(wanted: Sequence[Shape], device: str, dtype: torch.dtype, seconds: float) -> Iterator[str]:

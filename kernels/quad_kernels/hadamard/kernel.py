@@ -9,6 +9,7 @@ README.md in this folder has the factors and the error.
 
 import triton
 import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents
 
 from quad_kernels.triton_grid import (
     above_zero,
@@ -342,6 +343,7 @@ def hadamard_kernel(
     BITS: tl.constexpr,
     SYMMETRIC: tl.constexpr,
     RANK: tl.constexpr,
+    NEXT_EARLY: tl.constexpr,
 ) -> None:
     """Transforms tokens and, unless BITS is 0, quantizes them.
 
@@ -349,6 +351,8 @@ def hadamard_kernel(
     left product of the next token ends a turn, so that its input has the time of a turn to arrive. Without TURNS each
     program has one token, and asks for its input and the factors together.
     """
+    if NEXT_EARLY:
+        gdc_launch_dependents()
     COLUMNS: tl.constexpr = SLICES * RIGHT
     SIZE: tl.constexpr = LEFT * COLUMNS
     OUTLIER_WIDTH: tl.constexpr = WIDTH // BLOCK * OUTLIERS

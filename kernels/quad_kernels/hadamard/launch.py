@@ -5,6 +5,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from quad_kernels.early_launch import starts_early
 from quad_kernels.formats import InputQuantization, InputSplit
 from quad_kernels.hadamard.construct import plan_hadamard
 from quad_kernels.hadamard.kernel import hadamard_kernel
@@ -22,7 +23,6 @@ class Configuration(NamedTuple):
     Attributes:
         rows: largest number of rows of a tile of the left factor, 64 or 128.
         right: largest order of the right factor.
-        warps: warps of a program, 0 for one per 16 rows.
         programs: programs per multiprocessor, which take turns with the tokens; 0 for programs of one turn.
         stages: 2 to fetch the input of the next turn during the arithmetic of one.
         registers: most registers of a thread, 0 for what the compiler chooses.
@@ -32,7 +32,6 @@ class Configuration(NamedTuple):
 
     rows: int = 128
     right: int = 32
-    warps: int = 0
     programs: int = 0
     stages: int = 1
     registers: int = 0
@@ -127,7 +126,8 @@ def _launch(
             BITS=0 if quantization is None else quantization.bits,
             SYMMETRIC=quantization is None or quantization.symmetric,
             RANK=next_power_of_2(split.rank) if split.rank else 0,
-            num_warps=config.warps or max(1, tiles.tile // 16),
+            NEXT_EARLY=starts_early(x.device),
+            num_warps=max(1, tiles.tile // 16),
             num_stages=config.stages,
             enable_fp_fusion=False,
             **options,

@@ -94,7 +94,7 @@ _MULTIPLIES = {True: 4096, False: 2048}  # int8 products per cycle, Hopper and b
 _CACHE_BYTES, _MEMORY_BYTES = 30.0, 19.0  # per cycle, from the L2 cache and from memory
 _LATENCY = 1100.0  # of a load, under load
 _UNPACK = 0.02  # for each nibble of a step: no tensor core works meanwhile
-_ALONE = 100.0, 0.5  # of a step, and of its multiplication: one program cannot multiply while it waits
+_ALONE_STEP, _ALONE_SHARE = 100.0, 0.5  # of a step, and of its multiplication: one program waits with idle tensor cores
 _ONE_AHEAD = 300.0  # of a step whose loads began only one step before
 _START, _MEETING = 3400.0, 2100.0  # of a program; of the programs that share a tile
 _THREADS, _REGISTERS = 2048, 65536
@@ -190,7 +190,7 @@ def estimated_cycles(config: Config, problem: Problem, device: Device) -> float:
     if problem.nibbles:
         compute += _UNPACK * config.block_n * config.block_k
     if together == 1:
-        compute += _ALONE[0] + _ALONE[1] * multiply
+        compute += _ALONE_STEP + _ALONE_SHARE * multiply
     if config.stages == 2:
         compute += _ONE_AHEAD
     cycles = programs * steps * max(compute, fetch) + -(-programs // resident) * _START
