@@ -15,13 +15,9 @@
 set -uo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."
 
-python=${PYTHON:-python3}
-out=$(mkdir -p "${OUT:-gpu-results}" && cd "${OUT:-gpu-results}" && pwd)
 dry=0
 [[ ${1:-} == --dry ]] && dry=1
-started=$SECONDS
-total=530
-export PYTHONPATH=kernels${PYTHONPATH:+:$PYTHONPATH} PYTHONUNBUFFERED=1
+source kernels/benchmarks/phases.sh
 export QUAD_KERNELS_CACHE=${QUAD_KERNELS_CACHE:-$out/tuned}
 
 module=("$python" -m)
@@ -46,38 +42,9 @@ else
     peers=(--peers --peer-seconds 60)
 fi
 
-names=() results=()
-
-# phase NAME SECONDS COMMAND...: runs it with a time limit that also respects the total; its output goes to a log.
-phase() {
-    local name=$1 limit=$2 status begun=$SECONDS left
-    shift 2
-    left=$((total - (SECONDS - started)))
-    names+=("$name")
-    if ((left < 10)); then
-        results+=("skipped: no time left")
-        return
-    fi
-    ((limit > left)) && limit=$left
-    echo "== $name (at most $limit s): $*" | tee -a "$out/log.txt"
-    timeout --kill-after=5 "$limit" "$@" >>"$out/log.txt" 2>&1
-    status=$?
-    case $status in
-        0) results+=("ok, $((SECONDS - begun)) s") ;;
-        124 | 137) results+=("out of time after $((SECONDS - begun)) s, partial results kept") ;;
-        *) results+=("FAILED with status $status, see log.txt") ;;
-    esac
-    echo "   ${results[-1]}" | tee -a "$out/log.txt"
-}
-
 bench=("${module[@]}" benchmarks.run "${common[@]}" ${COMMIT:+--commit "$COMMIT"})
 
-: >"$out/log.txt"
-if [[ -n ${WHEELS:-} ]]; then
-    site=$(mktemp -d)
-    phase "install wheels" 60 "$python" -m pip install -q --no-index --no-deps --no-compile --target "$site" "$WHEELS"/*.whl
-    export PYTHONPATH=$PYTHONPATH:$site
-fi
+begin log.txt 530
 if "$python" -c 'import pytest' 2>/dev/null; then
     # The fixtures above this folder need the whole project, so only those in it are loaded; the dry run finds a test
     # that asks for another one. A warning of another torch or triton is no failure of a kernel.
@@ -119,9 +86,5 @@ wait
             "$python" -m benchmarks.report "$out/$name.jsonl"
         fi
     done
-    for i in "${!names[@]}"; do
-        printf '%-34s %s\n' "${names[$i]}" "${results[$i]}"
-    done
-    echo "total $((SECONDS - started)) s"
+    summary
 } | tee "$out/report.txt"
-[[ ! " ${results[*]} " =~ FAILED ]]

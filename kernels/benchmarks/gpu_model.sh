@@ -15,42 +15,9 @@
 set -uo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."
 
-python=${PYTHON:-python3}
-out=$(mkdir -p "${OUT:-gpu-results}" && cd "${OUT:-gpu-results}" && pwd)
-started=$SECONDS
-total=530
-export PYTHONPATH=$PWD:$PWD/kernels${PYTHONPATH:+:$PYTHONPATH} PYTHONUNBUFFERED=1 HF_HUB_OFFLINE=1
-export TOKENIZERS_PARALLELISM=false
-names=() results=()
-
-# phase NAME SECONDS COMMAND...: as in gpu_check.sh.
-phase() {
-    local name=$1 limit=$2 status begun=$SECONDS left
-    shift 2
-    left=$((total - (SECONDS - started)))
-    names+=("$name")
-    if ((left < 10)); then
-        results+=("skipped: no time left")
-        return
-    fi
-    ((limit > left)) && limit=$left
-    echo "== $name (at most $limit s): $*" | tee -a "$out/models.log"
-    timeout --kill-after=5 "$limit" "$@" >>"$out/models.log" 2>&1
-    status=$?
-    case $status in
-        0) results+=("ok, $((SECONDS - begun)) s") ;;
-        124 | 137) results+=("out of time after $((SECONDS - begun)) s") ;;
-        *) results+=("FAILED with status $status, see models.log") ;;
-    esac
-    echo "   ${results[-1]}" | tee -a "$out/models.log"
-}
-
-: >"$out/models.log"
-if [[ -n ${WHEELS:-} ]]; then
-    site=$(mktemp -d)
-    phase "install wheels" 60 "$python" -m pip install -q --no-index --no-deps --no-compile --target "$site" "$WHEELS"/*.whl
-    export PYTHONPATH=$PYTHONPATH:$site
-fi
+source kernels/benchmarks/phases.sh
+export PYTHONPATH=$PWD:$PWD/$PYTHONPATH HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
+begin models.log 530
 model=("$python" -m benchmarks.whole_model --output "$out/models.jsonl" ${COMMIT:+--commit "$COMMIT"})
 if [[ ${1:-} == --dry ]]; then
     phase "a toy" 120 "${model[@]}" --model toy --samples 4 --length 64 --prompt 64 --context 16 --repeats 3 --device cpu
@@ -67,10 +34,4 @@ if [[ -n ${CHECKPOINT:-} ]]; then
     done
 fi
 
-{
-    for i in "${!names[@]}"; do
-        printf '%-34s %s\n' "${names[$i]}" "${results[$i]}"
-    done
-    echo "total $((SECONDS - started)) s"
-} | tee "$out/models.txt"
-[[ ! " ${results[*]} " =~ FAILED ]]
+summary | tee "$out/models.txt"
