@@ -12,7 +12,6 @@ Each configuration is compared with the Triton kernel first.
 # mypy: ignore-errors
 
 import argparse
-import json
 import os
 import sys
 import time
@@ -39,7 +38,8 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from benchmarks.sweep import operands
-from benchmarks.timing import CudaGraph, Method, describe
+from benchmarks.sweeping import keep, median_seconds
+from benchmarks.timing import describe
 
 BLOCK_K = 128  # inputs of a step: one chunk of nibbles
 HALF = 64
@@ -125,7 +125,30 @@ def _multiply(low, high, x, sums):
 
 
 @gluon.jit
+def _begin(x_blocks, w_blocks, ready, stage, phase, sums, WEIGHTS: gl.constexpr):
+    """Unpacks the block of a stage once it is there, and begins its products."""
+    mbarrier.wait(ready.index(stage), phase)
+    packed = w_blocks.index(stage).load(WEIGHTS)
+    low = _low(packed)
+    high = _high(packed)
+    return low, high, _multiply(low, high, x_blocks.index(stage), sums)
+
+
+@gluon.jit
+def _refill(
+    x_desc, w_desc, x_blocks, w_blocks, ready, stage, first_m, first_n, block, blocks,
+    STAGES: gl.constexpr, BYTES: gl.constexpr,
+):  # fmt: skip
+    """Fills the stage before this one, which every warp has done with, with the block STAGES - 1 further on."""
+    gl.thread_barrier()
+    free = gl.where(stage == 0, STAGES - 1, stage - 1)
+    following = block + STAGES - 1
+    _fill(x_desc, w_desc, x_blocks, w_blocks, ready, free, first_m, first_n, following, following < blocks, BYTES)
+
+
+@gluon.jit
 def _next(stage, phase, STAGES: gl.constexpr):
+    """The stage of the next block, and the phase of its barrier."""
     stage += 1
     if stage == STAGES:
         stage = 0
@@ -186,63 +209,39 @@ def hopper_kernel(
     stage = 0
     phase = 0
     if AHEAD:
-        mbarrier.wait(ready.index(0), 0)
-        packed = w_blocks.index(0).load(WEIGHTS)
-        low_0 = _low(packed)
-        high_0 = _high(packed)
-        sums = _multiply(low_0, high_0, x_blocks.index(0), sums)
+        low_0, high_0, sums = _begin(x_blocks, w_blocks, ready, 0, 0, sums, WEIGHTS)
         last = STAGES - 1
         _fill(x_desc, w_desc, x_blocks, w_blocks, ready, last, first_m, first_n, last, last < blocks, BYTES)
         stage = 1
+        # Two blocks a turn, each with registers of its own: no copy of one that a product reads.
         for block in range(1, blocks - 1, 2):
-            mbarrier.wait(ready.index(stage), phase)
-            packed = w_blocks.index(stage).load(WEIGHTS)
-            low_1 = _low(packed)
-            high_1 = _high(packed)
-            sums = _multiply(low_1, high_1, x_blocks.index(stage), sums)
+            low_1, high_1, sums = _begin(x_blocks, w_blocks, ready, stage, phase, sums, WEIGHTS)
             sums = warpgroup_mma_init(warpgroup_mma_wait(2, deps=[sums]))
             _keep(low_0)
             _keep(high_0)
-            gl.thread_barrier()
-            free = gl.where(stage == 0, STAGES - 1, stage - 1)
-            following = block + STAGES - 1
-            _fill(
-                x_desc, w_desc, x_blocks, w_blocks, ready, free, first_m, first_n, following, following < blocks, BYTES
-            )
+            _refill(x_desc, w_desc, x_blocks, w_blocks, ready, stage, first_m, first_n, block, blocks, STAGES, BYTES)
             stage, phase = _next(stage, phase, STAGES)
-            mbarrier.wait(ready.index(stage), phase)
-            packed = w_blocks.index(stage).load(WEIGHTS)
-            low_0 = _low(packed)
-            high_0 = _high(packed)
-            sums = _multiply(low_0, high_0, x_blocks.index(stage), sums)
+            low_0, high_0, sums = _begin(x_blocks, w_blocks, ready, stage, phase, sums, WEIGHTS)
             sums = warpgroup_mma_init(warpgroup_mma_wait(2, deps=[sums]))
             _keep(low_1)
             _keep(high_1)
-            gl.thread_barrier()
-            free = gl.where(stage == 0, STAGES - 1, stage - 1)
-            following = block + STAGES
-            _fill(
-                x_desc, w_desc, x_blocks, w_blocks, ready, free, first_m, first_n, following, following < blocks, BYTES
+            _refill(
+                x_desc, w_desc, x_blocks, w_blocks, ready, stage, first_m, first_n, block + 1, blocks, STAGES, BYTES
             )
             stage, phase = _next(stage, phase, STAGES)
-        mbarrier.wait(ready.index(stage), phase)
-        packed = w_blocks.index(stage).load(WEIGHTS)
-        sums = _multiply(_low(packed), _high(packed), x_blocks.index(stage), sums)
+        low_1, high_1, sums = _begin(x_blocks, w_blocks, ready, stage, phase, sums, WEIGHTS)
         sums = warpgroup_mma_wait(0, deps=[sums])
         _keep(low_0)
         _keep(high_0)
+        _keep(low_1)
+        _keep(high_1)
     else:
         for block in range(blocks):
-            mbarrier.wait(ready.index(stage), phase)
-            packed = w_blocks.index(stage).load(WEIGHTS)
-            sums = _multiply(_low(packed), _high(packed), x_blocks.index(stage), sums)
-            free = gl.where(stage == 0, STAGES - 1, stage - 1)
-            following = block + STAGES - 1
-            gl.thread_barrier()
-            _fill(
-                x_desc, w_desc, x_blocks, w_blocks, ready, free, first_m, first_n, following, following < blocks, BYTES
-            )
+            low_0, high_0, sums = _begin(x_blocks, w_blocks, ready, stage, phase, sums, WEIGHTS)
+            _refill(x_desc, w_desc, x_blocks, w_blocks, ready, stage, first_m, first_n, block, blocks, STAGES, BYTES)
             sums = warpgroup_mma_wait(0, deps=[sums])
+            _keep(low_0)
+            _keep(high_0)
             stage, phase = _next(stage, phase, STAGES)
     gl.thread_barrier()
 
@@ -348,8 +347,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             for name, call in calls.items():
                 if time.monotonic() - start > options.seconds:
                     break
-                graph = CudaGraph(Method("", lambda i, call=call, copies=copies: call(copies[i]), _COPIES))
-                seconds = sorted(graph.sample() for _ in range(5))[2]
+                seconds = median_seconds(lambda i, call=call, copies=copies: call(copies[i]), _COPIES)
                 rows.append({"tokens": tokens, "shape": shape, "config": name, "seconds": seconds})
             here = [row for row in rows if (row["tokens"], row["shape"]) == (tokens, shape)]
             for row in sorted(here, key=lambda row: row["seconds"])[:5]:
@@ -357,8 +355,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 print(
                     f"{tokens} x {shape} {row['config']}: {row['seconds'] * 1e6:.1f} us, {rate:.0f} TOP/s", flush=True
                 )
-    if options.output is not None:
-        options.output.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    keep(rows, options.output)
     return 0 if len(right) == len(CONFIGS) else 1
 
 
