@@ -162,11 +162,10 @@ def compress(model: PreTrainedModel, options: argparse.Namespace) -> PreTrainedM
     generator = torch.Generator().manual_seed(2)
     shape = (options.samples, options.length)
     windows = torch.randint(model.config.vocab_size, shape, generator=generator)
-    dataset = list(windows)
     return oneshot(
         model,
         options.recipe,
-        dataset=dataset,
+        dataset=list(windows),
         num_calibration_samples=options.samples,
         max_seq_length=options.length,
         device=str(torch.device(options.device).type),
