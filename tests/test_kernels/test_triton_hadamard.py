@@ -19,7 +19,6 @@ FALLBACK = [12, 28, 100, 23 * 16 * 3]
 
 # Beside the rounding of the result, for inputs of size one: the terms left out (README), or sums in another order.
 BOUNDS = {torch.bfloat16: 2.0**-14, torch.float16: 2.0**-15, torch.float32: 2.0**-19}
-CUT_OFF = 2.0**-18  # in float32 on tensor cores, whose sums do not round
 
 
 def activations(tokens: int, width: int, dtype: torch.dtype) -> torch.Tensor:
@@ -35,9 +34,7 @@ def check_transform(device: torch.device, x: torch.Tensor) -> None:
     assert got.shape == x.shape
     # Rounding to nearest is off by half a unit of the value itself, at most.
     unit = torch.finfo(x.dtype).eps
-    cut_off = device.type == "cuda" and x.dtype == torch.float32
-    bound = CUT_OFF if cut_off else BOUNDS[x.dtype]
-    torch.testing.assert_close(got.double(), exact, rtol=0.51 * unit, atol=bound)
+    torch.testing.assert_close(got.double(), exact, rtol=0.51 * unit, atol=BOUNDS[x.dtype])
 
 
 def check_quantized(
