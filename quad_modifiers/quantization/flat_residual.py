@@ -9,7 +9,8 @@ from dataclasses import dataclass
 
 import torch
 
-_BLOCK = 128  # columns whose updates are added to the others at once
+_BLOCK = 128  # columns whose changes are added to all others at once
+_STRIP = 16  # and to those of their block
 _ITERATIONS = 24  # of subspace iteration, for the first low-rank part
 
 
@@ -46,47 +47,67 @@ def flat_residual(
     """
     moment = _damped(hessian, damping).to(weight)
     root = _cholesky(moment)
-    basis = _first_basis(weight @ root, rank)
-    up = (weight @ root) @ basis
-    down = _unwhitened(basis, root)
+    whitened = weight @ root
+    basis = _first_basis(whitened, rank)
+    up, down = whitened @ basis, _unwhitened(basis, root)
+    rest = weight - up @ down
     place = max(1, round(quantile * weight.shape[1]))
-    bound = (weight - up @ down).abs().kthvalue(place, dim=1, keepdim=True).values
-    inside = (weight - up @ down).clamp(-bound, bound)
-    energy = float(((weight @ root) ** 2).sum(dtype=torch.float64)) or 1.0
-    losses = [_loss(weight - up @ down - inside, root) / energy]
+    bound = rest.abs().kthvalue(place, dim=1, keepdim=True).values
+    inside = rest.clamp(-bound, bound)
+    gradient = (rest - inside) @ moment
+    energy = float(whitened.square().sum(dtype=torch.float64)) or 1.0
+    losses = [_inner(rest - inside, gradient) / energy]
     for _ in range(rounds):
-        inside = clip_sweep(weight - up @ down, inside, bound, moment)
-        wanted = (weight - inside) @ root
-        basis = torch.linalg.qr(wanted.T @ (wanted @ basis)).Q
-        up, down = wanted @ basis, _unwhitened(basis, root)
-        losses.append(_loss(weight - up @ down - inside, root) / energy)
+        inside, gradient = clip_sweep(inside, gradient, bound, moment)
+        pulled = gradient + up @ (down @ moment)  # (W - E) H; all that follows has a side of `rank`
+        kept = weight - inside
+        basis = torch.linalg.qr(root.T @ (kept.T @ (kept @ (root @ basis)))).Q
+        up, down = kept @ (root @ basis), _unwhitened(basis, root)
+        gradient = pulled - up @ (down @ moment)
+        losses.append(_inner(kept - up @ down, gradient) / energy)
     up, down = _balanced(up, down)
     return FlatResidual(up, down, losses)
 
 
-def clip_sweep(target: torch.Tensor, inside: torch.Tensor, bound: torch.Tensor, moment: torch.Tensor) -> torch.Tensor:
+def clip_sweep(
+    inside: torch.Tensor, gradient: torch.Tensor, bound: torch.Tensor, moment: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Returns E moved once, column by column, to where tr((T - E) H (T - E)^T) is least inside of the box.
 
     Each column is moved to its exact minimum with the others as they are, so that the error never rises.
 
     Args:
-        target: T, `[out, in]`.
         inside: E, `[out, in]`, inside of the box.
+        gradient: (T - E) H for the target T, `[out, in]`.
         bound: largest magnitude in each row, `[out, 1]`.
         moment: H, `[in, in]`, positive definite.
+
+    Returns:
+        E and (T - E) H afterwards.
     """
-    inside, diagonal = inside.clone(), moment.diagonal()
-    gradient = (target - inside) @ moment
-    for start in range(0, target.shape[1], _BLOCK):
-        block = slice(start, min(start + _BLOCK, target.shape[1]))
-        before, near, local = inside[:, block].clone(), gradient[:, block].clone(), moment[block, block]
-        for column, index in enumerate(range(block.start, block.stop)):
-            old = inside[:, index].clone()
-            moved = (old + near[:, column] / diagonal[index]).unsqueeze(1).clamp(-bound, bound).squeeze(1)
-            inside[:, index] = moved
-            near -= torch.outer(moved - old, local[column])
-        gradient -= (inside[:, block] - before) @ moment[block]
-    return inside
+    # A column of the weight is a row here, which lies in one piece.
+    inside, gradient = inside.T.contiguous(), gradient.T.contiguous()
+    bound = bound.flatten()
+    for start in range(0, len(inside), _BLOCK):
+        block = slice(start, start + _BLOCK)
+        change = _moved(inside[block], gradient[block].clone(), bound, moment[block, block])
+        gradient.addmm_(moment[:, block], change, alpha=-1)
+    return inside.T, gradient.T
+
+
+def _moved(inside: torch.Tensor, gradient: torch.Tensor, bound: torch.Tensor, moment: torch.Tensor) -> torch.Tensor:
+    """Moves the columns of a block, `[columns, out]`, in place, and uses their gradient up; returns the changes."""
+    inverse = (1 / moment.diagonal()).tolist()
+    changes = torch.empty_like(inside)
+    for start in range(0, len(inside), _STRIP):
+        stop = min(start + _STRIP, len(inside))
+        for column in range(start, stop):
+            moved = torch.add(inside[column], gradient[column], alpha=inverse[column]).clamp_(-bound, bound)
+            change = torch.sub(moved, inside[column], out=changes[column])
+            inside[column] = moved
+            gradient[column + 1 : stop].addr_(moment[column, column + 1 : stop], change, alpha=-1)
+        gradient[stop:].addmm_(moment[stop:, start:stop], changes[start:stop], alpha=-1)
+    return changes
 
 
 def _damped(hessian: torch.Tensor, damping: float) -> torch.Tensor:
@@ -117,8 +138,9 @@ def _unwhitened(basis: torch.Tensor, root: torch.Tensor) -> torch.Tensor:
     return torch.linalg.solve_triangular(root, basis.T, upper=False, left=False)
 
 
-def _loss(rest: torch.Tensor, root: torch.Tensor) -> float:
-    return float((rest @ root).square_().sum(dtype=torch.float64))
+def _inner(rest: torch.Tensor, gradient: torch.Tensor) -> float:
+    """tr(R H R^T) of R and R H."""
+    return float((rest * gradient).sum(dtype=torch.float64))
 
 
 def _balanced(up: torch.Tensor, down: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

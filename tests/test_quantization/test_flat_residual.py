@@ -59,8 +59,9 @@ def test_a_sweep_moves_each_column_to_its_minimum(width: int) -> None:
         rest = target - wanted
         step = (rest @ hessian[:, column]) / hessian[column, column]
         wanted[:, column] = (wanted[:, column] + step).clamp(-bound.squeeze(1), bound.squeeze(1))
-    found = clip_sweep(target, start, bound, hessian)
+    found, gradient = clip_sweep(start, (target - start) @ hessian, bound, hessian)
     torch.testing.assert_close(found, wanted)
+    torch.testing.assert_close(gradient, (target - found) @ hessian)
     assert (found.abs() <= bound).all()
     assert error(target - found, hessian) < 0.9 * error(target - start, hessian)
 
