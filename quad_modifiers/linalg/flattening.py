@@ -57,20 +57,31 @@ class RotatedRows:
 
 
 @dataclass(frozen=True)
-class Found:
-    """A rotation and what it does to rows that it was not fitted to.
+class Gain:
+    """What a rotation does to rows that it was not fitted to.
 
     Attributes:
-        rotation: R, `[blocks, size, size]`, float64.
         before: measure of the rotation at the start, mean over the rows.
-        after: measure of R, never above `before`.
+        after: measure of the rotation that was found, never above `before`.
         rounds: rounds that led to it.
     """
 
-    rotation: torch.Tensor
     before: float
     after: float
     rounds: int
+
+
+@dataclass(frozen=True)
+class Found:
+    """A rotation and what it gains.
+
+    Attributes:
+        rotation: R, `[blocks, size, size]`, float64.
+        gain: on rows that it was not fitted to.
+    """
+
+    rotation: torch.Tensor
+    gain: Gain
 
 
 def preconditioned(rows: torch.Tensor, width: int) -> torch.Tensor:
@@ -142,11 +153,11 @@ def _best(
     held_out: RotatedRows, start: torch.Tensor, steps: Iterator[torch.Tensor], measure: Callable[[torch.Tensor], float]
 ) -> Found:
     before = measure(held_out.turned(start))
-    best = Found(start, before, before, 0)
+    best = Found(start, Gain(before, before, 0))
     for index, rotation in enumerate(steps, start=1):
         found = measure(held_out.turned(rotation))
-        if found < best.after:
-            best = Found(rotation, before, found, index)
+        if found < best.gain.after:
+            best = Found(rotation, Gain(before, found, index))
     return best
 
 

@@ -1,7 +1,8 @@
 """FlattenedRotation: a learned rotation in the place of a random one, folded like it."""
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from statistics import fmean
 from typing import ClassVar
 
@@ -9,8 +10,11 @@ import torch
 from llmcompressor.modifiers import Modifier
 from pydantic import Field
 
+from quad_modifiers.journal import Step, open_step
+from quad_modifiers.linalg.flattening import Gain
 from quad_modifiers.model.decoder import Decoder
 from quad_modifiers.modifiers.base import Batches, QuadModifier
+from quad_modifiers.nn.quad_linear import QuadLinear
 from quad_modifiers.passes.row_sample import RowSample, sample_rows
 from quad_modifiers.projection.learned_rotation import LearnedRotation, RotationSearch, stream_rows, value_rows
 from quad_modifiers.projection.rotate import rotate_residual
@@ -80,9 +84,9 @@ class FlattenedRotation(QuadModifier):
         """
         _check_projected(decoder)
         fitted, chosen = self._samples(decoder, batches())
-        search = RotationSearch(self.rounds, self.start_percentile, self.end, self.refinement_rounds)
-        stream = self._of_stream(decoder, search, fitted, chosen)
-        heads = self._of_heads(decoder, search, fitted, chosen) if self.values else {}
+        search, log = RotationSearch(self.rounds, self.start_percentile, self.end, self.refinement_rounds), _Log()
+        stream = log.kept(lambda: self._of_stream(decoder, search, fitted, chosen))
+        heads = self._of_heads(decoder, search, fitted, chosen, log) if self.values else {}
         logger.info("FlattenedRotation: stream %s", _summary([stream]))
         if heads:
             logger.info("FlattenedRotation: values %s", _summary(list(heads.values())))
@@ -105,14 +109,38 @@ class FlattenedRotation(QuadModifier):
         return search(stream_rows(fitted.stream, split), stream_rows(chosen.stream, split), reader.input_quantization)
 
     def _of_heads(
-        self, decoder: Decoder, search: RotationSearch, fitted: RowSample, chosen: RowSample
+        self, decoder: Decoder, search: RotationSearch, fitted: RowSample, chosen: RowSample, log: "_Log"
     ) -> dict[str, LearnedRotation]:
         """The rotations of the values, by the path of the attention module."""
         writers = {group.path: group.linears[0].module for group in decoder.groups() if group.group.reads == "values"}
         found = {}
         for path, writer in layer_progress(list(writers.items()), "turning values"):
-            rows = [value_rows(sample.values[path], writer.split, decoder.geometry) for sample in (fitted, chosen)]
-            found[path] = search(rows[0], rows[1], writer.input_quantization)
+
+            def turn(path: str = path, writer: QuadLinear = writer) -> LearnedRotation:
+                rows = [value_rows(sample.values[path], writer.split, decoder.geometry) for sample in (fitted, chosen)]
+                return search(rows[0], rows[1], writer.input_quantization)
+
+            found[path] = log.kept(turn)
+        return found
+
+
+class _Log:
+    """The rotations that are learned, one after the other, as layers of a step in the journal of the run."""
+
+    def __init__(self) -> None:
+        self._step: Step = open_step("rotations")
+        self._count, self._resumed = 0, self._step.done
+
+    def kept(self, learn: Callable[[], LearnedRotation]) -> LearnedRotation:
+        """Returns the next rotation, learned now or in the run that is gone on with."""
+        self._count += 1
+        if self._count <= self._resumed:
+            tensors, gains = self._step.result(self._count - 1)
+            flattening, refinement = (None if gain is None else Gain(**gain) for gain in gains)
+            return LearnedRotation(tensors["rotation"], flattening, refinement)
+        found = learn()
+        gains = [None if gain is None else asdict(gain) for gain in (found.flattening, found.refinement)]
+        self._step.finish({"rotation": found.rotation}, gains)
         return found
 
 

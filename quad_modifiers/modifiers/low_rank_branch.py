@@ -100,9 +100,9 @@ class LowRankBranch(QuadModifier):
         done = add_branches(decoder, batches(), find, self._is_ignored)
         first, last = [], []
         for _ in layer_progress(decoder.blocks, "low-rank branches"):
-            for _, part in next(done):
-                first.append(part.losses[0])
-                last.append(part.losses[-1])
+            for losses in next(done):
+                first.append(losses[0])
+                last.append(losses[-1])
         if first:
             logger.info(
                 "LowRankBranch: rank %d; error of clipping the residual's rows over the output %.3g after the SVD, "

@@ -5,13 +5,20 @@ from collections.abc import Callable, Iterator
 import torch
 from quad_kernels import split_input
 
+from quad_modifiers.journal import digest_of, open_step
 from quad_modifiers.linalg import StreamingGram
 from quad_modifiers.linalg.split_adjoint import unsplit_residual
 from quad_modifiers.model.decoder import Block, Decoder, PlacedGroup, PlacedLinear
 from quad_modifiers.nn.branch_term import BranchTerm
-from quad_modifiers.nn.quad_linear import QuadLinear
 from quad_modifiers.on_disk import on_disk, rest
-from quad_modifiers.passes.calibration_stream import CalibrationBatch, first_block_inputs, in_float32, in_parts
+from quad_modifiers.passes.calibration_stream import (
+    CalibrationBatch,
+    first_block_inputs,
+    in_float32,
+    in_parts,
+    keep_streams,
+    put_streams_back,
+)
 from quad_modifiers.passes.runners import runner_of
 from quad_modifiers.quantization.flat_residual import FlatResidual
 from quad_modifiers.ranks import OrderedSum, ranks
@@ -23,8 +30,10 @@ Find = Callable[[torch.Tensor, torch.Tensor], FlatResidual]
 @torch.no_grad()
 def add_branches(
     decoder: Decoder, batches: list[dict[str, torch.Tensor]], find: Find, skipped: Callable[[str], bool]
-) -> Iterator[list[tuple[PlacedLinear, FlatResidual]]]:
-    """Gives every chosen linear a branch, in order; yields those of each block when it is done.
+) -> Iterator[list[list[float]]]:
+    """Gives every chosen linear a branch, in order; yields the losses of each in a block when that is done.
+
+    Each block is a layer in the journal of the run.
 
     Args:
         decoder: with `QuadLinear` linears that are not quantized.
@@ -33,11 +42,21 @@ def add_branches(
         skipped: predicate on full module names: linears that get none.
     """
     stream = first_block_inputs(decoder, batches, shared=True)
+    log = open_step("branches", lambda: digest_of(decoder.model.named_parameters()))
+    resumed = log.done
+    if resumed:
+        put_streams_back(stream, None, log.carried())
     for block in decoder.blocks:
         dtype = next(block.linears()).module.qweight.dtype
+        chosen = [linear for linear in block.linears() if not skipped(linear.name)]
+        if block.index < resumed:
+            parts, losses = log.result(block.index)
+            _install(chosen, parts)
+            rest(block.module)
+            yield losses
+            continue
         with in_float32(block.module):
             moments = _moments(decoder, block, stream)
-            chosen = [linear for linear in block.linears() if not skipped(linear.name)]
 
             def branch(linear: PlacedLinear, moments: dict[str, torch.Tensor] = moments) -> FlatResidual:
                 try:
@@ -45,11 +64,15 @@ def add_branches(
                 except ValueError as error:
                     raise ValueError(f"{linear.name}: {error}") from error
 
-            found = list(zip(chosen, ranks().each(chosen, branch), strict=True))
-        for linear, part in found:
-            _install(linear.module, part, dtype)
+            found = ranks().each(chosen, branch)
+        parts = {}
+        for linear, part in zip(chosen, found, strict=True):
+            parts |= _stored(linear, part, dtype)
+        _install(chosen, parts)
         rest(block.module)
-        yield found
+        losses = [part.losses for part in found]
+        log.finish(parts, losses, keep_streams(stream))
+        yield losses
 
 
 def _moments(decoder: Decoder, block: Block, stream: list[CalibrationBatch]) -> dict[str, torch.Tensor]:
@@ -91,11 +114,17 @@ def _grams(block: Block) -> Grams:
     return grams
 
 
-def _install(linear: QuadLinear, part: FlatResidual, dtype: torch.dtype) -> None:
-    """Puts a branch beside a linear and takes what it computes out of the residual weight."""
-    weight = linear.residual.weight
-    up = part.up.to(weight.device, dtype)
-    down = unsplit_residual(part.down.double(), linear.split).to(weight.device, dtype)
-    inside = up.double() @ split_input(down.double(), linear.split)[1]
-    linear.set_weights(linear.split, weight.double() - inside, linear.outlier_weight, linear.bias)
-    linear.add_term(BranchTerm(down, up))
+def _stored(linear: PlacedLinear, part: FlatResidual, dtype: torch.dtype) -> dict[str, torch.Tensor]:
+    """The tensors of a branch as the model holds them, by names that begin with the linear's."""
+    down = unsplit_residual(part.down.double(), linear.module.split)
+    return {f"{linear.name}.down": down.to(dtype), f"{linear.name}.up": part.up.to(dtype)}
+
+
+def _install(linears: list[PlacedLinear], parts: dict[str, torch.Tensor]) -> None:
+    """Puts branches beside linears and takes what they compute out of the residual weights."""
+    for linear in linears:
+        module, weight = linear.module, linear.module.residual.weight
+        down, up = (parts[f"{linear.name}.{name}"].to(weight.device) for name in ("down", "up"))
+        inside = up.double() @ split_input(down.double(), module.split)[1]
+        module.set_weights(module.split, weight.double() - inside, module.outlier_weight, module.bias)
+        module.add_term(BranchTerm(down, up))

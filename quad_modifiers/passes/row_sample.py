@@ -4,9 +4,17 @@ from dataclasses import dataclass, field
 
 import torch
 
+from quad_modifiers.journal import digest_of, open_step
 from quad_modifiers.model.decoder import Decoder, PlacedGroup
 from quad_modifiers.on_disk import on_disk
-from quad_modifiers.passes.calibration_stream import CalibrationBatch, first_block_inputs, in_float32
+from quad_modifiers.passes.calibration_stream import (
+    CalibrationBatch,
+    first_block_inputs,
+    in_float32,
+    keep_streams,
+    put_streams_back,
+    working_device,
+)
 from quad_modifiers.passes.runners import runner_of
 from quad_modifiers.reporting import layer_progress
 
@@ -28,6 +36,8 @@ class RowSample:
 def sample_rows(decoder: Decoder, batches: list[dict[str, torch.Tensor]], tokens: int, seed: int) -> RowSample:
     """Streams calibration batches through the model and keeps some tokens of each norm and each attention.
 
+    Each block is a layer in the journal of the run.
+
     Args:
         decoder: the model, its linears not quantized.
         batches: `input_ids` and optional `attention_mask`.
@@ -41,7 +51,16 @@ def sample_rows(decoder: Decoder, batches: list[dict[str, torch.Tensor]], tokens
     share = tokens / max(1, len(decoder.blocks)) / sum(batch.hidden.shape[:-1].numel() for batch in stream)
     generator = torch.Generator().manual_seed(seed)
     sample = RowSample()
+    log = open_step("rows", lambda: digest_of(decoder.model.named_parameters()))
+    resumed = log.done
+    if resumed:
+        kept = log.carried()
+        put_streams_back(stream, None, kept)
+        generator.set_state(kept["generator"])
     for block in layer_progress(decoder.blocks, "sampling tokens"):
+        if block.index < resumed:
+            _add(sample, log.result(block.index)[0])
+            continue
         seen = _SeenRows(share, generator)
         with in_float32(block.module):
             runner = runner_of(block, decoder.architecture)
@@ -52,9 +71,21 @@ def sample_rows(decoder: Decoder, batches: list[dict[str, torch.Tensor]], tokens
                 )
                 if not torch.isfinite(batch.hidden).all():
                     raise ValueError(f"layer {block.index}: its output is NaN or infinite")
-        sample.stream += [torch.cat(parts) for parts in seen.stream.values()]
-        sample.values |= {path: torch.cat(parts) for path, parts in seen.values.items()}
+        rows = {f"stream.{place}": torch.cat(parts) for place, parts in enumerate(seen.stream.values())}
+        rows |= {f"values.{path}": torch.cat(parts) for path, parts in seen.values.items()}
+        _add(sample, rows)
+        log.finish(rows, carried=keep_streams(stream) | {"generator": generator.get_state()})
     return sample
+
+
+def _add(sample: RowSample, rows: dict[str, torch.Tensor]) -> None:
+    """Adds the rows of a block, those of its norms in their order."""
+    for place in range(sum(name.startswith("stream.") for name in rows)):
+        sample.stream.append(rows[f"stream.{place}"].to(working_device()))
+    for name in rows:
+        kind, _, path = name.partition(".")
+        if kind == "values":
+            sample.values[path] = rows[name].to(working_device())
 
 
 class _SeenRows:

@@ -7,7 +7,7 @@ from functools import partial
 import torch
 from quad_kernels import InputQuantization, InputSplit, fake_quantize, split_input
 
-from quad_modifiers.linalg.flattening import Found, RotatedRows, flattened, identities, preconditioned, refined
+from quad_modifiers.linalg.flattening import Gain, RotatedRows, flattened, identities, preconditioned, refined
 from quad_modifiers.linalg.split_adjoint import unsplit_residual
 from quad_modifiers.model.geometry import ModelGeometry
 
@@ -37,18 +37,18 @@ class RotationSearch:
         if not fitted.tokens or not chosen.tokens:  # inputs of zeros throughout, as of a block that was put in
             return LearnedRotation(rotation, None, None)
         if self.rounds:
-            flattening = flattened(fitted, chosen, self.rounds, self.start_percentile, self.end)
-            rotation = flattening.rotation
+            found = flattened(fitted, chosen, self.rounds, self.start_percentile, self.end)
+            rotation, flattening = found.rotation, found.gain
         if self.refinement_rounds and quantization is not None:
             rounding = partial(fake_quantize, quantization=quantization)
-            refinement = refined(fitted, chosen, rotation, rounding, self.refinement_rounds)
-            rotation = refinement.rotation
+            found = refined(fitted, chosen, rotation, rounding, self.refinement_rounds)
+            rotation, refinement = found.rotation, found.gain
         return LearnedRotation(rotation, flattening, refinement)
 
 
 @dataclass(frozen=True)
 class LearnedRotation:
-    """A rotation and the searches that led to it.
+    """A rotation and what the searches gained that led to it.
 
     Attributes:
         rotation: R, `[blocks, size, size]`, float64.
@@ -59,8 +59,8 @@ class LearnedRotation:
     """
 
     rotation: torch.Tensor
-    flattening: Found | None
-    refinement: Found | None
+    flattening: Gain | None
+    refinement: Gain | None
 
 
 def stream_rows(streams: list[torch.Tensor], split: InputSplit) -> RotatedRows:

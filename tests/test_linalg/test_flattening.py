@@ -79,8 +79,8 @@ def test_flatter_than_a_random_hadamard_on_other_tokens(size: int) -> None:
     x = heavy_tailed(4000, size)
     fitted, chosen = rows_of(x[:3000]), rows_of(x[3000:])
     found = flattened(fitted, chosen, rounds=40, percentile=99.9, end=1.3)
-    assert found.after < 0.85 * found.before
-    assert found.after == pytest.approx(mean_peak(chosen.turned(found.rotation)))
+    assert found.gain.after < 0.85 * found.gain.before
+    assert found.gain.after == pytest.approx(mean_peak(chosen.turned(found.rotation)))
     eye = found.rotation[0] @ found.rotation[0].T
     assert float((eye - torch.eye(size, dtype=torch.float64)).abs().max()) < 1e-6
 
@@ -92,8 +92,8 @@ def test_chosen_on_other_tokens_it_is_never_worse() -> None:
     found = flattened(fitted, chosen, rounds=20, percentile=99.9, end=1.5)
     last = list(flattening_steps(fitted, identities(fitted), [1.5] * 20))[-1]
     assert mean_peak(fitted.turned(last)) < 0.9 * mean_peak(fitted.turned(identities(fitted)))
-    assert mean_peak(chosen.turned(last)) > found.after * 0.99
-    assert found.after <= found.before
+    assert mean_peak(chosen.turned(last)) > found.gain.after * 0.99
+    assert found.gain.after <= found.gain.before
 
 
 def test_refinement_lowers_the_rounding_error() -> None:
@@ -102,9 +102,9 @@ def test_refinement_lowers_the_rounding_error() -> None:
     found = refined(rows, rows, identities(rows), lambda x: fake_quantize(x, grid), rounds=60)
     turned = rows.turned(found.rotation)
     error = (fake_quantize(turned, grid) - turned).square().mean()
-    assert found.after == pytest.approx(float(error), rel=1e-6)
-    assert found.after < 0.98 * found.before
-    assert found.rounds > 1
+    assert found.gain.after == pytest.approx(float(error), rel=1e-6)
+    assert found.gain.after < 0.98 * found.gain.before
+    assert found.gain.rounds > 1
 
 
 SPLITS = [
