@@ -26,11 +26,14 @@ class Member:
         produces: spaces of its output channels, in order. A fused linear has several: gate_up is
             `("channels", "channels")`, qkv `("queries", "keys", "values")`.
         role: name in recipes and checkpoints, alike in every block; the last part of `name` by default.
+        multiplies: whether the channels that it produces last are a factor of what their reader gets, as those of up in
+            act(gate) * up, so that a number for each of them goes through.
     """
 
     name: str
     produces: tuple[Space, ...]
     role: str = ""
+    multiplies: bool = False
 
     def __post_init__(self) -> None:
         if not self.role:
@@ -132,9 +135,11 @@ def dense_block(
     heads: tuple[Member, ...] = Member(query, ("queries",)), Member(key, ("keys",)), Member(value, ("values",))
     if query_key_value:
         heads = (Member(query_key_value, ("queries", "keys", "values")),)
-    channels = tuple(Member(name, ("channels",)) for name in (gate, up) if name)
+    channels: tuple[Member, ...] = (Member(up, ("channels",), multiplies=bool(gate)),)
+    if gate:
+        channels = (Member(gate, ("channels",)), *channels)
     if gate_up:
-        channels = (Member(gate_up, ("channels", "channels")),)
+        channels = (Member(gate_up, ("channels", "channels"), multiplies=True),)
     return (
         Group("qkv", attention, heads, "stream", attention_norm),
         Group("o", attention, (Member(attention_output, ("stream",)),), "values"),

@@ -51,6 +51,10 @@ class SVDOutlierProjection(QuadModifier):
             o_proj, or the "values" as v_proj makes them (ResQ, arXiv 2412.14363).
         down_proj_rank: outlier channels of the down_proj input, by a permutation of the MLP's channels (free at run
             time).
+        balanced: whether what o_proj and down_proj read gets the scale in which rounding it costs least: a symmetric
+            transform of the values of each head, folded into v_proj and o_proj, and a factor of each channel, folded
+            into up_proj and down_proj (free at run time). Outlier coordinates are chosen in that scale. An MLP without
+            a gate keeps its channels as they are.
         keep_tied: whether a head that shares the embedding's tensor goes on sharing it, by a small matrix behind the
             final norm, which only the runtimes of this package know. By default where these are needed anyway, for
             outliers or online transforms.
@@ -66,6 +70,7 @@ class SVDOutlierProjection(QuadModifier):
     o_proj_rank_per_head: RankField = 0
     values_basis: ValuesBasis = "attention"
     down_proj_rank: RankField = 0
+    balanced: bool = False
     keep_tied: bool | None = None
 
     def settings(self) -> ProjectionSettings:
@@ -79,6 +84,7 @@ class SVDOutlierProjection(QuadModifier):
             values_rank=self.o_proj_rank_per_head,
             channels_rank=self.down_proj_rank,
             values_basis=self.values_basis,
+            balanced=self.balanced,
         )
 
     def residual_width(self, reads: Space, width: int) -> int:

@@ -142,20 +142,24 @@ def _projected_reader(
 def _new_rows(
     tensor: torch.Tensor, linear: PlacedLinear, path: str, projection: Projection, sizes: dict[Space, int]
 ) -> torch.Tensor:
-    """Output channels `[out, n]` in the new basis: values rotated head by head, channels in their new order."""
+    """Output channels `[out, n]` in the new basis: values head by head, channels in their new order and scale."""
     spaces = linear.member.produces
     if not {"values", "channels"} & set(spaces):
         return tensor
 
     def changed() -> Iterator[torch.Tensor]:
         start = 0
-        for space in spaces:
+        for place, space in enumerate(spaces, start=1):
             size = len(projection.orders[path]) if space == "channels" else sizes[space]
             rows = tensor[start : start + size]
             start += size
             if space == "values":
-                rows = _rotate_heads_out(rows, projection.heads[path])
-            yield rows[projection.orders[path].to(rows.device)] if space == "channels" else rows
+                rows = _change_heads_out(rows, projection.heads[path])
+            if space == "channels":
+                if linear.member.multiplies and place == len(spaces) and path in projection.factors:
+                    rows = rows * projection.factors[path].to(rows.device).unsqueeze(1)
+                rows = rows[projection.orders[path].to(rows.device)]
+            yield rows
 
     return torch.cat(list(changed()))
 
@@ -164,20 +168,22 @@ def _projected_writer(group: PlacedGroup, linear: PlacedLinear, projection: Proj
     basis, module = projection.residual, linear.module
     weight = basis.write(module.residual.weight)
     if group.group.reads == "values":
-        weight = _rotate_heads_in(weight, projection.heads[group.path])
+        weight = _change_heads_in(weight, projection.inverses.get(group.path, projection.heads[group.path]))
     else:
+        if group.path in projection.factors:
+            weight = weight / projection.factors[group.path].to(weight.device)
         weight = weight[:, projection.orders[group.path].to(weight.device)]
     bias = None if module.bias is None else basis.write(module.bias)
     return _divided(projection.split(group), weight, bias)
 
 
-def _rotate_heads_out(weight: torch.Tensor, heads: torch.Tensor) -> torch.Tensor:
-    """Rows that make values: each key-value head's values v become v R."""
+def _change_heads_out(weight: torch.Tensor, heads: torch.Tensor) -> torch.Tensor:
+    """Rows that make values: each key-value head's values v become v B."""
     return (heads.to(weight.device).transpose(1, 2) @ weight.unflatten(0, (heads.shape[0], -1))).flatten(0, 1)
 
 
-def _rotate_heads_in(weight: torch.Tensor, heads: torch.Tensor) -> torch.Tensor:
-    """Columns that read values: each query head reads v R, so W becomes W R."""
+def _change_heads_in(weight: torch.Tensor, heads: torch.Tensor) -> torch.Tensor:
+    """Columns that read values: each query head reads v B, so W becomes W B^-T, `heads` being B^-T."""
     kv_heads, head_dim, _ = heads.shape
     columns = weight.unflatten(1, (kv_heads, -1, head_dim))
     return torch.einsum("okgd,kde->okge", columns, heads.to(weight.device)).flatten(1)

@@ -6,12 +6,20 @@ from typing import Any, Literal
 import torch
 from quad_kernels import InputSplit
 
-from quad_modifiers.linalg import extended_basis, outlier_basis, random_rotation, square_basis
+from quad_modifiers.linalg import (
+    balanced_factors,
+    balanced_transform,
+    extended_basis,
+    outlier_basis,
+    random_rotation,
+    square_basis,
+)
 from quad_modifiers.model.architecture import Space
 from quad_modifiers.model.decoder import Decoder, PlacedGroup
 from quad_modifiers.model.geometry import ModelGeometry
 from quad_modifiers.passes.statistics import ActivationStatistics, ValuesBasis
 from quad_modifiers.projection.rank import Rank, rank_of
+from quad_modifiers.projection.readers import channels_read, scalable_channels, values_read
 
 
 class ResidualBasis:
@@ -48,13 +56,16 @@ class Projection:
 
     Attributes:
         residual: basis of the residual stream.
-        heads: rotation of the values of each key-value head, `[kv_heads, head_dim, head_dim]`, float64, by the path of
-            the attention module.
+        heads: B, basis of the values of each key-value head: v becomes v B; `[kv_heads, head_dim, head_dim]`, float64,
+            by the path of the attention module.
         orders: permutation of the MLP's channels, outlier channels first, `[channels]`, by the path of the MLP.
         value_split: division of the inputs that read values (o_proj).
         channel_splits: division of the inputs that read channels (down_proj), by the path of the MLP; its width is
             that of this MLP, which need not be the same in all.
         origin: how it came about, as the checkpoint remembers it; None for one that cannot be said in its terms.
+        inverses: B^-T, of those of `heads` that are not orthogonal.
+        factors: numbers that channels are multiplied by, `[channels]`, in the order of before, by the path of the MLP;
+            none are missing or 0. Readers divide by them.
     """
 
     residual: ResidualBasis
@@ -63,6 +74,8 @@ class Projection:
     value_split: InputSplit
     channel_splits: dict[str, InputSplit]
     origin: dict[str, Any] | None = None
+    inverses: dict[str, torch.Tensor] = field(default_factory=dict)
+    factors: dict[str, torch.Tensor] = field(default_factory=dict)
 
     def split(self, group: PlacedGroup) -> InputSplit:
         """Returns how the input of a group is divided."""
@@ -85,6 +98,7 @@ class ProjectionSettings:
         values_rank: outlier coordinates of each head in what reads values.
         channels_rank: outlier channels in what reads channels.
         values_basis: what the basis of the values is made from.
+        balanced: whether values and channels get the scale in which rounding them costs least.
     """
 
     rank: Rank = 64
@@ -95,11 +109,12 @@ class ProjectionSettings:
     values_rank: Rank = 0
     channels_rank: Rank = 0
     values_basis: ValuesBasis = "attention"
+    balanced: bool = False
 
     @property
     def needs_statistics(self) -> bool:
         """True if activations decide about the basis."""
-        return bool(self.rank or self.values_rank or self.channels_rank)
+        return bool(self.rank or self.values_rank or self.channels_rank or self.balanced)
 
     def check(self, decoder: Decoder) -> None:
         """Checks that every rank leaves something to quantize.
@@ -142,17 +157,30 @@ def plan_projection(
     generator = torch.Generator().manual_seed(settings.seed)
     basis = _residual_basis(geometry, settings, statistics, generator)
     heads: dict[str, torch.Tensor] = {}
+    inverses: dict[str, torch.Tensor] = {}
     orders: dict[str, torch.Tensor] = {}
+    factors: dict[str, torch.Tensor] = {}
     channels = decoder.channels()
+    scalable = scalable_channels(decoder) if settings.balanced else set()
     for group in decoder.groups():
         if group.group.reads == "values":
-            heads[group.path] = _head_rotations(geometry, settings, statistics, group.path, generator)
+            moments = None if statistics is None else statistics.heads[group.path]
+            if moments is None or not settings.balanced:
+                heads[group.path] = _head_rotations(geometry, settings, moments, generator)
+                continue
+            into, back = balanced_transform(moments, values_read(group, geometry).to(moments))
+            rotation = _head_rotations(geometry, settings, into @ moments @ into, generator).to(into)
+            heads[group.path], inverses[group.path] = into @ rotation, back @ rotation
         elif group.group.reads == "channels":
             orders[group.path] = torch.arange(channels[group.path])
-            if statistics is not None and settings.channels_rank:
-                energy = statistics.channels.get(group.path)
-                if energy is not None:  # else an expert that no token was sent to
-                    orders[group.path] = energy.argsort(descending=True, stable=True)
+            energy = None if statistics is None else statistics.channels.get(group.path)
+            if energy is None:  # of an expert that no token was sent to as well
+                continue
+            if group.path in scalable:
+                factors[group.path] = balanced_factors(energy, channels_read(group).to(energy))
+                energy = energy * factors[group.path].square()
+            if settings.channels_rank:
+                orders[group.path] = energy.argsort(descending=True, stable=True)
     return Projection(
         residual=basis,
         heads=heads,
@@ -177,6 +205,8 @@ def plan_projection(
             "rotation": settings.rotation,
             "seed": settings.seed,
         },
+        inverses=inverses,
+        factors=factors,
     )
 
 
@@ -210,17 +240,16 @@ def _residual_basis(
 def _head_rotations(
     geometry: ModelGeometry,
     settings: ProjectionSettings,
-    statistics: ActivationStatistics | None,
-    path: str,
+    moments: torch.Tensor | None,
     generator: torch.Generator,
 ) -> torch.Tensor:
-    """Rotation of the values of one attention module, `[kv_heads, head_dim, head_dim]`."""
+    """Rotation of the values of one attention module with these moments, `[kv_heads, head_dim, head_dim]`."""
     kept = rank_of(settings.values_rank, geometry.head_dim)
     heads = []
     for head in range(geometry.kv_heads):
         rotation = random_rotation(geometry.head_dim - kept, settings.rotation, generator)
-        if kept and statistics is not None:
-            outliers, complement = outlier_basis(statistics.heads[path][head], kept)
+        if kept and moments is not None:
+            outliers, complement = outlier_basis(moments[head], kept)
             among = random_rotation(kept, "random" if settings.rotation == "random" else "none", generator)
             rotation = square_basis(outliers, complement, rotation, among)
         heads.append(rotation)

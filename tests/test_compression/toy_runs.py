@@ -15,7 +15,7 @@ PROJECTION = "SVDOutlierProjection: {rank: 8, o_proj_rank_per_head: 2, down_proj
 RECIPES = {
     "corrected": (PROJECTION, "DynamicActQuant: {}", "OutlierSplitGPTQ: {error_correction: 0.4, sweeps: 1}"),
     "auto": (
-        PROJECTION,
+        PROJECTION.replace("}", ", balanced: true}"),
         "DynamicActQuant: {u_type_clip_ratio: auto, d_type_clip_ratio: auto}",
         "OutlierSplitGPTQ: {error_correction: auto}",
     ),

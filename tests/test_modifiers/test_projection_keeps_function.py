@@ -83,6 +83,36 @@ def test_outliers_of_d_type_inputs(
     assert mlp.down_proj.split.hadamard == ("down_proj" in online)
 
 
+@pytest.mark.parametrize("ranks", [{}, {"o_proj_rank_per_head": 3, "down_proj_rank": 9}], ids=["no ranks", "ranks"])
+@pytest.mark.parametrize("model_type", ["llama", "qwen2", "phi3", "arcee", "apertus", "granite"])
+def test_a_balanced_scale(model_type, ranks, make_toy, compress, logits_of, assert_same_function) -> None:
+    """Fused linears, biases, heads that share values, an MLP without a gate; and what is balanced, and what is not."""
+    model, plain = make_toy(model_type), make_toy(model_type)
+    wanted = logits_of(model)
+    settings = {"rank": 4, "online_rotation": [], "rotation": "none", **ranks}
+    compress(model, SVDOutlierProjection(balanced=True, **settings))
+    assert_same_function(logits_of(model), wanted)
+    compress(plain, SVDOutlierProjection(**settings))
+    for gated, name in ((True, "o_proj"), (model_type not in ("arcee", "apertus"), "down_proj")):
+        ours, theirs = (_spread_of_products(each, name) for each in (model, plain))
+        assert ours < 0.999 * theirs if gated else ours == pytest.approx(theirs), name
+
+
+def _spread_of_products(model, name: str) -> float:
+    """Energy of the input of a linear times that of its weight: what the errors of both grow with."""
+    total = 0.0
+    for layer in model.model.layers:
+        linear = getattr(layer.self_attn if name == "o_proj" else layer.mlp, name)
+        seen: list[torch.Tensor] = []
+        handle = linear.register_forward_pre_hook(lambda _, inputs, seen=seen: seen.append(inputs[0]))
+        with torch.no_grad():
+            model(torch.randint(3, 320, (8, 48), generator=torch.Generator().manual_seed(5)))
+        handle.remove()
+        weights = [linear.residual.weight, *([] if linear.outlier is None else [linear.outlier.weight])]
+        total += float(seen[0].square().sum() * sum(weight.square().sum() for weight in weights))
+    return total
+
+
 @pytest.mark.parametrize("basis", ["extended", "square"])
 def test_embeddings_with_a_large_mean(basis, make_toy, compress, logits_of, assert_same_function) -> None:
     """Centring the embeddings, which is right for LayerNorm only, would change this model altogether."""
