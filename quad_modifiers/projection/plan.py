@@ -64,8 +64,8 @@ class Projection:
             that of this MLP, which need not be the same in all.
         origin: how it came about, as the checkpoint remembers it; None for one that cannot be said in its terms.
         inverses: B^-T, of those of `heads` that are not orthogonal.
-        factors: numbers that channels are multiplied by, `[channels]`, in the order of before, by the path of the MLP;
-            none are missing or 0. Readers divide by them.
+        factors: positive numbers that channels are multiplied by, and their readers' columns divided by, `[channels]`,
+            in the order of before, by the path of the MLP; one without keeps its scale.
     """
 
     residual: ResidualBasis
@@ -164,7 +164,7 @@ def plan_projection(
     scalable = scalable_channels(decoder) if settings.balanced else set()
     for group in decoder.groups():
         if group.group.reads == "values":
-            moments = None if statistics is None else statistics.heads[group.path]
+            moments = None if statistics is None else statistics.heads.get(group.path)
             if moments is None or not settings.balanced:
                 heads[group.path] = _head_rotations(geometry, settings, moments, generator)
                 continue
