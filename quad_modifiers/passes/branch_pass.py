@@ -5,20 +5,14 @@ from collections.abc import Callable, Iterator
 import torch
 from quad_kernels import split_input
 
-from quad_modifiers.journal import digest_of, open_step
+from quad_modifiers.journal import digest_of
 from quad_modifiers.linalg import StreamingGram
 from quad_modifiers.linalg.split_adjoint import unsplit_residual
 from quad_modifiers.model.decoder import Block, Decoder, PlacedGroup, PlacedLinear
 from quad_modifiers.nn.branch_term import BranchTerm
 from quad_modifiers.on_disk import on_disk, rest
-from quad_modifiers.passes.calibration_stream import (
-    CalibrationBatch,
-    first_block_inputs,
-    in_float32,
-    in_parts,
-    keep_streams,
-    put_streams_back,
-)
+from quad_modifiers.passes.calibration_stream import CalibrationBatch, first_block_inputs, in_float32, in_parts
+from quad_modifiers.passes.kept_blocks import KeptBlocks
 from quad_modifiers.passes.runners import runner_of
 from quad_modifiers.quantization.flat_residual import FlatResidual
 from quad_modifiers.ranks import OrderedSum, ranks
@@ -42,15 +36,13 @@ def add_branches(
         skipped: predicate on full module names: linears that get none.
     """
     stream = first_block_inputs(decoder, batches, shared=True)
-    log = open_step("branches", lambda: digest_of(decoder.model.named_parameters()))
-    resumed = log.done
-    if resumed:
-        put_streams_back(stream, None, log.carried())
+    log = KeptBlocks("branches", stream, start=lambda: digest_of(decoder.model.named_parameters()))
     for block in decoder.blocks:
         dtype = next(block.linears()).module.qweight.dtype
         chosen = [linear for linear in block.linears() if not skipped(linear.name)]
-        if block.index < resumed:
-            parts, losses = log.result(block.index)
+        kept = log.result(block)
+        if kept is not None:
+            parts, losses = kept
             _install(chosen, parts)
             rest(block.module)
             yield losses
@@ -71,7 +63,7 @@ def add_branches(
         _install(chosen, parts)
         rest(block.module)
         losses = [part.losses for part in found]
-        log.finish(parts, losses, keep_streams(stream))
+        log.finish(parts, losses)
         yield losses
 
 

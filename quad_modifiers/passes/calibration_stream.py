@@ -166,23 +166,6 @@ def _to_working(value: torch.Tensor) -> torch.Tensor:
     return value.to(working_device(), torch.float32 if value.is_floating_point() else value.dtype)
 
 
-def keep_streams(stream: list[CalibrationBatch], original: list[torch.Tensor] | None = None) -> dict[str, torch.Tensor]:
-    """Returns the residual streams of all batches for the journal of a run, and those of the original model."""
-    kept = {f"stream.{batch.number}": batch.hidden for batch in stream}
-    pairs = zip(stream, original or (), strict=False)
-    return kept | {f"original.{batch.number}": hidden for batch, hidden in pairs}
-
-
-def put_streams_back(
-    stream: list[CalibrationBatch], original: list[torch.Tensor] | None, kept: dict[str, torch.Tensor]
-) -> None:
-    """Moves the streams to where they were when `keep_streams` saw them."""
-    for index, batch in enumerate(stream):
-        batch.hidden = on_disk(kept[f"stream.{batch.number}"].to(batch.hidden))
-        if original is not None:
-            original[index] = on_disk(kept[f"original.{batch.number}"].to(batch.hidden))
-
-
 @contextmanager
 def in_float32(layer: nn.Module) -> Iterator[None]:
     """Holds a decoder block in float32 on the working device; it returns to the dtype, device and disk it had."""

@@ -4,17 +4,16 @@ from dataclasses import dataclass, field
 
 import torch
 
-from quad_modifiers.journal import digest_of, open_step
+from quad_modifiers.journal import digest_of
 from quad_modifiers.model.decoder import Decoder, PlacedGroup
 from quad_modifiers.on_disk import on_disk
 from quad_modifiers.passes.calibration_stream import (
     CalibrationBatch,
     first_block_inputs,
     in_float32,
-    keep_streams,
-    put_streams_back,
     working_device,
 )
+from quad_modifiers.passes.kept_blocks import KeptBlocks
 from quad_modifiers.passes.runners import runner_of
 from quad_modifiers.reporting import layer_progress
 
@@ -51,15 +50,13 @@ def sample_rows(decoder: Decoder, batches: list[dict[str, torch.Tensor]], tokens
     share = tokens / max(1, len(decoder.blocks)) / sum(batch.hidden.shape[:-1].numel() for batch in stream)
     generator = torch.Generator().manual_seed(seed)
     sample = RowSample()
-    log = open_step("rows", lambda: digest_of(decoder.model.named_parameters()))
-    resumed = log.done
-    if resumed:
-        kept = log.carried()
-        put_streams_back(stream, None, kept)
-        generator.set_state(kept["generator"])
+    log = KeptBlocks("rows", stream, start=lambda: digest_of(decoder.model.named_parameters()))
+    if log.carried:
+        generator.set_state(log.carried["generator"])
     for block in layer_progress(decoder.blocks, "sampling tokens"):
-        if block.index < resumed:
-            _add(sample, log.result(block.index)[0])
+        kept = log.result(block)
+        if kept is not None:
+            _add(sample, kept[0])
             continue
         seen = _SeenRows(share, generator)
         with in_float32(block.module):
@@ -74,7 +71,7 @@ def sample_rows(decoder: Decoder, batches: list[dict[str, torch.Tensor]], tokens
         rows = {f"stream.{place}": torch.cat(parts) for place, parts in enumerate(seen.stream.values())}
         rows |= {f"values.{path}": torch.cat(parts) for path, parts in seen.values.items()}
         _add(sample, rows)
-        log.finish(rows, carried=keep_streams(stream) | {"generator": generator.get_state()})
+        log.finish(rows, carried={"generator": generator.get_state()})
     return sample
 
 

@@ -5,7 +5,6 @@ from typing import Literal
 
 import torch
 
-from quad_modifiers.journal import open_step
 from quad_modifiers.linalg import StreamingGram
 from quad_modifiers.model.decoder import Block, Decoder, PlacedGroup, PlacedLinear
 from quad_modifiers.model.geometry import ModelGeometry
@@ -15,10 +14,9 @@ from quad_modifiers.passes.calibration_stream import (
     first_block_inputs,
     in_float32,
     in_parts,
-    keep_streams,
-    put_streams_back,
     working_device,
 )
+from quad_modifiers.passes.kept_blocks import KeptBlocks
 from quad_modifiers.passes.runners import runner_of
 from quad_modifiers.ranks import OrderedSum
 from quad_modifiers.reporting import layer_progress
@@ -69,17 +67,14 @@ def collect_statistics(
     residual = StreamingGram(geometry.hidden, device)
     heads: dict[str, torch.Tensor] = {}
     channels: dict[str, torch.Tensor] = {}
-    log = open_step("statistics")
-    resumed = log.done
-    if resumed:
-        kept = log.carried()
-        put_streams_back(stream, None, kept)
-        residual.total, residual.tokens = kept["residual"].to(residual.total), int(kept["tokens"])
+    log = KeptBlocks("statistics", stream)
+    if log.carried:
+        residual.total, residual.tokens = log.carried["residual"].to(residual.total), int(log.carried["tokens"])
     for block in layer_progress(decoder.blocks, "calibrating"):
-        if block.index < resumed:
-            found, _ = log.result(block.index)
-            heads |= _of_kind(found, "heads", device)
-            channels |= _of_kind(found, "channels", device)
+        kept = log.result(block)
+        if kept is not None:
+            heads |= _of_kind(kept[0], "heads", device)
+            channels |= _of_kind(kept[0], "channels", device)
             continue
         try:
             with in_float32(block.module):
@@ -98,7 +93,7 @@ def collect_statistics(
         heads |= means
         channels |= energies
         carried = {"residual": residual.total, "tokens": torch.tensor(residual.tokens)}
-        log.finish(_named("heads", means) | _named("channels", energies), None, keep_streams(stream) | carried)
+        log.finish(_named("heads", means) | _named("channels", energies), carried=carried)
     return ActivationStatistics(residual.mean(), heads, channels)
 
 

@@ -12,7 +12,7 @@ import torch
 from quad_kernels import IntegerGrid, QuantizedWeight, choose_backend
 from quad_kernels.backends.native_cpu import NativeBackend
 
-from quad_modifiers.journal import digest_of, open_step
+from quad_modifiers.journal import digest_of
 from quad_modifiers.model.decoder import Block, Decoder, PlacedGroup, PlacedLinear
 from quad_modifiers.nn.quad_linear import QuadLinear
 from quad_modifiers.on_disk import give_back, on_disk, rest
@@ -21,9 +21,8 @@ from quad_modifiers.passes.calibration_stream import (
     first_block_inputs,
     in_float32,
     in_parts,
-    keep_streams,
-    put_streams_back,
 )
+from quad_modifiers.passes.kept_blocks import KeptBlocks
 from quad_modifiers.passes.quantized_tensors import keep_weight, kept_weight
 from quad_modifiers.passes.runners import BlockRunner, runner_of
 from quad_modifiers.quantization.group import (
@@ -66,14 +65,12 @@ def quantize_blocks(
     stream = [] if batches is None else first_block_inputs(decoder, batches, shared=True)
     original = [batch.hidden for batch in stream] if settings.error_correction else None
     scale_dtype = next(decoder.linears()).module.qweight.dtype
-    log = open_step("weights", lambda: digest_of(decoder.model.named_parameters()))
-    if log.done:
-        put_streams_back(stream, original, log.carried())
-    resumed = log.done
+    log = KeptBlocks("weights", stream, original, lambda: digest_of(decoder.model.named_parameters()))
     for block in decoder.blocks:
         work = _BlockWork(block, settings, scale_dtype, finish, skipped, grid_of or (lambda linear: settings.grid))
-        if block.index < resumed:
-            work.take(*log.result(block.index), quantized_inputs=batches is not None)
+        kept = log.result(block)
+        if kept is not None:
+            work.take(*kept, quantized_inputs=batches is not None)
             rest(block.module)
             yield work.reports
             continue
@@ -88,7 +85,7 @@ def quantize_blocks(
                 finish(linear, weight)
         rest(block.module)
         if log.keeps:
-            log.finish(*work.result(), carried=keep_streams(stream, original))
+            log.finish(*work.result())
         yield work.reports
 
 
