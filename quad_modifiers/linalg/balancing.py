@@ -48,9 +48,7 @@ def balanced_factors(states: torch.Tensor, readers: torch.Tensor) -> torch.Tenso
         ValueError: if either is not finite.
     """
     _check_finite(states, readers)
-    energies = [each.double() for each in (states, readers)]
-    floors = [_RIDGE * each.mean().clamp(min=torch.finfo(torch.float32).tiny) for each in energies]
-    states, readers = (each + floor for each, floor in zip(energies, floors, strict=True))
+    states, readers = _floored(states), _floored(readers)
     logarithm = (readers / states).log() / 4
     bound = math.log(_CAP)
     factors = (logarithm - logarithm.mean()).clamp(-bound, bound).exp()
@@ -71,6 +69,11 @@ def _ridged(moment: torch.Tensor) -> torch.Tensor:
     size = wide.shape[-1]
     mean = (_trace(wide) / size).clamp(min=torch.finfo(torch.float32).tiny)
     return wide + _RIDGE * mean[..., None, None] * torch.eye(size, dtype=wide.dtype, device=wide.device)
+
+
+def _floored(energies: torch.Tensor) -> torch.Tensor:
+    wide = energies.double()
+    return wide + _RIDGE * wide.mean().clamp(min=torch.finfo(torch.float32).tiny)
 
 
 def _power(matrix: torch.Tensor, exponent: float) -> torch.Tensor:

@@ -19,7 +19,7 @@ from quad_modifiers.model.decoder import Decoder, PlacedGroup
 from quad_modifiers.model.geometry import ModelGeometry
 from quad_modifiers.passes.statistics import ActivationStatistics, ValuesBasis
 from quad_modifiers.projection.rank import Rank, rank_of
-from quad_modifiers.projection.readers import channels_read, scalable_channels, values_read
+from quad_modifiers.projection.readers import channels_read, values_read
 
 
 class ResidualBasis:
@@ -161,26 +161,25 @@ def plan_projection(
     orders: dict[str, torch.Tensor] = {}
     factors: dict[str, torch.Tensor] = {}
     channels = decoder.channels()
-    scalable = scalable_channels(decoder) if settings.balanced else set()
+    gated = {group.path for group in decoder.groups() if any(linear.member.multiplies for linear in group.linears)}
     for group in decoder.groups():
+        path = group.path
         if group.group.reads == "values":
-            moments = None if statistics is None else statistics.heads.get(group.path)
-            if moments is None or not settings.balanced:
-                heads[group.path] = _head_rotations(geometry, settings, moments, generator)
-                continue
-            into, back = balanced_transform(moments, values_read(group, geometry).to(moments))
-            rotation = _head_rotations(geometry, settings, into @ moments @ into, generator).to(into)
-            heads[group.path], inverses[group.path] = into @ rotation, back @ rotation
+            moments = None if statistics is None else statistics.heads.get(path)
+            if moments is not None and settings.balanced:
+                into, back = balanced_transform(moments, values_read(group, geometry).to(moments))
+                rotations = _head_rotations(geometry, settings, into @ moments @ into, generator).to(into)
+                heads[path], inverses[path] = into @ rotations, back @ rotations
+            else:
+                heads[path] = _head_rotations(geometry, settings, moments, generator)
         elif group.group.reads == "channels":
-            orders[group.path] = torch.arange(channels[group.path])
-            energy = None if statistics is None else statistics.channels.get(group.path)
-            if energy is None:  # of an expert that no token was sent to as well
-                continue
-            if group.path in scalable:
-                factors[group.path] = balanced_factors(energy, channels_read(group).to(energy))
-                energy = energy * factors[group.path].square()
-            if settings.channels_rank:
-                orders[group.path] = energy.argsort(descending=True, stable=True)
+            energy = None if statistics is None else statistics.channels.get(path)  # none of an expert without tokens
+            if energy is not None and settings.balanced and path in gated:
+                factors[path] = balanced_factors(energy, channels_read(group).to(energy))
+                energy = energy * factors[path].square()
+            orders[path] = torch.arange(channels[path])
+            if energy is not None and settings.channels_rank:
+                orders[path] = energy.argsort(descending=True, stable=True)
     return Projection(
         residual=basis,
         heads=heads,

@@ -24,7 +24,7 @@ from quad_modifiers.projection.plan import ProjectionSettings, plan_projection
 from quad_modifiers.quantization.group import WeightQuantization
 
 NORM = "post_attention_layernorm"
-UP = tuple(Member(name, ("channels",)) for name in ("gate_proj", "up_proj"))
+UP = (Member("gate_proj", ("channels",)), Member("up_proj", ("channels",), multiplies=True))
 BLOCK = (
     *dense_block()[:2],
     Group("router", "mlp", (Member("router", ("other",)),), "stream", NORM, quantized=False),
@@ -86,12 +86,16 @@ def scores(decoder: Decoder) -> torch.Tensor:
     return torch.stack(found)
 
 
-def test_a_projection_keeps_the_function_and_the_routes(decoder: Decoder) -> None:
+@pytest.mark.parametrize("balanced", [False, True], ids=["", "balanced"])
+def test_a_projection_keeps_the_function_and_the_routes(balanced: bool, decoder: Decoder) -> None:
     wanted = logits(decoder)
-    settings = ProjectionSettings(rank=8, values_rank=2, channels_rank=8)
+    settings = ProjectionSettings(rank=8, values_rank=2, channels_rank=8, balanced=balanced)
     statistics = collect_statistics(decoder, [{"input_ids": ids(seed)} for seed in (1, 2)])
     plan = plan_projection(decoder, settings, statistics)
     assert sum("experts" in path for path in plan.orders) == 2 * 4
+    seen = set(statistics.channels)  # no token was sent to some experts, the last among them
+    assert 0 < len(seen) < 2 * 4
+    assert set(plan.factors) == (seen if balanced else set())
     apply_projection(decoder, plan)
     assert decoder.blocks[0].module.mlp.router.in_features == 72
     torch.testing.assert_close(logits(decoder), wanted, rtol=1e-4, atol=1e-4)
