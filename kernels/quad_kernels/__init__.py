@@ -9,7 +9,9 @@ from typing import Any
 
 from quad_kernels._renamed import renamed
 from quad_kernels.backends import Backend, BackendError, backends, choose_backend, register_backend
+from quad_kernels.float4 import NumberFormat
 from quad_kernels.formats import (
+    FloatGrid,
     InputQuantization,
     InputSplit,
     IntegerGrid,
@@ -17,6 +19,7 @@ from quad_kernels.formats import (
     LowRank,
     QuantizedActivations,
     RMSNorm,
+    WeightGrid,
 )
 from quad_kernels.functional import (
     apply_hadamard,
@@ -39,15 +42,18 @@ from quad_kernels.weight import QuantizedWeight
 __all__ = [
     "Backend",
     "BackendError",
+    "FloatGrid",
     "InputQuantization",
     "InputSplit",
     "IntegerGrid",
     "KVEntries",
     "LinearOperands",
     "LowRank",
+    "NumberFormat",
     "QuantizedActivations",
     "QuantizedWeight",
     "RMSNorm",
+    "WeightGrid",
     "WeightLayout",
     "apply_hadamard",
     "backends",

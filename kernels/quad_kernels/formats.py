@@ -5,6 +5,9 @@ from typing import NamedTuple
 
 import torch
 
+from quad_kernels import float4
+from quad_kernels.float4 import NumberFormat
+
 
 @dataclass(frozen=True)
 class InputSplit:
@@ -93,6 +96,11 @@ class IntegerGrid:
             raise ValueError("sub_scale_bits goes with symmetric integers, not with zero points")
 
     @property
+    def number_format(self) -> NumberFormat:
+        """What is rounded to: integers."""
+        return "int"
+
+    @property
     def low(self) -> int:
         """Smallest integer."""
         return -(2 ** (self.bits - 1))
@@ -108,16 +116,74 @@ class IntegerGrid:
         Raises:
             ValueError: if `columns` is not a multiple of `group_size`.
         """
-        if self.group_size is None:
-            return 1
-        if columns % self.group_size:
-            raise ValueError(f"group_size ({self.group_size}) must divide the input width ({columns})")
-        return columns // self.group_size
+        return _groups(columns, self.group_size)
 
     def scales(self, columns: int) -> int:
         """Number of floating-point scales per output channel; ValueError as from `groups`."""
         groups = self.groups(columns)
         return groups if self.sub_scale_bits is None else 1
+
+
+def _groups(columns: int, size: int | None) -> int:
+    if size is None:
+        return 1
+    if columns % size:
+        raise ValueError(f"group_size ({size}) must divide the input width ({columns})")
+    return columns // size
+
+
+@dataclass(frozen=True)
+class FloatGrid:
+    """4-bit floating-point numbers that a weight is rounded to; `quad_kernels.float4` says how they are stored.
+
+    Attributes:
+        number_format: "nvfp4" or "mxfp4".
+        unit: a power of two that scales are stored in, for nvfp4: that of the weight (`fitted`).
+
+    Raises:
+        ValueError: for another number format.
+    """
+
+    number_format: NumberFormat
+    unit: float = 1.0
+
+    def __post_init__(self) -> None:
+        if self.number_format not in float4.GROUP_SIZES:
+            raise ValueError(
+                f"number_format ({self.number_format!r}) must be one of {', '.join(float4.GROUP_SIZES)} here"
+            )
+
+    bits = 4
+    integer_bits = float4.INTEGER_BITS
+    symmetric = True
+    sub_scale_bits = None
+    low = -float4.LARGEST
+    high = float4.LARGEST
+
+    @property
+    def group_size(self) -> int:
+        """Input coordinates per scale."""
+        return float4.GROUP_SIZES[self.number_format]
+
+    def groups(self, columns: int) -> int:
+        """Number of groups per output channel; ValueError if `columns` is not a multiple of `group_size`."""
+        return _groups(columns, self.group_size)
+
+    scales = groups
+
+    def fitted(self, weight: torch.Tensor, widening: float) -> "FloatGrid":
+        """Returns the grid for a weight whose scales may be `widening` times those that clip nothing."""
+        if self.number_format != "nvfp4" or not weight.numel():
+            return self
+        return FloatGrid(self.number_format, float4.unit_of(float(weight.abs().max()) * widening / float4.LARGEST))
+
+    def scale(self, largest: torch.Tensor) -> torch.Tensor:
+        """Returns the scales of groups by the largest magnitude that they are to hold, as a checkpoint holds them."""
+        scale = float4.input_scale(largest, self.number_format)
+        return float4.storable_scale(scale, self.number_format, self.unit)
+
+
+WeightGrid = IntegerGrid | FloatGrid
 
 
 @dataclass(frozen=True)
@@ -133,10 +199,12 @@ class InputQuantization:
             floating-point scale per group.
         symmetric: False adds an integer zero point per scale, for up to 7 bits: what kernels multiply are the integers
             less their zero points, which take a bit more.
+        number_format: "nvfp4" or "mxfp4" for 4-bit floating-point numbers in groups of 16 or 32, which kernels get as
+            integers of twice their value; "int" for integers.
 
     Raises:
-        ValueError: for sub-scales without groups, with zero points, or whose products leave 8 bits, and for zero points
-            with 8 bits.
+        ValueError: for sub-scales without groups, with zero points, or whose products leave 8 bits, for zero points
+            with 8 bits, and for floating-point numbers with anything but their own 4 bits and groups.
     """
 
     bits: int = 4
@@ -144,9 +212,14 @@ class InputQuantization:
     group_size: int | None = None
     sub_scale_bits: int | None = None
     symmetric: bool = True
+    number_format: NumberFormat = "int"
 
     def __post_init__(self) -> None:
         problem = sub_scale_problem(self.bits, self.group_size, self.sub_scale_bits)
+        if problem is None and self.number_format != "int":
+            problem = float_problem(
+                self.number_format, self.bits, self.group_size, self.sub_scale_bits, symmetric=self.symmetric
+            )
         if problem is None and not self.symmetric:
             problem = self._zero_point_problem()
         if problem is not None:
@@ -169,6 +242,8 @@ class InputQuantization:
         """Width of the signed integers that kernels multiply: with sub-scales products, else less zero points."""
         if self.sub_scale_bits is not None:
             return 8
+        if self.number_format != "int":
+            return float4.INTEGER_BITS
         return self.bits if self.symmetric else self.bits + 1
 
     def groups(self, width: int) -> int:
@@ -191,6 +266,22 @@ def sub_scale_problem(bits: int, group_size: int | None, sub_scale_bits: int | N
             f"integers of {bits} bits times sub-scales of {sub_scale_bits} bits do not fit into 8 bits; use 4 and 4, "
             "or fewer"
         )
+    return None
+
+
+def float_problem(
+    number_format: str, bits: int, group_size: int | None, sub_scale_bits: int | None, *, symmetric: bool
+) -> str | None:
+    """Returns what does not go with 4-bit floating-point numbers, None if everything does."""
+    size = float4.GROUP_SIZES.get(number_format)
+    if size is None:
+        return f"number_format ({number_format!r}) must be int, {' or '.join(float4.GROUP_SIZES)}"
+    if bits != 4:
+        return f"numbers of {number_format} have 4 bits, not {bits}"
+    if group_size != size:
+        return f"groups of {number_format} are of {size}, not {group_size}"
+    if sub_scale_bits is not None or not symmetric:
+        return f"{number_format} has neither sub_scale_bits nor zero points; leave them out"
     return None
 
 

@@ -45,6 +45,9 @@ def quantize_activations(
     the zero point is z = round(-clip_ratio * min / scale). The integers returned have it taken off already: they lie
     from -z to 2^bits - 1 - z, and x is about scale times them.
 
+    On floating-point grids the integers are twice the 4-bit floating-point numbers, and the scales half of those of the
+    format (`quad_kernels.float4`).
+
     With sub-scales a token has one scale, the largest step of its groups over the largest factor; the step of a group
     is an integer factor times that, and the integers returned are products with the factor.
 
@@ -97,6 +100,7 @@ def quantize_activations(
             -1.0 if norm is None else norm.eps,
             packed,
             backend or "",
+            quantization.number_format,
         )
     else:  # an operator takes longer to be called than many of these kernels to run
         chosen = choose_backend(x.device, backend)

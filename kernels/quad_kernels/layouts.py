@@ -38,6 +38,10 @@ class WeightForm(Protocol):
         """Width of the integers."""
 
     @property
+    def number_format(self) -> str:
+        """`int`, or that of doubled floating-point numbers."""
+
+    @property
     def factors(self) -> torch.Tensor | None:
         """Sub-scales that the integers are still to be multiplied by, `[groups, out]`, int8, or None."""
 

@@ -13,6 +13,7 @@ def round_columns(
     *,
     low: int,
     high: int,
+    e2m1: bool = False,
     backend: str | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Rounds weight columns one after the other; those behind each take up its error (GPTQ, arXiv 2210.17323).
@@ -27,6 +28,7 @@ def round_columns(
         zero_point: `[n, out]`, float32, integer-valued.
         low: smallest integer.
         high: largest integer.
+        e2m1: True rounds to doubled 4-bit floating-point numbers instead of all integers (`quad_kernels.float4`).
         backend: name of a backend; by default the environment variable QUAD_KERNELS or the best for the device.
 
     Returns:
@@ -44,7 +46,7 @@ def round_columns(
     """
     _check_columns(columns, factor, scale, zero_point)
     run = choose_backend(columns.device, backend).round_columns
-    return run(columns, factor, scale, zero_point, low, high)
+    return run(columns, factor, scale, zero_point, low, high, e2m1)
 
 
 def descend_columns(
@@ -56,6 +58,7 @@ def descend_columns(
     *,
     low: int,
     high: int,
+    e2m1: bool = False,
     backend: str | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Moves each integer to where a quadratic loss is least while the others stay, one column after the other.
@@ -68,6 +71,7 @@ def descend_columns(
         inverse_step: 1 / (hessian[i, i] scale), `[n, out]`, float32; 0 where an integer shall stay.
         low: smallest integer.
         high: largest integer.
+        e2m1: True rounds to doubled 4-bit floating-point numbers instead of all integers (`quad_kernels.float4`).
         backend: name of a backend; by default the environment variable QUAD_KERNELS or the best for the device.
 
     Returns:
@@ -86,7 +90,7 @@ def descend_columns(
     """
     _check_columns(integers, hessian, gradient, scale, inverse_step)
     run = choose_backend(integers.device, backend).descend_columns
-    return run(integers, gradient, hessian, scale, inverse_step, low, high)
+    return run(integers, gradient, hessian, scale, inverse_step, low, high, e2m1)
 
 
 def rounding_errors(
@@ -97,6 +101,7 @@ def rounding_errors(
     *,
     low: int,
     high: int,
+    e2m1: bool = False,
     backend: str | None = None,
 ) -> torch.Tensor:
     """Returns what rounding a weight with each of several scales would cost: the sum of cost (w - w_hat)^2.
@@ -110,6 +115,7 @@ def rounding_errors(
         cost: what the squared error of each input costs, `[in]`, float32.
         low: smallest integer.
         high: largest integer.
+        e2m1: True rounds to doubled 4-bit floating-point numbers instead of all integers (`quad_kernels.float4`).
         backend: name of a backend; by default the environment variable QUAD_KERNELS or the best for the device.
 
     Returns:
@@ -130,7 +136,8 @@ def rounding_errors(
         raise ValueError(f"weight [out, in], scale and zero_point [trials, out, groups], cost [in], not {shapes}")
     if any(each.dtype != torch.float32 for each in (weight, scale, zero_point, cost)):
         raise ValueError("weight, scale, zero_point and cost must be float32")
-    return choose_backend(weight.device, backend).rounding_errors(weight, scale, zero_point, cost, low, high)
+    run = choose_backend(weight.device, backend).rounding_errors
+    return run(weight, scale, zero_point, cost, low, high, e2m1)
 
 
 def _check_columns(columns: torch.Tensor, square: torch.Tensor, *alike: torch.Tensor) -> None:

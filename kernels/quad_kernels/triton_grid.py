@@ -71,6 +71,20 @@ def symmetric_grid(largest: tl.tensor, clip_ratio: tl.tensor, BITS: tl.constexpr
 
 
 @triton.jit
+def e2m1_grid(largest: tl.tensor, clip_ratio: tl.tensor, POWERS: tl.constexpr) -> tuple[tl.tensor, float, float]:
+    """The same for doubled 4-bit floating-point numbers: `quad_kernels.float4.input_scale`, POWERS for MXFP4."""
+    wanted = largest.to(tl.float32, bitcast=True) * clip_ratio
+    if POWERS:
+        bits = (wanted.to(tl.int32, bitcast=True) + (1 << 21)) & 0x7F800000
+        scale = bits.to(tl.float32, bitcast=True) * 0.125
+    else:
+        bits = tl.div_rn(wanted, 12.0).to(tl.int32, bitcast=True)
+        bits = (bits + 0x7FFFF + ((bits >> 20) & 1)) & -1048576
+        scale = bits.to(tl.float32, bitcast=True)
+    return _normal(scale), -12.0, 12.0
+
+
+@triton.jit
 def asymmetric_grid(
     least: tl.tensor, most: tl.tensor, largest: tl.tensor, clip_ratio: tl.tensor, BITS: tl.constexpr
 ) -> tuple[tl.tensor, tl.tensor, tl.tensor]:
@@ -102,8 +116,12 @@ def common_scale(widest: tl.tensor, steps: tl.tensor, MOST: tl.constexpr) -> tup
 
 
 @triton.jit
-def round_to_grid(x: tl.tensor, scale: tl.tensor, smallest: tl.tensor, largest: tl.tensor) -> tl.tensor:
+def round_to_grid(
+    x: tl.tensor, scale: tl.tensor, smallest: tl.tensor, largest: tl.tensor, E2M1: tl.constexpr = False
+) -> tl.tensor:
     """Integers of the rounded quotient x / scale in the low bits of an int32, 0 for a scale of 0, inf or NaN.
+
+    With E2M1 they are doubled 4-bit floating-point numbers, which lie 2 apart from 4 on and 4 apart from 8 on.
 
     `scale` and the ends of the grid have one value per row, or the ends are constants. The quotient is that of an IEEE
     division: Markstein's correction, twice.
@@ -119,6 +137,11 @@ def round_to_grid(x: tl.tensor, scale: tl.tensor, smallest: tl.tensor, largest: 
     quotient = tl.fma(tl.fma(-quotient, divisor, x), inverse, quotient)
     quotient = tl.fma(tl.fma(-quotient, divisor, x), inverse, quotient)
     quotient = tl.minimum(tl.maximum(quotient, smallest), largest)
+    if E2M1:
+        magnitude = tl.abs(quotient)
+        unit = tl.where(magnitude >= 8.0, 4.0, tl.where(magnitude >= 4.0, 2.0, 1.0))
+        part = tl.where(magnitude >= 8.0, 0.25, tl.where(magnitude >= 4.0, 0.5, 1.0))
+        quotient = ((quotient * part + 12582912.0) - 12582912.0) * unit
     # Adding 1.5 * 2^23 rounds to nearest even and leaves the integer in the low bits of the sum.
     integer = (quotient + 12582912.0).to(tl.int32, bitcast=True)
     return integer & tl.where(usable, -1, 0)

@@ -4,6 +4,8 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from quad_kernels import float4
+from quad_kernels.float4 import NumberFormat
 from quad_kernels.layouts import find_layout
 from quad_kernels.packing import pack_int32, unpack_int32
 
@@ -27,6 +29,7 @@ class QuantizedWeight:
             sub_scale * integer.
         folded_bits: width of the integers that a checkpoint stores, if `integers` are their products with the
             sub-scales, 8 bits wide; else 0.
+        number_format: "nvfp4" or "mxfp4" if `integers` are doubled 4-bit floating-point numbers; their `bits` are 5.
 
     Example:
         >>> integers = torch.tensor([[1, -2], [7, -8]], dtype=torch.int8)
@@ -47,6 +50,31 @@ class QuantizedWeight:
     layout: str = "int8"
     sub_scale: torch.Tensor | None = None
     folded_bits: int = 0
+    number_format: NumberFormat = "int"
+
+    @classmethod
+    def of_float4(
+        cls, weight_packed: torch.Tensor, scale: torch.Tensor, number_format: NumberFormat
+    ) -> "QuantizedWeight":
+        """Returns the weight of 4-bit floating-point numbers that a checkpoint stores, in layout int8.
+
+        Args:
+            weight_packed: `[out, in / 2]`, uint8, as compressed-tensors' formats for them have it.
+            scale: scales of doubled numbers, `[out, groups]`, floating point (`quad_kernels.float4.scale_of_stored`).
+            number_format: "nvfp4" or "mxfp4".
+
+        Raises:
+            ValueError: if the shapes contradict each other.
+        """
+        out_features, in_features = len(weight_packed), 2 * weight_packed.shape[1]
+        size = float4.GROUP_SIZES[number_format]
+        if scale.shape != (out_features, in_features // size) or in_features % size:
+            raise ValueError(
+                f"weight_scale {list(scale.shape)} does not fit a weight of {out_features} outputs and {in_features} "
+                f"inputs in groups of {size}"
+            )
+        integers = float4.unpack_e2m1(weight_packed)
+        return cls(integers, scale, None, in_features, out_features, float4.INTEGER_BITS, number_format=number_format)
 
     @classmethod
     def from_words(
@@ -98,8 +126,8 @@ class QuantizedWeight:
 
     @property
     def stored_bits(self) -> int:
-        """Width of the integers that a checkpoint stores."""
-        return self.folded_bits or self.bits
+        """Width of the numbers that a checkpoint stores."""
+        return 4 if self.number_format != "int" else self.folded_bits or self.bits
 
     @property
     def factors(self) -> torch.Tensor | None:
@@ -149,8 +177,18 @@ class QuantizedWeight:
         return replace(self, integers=find_layout(name).pack(integers), layout=name)
 
     def to_words(self) -> torch.Tensor:
-        """Returns the integers as a checkpoint stores them, `[out, ceil(in * bits / 32)]`, int32."""
+        """Returns the integers as a checkpoint stores them, `[out, ceil(in * bits / 32)]`, int32.
+
+        Floating-point numbers of 4 bits: `[out, in / 2]`, uint8.
+        """
+        if self.number_format != "int":
+            return float4.pack_e2m1(self.unpacked())
         return pack_int32(self.stored(), self.stored_bits)
+
+    def unfolded(self) -> "QuantizedWeight":
+        """Returns the same weight in layout int8, with the integers that a checkpoint stores."""
+        bits = self.bits if self.number_format != "int" else self.stored_bits
+        return replace(self, integers=self.stored(), bits=bits, layout="int8", folded_bits=0)
 
     def sub_scale_words(self) -> torch.Tensor | None:
         """Returns the sub-scales as a checkpoint stores them, `[ceil(out / 8), groups]`, int32, or None."""

@@ -27,6 +27,7 @@ FLOORS = (
     "quad_kernels.whole_numbers",
     "quad_kernels.early_launch",
     "quad_kernels.packing",
+    "quad_kernels.float4",
     "quad_kernels.formats",
     "quad_kernels.layouts",
     "quad_kernels.weight",

@@ -7,8 +7,8 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from quad_kernels import QuantizedWeight, quad_linear
-from quad_kernels.native import library
+from quad_kernels import NumberFormat, QuantizedWeight, float4, quad_linear
+from quad_kernels.native import library, lines
 
 MISSING: str | None = None
 try:
@@ -37,8 +37,20 @@ def random_sub_scaled(out: int, width: int, group_size: int, bits: int = 4, unit
     return replace(weight, sub_scale=sub_scale)
 
 
+def random_float4(out: int, width: int, number_format: NumberFormat, unit: bool = False) -> QuantizedWeight:
+    """A weight of 4-bit floating-point numbers; with `unit` one scale for all of them, which is 1."""
+    generator = torch.Generator().manual_seed(width)
+    magnitudes = torch.tensor(float4.MAGNITUDES, dtype=torch.int8)
+    drawn = magnitudes[torch.randint(0, 8, (out, width), generator=generator)]
+    integers = drawn * (1 - 2 * torch.randint(0, 2, (out, width), generator=generator, dtype=torch.int8))
+    groups = 1 if unit else width // float4.GROUP_SIZES[number_format]
+    scale = torch.exp2(torch.randint(-2, 2, (out, groups), generator=generator).float())
+    scale = torch.ones(out, 1) if unit else scale
+    return QuantizedWeight(integers, scale, None, width, out, float4.INTEGER_BITS, number_format=number_format)
+
+
 def in_lines(weight: QuantizedWeight) -> QuantizedWeight:
-    stored = weight.to_layout("lines4" if weight.bits <= 4 else "lines8")
+    stored = weight.to_layout(lines.best_layout(weight))
     assert stored.layout.startswith("lines")
     return stored
 

@@ -23,7 +23,7 @@ from quad_kernels.native import library, lines, pages
 from quad_kernels.native.pages import in_large_pages
 from quad_kernels.quantize_activations.reference import quantize_activations as quantize_reference
 
-from .native_weights import MISSING, in_lines, random_sub_scaled, random_weight, results_everywhere
+from .native_weights import MISSING, in_lines, random_float4, random_sub_scaled, random_weight, results_everywhere
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -44,6 +44,9 @@ QUANTIZATIONS += [
     InputQuantization(bits, clip, symmetric=False) for bits, clip in ((2, 1.0), (4, 1.0), (4, 0.9), (7, 0.9))
 ]
 QUANTIZATIONS += [InputQuantization(4, 1.0, 8, symmetric=False)]
+NVFP4 = InputQuantization(group_size=16, number_format="nvfp4")
+MXFP4 = InputQuantization(group_size=32, number_format="mxfp4")
+QUANTIZATIONS += [NVFP4, MXFP4, replace(NVFP4, clip_ratio=0.9), replace(MXFP4, clip_ratio=0.9)]
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -85,6 +88,15 @@ def test_ties_zeros_and_numbers_that_are_none(instruction_set: str) -> None:
     assert torch.equal(own.integers, truth[1])
     assert torch.equal(own.scale, truth[2])
     x[2, 5], x[3, 7] = float("nan"), float("inf")
+    padded = torch.nn.functional.pad(x, (0, 1))
+    for each in (NVFP4, MXFP4):
+        own = quantize_activations(padded[4:], each, backend="native")
+        truth = quantize_reference(padded[4:], each, InputSplit(32), None, False)
+        assert torch.equal(own.integers, truth[1])
+        integers, scale = quantize_activations(padded[:4], each, backend="native")[1:]
+        assert not integers[:2].any()
+        assert not scale[:2].any()
+        assert not scale[2:4, 0].isfinite().any()
     for each in (sub_scaled, asymmetric):
         integers, scale = quantize_activations(x, each, backend="native")[1:]
         assert not scale[2:4].isfinite().any()
@@ -125,6 +137,8 @@ LAYERS = {
         InputQuantization(4, 1.0, 32, 4),
     ),
     "two levels of the weight": (InputSplit(576, 64), InputQuantization(8)),
+    "NVFP4": (InputSplit(576, 64), NVFP4),
+    "MXFP4 behind a Hadamard": (InputSplit(1536, 16, keep_width=True, hadamard=True), MXFP4),
 }
 
 
@@ -135,6 +149,8 @@ def layer_tensors(
     width = split.residual_width
     if bits == 4 and (quantization.sub_scale_bits or quantization == InputQuantization(8)):
         weight = random_sub_scaled(out, width, 32)
+    elif bits == 4 and quantization.number_format != "int":
+        weight = random_float4(out, width, quantization.number_format)
     else:
         weight = random_weight(out, width, bits, quantization.scales(width))
     weight = replace(weight, scale=(weight.scale * (0.01 if weight.sub_scale is None else 0.001)).to(dtype))

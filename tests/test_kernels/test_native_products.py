@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
 
 import pytest
 import torch
 from quad_kernels import InputQuantization, QuantizedWeight, choose_backend, integer_linear
 from quad_kernels.native import lines
 
-from .native_weights import MISSING, exact, in_lines, random_sub_scaled, random_weight
+from .native_weights import MISSING, exact, in_lines, random_float4, random_sub_scaled, random_weight
 
 TOKENS = (1, 2, 3, 5, 8, 9, 13, 33, 64)
 
@@ -124,6 +125,36 @@ def test_sums_of_the_largest_products_are_exact(instruction_set: str) -> None:
                 x[:, 2::4] = x[:, 3::4] = second
                 y = integer_linear(x, torch.ones(tokens, 1), in_lines(weight), backend="native")
                 assert torch.equal(y, exact(x, weight).float())
+
+
+@pytest.mark.parametrize("x_bits", [4, 5, 8])
+@pytest.mark.parametrize(("out", "width"), [(48, 512), (33, 192), (1, 32), (16, 2592), (50, 64)])
+def test_sums_of_floating_point_numbers_are_exact(instruction_set: str, x_bits: int, out: int, width: int) -> None:
+    half = 2 ** (x_bits - 1)
+    generator = torch.Generator().manual_seed(width)
+    weight = random_float4(out, width, "mxfp4", unit=True)
+    stored = in_lines(weight)
+    assert stored.layout == "lines_e2m1"
+    assert stored.integers.numel() == (out + 15) // 16 * 16 * ((width + 63) // 64 * 64) // 2
+    assert torch.equal(stored.unpacked(), weight.integers)
+    assert torch.equal(stored.to_layout("lines8").unpacked(), weight.integers)
+    for tokens in TOKENS:
+        x = torch.randint(-half, half, (tokens, width), generator=generator, dtype=torch.int8)
+        y = integer_linear(x, torch.ones(tokens, 1), stored, backend="native")
+        assert torch.equal(y, exact(x, weight).float()), tokens
+
+
+@pytest.mark.parametrize("x_bits", [4, 5, 8])
+def test_sums_of_the_largest_floating_point_numbers_are_exact(instruction_set: str, x_bits: int) -> None:
+    width = 1536
+    for w in (-12, 12):
+        weight = random_float4(20, width, "nvfp4", unit=True)
+        weight = in_lines(replace(weight, integers=torch.full((20, width), w, dtype=torch.int8)))
+        for value in (-(2 ** (x_bits - 1)), 2 ** (x_bits - 1) - 1):
+            for tokens in (1, 4, 40):
+                x = torch.full((tokens, width), value, dtype=torch.int8)
+                y = integer_linear(x, torch.ones(tokens, 1), weight, backend="native")
+                assert (y == w * value * width).all()
 
 
 @pytest.mark.parametrize("group_size", [20, 4])

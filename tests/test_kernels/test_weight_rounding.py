@@ -185,3 +185,34 @@ def test_what_does_not_fit_is_refused(backend: str) -> None:
             rounding_errors(weight, part, torch.zeros_like(part), cost, low=LOW, high=HIGH, backend=backend)
     with pytest.raises(ValueError, match="float32"):
         rounding_errors(weight, scales, scales.double(), torch.ones(6), low=LOW, high=HIGH, backend=backend)
+
+
+MAGNITUDES = [0, 1, 2, 3, 4, 6, 8, 12]
+NUMBERS = sorted({sign * value for value in MAGNITUDES for sign in (1, -1)})
+
+
+def nearest_number(x: float) -> int:
+    """Of two that are as near the one with an even code."""
+    return min(NUMBERS, key=lambda number: (abs(number - x), MAGNITUDES.index(abs(number)) % 2))
+
+
+def test_floating_point_numbers_are_the_nearest(backend: str) -> None:
+    x = torch.arange(-16, 16, 1 / 8).reshape(1, -1)
+    ones, zeros = torch.ones_like(x), torch.zeros_like(x)
+    integers, errors = round_columns(x, torch.ones(1, 1), ones, zeros, low=-12, high=12, e2m1=True, backend=backend)
+    wanted = [nearest_number(value) for value in x[0].tolist()]
+    assert integers.tolist() == [wanted]
+    assert torch.equal(errors, x - integers)
+    moved, change = descend_columns(
+        zeros, -x, torch.ones(1, 1), ones, ones, low=-12, high=12, e2m1=True, backend=backend
+    )
+    assert moved.tolist() == [wanted]
+    assert torch.equal(change, moved)
+    cost = torch.linspace(0, 1, x.shape[1])
+    scales = torch.tensor([1.0, 0.5]).reshape(2, 1, 1)
+    found = rounding_errors(
+        x, scales, torch.zeros_like(scales), cost, low=-12, high=12, e2m1=True, backend=backend
+    ).flatten()
+    for scale, error in zip((1.0, 0.5), found.tolist(), strict=True):
+        rounded = torch.tensor([nearest_number(value / scale) * scale for value in x[0].tolist()])
+        assert error == pytest.approx(float(((rounded - x[0]).square() * cost).sum()), rel=1e-5)

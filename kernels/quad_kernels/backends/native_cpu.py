@@ -39,7 +39,7 @@ class NativeBackend(OneDnnBackend):
     def prepare_weight(self, weight: QuantizedWeight, quantization: InputQuantization | None) -> QuantizedWeight:
         """Returns it in lines, where the inputs are quantized in a way that the kernels take."""
         for form in (weight, weight.with_products()):
-            name = "lines4" if form.bits <= 4 else "lines8"
+            name = lines.best_layout(form)
             if quantization is not None and lines.fits(name, form, quantization.scales(weight.in_features)):
                 return form.to_layout(name)
         return super().prepare_weight(weight, quantization)

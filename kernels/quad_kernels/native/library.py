@@ -21,7 +21,7 @@ logger = logging.getLogger(__name__)
 ENVIRONMENT_VARIABLE = "QUAD_KERNELS_ISA"
 INSTRUCTION_SETS = ("amx", "avx512vnni", "avxvnni", "avx2")
 LIBRARY_VARIABLE = "QUAD_KERNELS_LIBRARY"
-_INTERFACE = 5  # of the operators; an editable installation may hold an older library
+_INTERFACE = 6  # of the operators; an editable installation may hold an older library
 _BUILT = Path(__file__).with_name("_kernels.so")
 
 
@@ -73,7 +73,7 @@ def _register_shapes() -> None:
 
     @torch.library.register_fake(ops.linear.default)
     def _(x: torch.Tensor, *arguments: Any) -> torch.Tensor:
-        return x.new_empty(*x.shape[:-1], arguments[14])  # out_features
+        return x.new_empty(*x.shape[:-1], arguments[15])  # out_features
 
     @torch.library.register_fake(ops.block_in.default)
     def _(x: torch.Tensor, *arguments: Any) -> list[torch.Tensor]:

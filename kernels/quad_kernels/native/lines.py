@@ -2,8 +2,8 @@
 
 A line of `lines4` holds 16 channels x 8 inputs: the low four bits of byte 4 c + i are input i of channel c, the high
 four bits input 4 + i, both with an offset of 8. A line of `lines8` holds 16 channels x 4 inputs, byte 4 c + i with an
-offset of 128. Sixteen channels over all inputs are contiguous. Channels are filled up to 16, inputs to 64, with the
-integer 0.
+offset of 128. `lines_e2m1` is `lines4` with the codes of doubled 4-bit floating-point numbers, without an offset.
+Sixteen channels over all inputs are contiguous. Channels are filled up to 16, inputs to 64, with the integer 0.
 
 The offset makes weights unsigned, which is what the processors' products of bytes want on one side; it is taken off
 with the sum of the inputs, one number per token.
@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 
+from quad_kernels.float4 import NumberFormat, pack_e2m1, unpack_e2m1
 from quad_kernels.formats import InputQuantization, InputSplit, LowRank
 from quad_kernels.layouts import WeightForm, WeightLayout
 from quad_kernels.native.pages import in_large_pages
@@ -23,6 +24,8 @@ from quad_kernels.weight import QuantizedWeight
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # and their numbers in the operators
 CHANNELS = 16
 INPUTS = 64  # inputs are filled up to a multiple of this
+NUMBER_FORMATS: dict[NumberFormat, int] = {"int": 0, "nvfp4": 1, "mxfp4": 2}  # likewise
+_STORED = {"lines4": 0, "lines8": 1, "lines_e2m1": 2}  # likewise
 _DESCRIBED = "_described"  # of a weight, what `_described` found last
 
 
@@ -34,15 +37,36 @@ def _padded(integers: torch.Tensor, offset: int) -> torch.Tensor:
 
 def _pack4(integers: torch.Tensor) -> torch.Tensor:
     """Returns `[blocks, lines, 64]`, uint8, from `[out, in]`, int8, from -8 to 7."""
-    parts = _padded(integers, 8).unflatten(1, (-1, 2, 4)).unflatten(0, (-1, CHANNELS))
+    return _halves(_padded(integers, 8))
+
+
+def _halves(codes: torch.Tensor) -> torch.Tensor:
+    parts = codes.unflatten(1, (-1, 2, 4)).unflatten(0, (-1, CHANNELS))
     return in_large_pages((parts[..., 0, :] | parts[..., 1, :] << 4).transpose(1, 2).flatten(2).contiguous())
 
 
 def _unpack4(stored: torch.Tensor, in_features: int) -> torch.Tensor:
     """Inverse of `_pack4`: `[16 blocks, in_features]`, int8."""
+    return (_codes(stored, in_features).view(torch.int8) - 8).contiguous()
+
+
+def _codes(stored: torch.Tensor, in_features: int) -> torch.Tensor:
+    """What the halves of bytes hold, `[16 blocks, in_features]`, uint8."""
     parts = stored.unflatten(2, (CHANNELS, 4)).transpose(1, 2)
     both = torch.stack([parts & 15, parts >> 4], dim=-2).flatten(2).flatten(0, 1)
-    return (both[:, :in_features].view(torch.int8) - 8).contiguous()
+    return both[:, :in_features].contiguous()
+
+
+def _pack_e2m1(integers: torch.Tensor) -> torch.Tensor:
+    """Returns `[blocks, lines, 64]`, uint8, from doubled numbers `[out, in]`, int8."""
+    packed = pack_e2m1(_padded(integers, 0).view(torch.int8))
+    return _halves(torch.stack([packed & 15, packed >> 4], dim=-1).flatten(1))
+
+
+def _unpack_e2m1(stored: torch.Tensor, in_features: int) -> torch.Tensor:
+    """Inverse of `_pack_e2m1`: `[16 blocks, in_features]`, int8."""
+    codes = _codes(stored, in_features)
+    return unpack_e2m1(codes[:, 0::2] | codes[:, 1::2] << 4)
 
 
 def _pack8(integers: torch.Tensor) -> torch.Tensor:
@@ -65,15 +89,27 @@ def fits(layout: str, weight: WeightForm, x_scales: int) -> bool:
     if layout not in LAYOUTS:
         return False
     scales = math.lcm(weight.scale.shape[1], x_scales)
-    per_line = 8 if layout == "lines4" else 4
+    per_line = 4 if layout == "lines8" else 8
     if weight.factors is not None:
         return layout == "lines4" and scales == 1 and weight.in_features // len(weight.factors) % per_line == 0
     return scales == 1 or weight.in_features // scales % per_line == 0
 
 
 def _accepts(layout: str, weight: WeightForm) -> bool:
-    narrow = layout == "lines8" or weight.bits <= 4
-    return narrow and weight.scale.is_cpu and fits(layout, weight, 1)
+    known = layout == "lines8" or layout == _narrow_layout(weight)
+    return known and weight.scale.is_cpu and fits(layout, weight, 1)
+
+
+def _narrow_layout(weight: WeightForm) -> str | None:
+    """The layout of half a byte for a weight, None if its integers do not fit into it."""
+    if weight.number_format != "int":
+        return "lines_e2m1"
+    return "lines4" if weight.bits <= 4 else None
+
+
+def best_layout(weight: WeightForm) -> str:
+    """Returns the layout of a weight."""
+    return _narrow_layout(weight) or "lines8"
 
 
 def takes(weight: QuantizedWeight, x_scales: int, *tensors: torch.Tensor | None) -> bool:
@@ -84,7 +120,7 @@ def takes(weight: QuantizedWeight, x_scales: int, *tensors: torch.Tensor | None)
 
 def settings(
     quantization: InputQuantization, split: InputSplit
-) -> tuple[int, float, int, int, bool, int, int, bool, bool]:
+) -> tuple[int, float, int, int, bool, int, int, int, bool, bool]:
     """Returns the arguments of the operators that describe the input."""
     return (
         quantization.bits,
@@ -92,6 +128,7 @@ def settings(
         quantization.groups(split.residual_width),
         quantization.largest_sub_scale,
         quantization.symmetric,
+        NUMBER_FORMATS[quantization.number_format],
         split.outliers,
         split.block,
         split.keep_width,
@@ -101,7 +138,7 @@ def settings(
 
 def operands(
     weight: QuantizedWeight,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None, torch.Tensor | None, int, int, bool]:
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None, torch.Tensor | None, int, int, int]:
     """Returns the arguments of the operators that describe a weight in lines."""
     return (
         weight.integers,
@@ -110,7 +147,7 @@ def operands(
         weight.factors,
         weight.in_features,
         weight.out_features,
-        weight.layout == "lines8",
+        _STORED.get(weight.layout, -1),
     )
 
 
@@ -153,5 +190,8 @@ def _described(weight: QuantizedWeight, split: InputSplit, quantization: InputQu
 
 LAYOUTS = {
     "lines4": WeightLayout(pack=_pack4, unpack=_unpack4, accepts=partial(_accepts, "lines4"), linear=linear),
+    "lines_e2m1": WeightLayout(
+        pack=_pack_e2m1, unpack=_unpack_e2m1, accepts=partial(_accepts, "lines_e2m1"), linear=linear
+    ),
     "lines8": WeightLayout(pack=_pack8, unpack=_unpack8, accepts=partial(_accepts, "lines8"), linear=linear),
 }

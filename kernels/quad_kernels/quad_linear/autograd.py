@@ -142,7 +142,8 @@ def _clipped(x: torch.Tensor, split: InputSplit, quantization: InputQuantization
     _, residual = split_input(x, split)
     grids = quantize_reference.grids(residual, quantization)
     steps = grids.steps()
-    below, above = (steps * (end + half) for end, half in ((grids.low, -0.5), (grids.high, 0.5)))
+    half = 0.5 if quantization.number_format == "int" else 2.0  # doubled numbers lie 4 apart at the ends
+    below, above = steps * (grids.low - half), steps * (grids.high + half)
     return (residual > expand_scales(above, residual.shape[1])) | (residual < expand_scales(below, residual.shape[1]))
 
 

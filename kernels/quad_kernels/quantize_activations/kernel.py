@@ -15,6 +15,7 @@ from quad_kernels.triton_grid import (
     below_zero,
     common_scale,
     drop_outliers,
+    e2m1_grid,
     magnitude_bits,
     outlier_source,
     residual_source,
@@ -25,6 +26,7 @@ from quad_kernels.whole_numbers import ceil_div, next_power_of_2
 
 MAX_COLUMNS = 32768  # of a row, or of a group of it: one program holds them in its registers
 
+_NUMBERS = {"int": 0, "nvfp4": 1, "mxfp4": 2}
 _ELEMENTS_PER_THREAD = 32
 _ELEMENTS_PER_PROGRAM = 2048  # short rows share a program up to here
 
@@ -95,6 +97,7 @@ def quantize_kernel(
     BITS: tl.constexpr,
     MOST: tl.constexpr,
     SYMMETRIC: tl.constexpr,
+    NUMBERS: tl.constexpr,
     NORM: tl.constexpr,
     PACKED: tl.constexpr,
     ROWS: tl.constexpr,
@@ -105,7 +108,8 @@ def quantize_kernel(
 ) -> None:
     """ROWS rows of one group of one token each, as two tiles of FIRST and SECOND columns; see `_tiles`.
 
-    With sub-scales up to MOST, which is 0 without, the rows are all groups of one token.
+    NUMBERS is 0 for integers, 1 for NVFP4, 2 for MXFP4. With sub-scales up to MOST, 0 without, the rows are all
+    groups of one token.
     """
     if NEXT_EARLY:
         gdc_launch_dependents()
@@ -151,7 +155,10 @@ def quantize_kernel(
     if SECOND > 0:
         x_2 = drop_outliers(x_2, start + column_2, OUTLIERS, BLOCK, KEEP_WIDTH)
         largest = tl.maximum(largest, tl.max(magnitude_bits(x_2), 1, keep_dims=True))
-    if SYMMETRIC:
+    E2M1: tl.constexpr = NUMBERS > 0
+    if E2M1:
+        scale, low, high = e2m1_grid(largest, clip_ratio, NUMBERS == 2)
+    elif SYMMETRIC:
         scale, low, high = symmetric_grid(largest, clip_ratio, BITS)
     else:
         least = tl.min(below_zero(x), 1, keep_dims=True)
@@ -167,9 +174,9 @@ def quantize_kernel(
     else:
         tl.store(scale_ptr + row, scale, mask=in_rows)
 
-    integer = round_to_grid(x, scale, low, high)
+    integer = round_to_grid(x, scale, low, high, E2M1)
     if PACKED:
-        integer = (integer & 0xF) | ((round_to_grid(x_2, scale, low, high) & 0xF) << 4)
+        integer = (integer & 0xF) | ((round_to_grid(x_2, scale, low, high, E2M1) & 0xF) << 4)
         BYTES: tl.constexpr = (GROUP + 127) // 128 * 64
         tl.store(integers_ptr + row.to(tl.int64) * BYTES + index, integer.to(tl.uint8), mask=in_rows & (index < BYTES))
     else:
@@ -179,7 +186,7 @@ def quantize_kernel(
             integer = (integer * factor).to(tl.int8)
         tl.store(out_row + column, integer, mask=valid)
         if SECOND > 0:
-            integer_2 = round_to_grid(x_2, scale, low, high).to(tl.int8)
+            integer_2 = round_to_grid(x_2, scale, low, high, E2M1).to(tl.int8)
             if MOST > 0:
                 integer_2 = (integer_2 * factor).to(tl.int8)
             tl.store(out_row + column_2, integer_2, mask=valid_2)
@@ -249,6 +256,7 @@ def quantize_activations(
             BITS=quantization.bits,
             MOST=most,
             SYMMETRIC=quantization.symmetric,
+            NUMBERS=_NUMBERS[quantization.number_format],
             NORM=norm is not None,
             PACKED=packed,
             ROWS=rows,

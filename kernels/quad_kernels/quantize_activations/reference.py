@@ -4,6 +4,7 @@ from typing import NamedTuple
 
 import torch
 
+from quad_kernels import float4
 from quad_kernels.formats import InputQuantization, InputSplit, RMSNorm
 from quad_kernels.hadamard.construct import plan_hadamard
 from quad_kernels.hadamard.reference import apply_hadamard
@@ -35,8 +36,11 @@ def quantize(x: torch.Tensor, quantization: InputQuantization) -> tuple[torch.Te
     found = grids(x, quantization)
     # A division, as in compressed-tensors: at clip ratio 1 the largest value is a tie, which a product with the
     # inverse would round the other way.
-    integers = (grouped / _divisor(found.steps()).unsqueeze(-1)).round_()
-    integers = integers.clamp_(found.low.unsqueeze(-1), found.high.unsqueeze(-1))
+    integers = grouped / _divisor(found.steps()).unsqueeze(-1)
+    if quantization.number_format != "int":
+        integers = float4.round_e2m1(integers)
+    else:
+        integers = integers.round_().clamp_(found.low.unsqueeze(-1), found.high.unsqueeze(-1))
     if found.factors is not None:
         integers *= found.factors.unsqueeze(-1)
     return integers.flatten(-2).to(torch.int8), found.scale
@@ -69,6 +73,10 @@ def grids(x: torch.Tensor, quantization: InputQuantization) -> InputGrids:
     if not quantization.symmetric:
         return _asymmetric_grids(grouped, quantization)
     largest, half = grouped.abs().amax(-1).float(), 2.0 ** (quantization.bits - 1)
+    if quantization.number_format != "int":
+        steps = _normal(float4.input_scale(largest * quantization.clip_ratio, quantization.number_format))
+        most = torch.full_like(steps, float4.LARGEST)
+        return InputGrids(steps, -most, most)
     steps = _normal(_over(largest * quantization.clip_ratio, half - 0.5))
     low, high = torch.full_like(steps, -half), torch.full_like(steps, half - 1)
     most = quantization.largest_sub_scale

@@ -2,12 +2,25 @@
 
 import torch
 
+from quad_kernels.float4 import round_e2m1
+
 Columns = tuple[torch.Tensor, torch.Tensor]
 _VALUES_AT_ONCE = 1 << 16  # on a CPU: they and what is made of them stay in its caches
 
 
+def _nearest(x: torch.Tensor, low: int, high: int, e2m1: bool) -> torch.Tensor:
+    """In place."""
+    return round_e2m1(x) if e2m1 else x.round_().clamp_(low, high)
+
+
 def round_columns(
-    columns: torch.Tensor, factor: torch.Tensor, scale: torch.Tensor, zero_point: torch.Tensor, low: int, high: int
+    columns: torch.Tensor,
+    factor: torch.Tensor,
+    scale: torch.Tensor,
+    zero_point: torch.Tensor,
+    low: int,
+    high: int,
+    e2m1: bool,
 ) -> Columns:
     """See `quad_kernels.round_columns`."""
     work = columns.clone()
@@ -15,7 +28,7 @@ def round_columns(
     diagonal = factor.diagonal()
     for i in range(len(work)):
         w = work[i]
-        q = torch.addcdiv(zero_point[i], w, scale[i]).round_().clamp_(low, high)
+        q = _nearest(torch.addcdiv(zero_point[i], w, scale[i]), low, high, e2m1)
         error = torch.addcmul(w, q - zero_point[i], scale[i], value=-1).div_(diagonal[i])
         integers[i], errors[i] = q, error
         if i + 1 < len(work):
@@ -31,12 +44,13 @@ def descend_columns(
     inverse_step: torch.Tensor,
     low: int,
     high: int,
+    e2m1: bool,
 ) -> Columns:
     """See `quad_kernels.descend_columns`."""
     work = gradient.clone()
     moved, change = torch.empty_like(work), torch.empty_like(work)
     for i in range(len(work)):
-        best = torch.addcmul(integers[i], work[i], inverse_step[i], value=-1).round_().clamp_(low, high)
+        best = _nearest(torch.addcmul(integers[i], work[i], inverse_step[i], value=-1), low, high, e2m1)
         moved[i], change[i] = best, (best - integers[i]) * scale[i]
         if i + 1 < len(work):
             work[i + 1 :].addr_(hessian[i, i + 1 :], change[i])
@@ -44,7 +58,13 @@ def descend_columns(
 
 
 def rounding_errors(
-    weight: torch.Tensor, scale: torch.Tensor, zero_point: torch.Tensor, cost: torch.Tensor, low: int, high: int
+    weight: torch.Tensor,
+    scale: torch.Tensor,
+    zero_point: torch.Tensor,
+    cost: torch.Tensor,
+    low: int,
+    high: int,
+    e2m1: bool,
 ) -> torch.Tensor:
     """See `quad_kernels.rounding_errors`."""
     trials, out, groups = scale.shape
@@ -55,6 +75,6 @@ def rounding_errors(
         part = slice(start, start + rows)
         for trial in range(trials):
             s, z = scale[trial, part].unsqueeze(-1), zero_point[trial, part].unsqueeze(-1)
-            q = (grouped[part] / s).add_(z).round_().clamp_(low, high)
+            q = _nearest((grouped[part] / s).add_(z), low, high, e2m1)
             errors[trial, part] = q.sub_(z).mul_(s).sub_(grouped[part]).square_().mul_(cost).sum(-1)
     return errors

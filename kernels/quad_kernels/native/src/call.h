@@ -18,6 +18,13 @@ struct Hadamard {
     const uint8_t* signs[8];
 };
 
+// What inputs are rounded to; see float4.py. The numbers are those of lines.py.
+enum class NumberFormat : int32_t { integers, nvfp4, mxfp4 };
+
+// How a weight's integers lie in memory: half a byte each, a byte each, or half a byte with the code of a doubled 4-bit
+// floating-point number.
+enum class Stored : int32_t { nibbles, bytes, e2m1 };
+
 // How the tokens of an input become outliers and integers; see InputSplit and InputQuantization in formats.py.
 struct Input {
     const void* data;  // [tokens, width]
@@ -33,6 +40,7 @@ struct Input {
     int64_t groups;             // per token
     int32_t largest_sub_scale;  // of a group, where a token has one scale; 0 where a group has
     bool symmetric;             // false: the integers are those of an unsigned grid less its zero point
+    NumberFormat number_format;
 
     // Inlined everywhere: a copy that the linker shares would be compiled for one instruction set.
     __attribute__((always_inline)) int64_t rank() const { return outliers * (width / block); }
@@ -40,7 +48,7 @@ struct Input {
     __attribute__((always_inline)) int64_t scales() const { return largest_sub_scale ? 1 : groups; }
 };
 
-// A weight in layout lines4 or lines8 with its scales; see lines.py.
+// A weight in layout lines4, lines8 or lines_e2m1 with its scales; see lines.py.
 struct Weight {
     const uint8_t* lines;
     const void* scale;  // [out, groups]
@@ -49,7 +57,7 @@ struct Weight {
     int64_t in_features;
     int64_t out_features;
     int64_t groups;  // of scales
-    bool wide;  // one byte per integer instead of half a byte
+    Stored stored;
     const int8_t* sub_scale;  // [sub_groups, out], or null
     int64_t sub_groups;
 };
@@ -178,6 +186,7 @@ struct Columns {
     int64_t channels;
     float low;
     float high;
+    bool e2m1;  // rounded to doubled 4-bit floating-point numbers
 };
 
 // A weight, [rows, groups * group_size], and scales to round it with, [count, rows, groups]; see
@@ -194,6 +203,7 @@ struct Trials {
     int64_t group_size;
     float low;
     float high;
+    bool e2m1;
 };
 
 struct Kernels {

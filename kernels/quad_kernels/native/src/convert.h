@@ -59,6 +59,14 @@ struct Vector16 {
     Vector16 operator*(Vector16 o) const { return {_mm512_mul_ps(v, o.v)}; }
     Vector16 operator/(Vector16 o) const { return {_mm512_div_ps(v, o.v)}; }
     Vector16 nearest() const { return {_mm512_roundscale_ps(v, _MM_FROUND_TO_NEAREST_INT)}; }
+    // The nearest doubled 4-bit floating-point number of one that lies between -12 and 12.
+    Vector16 nearest_e2m1() const {
+        __m512 magnitude = _mm512_abs_ps(v), one = _mm512_set1_ps(1.0f), two = _mm512_set1_ps(2.0f);
+        __mmask16 from4 = _mm512_cmp_ps_mask(magnitude, _mm512_set1_ps(4.0f), _CMP_GE_OQ);
+        __mmask16 from8 = _mm512_cmp_ps_mask(magnitude, _mm512_set1_ps(8.0f), _CMP_GE_OQ);
+        __m512 unit = _mm512_mask_mov_ps(_mm512_mask_mov_ps(one, from4, two), from8, _mm512_set1_ps(4.0f));
+        return Vector16{_mm512_mul_ps(_mm512_roundscale_ps(_mm512_div_ps(v, unit), _MM_FROUND_TO_NEAREST_INT), unit)};
+    }
     Vector16 between(Vector16 low, Vector16 high) const { return {_mm512_min_ps(_mm512_max_ps(v, low.v), high.v)}; }
     Vector16 plus_product(Vector16 a, Vector16 b) const { return {_mm512_fmadd_ps(a.v, b.v, v)}; }
     float total() const { return _mm512_reduce_add_ps(v); }
@@ -102,6 +110,19 @@ struct Vector16 {
         constexpr int kEven = _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC;
         return {_mm256_round_ps(a, kEven), _mm256_round_ps(b, kEven)};
     }
+    static __m256 half_e2m1(__m256 v) {
+        __m256 magnitude = _mm256_andnot_ps(_mm256_set1_ps(-0.0f), v), one = _mm256_set1_ps(1.0f);
+        __m256 from4 = _mm256_cmp_ps(magnitude, _mm256_set1_ps(4.0f), _CMP_GE_OQ);
+        __m256 from8 = _mm256_cmp_ps(magnitude, _mm256_set1_ps(8.0f), _CMP_GE_OQ);
+        __m256 unit = _mm256_add_ps(one, _mm256_and_ps(from4, one));
+        unit = _mm256_add_ps(unit, _mm256_and_ps(from8, _mm256_set1_ps(2.0f)));
+        __m256 inverse = _mm256_sub_ps(one, _mm256_and_ps(from4, _mm256_set1_ps(0.5f)));
+        inverse = _mm256_sub_ps(inverse, _mm256_and_ps(from8, _mm256_set1_ps(0.25f)));
+        constexpr int kEven = _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC;
+        return _mm256_mul_ps(_mm256_round_ps(_mm256_mul_ps(v, inverse), kEven), unit);
+    }
+    // The nearest doubled 4-bit floating-point number of one that lies between -12 and 12.
+    Vector16 nearest_e2m1() const { return {half_e2m1(a), half_e2m1(b)}; }
     Vector16 between(Vector16 low, Vector16 high) const {
         return {_mm256_min_ps(_mm256_max_ps(a, low.a), high.a), _mm256_min_ps(_mm256_max_ps(b, low.b), high.b)};
     }

@@ -7,8 +7,12 @@
 
 namespace {
 
-// Integers of half a byte, of a byte, or of half a byte that are multiplied by the sub-scale of their group.
-enum class Form { nibbles, bytes, products };
+// Integers of half a byte, of a byte, of half a byte that are multiplied by the sub-scale of their group, or codes of
+// half a byte for doubled 4-bit floating-point numbers.
+enum class Form { nibbles, bytes, products, e2m1 };
+
+// What the codes stand for, plus 12.
+alignas(16) constexpr uint8_t kE2m1[16] = {12, 13, 14, 15, 16, 18, 20, 24, 12, 11, 10, 9, 8, 6, 4, 0};
 
 // The sub-scales of 16 channels, and the inputs they meet. A weight is stored with an offset of 8, so the products of a
 // part of the inputs begin at -8 times its sum; sub-scales multiply what a part adds up to.

@@ -9,6 +9,7 @@ namespace {
 using quad::Integers;
 using quad::Member;
 using quad::ParallelFor;
+using quad::Stored;
 
 constexpr int64_t kBatch = 512;  // tokens at a time, at most: memory does not grow with their number
 constexpr int64_t kBatchBytes = 1 << 20;  // of their integers, which each thread reads again for each block of channels
@@ -60,8 +61,11 @@ struct Call {
 
     int64_t stretch() const { return weight->in_features / tokens.sums; }
     int64_t lines() const { return round_up(weight->in_features, kChunk) / per_line(); }
-    int64_t per_line() const { return weight->wide ? 4 : 8; }
-    Form form() const { return weight->wide ? Form::bytes : weight->sub_scale ? Form::products : Form::nibbles; }
+    int64_t per_line() const { return weight->stored == Stored::bytes ? 4 : 8; }
+    Form form() const {
+        if (weight->stored == Stored::nibbles) return weight->sub_scale ? Form::products : Form::nibbles;
+        return weight->stored == Stored::bytes ? Form::bytes : Form::e2m1;
+    }
     const uint8_t* block_lines(int64_t index) const { return weight->lines + index * lines() * kLine; }
     float* own_branch() const { return branch + selected * branch_size; }
     uint16_t* own_branch16() const { return branch16 ? branch16 + selected * branch_size : nullptr; }
@@ -203,7 +207,9 @@ Ahead outliers_ahead(const Call& call, int64_t index, int64_t lines) {
 }
 
 // What is added to the integers of a weight that is read as it is stored; products begin at the sum that takes it off.
-constexpr int32_t offset_of(Form form) { return form == Form::bytes ? 128 : form == Form::nibbles ? 8 : 0; }
+constexpr int32_t offset_of(Form form) {
+    return form == Form::bytes ? 128 : form == Form::nibbles ? 8 : form == Form::e2m1 ? kE2m1[0] : 0;
+}
 
 template <int T, Form F>
 void direct_block(const Call& call, int64_t index, CallMemory& memory) {
@@ -260,6 +266,7 @@ void direct_blocks(const Call& call, int64_t begin, int64_t end, CallMemory& mem
     switch (call.form()) {
         case Form::bytes: return direct_blocks<Form::bytes>(call, begin, end, memory);
         case Form::products: return direct_blocks<Form::products>(call, begin, end, memory);
+        case Form::e2m1: return direct_blocks<Form::e2m1>(call, begin, end, memory);
         default: return direct_blocks<Form::nibbles>(call, begin, end, memory);
     }
 }
@@ -392,6 +399,7 @@ void blocked(Call& call, ParallelFor parallel_for) {
                 switch (call.form()) {
                     case Form::bytes: return units<Form::bytes>(call, from, to);
                     case Form::products: return units<Form::products>(call, from, to);
+                    case Form::e2m1: return units<Form::e2m1>(call, from, to);
                     default: return units<Form::nibbles>(call, from, to);
                 }
             });
@@ -412,6 +420,7 @@ int32_t largest_of(const Integers& x, int64_t width) {
 
 int32_t largest_of(const Input& input) {
     if (input.largest_sub_scale) return 128;
+    if (input.number_format != NumberFormat::integers) return 16;
     return 1 << (input.symmetric ? input.bits - 1 : input.bits);
 }
 

@@ -18,6 +18,16 @@ struct Product {
     static constexpr bool kFetches = true;  // `direct` asks for what comes behind the lines, a piece with each line
     static constexpr int kPlanes = 2;  // a panel of whole bytes is two of nibbles: 255 x 127 x 2 overflows 16 bits
 
+    // The two halves of the bytes of a line, without what is added to them.
+    template <Form F>
+    struct Halves {
+        const __m256i nibble = _mm256_set1_epi8(15);
+        const __m256i table = _mm256_broadcastsi128_si256(_mm_load_si128(reinterpret_cast<const __m128i*>(kE2m1)));
+        __m256i value(__m256i code) const { return F == Form::e2m1 ? _mm256_shuffle_epi8(table, code) : code; }
+        __m256i low(__m256i w) const { return value(_mm256_and_si256(w, nibble)); }
+        __m256i high(__m256i w) const { return value(_mm256_and_si256(_mm256_srli_epi16(w, 4), nibble)); }
+    };
+
     static __m256i broadcast(const int8_t* a) {
         int32_t four;
         std::memcpy(&four, a, 4);
@@ -54,13 +64,15 @@ struct Product {
         }
     };
 
-    // Products that fit into 16 bits before the sums must be widened: 2 x 15 x the largest integer of the inputs each.
+    // Products that fit into 16 bits before the sums must be widened: 2 x 15 x the largest integer of the inputs each,
+    // or 2 x 24 x it.
+    template <Form F>
     static int64_t steps(int32_t largest) {
 #ifdef __AVXVNNI__
         (void)largest;
         return int64_t(1) << 40;
 #else
-        return 1024 / largest;
+        return (F == Form::e2m1 ? 512 : 1024) / largest;
 #endif
     }
 
@@ -71,17 +83,16 @@ struct Product {
     }
 
     // Adds the products of a line and T tokens; of whole bytes the high halves go to `high`, else all goes to `low`.
-    template <int T, bool Wide>
+    template <int T, Form F>
     __attribute__((always_inline)) static void add_line(const uint8_t* line, const int8_t* x, Sum (*low)[2], Sum (*high)[2]) {
-        const __m256i nibble = _mm256_set1_epi8(15);
+        const Halves<F> halves;
         _mm_prefetch(reinterpret_cast<const char*>(line + 3072), _MM_HINT_T0);
         for (int h = 0; h < 2; ++h) {
             __m256i w = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(line + 32 * h));
-            __m256i first = _mm256_and_si256(w, nibble);
-            __m256i second = _mm256_and_si256(_mm256_srli_epi16(w, 4), nibble);
+            __m256i first = halves.low(w), second = halves.high(w);
             for (int t = 0; t < T; ++t) {
                 low[t][h].add(first, broadcast(x + t * kLine));
-                if constexpr (Wide) high[t][h].add(second, broadcast(x + t * kLine));
+                if constexpr (F == Form::bytes) high[t][h].add(second, broadcast(x + t * kLine));
                 else low[t][h].add(second, broadcast(x + t * kLine + 4));
             }
         }
@@ -92,14 +103,14 @@ struct Product {
                        const Ahead& ahead, int32_t* total) {
         constexpr bool Wide = F == Form::bytes;
         constexpr int kPer = Wide ? 16 : 8;
-        const int64_t flush = Wide ? steps(largest) : steps(largest) / 2;
+        const int64_t flush = Wide ? steps<F>(largest) : steps<F>(largest) / 2;
         std::memset(total, 0, T * 16 * sizeof(int32_t));
         for (int64_t start = begin; start < end; start += flush) {
             int64_t stop = smaller(end, start + flush);
             Sum low[T][2], high[T][2];
             for (int64_t l = start; l < stop; ++l) {
                 _mm_prefetch(ahead.data + l * ahead.step, _MM_HINT_T0);
-                add_line<T, Wide>(lines + l * kLine, a + l / kPer * chunk + l % kPer * (64 / kPer), low, high);
+                add_line<T, F>(lines + l * kLine, a + l / kPer * chunk + l % kPer * (64 / kPer), low, high);
             }
             for (int t = 0; t < T; ++t)
                 for (int h = 0; h < 2; ++h) {
@@ -121,7 +132,7 @@ struct Product {
             Sum sum[T][2];
             for (int t = 0; t < T; ++t) sum[t][0] = sum[t][1] = Sum::from(parts.start(t));
             for (int64_t l = start; l < start + step; ++l)
-                add_line<T, false>(lines + l * kLine, a + l / 8 * chunk + l % 8 * 8, sum, nullptr);
+                add_line<T, Form::products>(lines + l * kLine, a + l / 8 * chunk + l % 8 * 8, sum, nullptr);
             add_times<T>(sum, parts.values(), total);
         }
     }
@@ -143,15 +154,14 @@ struct Product {
     template <Form F>
     static const uint8_t* unpack(const uint8_t* lines, int64_t begin, int64_t end, uint8_t* panel) {
         constexpr bool Wide = F == Form::bytes;
-        const __m256i nibble = _mm256_set1_epi8(15);
+        const Halves<F> halves;
         int64_t plane = Wide ? (end - begin) * kLine : kLine;  // distance of the two halves
         uint8_t* target = panel;
         for (int64_t l = begin; l < end; ++l, target += Wide ? kLine : 2 * kLine)
             for (int h = 0; h < 2; ++h) {
                 __m256i w = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(lines + l * kLine + 32 * h));
-                _mm256_store_si256(reinterpret_cast<__m256i*>(target + 32 * h), _mm256_and_si256(w, nibble));
-                _mm256_store_si256(reinterpret_cast<__m256i*>(target + plane + 32 * h),
-                                   _mm256_and_si256(_mm256_srli_epi16(w, 4), nibble));
+                _mm256_store_si256(reinterpret_cast<__m256i*>(target + 32 * h), halves.low(w));
+                _mm256_store_si256(reinterpret_cast<__m256i*>(target + plane + 32 * h), halves.high(w));
             }
         return panel;
     }
@@ -174,10 +184,10 @@ struct Product {
         }
     }
 
-    template <int T>
+    template <int T, Form F>
     static void plane(const uint8_t* panel, int64_t rows, const int8_t* a, int64_t chunk, int64_t first, int32_t largest,
                       int shift, int32_t* total) {
-        const int64_t flush = steps(largest);
+        const int64_t flush = steps<F>(largest);
         for (int64_t start = 0; start < rows; start += flush) {
             int64_t stop = smaller(rows, start + flush);
             Sum sum[T][2];
@@ -204,8 +214,8 @@ struct Product {
     static void tile(const uint8_t* panel, int64_t rows, const int8_t* a, int64_t chunk, int64_t first, int32_t largest,
                      int32_t* total) {
         std::memset(total, 0, T * 16 * sizeof(int32_t));
-        plane<T>(panel, rows, a, chunk, first, largest, 0, total);
-        if constexpr (F == Form::bytes) plane<T>(panel + rows * kLine, rows, a, chunk, first, largest, 4, total);
+        plane<T, F>(panel, rows, a, chunk, first, largest, 0, total);
+        if constexpr (F == Form::bytes) plane<T, F>(panel + rows * kLine, rows, a, chunk, first, largest, 4, total);
     }
 };
 

@@ -18,6 +18,16 @@ struct Product {
     static constexpr bool kFetches = false;
     static constexpr int kPlanes = 1;
 
+    // The two halves of the bytes of a line, without what is added to them.
+    template <Form F>
+    struct Halves {
+        const __m512i nibble = _mm512_set1_epi8(15);
+        const __m512i table = _mm512_broadcast_i32x4(_mm_load_si128(reinterpret_cast<const __m128i*>(kE2m1)));
+        __m512i value(__m512i code) const { return F == Form::e2m1 ? _mm512_shuffle_epi8(table, code) : code; }
+        __m512i low(__m512i w) const { return value(_mm512_and_si512(w, nibble)); }
+        __m512i high(__m512i w) const { return value(_mm512_and_si512(_mm512_srli_epi16(w, 4), nibble)); }
+    };
+
     static __m512i broadcast(const int8_t* a) {
         int32_t four;
         std::memcpy(&four, a, 4);
@@ -34,7 +44,7 @@ struct Product {
         __m512i sum[T][kChains][2];
         for (int t = 0; t < T; ++t)
             for (int c = 0; c < kChains; ++c) sum[t][c][0] = sum[t][c][1] = _mm512_setzero_si512();
-        const __m512i nibble = _mm512_set1_epi8(15);
+        const Halves<F> halves;
         auto step = [&](int64_t l, int c) {
             __m512i w = _mm512_loadu_si512(lines + l * kLine);
             const int8_t* x = a + l / kPer * chunk + l % kPer * (64 / kPer);
@@ -42,7 +52,7 @@ struct Product {
                 for (int t = 0; t < T; ++t)
                     sum[t][c][0] = _mm512_dpbusd_epi32(sum[t][c][0], w, broadcast(x + t * kLine));
             } else {
-                __m512i low = _mm512_and_si512(w, nibble), high = _mm512_and_si512(_mm512_srli_epi16(w, 4), nibble);
+                __m512i low = halves.low(w), high = halves.high(w);
                 for (int t = 0; t < T; ++t) {
                     sum[t][c][0] = _mm512_dpbusd_epi32(sum[t][c][0], low, broadcast(x + t * kLine));
                     sum[t][c][1] = _mm512_dpbusd_epi32(sum[t][c][1], high, broadcast(x + t * kLine + 4));
@@ -140,11 +150,11 @@ struct Product {
     template <Form F>
     static const uint8_t* unpack(const uint8_t* lines, int64_t begin, int64_t end, uint8_t* panel) {
         if (F == Form::bytes) return lines + begin * kLine;
-        const __m512i nibble = _mm512_set1_epi8(15);
+        const Halves<F> halves;
         for (int64_t l = begin; l < end; ++l, panel += 2 * kLine) {
             __m512i w = _mm512_loadu_si512(lines + l * kLine);
-            _mm512_store_si512(panel, _mm512_and_si512(w, nibble));
-            _mm512_store_si512(panel + kLine, _mm512_and_si512(_mm512_srli_epi16(w, 4), nibble));
+            _mm512_store_si512(panel, halves.low(w));
+            _mm512_store_si512(panel + kLine, halves.high(w));
         }
         return panel - (end - begin) * 2 * kLine;
     }

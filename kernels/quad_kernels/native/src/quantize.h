@@ -6,6 +6,7 @@
 namespace {
 
 using quad::Input;
+using quad::NumberFormat;
 
 // Quantized tokens as the products read them. Inputs come in chunks of 64, each with all its tokens one after the other:
 // a chunk of 16 tokens is a tile of AMX, and no two tokens lie a power of two apart in memory. Padding holds zeros.
@@ -60,6 +61,22 @@ struct Grid {
     float high;
 };
 
+constexpr float kLargestE2m1 = 12;  // doubled
+
+// To multiples of `scale` by doubled 4-bit floating-point numbers, whose distances are 1 below 4, 2 below 8, then 4.
+void round_to_e2m1(const float* x, int64_t count, float scale, int8_t* integers) {
+    for (int64_t i = 0; i < count; ++i) {
+        float q = x[i] / scale;
+        q = q < -kLargestE2m1 ? -kLargestE2m1 : q;
+        q = q > kLargestE2m1 ? kLargestE2m1 : q;
+        float magnitude = q < 0 ? -q : q;
+        float unit = magnitude >= 8 ? 4.0f : magnitude >= 4 ? 2.0f : 1.0f;
+        float inverse = magnitude >= 8 ? 0.25f : magnitude >= 4 ? 0.5f : 1.0f;
+        q = ((q * inverse + kMagic) - kMagic) * unit;
+        integers[i] = int8_t(int32_t(q));
+    }
+}
+
 void round_to_grid(const float* x, int64_t count, const Grid& grid, int8_t* integers) {
     const float scale = grid.scale, low = grid.low, high = grid.high;
     for (int64_t i = 0; i < count; ++i) {
@@ -88,6 +105,18 @@ float normal(float scale) { return scale < 1.17549435e-38f ? 0.0f : scale; }
 
 // False for a token of zeros, and for one with a NaN or an infinity, whose scale makes the output NaN.
 bool usable(float scale) { return scale > 0 && scale <= 3.402823466e38f; }
+
+// The scale of doubled 4-bit floating-point numbers for the largest magnitude of a group: `input_scale` in float4.py.
+float e2m1_scale(float largest, NumberFormat format) {
+    bool powers = format == NumberFormat::mxfp4;
+    float wanted = powers ? largest : largest / kLargestE2m1;
+    uint32_t bits;
+    std::memcpy(&bits, &wanted, 4);
+    bits = powers ? (bits + (1u << 21)) & 0x7F800000u : (bits + 0x7FFFFu + ((bits >> 20) & 1)) & ~0xFFFFFu;
+    float scale;
+    std::memcpy(&scale, &bits, 4);
+    return normal(powers ? scale * 0.125f : scale);
+}
 
 // The step of a symmetric grid.
 float step(const float* x, int64_t count, const Input& input) {
@@ -152,6 +181,15 @@ void quantize_token(const Input& input, int64_t t, float* outlier, int8_t* integ
         float* steps = memory.steps.at_least(input.groups);
         for (int64_t g = 0; g < input.groups; ++g) steps[g] = step(row + g * size, size, input);
         return quantize_groups(input, row, size, steps, integers, scale);
+    }
+    if (input.number_format != NumberFormat::integers) {
+        for (int64_t g = 0; g < input.groups; ++g) {
+            const float* group = row + g * size;
+            scale[g] = e2m1_scale(largest_magnitude(group, size) * input.clip_ratio, input.number_format);
+            if (usable(scale[g])) round_to_e2m1(group, size, scale[g], integers + g * size);
+            else std::memset(integers + g * size, 0, size);
+        }
+        return;
     }
     for (int64_t g = 0; g < input.groups; ++g) {
         const float* group = row + g * size;

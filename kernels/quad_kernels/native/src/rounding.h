@@ -10,6 +10,13 @@ using quad::Columns;
 
 constexpr int64_t kMultiplications = 1 << 18;  // that a thread takes at least
 
+// The nearest of all integers from `low` to `high`, or of doubled 4-bit floating-point numbers.
+template <bool E2m1>
+Vector16 nearest_point(Vector16 x, Vector16 low, Vector16 high) {
+    if constexpr (E2m1) return x.between(low, high).nearest_e2m1();
+    else return x.nearest().between(low, high);
+}
+
 // Sixteen channels of all columns, channels past the last one filled with `filling`.
 void load_lanes(const float* rows, const Columns& c, int64_t first, float filling, float* lanes) {
     int64_t count = smaller(kChannels, c.channels - first);
@@ -34,6 +41,7 @@ void carry(const Columns& c, int64_t column, Vector16 factor, float* work) {
     }
 }
 
+template <bool E2m1>
 void round_lanes(const Columns& c, int64_t first, float* work) {
     float* scales = work + c.count * kChannels;
     float* zeros = scales + c.count * kChannels;
@@ -44,7 +52,7 @@ void round_lanes(const Columns& c, int64_t first, float* work) {
     for (int64_t i = 0; i < c.count; ++i) {
         Vector16 w = Vector16::load(work + i * kChannels);
         Vector16 scale = Vector16::load(scales + i * kChannels), zero = Vector16::load(zeros + i * kChannels);
-        Vector16 q = (zero + w / scale).nearest().between(low, high);
+        Vector16 q = nearest_point<E2m1>(zero + w / scale, low, high);
         Vector16 error = (w - (q - zero) * scale) / Vector16::all(c.coefficients[i * c.count + i]);
         store_lanes(q, c.integers, c, i, first);
         store_lanes(error, c.change, c, i, first);
@@ -52,6 +60,7 @@ void round_lanes(const Columns& c, int64_t first, float* work) {
     }
 }
 
+template <bool E2m1>
 void descend_lanes(const Columns& c, int64_t first, float* work) {
     float* scales = work + c.count * kChannels;
     float* steps = scales + c.count * kChannels;
@@ -64,7 +73,7 @@ void descend_lanes(const Columns& c, int64_t first, float* work) {
     for (int64_t i = 0; i < c.count; ++i) {
         Vector16 q = Vector16::load(integers + i * kChannels);
         Vector16 step = Vector16::load(work + i * kChannels) * Vector16::load(steps + i * kChannels);
-        Vector16 best = (q - step).nearest().between(low, high);
+        Vector16 best = nearest_point<E2m1>(q - step, low, high);
         Vector16 change = (best - q) * Vector16::load(scales + i * kChannels);
         store_lanes(best, c.integers, c, i, first);
         store_lanes(change, c.change, c, i, first);
@@ -85,12 +94,13 @@ void all_lanes(const Columns& columns, ParallelFor parallel_for) {
 
 // The weighted squared error of rounding `count` weights with one scale, in an order that does not depend on the
 // instruction set.
+template <bool E2m1>
 float rounding_error(const float* weight, const float* cost, int64_t count, float scale, float zero, float low,
                      float high) {
     Vector16 s = Vector16::all(scale), z = Vector16::all(zero), least = Vector16::all(low), most = Vector16::all(high);
     Vector16 sum = Vector16::zero();
     auto add = [&](Vector16 w, Vector16 c) {
-        Vector16 q = (z + w / s).nearest().between(least, most);
+        Vector16 q = nearest_point<E2m1>(z + w / s, least, most);
         Vector16 error = (q - z) * s - w;
         sum = sum.plus_product(error * c, error);
     };
@@ -112,8 +122,9 @@ void rounding_errors(const quad::Trials& trials, ParallelFor parallel_for) {
             for (int64_t group = 0; group < t.groups; ++group) {
                 int64_t place = row * t.groups + group;
                 const float* cost = t.cost + group * t.group_size;
+                auto error = t.e2m1 ? rounding_error<true> : rounding_error<false>;
                 for (int64_t i = 0; i < t.count; ++i, place += t.rows * t.groups)
-                    t.errors[place] = rounding_error(t.weight + (row * t.groups + group) * t.group_size, cost,
+                    t.errors[place] = error(t.weight + (row * t.groups + group) * t.group_size, cost,
                                                      t.group_size, t.scale[place], t.zero_point[place], t.low, t.high);
             }
         }
@@ -122,10 +133,14 @@ void rounding_errors(const quad::Trials& trials, ParallelFor parallel_for) {
     parallel_for(0, trials.rows, grain, body, const_cast<quad::Trials*>(&trials));
 }
 
-void round_columns(const Columns& columns, ParallelFor parallel_for) { all_lanes<round_lanes>(columns, parallel_for); }
+void round_columns(const Columns& columns, ParallelFor parallel_for) {
+    if (columns.e2m1) all_lanes<round_lanes<true>>(columns, parallel_for);
+    else all_lanes<round_lanes<false>>(columns, parallel_for);
+}
 
 void descend_columns(const Columns& columns, ParallelFor parallel_for) {
-    all_lanes<descend_lanes>(columns, parallel_for);
+    if (columns.e2m1) all_lanes<descend_lanes<true>>(columns, parallel_for);
+    else all_lanes<descend_lanes<false>>(columns, parallel_for);
 }
 
 }  // namespace

@@ -109,13 +109,14 @@ struct Settings {
     double clip_ratio;
     int64_t groups, largest_sub_scale;
     bool symmetric;
-    int64_t outliers, block;
+    int64_t number_format, outliers, block;
     bool keep_width, hadamard;
 };
 
 // Without data.
 quad::Input input_of(quad::Dtype dtype, int64_t width, const Settings& settings) {
-    const auto& [bits, clip_ratio, groups, largest_sub_scale, symmetric, outliers, block, keep_width, hadamard] = settings;
+    const auto& [bits, clip_ratio, groups, largest_sub_scale, symmetric, number_format, outliers, block, keep_width,
+                 hadamard] = settings;
     quad::Input input{};
     input.dtype = dtype;
     input.width = width;
@@ -127,6 +128,10 @@ quad::Input input_of(quad::Dtype dtype, int64_t width, const Settings& settings)
     input.groups = groups;
     input.largest_sub_scale = int32_t(largest_sub_scale);
     input.symmetric = symmetric;
+    STD_TORCH_CHECK(number_format >= 0 && number_format <= 2, "there is no such number format");
+    input.number_format = static_cast<quad::NumberFormat>(number_format);
+    STD_TORCH_CHECK(number_format == 0 || (symmetric && !largest_sub_scale),
+                    "floating-point numbers have neither zero points nor sub-scales");
     STD_TORCH_CHECK(block > 0 && width % block == 0 && outliers >= 0 && outliers < block, "the split does not fit x");
     STD_TORCH_CHECK(groups > 0 && input.residual() % groups == 0, "the groups do not divide the residual");
     STD_TORCH_CHECK(bits >= 2 && bits <= 8, "the input must be quantized to 2 to 8 bits");
@@ -146,8 +151,9 @@ quad::Input input_of(const Tensor& x, const Settings& settings) {
 }
 
 quad::Weight weight_of(const Tensor& lines, const Tensor& scale, const MaybeTensor& zero_point,
-                       const MaybeTensor& sub_scale, int64_t in_features, int64_t out_features, bool wide) {
-    int64_t per_line = wide ? 4 : 8, count = (in_features + 63) / 64 * (64 / per_line);
+                       const MaybeTensor& sub_scale, int64_t in_features, int64_t out_features, int64_t stored) {
+    STD_TORCH_CHECK(stored >= 0 && stored <= 2, "there are no such lines");
+    int64_t per_line = stored == 1 ? 4 : 8, count = (in_features + 63) / 64 * (64 / per_line);
     STD_TORCH_CHECK(lines.is_contiguous() && lines.scalar_type() == ScalarType::Byte &&
                         lines.numel() == (out_features + 15) / 16 * count * 64,
                     "the weight is not in lines");
@@ -160,7 +166,7 @@ quad::Weight weight_of(const Tensor& lines, const Tensor& scale, const MaybeTens
     weight.in_features = in_features;
     weight.out_features = out_features;
     weight.groups = scale.size(1);
-    weight.wide = wide;
+    weight.stored = static_cast<quad::Stored>(stored);
     if (zero_point) {
         STD_TORCH_CHECK(zero_point->numel() == scale.numel() && zero_point->scalar_type() == ScalarType::Char,
                         "the zero points do not fit");
@@ -170,7 +176,7 @@ quad::Weight weight_of(const Tensor& lines, const Tensor& scale, const MaybeTens
         weight.sub_groups = sub_scale->size(0);
         STD_TORCH_CHECK(sub_scale->scalar_type() == ScalarType::Char && sub_scale->is_contiguous() &&
                             sub_scale->numel() == weight.sub_groups * out_features && weight.sub_groups > 0 &&
-                            in_features % (8 * weight.sub_groups) == 0 && scale.size(1) == 1 && !wide && !zero_point,
+                            in_features % (8 * weight.sub_groups) == 0 && scale.size(1) == 1 && stored == 0 && !zero_point,
                         "the sub-scales do not fit");
         weight.sub_scale = static_cast<const int8_t*>(sub_scale->const_data_ptr());
     }
@@ -207,17 +213,17 @@ quad::Rest rest_of(const MaybeTensor& outlier_weight, const MaybeTensor& bias, i
 }
 
 Tensor linear(const Tensor& x_, int64_t bits, double clip_ratio, int64_t groups, int64_t largest_sub_scale,
-              bool symmetric, int64_t outliers, int64_t block, bool keep_width, bool hadamard, const Tensor& lines,
-              const Tensor& scale_, const MaybeTensor& zero_point_, const MaybeTensor& sub_scale_, int64_t in_features,
-              int64_t out_features, bool wide, const MaybeTensor& outlier_weight_, const MaybeTensor& bias_,
+              bool symmetric, int64_t number_format, int64_t outliers, int64_t block, bool keep_width, bool hadamard,
+              const Tensor& lines, const Tensor& scale_, const MaybeTensor& zero_point_, const MaybeTensor& sub_scale_, int64_t in_features,
+              int64_t out_features, int64_t stored, const MaybeTensor& outlier_weight_, const MaybeTensor& bias_,
               const MaybeTensor& down_, const MaybeTensor& up_) {
     Tensor x = dense(x_), scale = dense(scale_);
     MaybeTensor zero_point = dense(zero_point_), sub_scale = dense(sub_scale_);
     MaybeTensor outlier_weight = dense(outlier_weight_), bias = dense(bias_), down = dense(down_), up = dense(up_);
-    quad::Input input =
-        input_of(x, {bits, clip_ratio, groups, largest_sub_scale, symmetric, outliers, block, keep_width, hadamard});
+    quad::Input input = input_of(x, {bits, clip_ratio, groups, largest_sub_scale, symmetric, number_format, outliers,
+                                     block, keep_width, hadamard});
     STD_TORCH_CHECK(input.residual() == in_features, "the weight does not fit the residual");
-    quad::Weight weight = weight_of(lines, scale, zero_point, sub_scale, in_features, out_features, wide);
+    quad::Weight weight = weight_of(lines, scale, zero_point, sub_scale, in_features, out_features, stored);
     quad::Rest rest = rest_of(outlier_weight, bias, input.rank(), out_features);
     add_branch(rest, down, up, input.width, out_features);
     Tensor y = empty(sizes_with(x, out_features), torch_dtype(input.dtype));
@@ -228,7 +234,7 @@ Tensor linear(const Tensor& x_, int64_t bits, double clip_ratio, int64_t groups,
 
 Tensor integer_linear(const Tensor& x_, const Tensor& x_scale_, const Tensor& lines, const Tensor& scale_,
                       const MaybeTensor& zero_point_, const MaybeTensor& sub_scale_, int64_t in_features,
-                      int64_t out_features, bool wide, const MaybeTensor& outlier_, const MaybeTensor& outlier_weight_,
+                      int64_t out_features, int64_t stored, const MaybeTensor& outlier_, const MaybeTensor& outlier_weight_,
                       const MaybeTensor& bias_, int64_t out_dtype) {
     Tensor x = dense(x_), x_scale = dense(x_scale_), scale = dense(scale_);
     MaybeTensor zero_point = dense(zero_point_), outlier = dense(outlier_), bias = dense(bias_);
@@ -238,7 +244,7 @@ Tensor integer_linear(const Tensor& x_, const Tensor& x_scale_, const Tensor& li
                     "the scales of x do not fit");
     quad::Integers integers{static_cast<const int8_t*>(x.const_data_ptr()),
                             static_cast<const float*>(x_scale.const_data_ptr()), x.size(0), x_scale.size(1)};
-    quad::Weight weight = weight_of(lines, scale, zero_point, sub_scale, in_features, out_features, wide);
+    quad::Weight weight = weight_of(lines, scale, zero_point, sub_scale, in_features, out_features, stored);
     quad::Rest rest = rest_of(outlier_weight, bias, outlier ? outlier->size(1) : 0, out_features);
     if (outlier) {
         STD_TORCH_CHECK(outlier->size(0) == x.size(0), "the outliers do not fit x");
@@ -253,11 +259,11 @@ Tensor integer_linear(const Tensor& x_, const Tensor& x_scale_, const Tensor& li
 }
 
 std::tuple<Tensor, Tensor, Tensor> quantize(const Tensor& x_, int64_t bits, double clip_ratio, int64_t groups,
-                                            int64_t largest_sub_scale, bool symmetric, int64_t outliers, int64_t block,
-                                            bool keep_width, bool hadamard) {
+                                            int64_t largest_sub_scale, bool symmetric, int64_t number_format,
+                                            int64_t outliers, int64_t block, bool keep_width, bool hadamard) {
     Tensor x = dense(x_);
-    quad::Input input =
-        input_of(x, {bits, clip_ratio, groups, largest_sub_scale, symmetric, outliers, block, keep_width, hadamard});
+    quad::Input input = input_of(x, {bits, clip_ratio, groups, largest_sub_scale, symmetric, number_format, outliers,
+                                     block, keep_width, hadamard});
     Tensor outlier = empty(sizes_with(x, input.rank()), torch_dtype(input.dtype));
     Tensor integers = empty(sizes_with(x, input.residual()), aoti_torch_dtype_int8());
     Tensor scale = empty(sizes_with(x, input.scales()), aoti_torch_dtype_float32());
@@ -308,7 +314,7 @@ Tensor dense_head(const Tensor& x_, const Tensor& weight) {
 
 // Linears that share an input, as the operators of a block get them: eight tensors for each (lines, scale, zero point,
 // sub-scales, outlier weight, bias, and the two of a branch; what is absent is empty), and numbers: those of `Settings`
-// without the clip ratio, in order, then inputs, outputs and `wide` of each.
+// without the clip ratio, in order, then inputs, outputs and `stored` of each.
 constexpr size_t kParts = 8;
 
 class Parts {
@@ -321,19 +327,20 @@ class Parts {
                       std::vector<quad::Member>& members) {
         int64_t bits = number(), groups = number(), largest_sub_scale = number();
         bool symmetric = number();
-        int64_t outliers = number(), block = number();
+        int64_t number_format = number(), outliers = number(), block = number();
         bool keep_width = number(), hadamard = number();
         quad::Input input = input_of(
-            dtype, width, {bits, clip_ratio, groups, largest_sub_scale, symmetric, outliers, block, keep_width, hadamard});
+            dtype, width, {bits, clip_ratio, groups, largest_sub_scale, symmetric, number_format, outliers, block,
+                           keep_width, hadamard});
         size_t first = members.size();
         for (int64_t i = 0; i < count; ++i) {
             int64_t in_features = number(), out_features = number();
-            bool wide = number();
+            int64_t stored = number();
             const Tensor &lines = tensor(), &scale = tensor();
             MaybeTensor zero_point = maybe(), sub_scale = maybe(), outlier_weight = maybe(), bias = maybe();
             MaybeTensor down = maybe(), up = maybe();
             STD_TORCH_CHECK(input.residual() == in_features && scale.is_contiguous(), "the weight does not fit");
-            members.push_back({weight_of(lines, scale, zero_point, sub_scale, in_features, out_features, wide),
+            members.push_back({weight_of(lines, scale, zero_point, sub_scale, in_features, out_features, stored),
                                rest_of(outlier_weight, bias, input.rank(), out_features),
                                {nullptr, dtype}});
             add_branch(members.back().rest, down, up, width, out_features);
@@ -569,7 +576,7 @@ struct BlockPlan {
         }
         for (const std::vector<quad::Member>& group : made->members)
             for (const quad::Member& member : group)
-                made->block_bytes += member.weight.out_features * member.weight.in_features / (member.weight.wide ? 1 : 2);
+                made->block_bytes += member.weight.out_features * member.weight.in_features / (member.weight.stored == quad::Stored::bytes ? 1 : 2);
         made->block_bytes /= count;
         for (size_t i = 0; i < parts.size(); ++i)  // all but the lines and what goes with them, which nobody else has
             if (parts[i].numel() && (i % kParts == 1 || i % kParts >= 4)) made->held.emplace_back(parts[i]);
@@ -692,7 +699,7 @@ struct ColumnTensors {
     quad::Columns columns{};
 
     ColumnTensors(const Tensor& values_, const Tensor& coefficients_, const Tensor& scale_, const Tensor& second_,
-                  int64_t low, int64_t high)
+                  int64_t low, int64_t high, bool e2m1)
         : values(dense(values_)), coefficients(dense(coefficients_)), scale(dense(scale_)), second(dense(second_)),
           integers(empty({values.size(0), values.size(1)}, aoti_torch_dtype_float32())),
           change(empty({values.size(0), values.size(1)}, aoti_torch_dtype_float32())) {
@@ -708,22 +715,23 @@ struct ColumnTensors {
         columns.change = static_cast<float*>(change.mutable_data_ptr());
         columns.low = float(low);
         columns.high = float(high);
+        columns.e2m1 = e2m1;
     }
 
     bool same_size(const Tensor& tensor) const { return tensor.numel() == values.numel(); }
 };
 
 std::tuple<Tensor, Tensor> round_columns(const Tensor& values, const Tensor& factor, const Tensor& scale,
-                                         const Tensor& zero_point, int64_t low, int64_t high) {
-    ColumnTensors tensors(values, factor, scale, zero_point, low, high);
+                                         const Tensor& zero_point, int64_t low, int64_t high, bool e2m1) {
+    ColumnTensors tensors(values, factor, scale, zero_point, low, high, e2m1);
     kernels().round_columns(tensors.columns, parallel_for);
     return {tensors.integers, tensors.change};
 }
 
 std::tuple<Tensor, Tensor> descend_columns(const Tensor& integers, const Tensor& gradient, const Tensor& hessian,
                                            const Tensor& scale, const Tensor& inverse_step, int64_t low,
-                                           int64_t high) {
-    ColumnTensors tensors(gradient, hessian, scale, inverse_step, low, high);
+                                           int64_t high, bool e2m1) {
+    ColumnTensors tensors(gradient, hessian, scale, inverse_step, low, high, e2m1);
     Tensor start = dense(integers);
     STD_TORCH_CHECK(tensors.same_size(start), "the integers do not fit the gradient");
     tensors.columns.start = floats(start);
@@ -732,7 +740,7 @@ std::tuple<Tensor, Tensor> descend_columns(const Tensor& integers, const Tensor&
 }
 
 Tensor rounding_errors(const Tensor& weight_, const Tensor& scale_, const Tensor& zero_point_, const Tensor& cost_,
-                       int64_t low, int64_t high) {
+                       int64_t low, int64_t high, bool e2m1) {
     Tensor weight = dense(weight_), scale = dense(scale_), zero_point = dense(zero_point_), cost = dense(cost_);
     STD_TORCH_CHECK(weight.dim() == 2 && scale.dim() == 3 && scale.size(1) == weight.size(0) &&
                         zero_point.numel() == scale.numel() && cost.numel() == weight.size(1) && scale.size(2) > 0 &&
@@ -749,7 +757,8 @@ Tensor rounding_errors(const Tensor& weight_, const Tensor& scale_, const Tensor
                         scale.size(2),
                         weight.size(1) / scale.size(2),
                         float(low),
-                        float(high)};
+                        float(high),
+                        e2m1};
     kernels().rounding_errors(trials, parallel_for);
     return errors;
 }
@@ -759,16 +768,16 @@ Tensor rounding_errors(const Tensor& weight_, const Tensor& scale_, const Tensor
 STABLE_TORCH_LIBRARY(quad_native, m) {
     m.def(
         "linear(Tensor x, int bits, float clip_ratio, int groups, int largest_sub_scale, bool symmetric, "
-        "int outliers, int block, bool keep_width, bool hadamard, Tensor lines, Tensor scale, Tensor? zero_point, "
-        "Tensor? sub_scale, int in_features, int out_features, bool wide, Tensor? outlier_weight, Tensor? bias, "
+        "int number_format, int outliers, int block, bool keep_width, bool hadamard, Tensor lines, Tensor scale, Tensor? zero_point, "
+        "Tensor? sub_scale, int in_features, int out_features, int stored, Tensor? outlier_weight, Tensor? bias, "
         "Tensor? down=None, Tensor? up=None) -> Tensor");
     m.def(
         "integer_linear(Tensor x, Tensor x_scale, Tensor lines, Tensor scale, Tensor? zero_point, "
-        "Tensor? sub_scale, int in_features, int out_features, bool wide, Tensor? outlier, Tensor? outlier_weight, "
+        "Tensor? sub_scale, int in_features, int out_features, int stored, Tensor? outlier, Tensor? outlier_weight, "
         "Tensor? bias, int out_dtype) -> Tensor");
     m.def(
         "quantize(Tensor x, int bits, float clip_ratio, int groups, int largest_sub_scale, bool symmetric, "
-        "int outliers, int block, bool keep_width, bool hadamard) -> (Tensor, Tensor, Tensor)");
+        "int number_format, int outliers, int block, bool keep_width, bool hadamard) -> (Tensor, Tensor, Tensor)");
     m.def(
         "block_in(Tensor x, Tensor norm, float eps, Tensor cosine, Tensor sine, Tensor[] head_norms, Tensor[] parts, "
         "int[] numbers, float clip_ratio) -> Tensor[]");
@@ -789,13 +798,14 @@ STABLE_TORCH_LIBRARY(quad_native, m) {
     m.def("head(Tensor x, Tensor words, Tensor scale) -> Tensor");
     m.def("dense_head(Tensor x, Tensor weight) -> Tensor");
     m.def(
-        "round_columns(Tensor values, Tensor factor, Tensor scale, Tensor zero_point, int low, int high) "
-        "-> (Tensor, Tensor)");
+        "round_columns(Tensor values, Tensor factor, Tensor scale, Tensor zero_point, int low, int high, "
+        "bool e2m1) -> (Tensor, Tensor)");
     m.def(
         "descend_columns(Tensor integers, Tensor gradient, Tensor hessian, Tensor scale, Tensor inverse_step, int low, "
-        "int high) -> (Tensor, Tensor)");
+        "int high, bool e2m1) -> (Tensor, Tensor)");
     m.def(
-        "rounding_errors(Tensor weight, Tensor scale, Tensor zero_point, Tensor cost, int low, int high) -> Tensor");
+        "rounding_errors(Tensor weight, Tensor scale, Tensor zero_point, Tensor cost, int low, int high, "
+        "bool e2m1) -> Tensor");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(quad_native, CPU, m) {
@@ -821,7 +831,7 @@ STABLE_TORCH_LIBRARY_IMPL(quad_native, CPU, m) {
 extern "C" {
 
 // Changes with the arguments of the operators.
-int quad_interface() { return 5; }
+int quad_interface() { return 6; }
 const char* quad_supported() { return quad::supported(); }
 const char* quad_chosen() { return quad::chosen() ? quad::chosen()->name : ""; }
 int quad_choose(const char* name) { return quad::choose(name); }
