@@ -9,7 +9,7 @@ import torch
 from peft import LoraConfig
 from peft.tuners.lora import LoraLayer
 from peft.tuners.tuners_utils import check_adapters_to_merge
-from quad_kernels import QuantizedWeight
+from quad_kernels import FloatGrid, QuantizedWeight
 from torch import nn
 
 from quad_modifiers.nn.forward import LinearParts, changed_outlier_weight, changed_weight_scale, linear_forward
@@ -226,6 +226,11 @@ class QuadLoraLayer(nn.Module, LoraLayer):
         residual = self.get_base_layer().residual
         if not isinstance(residual, PackedLinear):
             raise ValueError(f"{self.get_base_layer().role} has no quantized weight, so it has no {what} to train")
+        if isinstance(residual.grid, FloatGrid):
+            raise ValueError(
+                f"{self.get_base_layer().role} has numbers of {residual.grid.number_format}, whose {what} are not "
+                "trained; train its outliers"
+            )
         return residual
 
     def _set(self, outlier: torch.Tensor | None, scale: torch.Tensor | None, words: torch.Tensor | None) -> None:

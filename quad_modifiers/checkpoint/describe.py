@@ -107,7 +107,9 @@ def _refuse_other_quantization(decoder: Decoder) -> None:
 def _is_plain(linear: LinearFormat) -> bool:
     # compressed-tensors has no clip ratio, and its packed format no quantized input without a quantized weight.
     input_is_stock = linear.input is None or (linear.input.clip_ratio == 1.0 and linear.weight is not None)
-    if not input_is_stock or any(grid.sub_scale_bits for grid in linear.grids()):
+    # Its NVFP4 inputs have a scale per tensor that was calibrated; ours none.
+    calibrated = linear.input is not None and linear.input.number_format == "nvfp4"
+    if not input_is_stock or calibrated or any(grid.sub_scale_bits for grid in linear.grids()):
         return False
     return linear.outliers_per_block == 0 and not linear.hadamard and not linear.terms
 
@@ -156,6 +158,7 @@ def _input_format(module: QuadLinear, where: str) -> InputFormat | None:
         group_size=ours.group_size,
         **_sub_scale_bits(ours.sub_scale_bits),
         **_symmetric(ours.symmetric),
+        **_number_format(ours.number_format),
     )
 
 
@@ -170,7 +173,13 @@ def _weight_format(module: QuadLinear, where: str) -> WeightFormat | None:
         group_size=grid.group_size,
         symmetric=grid.symmetric,
         **_sub_scale_bits(grid.sub_scale_bits),
+        **_number_format(grid.number_format),
     )
+
+
+def _number_format(number_format: str) -> dict[str, Any]:
+    """The field, left out where it says nothing: only version 8 has it."""
+    return {} if number_format == "int" else {"number_format": number_format}
 
 
 def _sub_scale_bits(bits: int | None) -> dict[str, Any]:
@@ -193,7 +202,7 @@ def quantization_config(decoder: Decoder, described: Described, contributed: Con
         return None
     config: dict[str, Any] = {
         "quant_method": "compressed-tensors" if plain else QUANT_METHOD,
-        "format": "pack-quantized",
+        "format": _common_format(groups),
         "quantization_status": "compressed",
         "config_groups": groups,
         "ignore": [path for path in (architecture.head,) if path not in tables],
@@ -210,6 +219,16 @@ def quantization_config(decoder: Decoder, described: Described, contributed: Con
             sections=contributed.sections,
         ).section()
     return config
+
+
+def _common_format(groups: dict[str, Any]) -> str:
+    """compressed-tensors' name for all groups."""
+    formats = {group["format"] for group in groups.values()}
+    return "mixed-precision" if len(formats) > 1 else next(iter(formats), _format_name("int"))
+
+
+def _format_name(number_format: str) -> str:
+    return "pack-quantized" if number_format == "int" else f"{number_format}-pack-quantized"
 
 
 def config_groups(described: Described, tables: list[str], layers: str) -> dict[str, Any]:
@@ -239,7 +258,7 @@ def config_groups(described: Described, tables: list[str], layers: str) -> dict[
             "weights": _arguments(TableFormat().bits, None, True, dynamic=False),
             "input_activations": None,
             "output_activations": None,
-            "format": "pack-quantized",
+            "format": _format_name("int"),
         }
         settings.setdefault(repr(scheme), ([], scheme))[0].extend(tables)
     return {
@@ -258,12 +277,22 @@ def _target(role: str, path: str = "", layers: Sequence[int] = (), besides: bool
 def _scheme(linear: LinearFormat) -> dict[str, Any]:
     assert linear.weight is not None
     return {
-        "weights": _arguments(linear.weight.bits, linear.weight.group_size, linear.weight.symmetric, dynamic=False),
-        "input_activations": None
-        if linear.input is None
-        else _arguments(linear.input.bits, linear.input.group_size, linear.input.symmetric, dynamic=True),
+        "weights": _grid_arguments(linear.weight, dynamic=False),
+        "input_activations": None if linear.input is None else _grid_arguments(linear.input, dynamic=True),
         "output_activations": None,
-        "format": "pack-quantized",
+        "format": _format_name(linear.weight.number_format),
+    }
+
+
+def _grid_arguments(grid: WeightFormat | InputFormat, dynamic: bool) -> dict[str, Any]:
+    if grid.number_format == "int":
+        return _arguments(grid.bits, grid.group_size, grid.symmetric, dynamic)
+    is_nvfp4 = grid.number_format == "nvfp4"
+    return {
+        **_arguments(grid.bits, grid.group_size, grid.symmetric, dynamic),
+        "type": "float",
+        "strategy": "tensor_group" if is_nvfp4 and not dynamic else "group",
+        "scale_dtype": "torch.float8_e4m3fn" if is_nvfp4 else "torch.uint8",
     }
 
 
@@ -273,7 +302,7 @@ def _outlier_scheme(outlier: OutlierBlockFormat) -> dict[str, Any]:
         "weights": _arguments(outlier.weight_bits, None, True, dynamic=False),
         "input_activations": None if bits is None else _arguments(bits, None, True, dynamic=True),
         "output_activations": None,
-        "format": "pack-quantized",
+        "format": _format_name("int"),
     }
 
 

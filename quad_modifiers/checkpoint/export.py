@@ -166,6 +166,8 @@ def _linear_problems(linear: LinearFormat, size: int, online_hadamard: bool) -> 
             f"{linear.outliers_per_block} outliers of every {linear.block} coordinates are no multiple of the group "
             f"size {size}"
         )
+    if any(part.number_format != "int" for part in linear.grids()):
+        problems.append("4-bit floating-point numbers cannot be exported yet (number_format)")
     stated = [("weights", linear.weight), ("inputs", linear.input)]
     if any(part.sub_scale_bits for part in linear.grids()):
         problems.append("integers of two levels have no place in the format (sub_scale_bits)")

@@ -8,9 +8,10 @@ from collections.abc import Iterator
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, ValidationError, model_validator
-from quad_kernels import InputQuantization, InputSplit, IntegerGrid
+from quad_kernels import FloatGrid, InputQuantization, InputSplit, IntegerGrid, NumberFormat, WeightGrid
+from quad_kernels.formats import float_problem
 
-FORMAT_VERSIONS = (1, 2, 3, 4, 5, 6, 7)
+FORMAT_VERSIONS = (1, 2, 3, 4, 5, 6, 7, 8)
 QUANT_METHOD = "quad"
 
 
@@ -26,6 +27,7 @@ class InputFormat(_Strict):
     group_size: int | None = None
     sub_scale_bits: Literal[4] | None = None
     symmetric: bool = True
+    number_format: NumberFormat = "int"
 
     @model_validator(mode="after")
     def _check_grid(self) -> "InputFormat":
@@ -35,7 +37,7 @@ class InputFormat(_Strict):
     def settings(self) -> InputQuantization:
         """As the module uses it."""
         return InputQuantization(
-            self.bits, self.clip_ratio, self.group_size, self.sub_scale_bits, symmetric=self.symmetric
+            self.bits, self.clip_ratio, self.group_size, self.sub_scale_bits, self.symmetric, self.number_format
         )
 
 
@@ -46,14 +48,22 @@ class WeightFormat(_Strict):
     group_size: int | None = None
     symmetric: bool = True
     sub_scale_bits: Literal[4] | None = None
+    number_format: NumberFormat = "int"
 
     @model_validator(mode="after")
     def _check_grid(self) -> "WeightFormat":
         self.grid()
         return self
 
-    def grid(self) -> IntegerGrid:
+    def grid(self) -> WeightGrid:
         """As the module uses it."""
+        if self.number_format != "int":
+            problem = float_problem(
+                self.number_format, self.bits, self.group_size, self.sub_scale_bits, symmetric=self.symmetric
+            )
+            if problem is not None:
+                raise ValueError(problem)
+            return FloatGrid(self.number_format)
         return IntegerGrid(self.bits, self.group_size, self.symmetric, self.sub_scale_bits)
 
 
@@ -154,10 +164,11 @@ class QuadFormat(_Strict):
     Version 2 adds `embedding` and `head`. Version 3 adds `terms` of linears and `sections`, whose kinds plugins
     bring, and leaves out what the first two reserved. Version 4 adds `sub_scale_bits` of weights and inputs, version 5
     `outlier` of linears, version 6 `overrides`, linears that have other bits in some blocks, and `high` of the section
-    `kv_cache`, version 7 `symmetric` of inputs, and `key_inverse` of that section.
+    `kv_cache`, version 7 `symmetric` of inputs, and `key_inverse` of that section, version 8 `number_format` of weights
+    and inputs.
     """
 
-    format_version: Literal[1, 2, 3, 4, 5, 6, 7] = 1
+    format_version: Literal[1, 2, 3, 4, 5, 6, 7, 8] = 1
     base_model_type: str
     residual_basis: BasisFormat | None
     linears: dict[str, LinearFormat]
@@ -182,9 +193,14 @@ class QuadFormat(_Strict):
         unknown |= {field for field, version in _late_fields(self.sections).items() if version > self.format_version}
         if self.format_version < 7 and any("symmetric" in each.model_fields_set for each in self._inputs()):
             unknown |= {"input.symmetric"}
+        if self.format_version < 8 and any("number_format" in each.model_fields_set for each in self._grids()):
+            unknown |= {"number_format"}
         if unknown:
             raise ValueError(f"version {self.format_version} has no field {min(unknown)!r}")
         return self
+
+    def _grids(self) -> list[WeightFormat | InputFormat]:
+        return [grid for _, linear in self.variants() for grid in linear.grids()]
 
     def _inputs(self) -> list[InputFormat]:
         stated = [each.input for each in self.linears.values()] + [each.input for each in self.overrides]
@@ -236,8 +252,11 @@ class QuadFormat(_Strict):
         if "overrides" in fields:
             version = 6
         version = max([version, *_late_fields(fields.get("sections", {})).values()])
-        if any(not each.symmetric for each in cls(format_version=7, **fields)._inputs()):
+        whole = cls(format_version=FORMAT_VERSIONS[-1], **fields)
+        if any(not each.symmetric for each in whole._inputs()):
             version = 7
+        if any(each.number_format != "int" for each in whole._grids()):
+            version = 8
         return cls(format_version=version, **fields)
 
     def section(self) -> dict[str, Any]:
@@ -254,6 +273,9 @@ class QuadFormat(_Strict):
         for each in (*content["linears"].values(), *content.get("overrides", ())):
             if self.format_version < 7 and each["input"] is not None:
                 del each["input"]["symmetric"]
+            for grid in (each["weight"], each["input"]):
+                if self.format_version < 8 and grid is not None:
+                    del grid["number_format"]
         return content
 
 
@@ -275,7 +297,7 @@ _ABSENT = {
     1: {"embedding", "head", "sections", *_LATER},
     2: {"sections", *_LATER},
     **dict.fromkeys((3, 4, 5), _RESERVED | _LATER),
-    **dict.fromkeys((6, 7), _RESERVED),
+    **dict.fromkeys((6, 7, 8), _RESERVED),
 }
 """Fields that a version does not have."""
 

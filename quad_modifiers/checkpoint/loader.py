@@ -103,7 +103,7 @@ class QuadHfQuantizer(HfQuantizer):
 
     def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> None:
         for name, spec in self._expected.items():
-            if name.endswith((".weight_scale", ".weight_shape")):  # what no header tells
+            if name.endswith((".weight_scale", ".weight_global_scale", ".weight_shape")):  # what no header tells
                 owner, _, leaf = name.rpartition(".")
                 tensor = getattr(model.get_submodule(owner), leaf)  # a term may hold a parameter of this name
                 problem = None if tensor.is_meta else value_problem(name, tensor, spec)

@@ -7,7 +7,8 @@ from typing import Annotated, ClassVar, Literal
 
 from llmcompressor.modifiers import Modifier
 from pydantic import Field, model_validator
-from quad_kernels import InputQuantization
+from quad_kernels import InputQuantization, NumberFormat
+from quad_kernels.float4 import GROUP_SIZES
 
 from quad_modifiers.model.architecture import Group
 from quad_modifiers.model.decoder import Decoder, PlacedGroup, PlacedLinear
@@ -49,6 +50,8 @@ class DynamicActQuant(QuadModifier):
         symmetric: False gives each scale a zero point: the grid reaches from the smallest coordinate to the largest, as
             ResQ and compressed-tensors' asymmetric inputs have it. For inputs of up to 7 bits, without sub_scale_bits;
             quantized outlier coordinates stay symmetric.
+        number_format: "int", or 4-bit floating-point numbers in groups of their own: "nvfp4" (16 numbers, a scale of 4
+            significant bits) or "mxfp4" (32, a power of two). `strategy` and `group_size` are left out then.
         o_proj_scale: one scale of the input of o_proj per "token", or per token and "head" (ResQ), whatever `strategy`
             says of the others; by default as the others.
         outlier_bits: 8 quantizes the outlier coordinates of quantized inputs, with one scale per token, where their
@@ -71,6 +74,7 @@ class DynamicActQuant(QuadModifier):
     group_size: int | None = Field(default=None, ge=8)
     sub_scale_bits: Literal[4] | None = None
     symmetric: bool = True
+    number_format: NumberFormat = "int"
     o_proj_scale: Literal["token", "head"] | None = None
     outlier_bits: Literal[8] | None = None
     u_type_clip_ratio: ClipRatio | Literal["auto"] = 0.92
@@ -79,6 +83,10 @@ class DynamicActQuant(QuadModifier):
 
     @model_validator(mode="after")
     def _check_group(self) -> "DynamicActQuant":
+        if self.number_format != "int" and self.strategy == "group":
+            raise ValueError(
+                f"number_format ({self.number_format!r}) has groups of its own; leave strategy and group_size out"
+            )
         if (self.strategy == "group") != (self.group_size is not None):
             raise ValueError(
                 f"group_size ({self.group_size}) goes with strategy 'group' and only with it (strategy is "
@@ -87,10 +95,12 @@ class DynamicActQuant(QuadModifier):
         for bits in (self.u_type_bits, self.d_type_bits, *(override.bits for override in self.overrides)):
             if bits is not None:
                 self._quantization(bits, 1.0)
-        if self.o_proj_scale is not None and (self.d_type_bits is None or self.sub_scale_bits is not None):
+        whole = self.sub_scale_bits is None and self.number_format == "int"
+        if self.o_proj_scale is not None and (self.d_type_bits is None or not whole):
             raise ValueError(
                 f"o_proj_scale ({self.o_proj_scale!r}) is for quantized D-type inputs without sub_scale_bits "
-                f"(d_type_bits is {self.d_type_bits}, sub_scale_bits {self.sub_scale_bits}); leave it out"
+                f"(d_type_bits is {self.d_type_bits}, sub_scale_bits {self.sub_scale_bits}, number_format "
+                f"{self.number_format}); leave it out"
             )
         if self.outlier_bits is not None and self.u_type_bits is None and self.d_type_bits is None:
             raise ValueError(
@@ -112,13 +122,16 @@ class DynamicActQuant(QuadModifier):
             )
 
     def _quantization(self, bits: int, clip_ratio: float) -> InputQuantization:
-        return InputQuantization(bits, clip_ratio, self.group_size, self.sub_scale_bits, self.symmetric)
+        size = GROUP_SIZES.get(self.number_format, self.group_size)
+        return InputQuantization(bits, clip_ratio, size, self.sub_scale_bits, self.symmetric, self.number_format)
 
     def input_words(self, group: PlacedGroup) -> str:
         """Returns what the inputs of a group become, in words; nothing where they stay as they are."""
         bits = self.words_of(group.linears[0])
         if not bits:
             return ""
+        if self.number_format != "int":
+            return f"{bits}, {self.number_format}"
         levels = " of two levels" if self.sub_scale_bits else ""
         grouped = f"groups of {self.group_size}{levels}" if self.group_size else "per token"
         if group.group.reads == "values" and self.o_proj_scale is not None:
@@ -143,10 +156,10 @@ class DynamicActQuant(QuadModifier):
             if linear.module.input_quantization is not None and self.outlier_bits is not None:
                 linear.module.outlier_quantization = InputQuantization(self.outlier_bits)
         logger.info(
-            "DynamicActQuant: U-type inputs %s bits, D-type inputs %s bits, per %s%s%s",
+            "DynamicActQuant: U-type inputs %s bits, D-type inputs %s bits, %s%s%s",
             self.u_type_bits,
             self.d_type_bits,
-            self.strategy,
+            f"per {self.strategy}" if self.number_format == "int" else self.number_format,
             " of two levels" if self.sub_scale_bits else "",
             "" if self.symmetric else ", with zero points",
         )
@@ -157,12 +170,12 @@ class DynamicActQuant(QuadModifier):
         Raises:
             ValueError: naming the first linear whose width is not a multiple of group_size.
         """
+        size = GROUP_SIZES.get(self.number_format, self.group_size)
         for linear in decoder.linears():
             width = linear.module.split.residual_width
-            if self.group_size is not None and width % self.group_size:
+            if size is not None and width % size:
                 raise ValueError(
-                    f"group_size ({self.group_size}) must divide the residual width ({width}) of {linear.name}; choose "
-                    "a divisor"
+                    f"group_size ({size}) must divide the residual width ({width}) of {linear.name}; choose a divisor"
                 )
         if "auto" in (self.u_type_clip_ratio, self.d_type_clip_ratio):
             self._choose(decoder, batches)

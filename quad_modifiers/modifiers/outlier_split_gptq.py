@@ -8,7 +8,8 @@ from typing import Annotated, Any, ClassVar, Literal
 from llmcompressor.core import State
 from llmcompressor.modifiers import Modifier
 from pydantic import Field, PrivateAttr, model_validator
-from quad_kernels import IntegerGrid, QuantizedWeight
+from quad_kernels import FloatGrid, IntegerGrid, NumberFormat, QuantizedWeight, WeightGrid
+from quad_kernels.formats import float_problem
 
 from quad_modifiers.model.decoder import Decoder, PlacedLinear
 from quad_modifiers.modifiers.base import Batches, QuadModifier
@@ -48,6 +49,8 @@ class OutlierSplitGPTQ(QuadModifier):
         sub_scale_bits: 4 for integers of two levels: a group has a 4-bit integer factor, an output channel the scale,
             and sums of products stay exact integers; None for a floating-point scale per group.
         symmetric: False adds a zero point per scale.
+        number_format: "int", or 4-bit floating-point numbers in groups of their own: "nvfp4" (16 numbers, a scale of 8
+            bits) or "mxfp4" (32, a power of two). `group_size` is left out then.
         outlier_bits: 8 rounds the outlier columns, too, with one symmetric scale per output channel of their own (ResQ,
             arXiv 2412.14363); None leaves them in full precision.
         clip_search: choose each scale by weighted squared error instead of the largest weight.
@@ -71,6 +74,7 @@ class OutlierSplitGPTQ(QuadModifier):
     group_size: int | None = Field(default=None, ge=8)
     symmetric: bool = True
     sub_scale_bits: Literal[4] | None = None
+    number_format: NumberFormat = "int"
     outlier_bits: Literal[8] | None = None
     clip_search: bool = True
     scale_candidates: list[Annotated[float, Field(gt=0)]] = Field(default=[1.0], min_length=1)
@@ -138,6 +142,8 @@ class OutlierSplitGPTQ(QuadModifier):
         return " or ".join(str(bits) for bits in sorted({each.bits for each in self.overrides}))
 
     def _granularity(self) -> str:
+        if self.number_format != "int":
+            return f"{self.number_format}"
         if self.group_size is None:
             return "one scale per output channel"
         return f"groups of {self.group_size}{' of two levels' if self.sub_scale_bits else ''}"
@@ -146,6 +152,11 @@ class OutlierSplitGPTQ(QuadModifier):
     def _check_grid(self) -> "OutlierSplitGPTQ":
         for bits in (self.bits, *(override.bits for override in self.overrides)):
             self._grid(bits)
+        if self.number_format != "int" and self.scale_candidates != [1.0]:
+            raise ValueError(
+                f"scale_candidates ({self.scale_candidates}) are for integers; {self.number_format} stores some scales "
+                "only, and clip_search tries those"
+            )
         return self
 
     def bits_of(self, linear: PlacedLinear) -> int | None:
@@ -160,10 +171,17 @@ class OutlierSplitGPTQ(QuadModifier):
         bits = self.bits_of(linear)
         return "" if bits is None else f"{bits} bits"
 
-    def _grid(self, bits: int) -> IntegerGrid:
+    def _grid(self, bits: int) -> WeightGrid:
+        if self.number_format != "int":
+            grid = FloatGrid(self.number_format)
+            size = grid.group_size if self.group_size is None else self.group_size
+            problem = float_problem(self.number_format, bits, size, self.sub_scale_bits, symmetric=self.symmetric)
+            if problem is not None:
+                raise ValueError(problem)
+            return grid
         return IntegerGrid(bits, self.group_size, self.symmetric, self.sub_scale_bits)
 
-    def _grid_of(self, linear: PlacedLinear) -> IntegerGrid:
+    def _grid_of(self, linear: PlacedLinear) -> WeightGrid:
         return self._grid(self.bits_of(linear) or self.bits)
 
     def _settings(self) -> WeightQuantization:

@@ -5,7 +5,8 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from quad_kernels import InputQuantization, IntegerGrid, QuantizedWeight, choose_backend, prepare_weight
+from quad_kernels import FloatGrid, InputQuantization, IntegerGrid, QuantizedWeight, WeightGrid, choose_backend
+from quad_kernels.float4 import scale_of_stored, stored_scale
 from quad_kernels.weight import SUB_SCALE_BITS
 from torch import nn
 
@@ -23,7 +24,7 @@ class PackedLinear(nn.Module):
         in_features: input width.
         out_features: output channels.
         grid: grid of the weight, of 2, 4 or 8 bits.
-        dtype: of the scales.
+        dtype: of the scales, and of the layer; scales of floating-point numbers are stored in a dtype of their own.
         input_quantization: of the inputs, None if they stay floating point; the kernels' layout depends on it.
     """
 
@@ -31,7 +32,7 @@ class PackedLinear(nn.Module):
         self,
         in_features: int,
         out_features: int,
-        grid: IntegerGrid,
+        grid: WeightGrid,
         dtype: torch.dtype,
         input_quantization: InputQuantization | None = None,
     ) -> None:
@@ -46,9 +47,11 @@ class PackedLinear(nn.Module):
         for name, spec in shapes.items():
             value = torch.empty(spec.shape, dtype=spec.dtype) if spec.value is None else torch.tensor(spec.value)
             self.register_buffer(name, value)
-        for name in ("weight_zero_point", "weight_sub_scale"):
+        for name in ("weight_zero_point", "weight_sub_scale", "weight_global_scale"):
             if name not in shapes:
                 self.register_buffer(name, None)
+        if isinstance(grid, FloatGrid):
+            self.register_buffer("_like", torch.empty(0, dtype=dtype), persistent=False)
         self.register_state_dict_pre_hook(_restore_words)
         self.register_load_state_dict_pre_hook(_restore_words)
         self.register_load_state_dict_pre_hook(refuse_other_shape)
@@ -66,7 +69,12 @@ class PackedLinear(nn.Module):
         """
         with torch.device(weight.scale.device):
             linear = cls(weight.in_features, weight.out_features, grid_of(weight), dtype, input_quantization)
-        linear.weight_packed, linear.weight_scale = weight.to_words(), weight.scale.detach().to(dtype)
+        linear.weight_packed = weight.to_words()
+        if weight.number_format != "int":
+            for name, tensor in stored_scale(weight.scale.detach(), weight.number_format).items():
+                setattr(linear, name, tensor)
+            return linear
+        linear.weight_scale = weight.scale.detach().to(dtype)
         linear.weight_zero_point, linear.weight_sub_scale = weight.zero_point_words(), weight.sub_scale_words()
         return linear
 
@@ -86,21 +94,34 @@ class PackedLinear(nn.Module):
             self.prepare()
             prepared = self._prepared
             assert prepared is not None
+        if isinstance(self.grid, FloatGrid):
+            return prepared
         scale = self._buffers.get("weight_scale")  # trained scales are looked up, not copied
         if scale is None:  # a parameter while it is trained
             scale = self.weight_scale
         return prepared if prepared.scale is scale else replace(prepared, scale=scale)
 
     def _repacked(self) -> QuantizedWeight:
-        return prepare_weight(
+        backend = choose_backend(self.weight_packed.device)
+        return backend.prepare_weight(self._stored_weight(), self.input_quantization)
+
+    def _stored_weight(self) -> QuantizedWeight:
+        if isinstance(self.grid, FloatGrid):
+            scale = scale_of_stored(self.weight_scale, self.weight_global_scale)
+            return QuantizedWeight.of_float4(self.weight_packed, scale, self.grid.number_format)
+        return QuantizedWeight.from_words(
             self.weight_packed,
             self.weight_scale,
-            bits=self.grid.bits,
-            in_features=self.in_features,
-            quantization=self.input_quantization,
-            zero_point=self.weight_zero_point,
-            sub_scale=self.weight_sub_scale,
+            self.grid.bits,
+            self.in_features,
+            self.weight_zero_point,
+            self.weight_sub_scale,
         )
+
+    @property
+    def like(self) -> torch.Tensor:
+        """A tensor without content with the device and dtype of the layer."""
+        return self._like if isinstance(self.grid, FloatGrid) else self.weight_scale
 
     @property
     def hidden_bytes(self) -> int:
@@ -108,7 +129,9 @@ class PackedLinear(nn.Module):
         prepared = self._prepared
         if prepared is None:
             return 0
-        held = (prepared.integers, prepared.zero_point, prepared.sub_scale)
+        held: list[torch.Tensor | None] = [prepared.integers, prepared.zero_point, prepared.sub_scale]
+        if isinstance(self.grid, FloatGrid):
+            held.append(prepared.scale)
         return sum(tensor.numel() * tensor.element_size() for tensor in held if tensor is not None)
 
     def restore_words(self) -> None:
@@ -122,13 +145,26 @@ class PackedLinear(nn.Module):
         if self.__dict__.get("_prepared") is not None:
             if name == "weight_packed":
                 self._prepared = None
-            elif name in ("weight_zero_point", "weight_sub_scale"):
+            elif name in ("weight_zero_point", "weight_sub_scale", "weight_global_scale") or (
+                name == "weight_scale" and isinstance(self.grid, FloatGrid)
+            ):
                 self.restore_words()
         super().__setattr__(name, value)
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> "PackedLinear":
         self.restore_words()  # another device may want another layout
-        return super()._apply(fn, recurse)
+        kept = self._float_scales()
+        super()._apply(fn, recurse)
+        for name, scale in kept.items():
+            setattr(self, name, scale.to(self._buffers[name].device))
+        return self
+
+    def _float_scales(self) -> dict[str, torch.Tensor]:
+        """Scales whose dtype is that of their format, whatever the layer's becomes."""
+        if not isinstance(self.grid, FloatGrid):
+            return {}
+        scales = {name: self._buffers.get(name) for name in ("weight_scale", "weight_global_scale")}
+        return {name: scale for name, scale in scales.items() if scale is not None and not scale.is_meta}
 
     def __getstate__(self) -> dict[str, Any]:
         """For copies and pickles: the kernels' layouts cannot be copied."""
@@ -138,17 +174,9 @@ class PackedLinear(nn.Module):
     def quantized_weight(self) -> QuantizedWeight:
         """Returns the weight in layout int8."""
         if self._prepared is not None:
-            held = self._prepared
-            stored, bits = held.stored(), held.stored_bits
-            return replace(held, integers=stored, bits=bits, layout="int8", folded_bits=0, scale=self.weight_scale)
-        return QuantizedWeight.from_words(
-            self.weight_packed,
-            self.weight_scale,
-            self.grid.bits,
-            self.in_features,
-            self.weight_zero_point,
-            self.weight_sub_scale,
-        )
+            held = self._prepared.unfolded()
+            return held if isinstance(self.grid, FloatGrid) else replace(held, scale=self.weight_scale)
+        return self._stored_weight()
 
     def dequantized(self, dtype: torch.dtype) -> torch.Tensor:
         """Returns the weight as floating point, `[out, in]`."""
@@ -167,8 +195,10 @@ class PackedLinear(nn.Module):
         return f"in={self.in_features}, out={self.out_features}, {grid}{backend}"
 
 
-def grid_of(weight: QuantizedWeight) -> IntegerGrid:
+def grid_of(weight: QuantizedWeight) -> WeightGrid:
     """Returns the grid of a weight."""
+    if weight.number_format != "int":
+        return FloatGrid(weight.number_format)
     groups = weight.scale.shape[1] if weight.sub_scale is None else len(weight.sub_scale)
     size = None if groups == 1 and weight.sub_scale is None else weight.in_features // groups
     return IntegerGrid(

@@ -3,7 +3,7 @@
 from typing import Any, NamedTuple
 
 import torch
-from quad_kernels import IntegerGrid
+from quad_kernels import FloatGrid, WeightGrid
 from quad_kernels.weight import SUB_SCALE_BITS
 
 
@@ -21,15 +21,17 @@ class TensorSpec(NamedTuple):
     value: tuple[int, ...] | None = None
 
 
-def packed_shapes(out_features: int, in_features: int, grid: IntegerGrid, dtype: torch.dtype) -> dict[str, TensorSpec]:
+def packed_shapes(out_features: int, in_features: int, grid: WeightGrid, dtype: torch.dtype) -> dict[str, TensorSpec]:
     """Returns the tensors of a packed weight by name, such as weight_scale.
 
     Args:
         out_features: output channels.
         in_features: input width.
         grid: grid of the weight, of 2, 4 or 8 bits; zero points and sub-scales are packed along the output channels.
-        dtype: dtype of the scales.
+        dtype: dtype of the scales; those of floating-point numbers have their own.
     """
+    if isinstance(grid, FloatGrid):
+        return _float_shapes(out_features, in_features, grid)
     per_word, groups = 32 // grid.bits, grid.groups(in_features)
     specs = {
         "weight_packed": TensorSpec((out_features, -(-in_features // per_word)), torch.int32),
@@ -43,6 +45,20 @@ def packed_shapes(out_features: int, in_features: int, grid: IntegerGrid, dtype:
     return specs
 
 
+def _float_shapes(out_features: int, in_features: int, grid: FloatGrid) -> dict[str, TensorSpec]:
+    """compressed-tensors' nvfp4-pack-quantized and mxfp4-pack-quantized."""
+    has_global = grid.number_format == "nvfp4"
+    specs = {
+        "weight_packed": TensorSpec((out_features, in_features // 2), torch.uint8),
+        "weight_scale": TensorSpec(
+            (out_features, grid.groups(in_features)), torch.float8_e4m3fn if has_global else torch.uint8
+        ),
+    }
+    if has_global:
+        specs["weight_global_scale"] = TensorSpec((1,), torch.float32)
+    return specs
+
+
 def refuse_other_shape(
     module: Any, state_dict: dict[str, Any], prefix: str, metadata: Any, strict: bool, *lists: list[str]
 ) -> None:
@@ -50,7 +66,7 @@ def refuse_other_shape(
 
     Its message goes to the last of `lists`, where torch collects errors; torch raises them all as one RuntimeError.
     """
-    found, wanted = state_dict.get(f"{prefix}weight_shape"), module.weight_shape
-    if found is None or found.is_meta or wanted.is_meta or torch.equal(found.cpu(), wanted.cpu()):
+    found, wanted = state_dict.get(f"{prefix}weight_shape"), getattr(module, "weight_shape", None)
+    if found is None or wanted is None or found.is_meta or wanted.is_meta or torch.equal(found.cpu(), wanted.cpu()):
         return
     lists[-1].append(f"{prefix}weight_shape says {found.tolist()}, but the module is of {wanted.tolist()}.")

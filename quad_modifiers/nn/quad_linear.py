@@ -156,7 +156,7 @@ class QuadLinear(nn.Module):
     @property
     def qweight(self) -> torch.Tensor:
         """A tensor of the residual with the device and dtype of the layer; PEFT looks for it under this name."""
-        return self.residual.weight_scale if isinstance(self.residual, PackedLinear) else self.residual.weight
+        return self.residual.like if isinstance(self.residual, PackedLinear) else self.residual.weight
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Applies the layer to `[..., in]`; the outlier coordinates bypass the quantization of the input."""

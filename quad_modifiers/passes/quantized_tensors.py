@@ -1,7 +1,7 @@
 """What the journal of a run keeps of a linear that was quantized."""
 
 import torch
-from quad_kernels import IntegerGrid, QuantizedWeight
+from quad_kernels import FloatGrid, QuantizedWeight, WeightGrid
 
 from quad_modifiers.model.decoder import PlacedLinear
 from quad_modifiers.nn.packed_linear import PackedLinear
@@ -24,7 +24,7 @@ def keep_weight(linear: PlacedLinear, weight: QuantizedWeight) -> dict[str, torc
     return {f"{linear.name}.{part}": value for part, value in parts.items() if value is not None}
 
 
-def kept_weight(linear: PlacedLinear, tensors: dict[str, torch.Tensor], grid: IntegerGrid) -> QuantizedWeight | None:
+def kept_weight(linear: PlacedLinear, tensors: dict[str, torch.Tensor], grid: WeightGrid) -> QuantizedWeight | None:
     """Puts the outlier weight back in its place and returns the quantized one; None if the linear was left alone."""
 
     def part(name: str) -> torch.Tensor | None:
@@ -40,5 +40,7 @@ def kept_weight(linear: PlacedLinear, tensors: dict[str, torch.Tensor], grid: In
     if outlier_packed is not None and outlier_scale is not None:
         rounded = QuantizedWeight.from_words(outlier_packed, outlier_scale, OUTLIER_GRID.bits, module.split.rank)
         module.outlier = PackedLinear.of(rounded, outlier_scale.dtype, module.outlier_quantization)
+    if isinstance(grid, FloatGrid):
+        return QuantizedWeight.of_float4(packed, scale, grid.number_format)
     columns = module.split.residual_width
     return QuantizedWeight.from_words(packed, scale, grid.bits, columns, part("zero_point"), part("sub_scale"))

@@ -9,7 +9,7 @@ from dataclasses import asdict, replace
 from typing import Any
 
 import torch
-from quad_kernels import IntegerGrid, QuantizedWeight, choose_backend
+from quad_kernels import QuantizedWeight, WeightGrid, choose_backend
 from quad_kernels.backends.native_cpu import NativeBackend
 
 from quad_modifiers.journal import digest_of
@@ -37,7 +37,7 @@ from quad_modifiers.ranks import OrderedSum
 _SMALL = 2**16  # weights of a linear below which its calls take longer than its products
 
 Finish = Callable[[PlacedLinear, QuantizedWeight], None]
-GridOf = Callable[[PlacedLinear], IntegerGrid]
+GridOf = Callable[[PlacedLinear], WeightGrid]
 
 
 @torch.no_grad()

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
-from quad_kernels import IntegerGrid, descend_columns, round_columns
+from quad_kernels import FloatGrid, WeightGrid, descend_columns, round_columns
 
 from quad_modifiers.quantization.grid import WeightScales, dequantize
 
@@ -30,11 +30,11 @@ class ColumnBlock:
 
     Attributes:
         columns: number of columns.
-        grid: integer grid that they are rounded to, None for full precision.
+        grid: grid that they are rounded to, None for full precision.
     """
 
     columns: int
-    grid: IntegerGrid | None = None
+    grid: WeightGrid | None = None
 
 
 class RoundedBlock(NamedTuple):
@@ -229,6 +229,7 @@ class ColumnSolver:
                 spread.zero_point[start:stop],
                 low=grid.low,
                 high=grid.high,
+                e2m1=isinstance(grid, FloatGrid),
             )
             work[stop:].addmm_(factor[start:stop, stop:].T, errors, alpha=-1)
         if self._reduced is not None:
@@ -257,7 +258,7 @@ class _GridRange(NamedTuple):
 
     start: int
     stop: int
-    grid: IntegerGrid
+    grid: WeightGrid
 
 
 def _grid_ranges(blocks: Sequence[ColumnBlock], columns: int) -> list[_GridRange]:
@@ -284,7 +285,7 @@ def _ordered_scales(ranges: list[_GridRange], scales: Sequence[WeightScales], or
     )
 
 
-def _steps(ranges: list[_GridRange], block_size: int) -> list[tuple[int, int, IntegerGrid]]:
+def _steps(ranges: list[_GridRange], block_size: int) -> list[tuple[int, int, WeightGrid]]:
     """Runs of at most `block_size` columns with one grid, in order."""
     return [
         (start, min(start + block_size, part.stop), part.grid)
@@ -316,7 +317,7 @@ def _descend(
     scales: WeightScales,
     target: torch.Tensor,
     hessian: torch.Tensor,
-    steps: list[tuple[int, int, IntegerGrid]],
+    steps: list[tuple[int, int, WeightGrid]],
 ) -> None:
     """Coordinate descent over the integers, in place, step by step; tensors are `[n, out]` (transposed)."""
     gradient = hessian @ (dequantize(integers, scales) - target)
@@ -333,5 +334,6 @@ def _descend(
             inverse_step[part],
             low=grid.low,
             high=grid.high,
+            e2m1=isinstance(grid, FloatGrid),
         )
         gradient.addmm_(hessian[:, part], change)

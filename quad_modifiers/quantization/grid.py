@@ -1,14 +1,15 @@
-"""Integer grids for weights: scales, rounding, and the clip search.
+"""Grids for weights: scales, rounding, and the clip search.
 
-The grid is the one of compressed-tensors, so that a stock runtime reads the same numbers: `bits`-bit integers from
--2^(bits-1) to 2^(bits-1) - 1 and a symmetric scale of absmax / ((2^bits - 1) / 2).
+Grids are those of compressed-tensors, so that a stock runtime reads the same numbers: `bits`-bit integers from
+-2^(bits-1) to 2^(bits-1) - 1 and a symmetric scale of absmax / ((2^bits - 1) / 2), or 4-bit floating-point numbers.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 
 import torch
-from quad_kernels import IntegerGrid, rounding_errors
+from quad_kernels import FloatGrid, IntegerGrid, WeightGrid, rounding_errors
+from quad_kernels.float4 import round_e2m1
 
 
 @dataclass
@@ -62,8 +63,21 @@ class WeightScales:
         return WeightScales(*(None if ours is None else torch.where(rows, theirs, ours) for ours, theirs in pairs))
 
 
-def round_to_grid(weight: torch.Tensor, scales: WeightScales, grid: IntegerGrid) -> torch.Tensor:
+# Scales of floating-point numbers that are tried, over the one that holds the largest magnitude: 1.5 brings that to 4
+# instead of 6, below which the numbers lie closer.
+# There are 8 scales of NVFP4 from one power of two to the next, and one of MXFP4.
+_FLOAT_RATIOS = {"nvfp4": [1.6 * 2 ** (-step / 8) for step in range(14)], "mxfp4": [2.0, 1.0, 0.5]}
+
+
+def grid_for(weight: torch.Tensor, grid: WeightGrid) -> WeightGrid:
+    """Returns a grid whose scales can be stored for a whole weight, `[out, in]`, however it is then cut into pieces."""
+    return grid.fitted(weight, max(_FLOAT_RATIOS[grid.number_format])) if isinstance(grid, FloatGrid) else grid
+
+
+def round_to_grid(weight: torch.Tensor, scales: WeightScales, grid: WeightGrid) -> torch.Tensor:
     """Returns integer-valued floats, same shape as `weight`; scales must broadcast against it."""
+    if isinstance(grid, FloatGrid):
+        return round_e2m1(weight / scales.scale)
     return (weight / scales.scale + scales.zero_point).round_().clamp_(grid.low, grid.high)
 
 
@@ -72,16 +86,18 @@ def dequantize(integers: torch.Tensor, scales: WeightScales) -> torch.Tensor:
     return (integers - scales.zero_point) * scales.scale
 
 
-def full_range_scales(weight: torch.Tensor, grid: IntegerGrid, scale_dtype: torch.dtype) -> WeightScales:
+def full_range_scales(weight: torch.Tensor, grid: WeightGrid, scale_dtype: torch.dtype) -> WeightScales:
     """Returns the scales that clip nothing.
 
     Args:
         weight: `[out, in]`, float32.
-        grid: the integer grid.
+        grid: the grid.
         scale_dtype: the dtype in which the checkpoint stores scales; they are rounded to it here, before any weight
-            is rounded with them.
+            is rounded with them. Scales of floating-point numbers have a dtype of their own.
     """
     grouped = weight.reshape(weight.shape[0], grid.groups(weight.shape[1]), -1)
+    if isinstance(grid, FloatGrid):
+        return _float_scales(grouped.abs().amax(-1), grid)
     if grid.sub_scale_bits is not None:
         steps = grouped.abs().amax(-1) / ((grid.high - grid.low) / 2)
         most = 2**grid.sub_scale_bits - 1
@@ -94,6 +110,11 @@ def full_range_scales(weight: torch.Tensor, grid: IntegerGrid, scale_dtype: torc
     low, high = grouped.amin(-1).clamp(max=0), grouped.amax(-1).clamp(min=0)
     scale = storable((high - low) / (grid.high - grid.low), scale_dtype)
     return WeightScales(scale, (grid.low - low / scale).round().clamp(grid.low, grid.high))
+
+
+def _float_scales(largest: torch.Tensor, grid: FloatGrid) -> WeightScales:
+    scale = grid.scale(largest)
+    return WeightScales(scale, torch.zeros_like(scale))
 
 
 def storable(scale: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
@@ -109,7 +130,7 @@ def storable(scale: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
 
 def initial_scales(
     weight: torch.Tensor,
-    grid: IntegerGrid,
+    grid: WeightGrid,
     scale_dtype: torch.dtype,
     clip_search: bool,
     importance: torch.Tensor | None = None,
@@ -122,7 +143,7 @@ def initial_scales(
 
 def search_clip(
     weight: torch.Tensor,
-    grid: IntegerGrid,
+    grid: WeightGrid,
     scale_dtype: torch.dtype,
     importance: torch.Tensor | None = None,
     candidates: int = 40,
@@ -132,23 +153,34 @@ def search_clip(
 
     Args:
         weight: `[out, in]`, float32.
-        grid: the integer grid.
+        grid: the grid.
         scale_dtype: storage dtype of scales.
         importance: `[in]`, weight of each input's error (the Hessian's diagonal); None counts all alike.
         candidates: number of clip ratios tried between `smallest` and 1.
-        smallest: smallest clip ratio.
+        smallest: smallest clip ratio; floating-point numbers have candidates of their own.
     """
     width = weight.shape[1]
     cost = torch.ones(width, device=weight.device) if importance is None else importance.to(weight)
+    if isinstance(grid, FloatGrid):
+        largest = weight.reshape(len(weight), grid.groups(width), -1).abs().amax(-1)
+        tried = [_float_scales(largest * ratio, grid) for ratio in _FLOAT_RATIOS[grid.number_format]]
+        return _best_of(weight, tried, grid, cost)
     if grid.sub_scale_bits is not None:
         return _search_sub_scales(weight, grid, scale_dtype, cost)
     grouped = weight.reshape(len(weight), grid.groups(width), -1)
     ends = torch.stack([grouped.amin(-1), grouped.amax(-1)], dim=-1).flatten(1)  # all that the scales depend on
     pairs = replace(grid, group_size=2)
     ratios = torch.linspace(1.0, smallest, candidates).tolist()
-    trials = [full_range_scales(ends * ratio, pairs, scale_dtype) for ratio in ratios]
+    return _best_of(weight, [full_range_scales(ends * ratio, pairs, scale_dtype) for ratio in ratios], grid, cost)
+
+
+def _best_of(
+    weight: torch.Tensor, trials: Sequence[WeightScales], grid: WeightGrid, cost: torch.Tensor
+) -> WeightScales:
+    """Of scales of one level, those of each group with the least error."""
     scale, zero_point = torch.stack([t.scale for t in trials]), torch.stack([t.zero_point for t in trials])
-    errors = rounding_errors(weight, scale, zero_point, cost, low=grid.low, high=grid.high)
+    e2m1 = isinstance(grid, FloatGrid)
+    errors = rounding_errors(weight, scale, zero_point, cost, low=grid.low, high=grid.high, e2m1=e2m1)
     best = errors.argmin(0, keepdim=True)  # the first of those that are alike: the one that clips least
     return WeightScales(scale.gather(0, best).squeeze(0), zero_point.gather(0, best).squeeze(0))
 

@@ -5,7 +5,15 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
-from quad_kernels import InputQuantization, IntegerGrid, QuantizedWeight, fake_quantize, split_input
+from quad_kernels import (
+    FloatGrid,
+    InputQuantization,
+    IntegerGrid,
+    QuantizedWeight,
+    WeightGrid,
+    fake_quantize,
+    split_input,
+)
 
 from quad_modifiers.linalg import StreamingGram
 from quad_modifiers.linalg.fast_dtype import fast_dtype
@@ -21,6 +29,7 @@ from quad_modifiers.quantization.gptq import (
 from quad_modifiers.quantization.grid import (
     WeightScales,
     dequantize,
+    grid_for,
     initial_scales,
     round_to_grid,
 )
@@ -38,7 +47,7 @@ _TINY = torch.finfo(torch.float32).tiny
 class WeightQuantization:
     """Settings of the weight quantization; see `OutlierSplitGPTQ` for their meaning."""
 
-    grid: IntegerGrid
+    grid: WeightGrid
     clip_search: bool = True
     scale_candidates: tuple[float, ...] = (1.0,)
     activation_order: bool = True
@@ -265,8 +274,13 @@ def _write_back(
     return weights
 
 
-def _quantized(block: RoundedBlock, grid: IntegerGrid, scale_dtype: torch.dtype) -> QuantizedWeight:
+def _quantized(block: RoundedBlock, grid: WeightGrid, scale_dtype: torch.dtype) -> QuantizedWeight:
     integers, scales = block
+    if isinstance(grid, FloatGrid):
+        scale, (rows, columns) = scales.scale.to(torch.bfloat16), integers.shape  # it holds them exactly
+        return QuantizedWeight(
+            integers.to(torch.int8), scale, None, columns, rows, grid.integer_bits, number_format=grid.number_format
+        )
     return QuantizedWeight(
         integers.to(torch.int8),
         (scales.scale if scales.base is None else scales.base).to(scale_dtype),
@@ -281,6 +295,7 @@ def _quantized(block: RoundedBlock, grid: IntegerGrid, scale_dtype: torch.dtype)
 def _round_to_nearest(
     weight: torch.Tensor, columns: int, settings: WeightQuantization, scale_dtype: torch.dtype
 ) -> GptqResult:
+    settings = replace(settings, grid=grid_for(weight[:, :columns], settings.grid))
     scales = _initial_scales(weight[:, :columns], None, settings, scale_dtype)
     integers = round_to_grid(weight[:, :columns], scales.expand(columns), settings.grid)
     blocks, outlier = [RoundedBlock(integers, scales)], weight[:, columns:]
@@ -323,6 +338,7 @@ def _gptq(
         moments.halves = []
         target, (solver, energy) = ranks().both(correct, prepare)
         target, solver = target.to(weight.device), solver.to(weight.device)
+    settings = replace(settings, grid=grid_for(target[:, :columns], settings.grid))
 
     def solve(piece: torch.Tensor) -> GptqResult:
         return _packed(_rounded(piece, columns, hessian, solver, settings, scale_dtype))
@@ -347,7 +363,7 @@ def _rounded(
     base = _initial_scales(weight[:, :columns], hessian.diagonal()[:columns], settings, scale_dtype)
     best: GptqResult | None = None
     for candidate in settings.scale_candidates:
-        trial = solver.solve(weight, [base.times(candidate, scale_dtype)])
+        trial = solver.solve(weight, [base if candidate == 1 else base.times(candidate, scale_dtype)])
         best = trial if best is None else _better_rows(best, trial)
     assert best is not None
     if settings.outlier_grid is None or weight.shape[1] == columns:

@@ -172,6 +172,9 @@ def _treatments(placed: PlacedModifier, names: Sequence[str]) -> Iterator[tuple[
 def _own_words(placed: PlacedModifier, bits: object) -> str:
     modifier = placed.modifier
     levels = " of two levels" if getattr(modifier, "sub_scale_bits", None) else ""
+    number_format = getattr(modifier, "number_format", "int")
+    if number_format != "int":
+        return f"numbers of {number_format}"
     return _words(bits, getattr(modifier, "group_size", None), getattr(modifier, "symmetric", True)) + levels
 
 

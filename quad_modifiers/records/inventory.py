@@ -15,7 +15,7 @@ _KINDS = {  # by the names of tensors, of every architecture; the first that fit
     "head": re.compile(r"lm_head|head_transform"),
     "outlier": re.compile(r"\.outlier\.weight"),
     "packed": re.compile(r"(^|\.)weight_(packed|shape|zero_point|sub_scale)[^.]*$"),
-    "scale": re.compile(r"(^|\.)weight_scale$"),
+    "scale": re.compile(r"(^|\.)weight_(global_)?scale$"),
     "residual": re.compile(r"(_proj|\.residual)\.weight$"),
 }
 KIND_NAMES = {

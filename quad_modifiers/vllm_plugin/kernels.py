@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import torch
 from quad_kernels import InputQuantization, QuantizedWeight, choose_backend, prepare_weight
+from quad_kernels.float4 import scale_of_stored
 
 from quad_modifiers.checkpoint.format import LinearFormat
 from quad_modifiers.vllm_plugin.weight_only import instructions as weight_only_instructions
@@ -37,17 +38,26 @@ def prepare_rows(linear: LinearFormat, stored: dict[str, torch.Tensor]) -> Quant
     floating-point inputs, so they are expanded.
 
     `stored` has `weight_packed` `[out, ceil(in * bits / 32)]`, int32, `weight_scale` `[out, groups]`, floating point,
-    and `weight_zero_point` or `weight_sub_scale` `[out, groups]`, int8, if there are any. Expanded weights are
-    `[out, in]` in the dtype of the scales.
+    and `weight_zero_point` or `weight_sub_scale` `[out, groups]`, int8, if there are any; of floating-point numbers
+    `weight_packed` is `[out, in / 2]`, uint8, `weight_scale` as a checkpoint has it, `weight_global_scale` `[out, 1]`.
+    Expanded weights are `[out, in]` in the dtype of the scales, of floating-point numbers bfloat16.
     """
     assert linear.weight is not None
-    bits, width = linear.weight.bits, linear.split().residual_width
+    bits, width, number_format = linear.weight.bits, linear.split().residual_width, linear.weight.number_format
+    if number_format != "int":
+        steps = scale_of_stored(stored["weight_scale"], stored.get("weight_global_scale"))
+        return _prepared(QuantizedWeight.of_float4(stored["weight_packed"], steps, number_format), linear)
     scale, sub_scale = stored["weight_scale"], stored.get("weight_sub_scale")
     weight = replace(
         QuantizedWeight.from_words(stored["weight_packed"], scale, bits, width),
         zero_point=stored.get("weight_zero_point"),
         sub_scale=None if sub_scale is None else sub_scale.T.contiguous(),
     )
+    return _prepared(weight, linear)
+
+
+def _prepared(weight: QuantizedWeight, linear: LinearFormat) -> QuantizedWeight | torch.Tensor:
+    scale = weight.scale
     if linear.input is None:
         return weight.to_layout("nibbles") if scale.device.type == "cpu" else weight.dequantized(scale.dtype)
     return choose_backend(scale.device).prepare_weight(weight, linear.input.settings())

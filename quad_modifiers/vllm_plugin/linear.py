@@ -5,7 +5,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from quad_kernels import IntegerGrid, LowRank, QuantizedWeight
+from quad_kernels import FloatGrid, LowRank, QuantizedWeight, WeightGrid
 from quad_kernels.packing import unpack_int32
 from quad_kernels.weight import SUB_SCALE_BITS, SUB_SCALE_OFFSET
 from torch import nn
@@ -107,11 +107,15 @@ class QuadLinearMethod(LinearMethodBase):
             self._register(branch, "up", torch.zeros(out, rank, dtype=params_dtype))
             layer.add_module(BranchTerm.kind, branch)
 
-    def _register_packed(self, part: nn.Module, grid: IntegerGrid, width: int, out: int, dtype: torch.dtype) -> None:
+    def _register_packed(self, part: nn.Module, grid: WeightGrid, width: int, out: int, dtype: torch.dtype) -> None:
         specs = packed_shapes(out, width, grid, dtype)
         words, scale = specs["weight_packed"], specs["weight_scale"]
         self._register(part, "weight_packed", torch.zeros(words.shape, dtype=words.dtype))
         self._register(part, "weight_scale", torch.empty(scale.shape, dtype=scale.dtype))
+        if isinstance(grid, FloatGrid):
+            if "weight_global_scale" in specs:  # one per row: members of a fused layer have their own
+                self._register(part, "weight_global_scale", torch.ones(out, 1))
+            return
         # Unpacked while they are loaded: the rank's rows need not fill whole words.
         if not grid.symmetric:
             self._register(part, "weight_zero_point", torch.zeros(scale.shape, dtype=torch.int8))
@@ -124,6 +128,7 @@ class QuadLinearMethod(LinearMethodBase):
         loaders = {
             "weight_zero_point": self._load_zero_point,
             "weight_sub_scale": self._load_sub_scale,
+            "weight_global_scale": self._load_global_scale,
             "down": self._load_down,
             "up": self._load_up,
         }
@@ -146,6 +151,11 @@ class QuadLinearMethod(LinearMethodBase):
         out = self.out_features[member_position(shard_id)]
         unpacked = unpack_int32(loaded.T.contiguous(), SUB_SCALE_BITS, out) + SUB_SCALE_OFFSET
         self._load(parameter, unpacked.T, shard_id)
+
+    def _load_global_scale(self, parameter: nn.Parameter, loaded: torch.Tensor, shard_id: ShardId = None) -> None:
+        """Gives the number of a member's tensor, `[1]`, to its rows."""
+        out = self.out_features[member_position(shard_id)]
+        self._load(parameter, loaded.expand(out, 1), shard_id)
 
     def _branch_columns(self, shard_id: ShardId) -> slice:
         """Where a member's branch lies in that of the layer."""

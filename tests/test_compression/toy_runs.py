@@ -29,6 +29,11 @@ RECIPES = {
         "DynamicActQuant: {d_type_clip_ratio: auto, overrides: [{layers: 1, linears: down_proj, bits: 8}]}",
         "OutlierSplitGPTQ: {overrides: [{layers: 0, linears: [gate_proj, up_proj], bits: 8}]}",
     ),
+    "NVFP4": (
+        PROJECTION,
+        "DynamicActQuant: {number_format: nvfp4, d_type_clip_ratio: auto}",
+        "OutlierSplitGPTQ: {number_format: nvfp4, error_correction: 0.4, sweeps: 1}",
+    ),
     "zero points": ("OutlierSplitGPTQ: {symmetric: false, group_size: 16}",),
     "rounded": (PROJECTION, "OutlierSplitGPTQ: {method: rtn}"),
     "cache": (PROJECTION, "DynamicActQuant: {}", "OutlierSplitGPTQ: {}", "KVCacheQuant: {high_rank: 4, high_bits: 8}"),

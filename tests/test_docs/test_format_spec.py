@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from safetensors.numpy import load_file
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from quad_modifiers import oneshot
@@ -166,6 +166,44 @@ def quantize(x: np.ndarray, entry: Section) -> tuple[np.ndarray, np.ndarray]:
     return integers.reshape(x.shape), np.broadcast_to(step, groups.shape).reshape(x.shape)
 
 
+def e2m1(x: np.ndarray) -> np.ndarray:
+    """Twice the nearest 4-bit numbers, of half of `x`."""
+    magnitudes = np.array([0, 1, 2, 3, 4, 6, 8, 12], dtype=np.float32)
+    distance = np.abs(np.abs(x)[..., None] - magnitudes)
+    nearest = distance == distance.min(-1, keepdims=True)
+    even = nearest & (np.arange(8) % 2 == 0)
+    code = np.where(even.any(-1), even.argmax(-1), nearest.argmax(-1))
+    return np.sign(x) * magnitudes[code]
+
+
+def quantize_float(x: np.ndarray, entry: Section) -> tuple[np.ndarray, np.ndarray]:
+    """As `quantize`."""
+    groups = x.reshape(len(x), -1, entry["group_size"])
+    largest = np.abs(groups).max(-1, keepdims=True) * np.float32(entry["clip_ratio"])
+    if entry["number_format"] == "mxfp4":
+        step = np.zeros_like(largest)
+        np.exp2(np.floor(np.log2(largest / 1.75 * 2, where=largest > 0, out=step)) - 3, where=largest > 0, out=step)
+    else:
+        fraction, exponent = np.frexp(largest / np.float32(12))
+        step = np.ldexp(np.rint(fraction * 16) / 16, exponent).astype(np.float32)
+    step = np.where(step < 2.0**-126, np.float32(0), step)
+    integers = e2m1(np.divide(groups, step, out=np.zeros_like(groups), where=step > 0))
+    return integers.reshape(x.shape), np.broadcast_to(step, groups.shape).reshape(x.shape)
+
+
+def float_weight(name: str, tensors: dict[str, np.ndarray], entry: Section) -> tuple[np.ndarray, np.ndarray]:
+    """Twice the numbers, and half of what they are multiplied by."""
+    packed = tensors[f"{name}.residual.weight_packed"]
+    codes = np.stack([packed & 15, packed >> 4], axis=-1).reshape(len(packed), -1)
+    numbers = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6])[codes & 7] * np.where(codes & 8, -1, 1)
+    scale = tensors[f"{name}.residual.weight_scale"].astype(np.float32)
+    if entry["weight"]["number_format"] == "mxfp4":
+        step = np.exp2(scale - 127)
+    else:
+        step = scale / tensors[f"{name}.residual.weight_global_scale"]
+    return 2 * numbers, step / 2
+
+
 def linear(x: np.ndarray, name: str, tensors: dict[str, np.ndarray], entry: Section) -> np.ndarray:
     """One linear on `[tokens, in_features]`, float32."""
     is_outlier = np.arange(entry["in_features"]) % entry["block"] < entry["outliers_per_block"]
@@ -175,9 +213,13 @@ def linear(x: np.ndarray, name: str, tensors: dict[str, np.ndarray], entry: Sect
         x_r = (x_r @ transform(k)).astype(np.float32)
     steps = np.ones_like(x_r)
     if entry["input"] is not None:
-        x_r, steps = quantize(x_r, entry["input"])
+        is_float = entry["input"].get("number_format", "int") != "int"
+        x_r, steps = (quantize_float if is_float else quantize)(x_r, entry["input"])
     if entry["weight"] is None:
         y = (x_r * steps) @ tensors[f"{name}.residual.weight"].T
+    elif entry["weight"].get("number_format", "int") != "int":
+        weight, scale = float_weight(name, tensors, entry)
+        y = (x_r * steps) @ (weight * scale.repeat(k // scale.shape[1], axis=1)).T
     else:
         bits, out = entry["weight"]["bits"], entry["out_features"]
         assert tensors[f"{name}.residual.weight_shape"].tolist() == [out, k]
@@ -221,6 +263,15 @@ def outlier_product(x_o: np.ndarray, name: str, tensors: dict[str, np.ndarray], 
 # Tensors
 
 
+def read_tensors(file: Path) -> dict[str, np.ndarray]:
+    """NumPy has no dtype of 8 floating-point bits; float32 holds them."""
+    read = load_file(file)
+    return {
+        name: (tensor.float() if tensor.dtype == torch.float8_e4m3fn else tensor).numpy()
+        for name, tensor in read.items()
+    }
+
+
 def expected_shapes(name: str, entry: Section) -> dict[str, tuple[int, ...]]:
     out, blocks = entry["out_features"], entry["in_features"] // entry["block"]
     r = entry["outliers_per_block"] * blocks
@@ -228,6 +279,11 @@ def expected_shapes(name: str, entry: Section) -> dict[str, tuple[int, ...]]:
     shapes: dict[str, tuple[int, ...]] = {}
     if entry["weight"] is None:
         shapes["residual.weight"] = (out, k)
+    elif entry["weight"].get("number_format", "int") != "int":
+        shapes["residual.weight_packed"] = (out, k // 2)
+        shapes["residual.weight_scale"] = (out, k // entry["weight"]["group_size"])
+        if entry["weight"]["number_format"] == "nvfp4":
+            shapes["residual.weight_global_scale"] = (1,)
     else:
         bits, size = entry["weight"]["bits"], entry["weight"]["group_size"]
         groups = k // size if size else 1
@@ -294,6 +350,22 @@ CASES = {
     DynamicActQuant: {strategy: group, group_size: 16, sub_scale_bits: 4}
     OutlierSplitGPTQ: {group_size: 8, sub_scale_bits: 4}""",
     ),
+    "NVFP4": (
+        "qwen2",
+        "even",
+        """
+    SVDOutlierProjection: {rank: 16, o_proj_rank_per_head: 2, down_proj_rank: 4}
+    DynamicActQuant: {number_format: nvfp4, u_type_clip_ratio: 0.9}
+    OutlierSplitGPTQ: {number_format: nvfp4}""",
+    ),
+    "MXFP4": (
+        "llama",
+        "even",
+        """
+    SVDOutlierProjection: {rank: 16, down_proj_rank: 4}
+    DynamicActQuant: {number_format: mxfp4, d_type_bits: null, u_type_clip_ratio: 1.0}
+    OutlierSplitGPTQ: {number_format: mxfp4}""",
+    ),
     "inputs with zero points": (
         "llama",
         "even",
@@ -356,10 +428,17 @@ def test_independent_runtime_reproduces_every_linear(case: str, make_toy, tmp_pa
     )
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     config = json.loads((tmp_path / "out" / "config.json").read_text())
-    tensors = load_file(tmp_path / "out" / "model.safetensors")
+    tensors = read_tensors(tmp_path / "out" / "model.safetensors")
     section = config["quantization_config"]["quad"]
     assert config["quantization_config"]["quant_method"] == "quad"
-    versions = {"two levels": 4, "8-bit outliers": 5, "8-bit outlier weights": 5, "other bits in some blocks": 6}
+    versions = {
+        "two levels": 4,
+        "8-bit outliers": 5,
+        "8-bit outlier weights": 5,
+        "other bits in some blocks": 6,
+        "NVFP4": 8,
+        "MXFP4": 8,
+    }
     versions["inputs with zero points"] = 7
     assert section["format_version"] == versions.get(case, 1)
     assert section["base_model_type"] == model_type
@@ -401,7 +480,7 @@ def test_version_2_describes_embedding_and_head(ends: str, make_toy, tmp_path: P
     )
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     config = json.loads((tmp_path / "out" / "config.json").read_text())
-    tensors = load_file(tmp_path / "out" / "model.safetensors")
+    tensors = read_tensors(tmp_path / "out" / "model.safetensors")
     section, shape = config["quantization_config"]["quad"], (config["vocab_size"], config["hidden_size"])
     assert section["format_version"] == 2
     tables, paths = {}, {"embedding": "model.embed_tokens", "head": "lm_head"}
@@ -435,7 +514,7 @@ def test_a_shared_table(make_toy, tmp_path: Path) -> None:
         output_dir=tmp_path / "out",
     )
     config = json.loads((tmp_path / "out" / "config.json").read_text())
-    tensors = load_file(tmp_path / "out" / "model.safetensors")
+    tensors = read_tensors(tmp_path / "out" / "model.safetensors")
     section, width = config["quantization_config"]["quad"], config["hidden_size"]
     assert (section["format_version"], section["sections"]) == (3, {"head_transform": {}})
     assert config["tie_word_embeddings"]

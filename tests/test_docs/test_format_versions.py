@@ -31,12 +31,15 @@ MODELS: dict[int, Section] = {
     },
 }
 MODELS[7] = {"sections": {"kv_cache": {"bits": 4, "high": {"bits": 8}, "key_inverse": True}}}
+MODELS[8] = MODELS[7]
+FLOAT = {"bits": 4, "group_size": 16, "number_format": "nvfp4"}
 
 
 LINEARS: dict[int, Section] = {
     4: {"weight": GROUPS},
     5: {"outliers_per_block": 2, "outlier": {"input_bits": 8}},
     7: {"input": {"bits": 4, "clip_ratio": 1.0, "symmetric": False}},
+    8: {"in_features": 16, "block": 16, "weight": FLOAT, "input": FLOAT | {"clip_ratio": 1.0}},
 }
 
 
@@ -62,6 +65,7 @@ def written_fields(quad: QuadFormat) -> set[str]:
     linear = section["linears"]["q_proj"]
     found = {f"linears.{name}" for name in ("terms", "outlier") if name in linear}
     found |= {f"linears.{part}.sub_scale_bits" for part in ("weight", "input") if "sub_scale_bits" in linear[part]}
+    found |= {f"linears.{part}.number_format" for part in ("weight", "input") if "number_format" in linear[part]}
     found |= {"linears.input.symmetric"} if "symmetric" in linear["input"] else set()
     cache = section.get("sections", {}).get("kv_cache", {})
     found |= {f"sections.kv_cache.{name}" for name in ("high", "key_inverse") if name in cache}
@@ -94,6 +98,8 @@ def test_a_reader_refuses_fields_of_other_versions(version: int) -> None:
             section["linears"]["q_proj"]["outlier"] = None
         elif field == "linears.input.symmetric":
             section["linears"]["q_proj"]["input"]["symmetric"] = True
+        elif field.endswith(".number_format"):
+            section["linears"]["q_proj"][field.split(".")[1]]["number_format"] = "int"
         elif field.startswith("sections.kv_cache."):
             section.setdefault("sections", {})["kv_cache"] = {"bits": 4, field.rpartition(".")[2]: None}
         else:

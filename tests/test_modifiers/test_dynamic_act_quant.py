@@ -43,6 +43,12 @@ def settings_by_role(model) -> dict[str, InputQuantization | None]:
             {"symmetric": False, "strategy": "group", "group_size": 32, "sub_scale_bits": 4},
             "sub_scale_bits goes with symmetric integers",
         ),
+        ({"number_format": "fp6"}, "number_format"),
+        ({"number_format": "nvfp4", "d_type_bits": 8}, "numbers of nvfp4 have 4 bits, not 8"),
+        ({"number_format": "mxfp4", "overrides": [{"layers": 0, "bits": 8}]}, "numbers of mxfp4 have 4 bits, not 8"),
+        ({"number_format": "nvfp4", "strategy": "group", "group_size": 16}, "has groups of its own; leave strategy"),
+        ({"number_format": "nvfp4", "o_proj_scale": "head"}, "o_proj_scale .* without sub_scale_bits .* nvfp4"),
+        ({"number_format": "nvfp4", "symmetric": False}, "has neither sub_scale_bits nor zero points"),
     ],
 )
 def test_fields_are_validated(fields, match) -> None:

@@ -8,7 +8,16 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from quad_kernels import InputQuantization, InputSplit, IntegerGrid, QuantizedWeight, choose_backend, fake_quantize
+from quad_kernels import (
+    FloatGrid,
+    InputQuantization,
+    InputSplit,
+    IntegerGrid,
+    QuantizedWeight,
+    choose_backend,
+    fake_quantize,
+    float4,
+)
 from quad_kernels.packing import pack_int32
 from torch import nn
 
@@ -23,12 +32,16 @@ KINDS = {
     "8 bits": IntegerGrid(8),
     "two levels": IntegerGrid(4, 16, sub_scale_bits=4),
     "two levels of few inputs": IntegerGrid(4, 4, sub_scale_bits=4),
+    "NVFP4": FloatGrid("nvfp4"),
+    "MXFP4": FloatGrid("mxfp4"),
 }
 
 
 def make(kind: str) -> tuple[QuadLinear, torch.Tensor]:
     grid, bits = KINDS[kind], KINDS[kind].bits
     generator = torch.Generator().manual_seed(0)
+    if isinstance(grid, FloatGrid):
+        return in_container(packed_float4(grid, generator))
     half = 2 ** (bits - 1)
     integers = torch.randint(-half, half, (OUT, WIDTH), dtype=torch.int8, generator=generator)
     packed = PackedLinear(WIDTH, OUT, grid, torch.float32)
@@ -40,10 +53,22 @@ def make(kind: str) -> tuple[QuadLinear, torch.Tensor]:
     if packed.weight_sub_scale is not None:
         factors = torch.randint(-7, 8, (grid.groups(WIDTH), OUT), dtype=torch.int8, generator=generator)
         packed.weight_sub_scale.copy_(pack_int32(factors, 4).T)
-    container = QuadLinear(packed, "q_proj", InputSplit(WIDTH))
+    return in_container((packed, integers))
+
+
+def packed_float4(grid: FloatGrid, generator: torch.Generator) -> tuple[PackedLinear, torch.Tensor]:
+    weight = torch.randn(OUT, WIDTH, generator=generator)
+    scale = grid.fitted(weight, 1.0).scale(weight.unflatten(1, (-1, grid.group_size)).abs().amax(-1))
+    integers = float4.round_e2m1(weight / scale.repeat_interleave(grid.group_size, 1)).to(torch.int8)
+    rounded = QuantizedWeight(integers, scale, None, WIDTH, OUT, 5, number_format=grid.number_format)
+    return PackedLinear.of(rounded, torch.float32), integers
+
+
+def in_container(made: tuple[PackedLinear, torch.Tensor]) -> tuple[QuadLinear, torch.Tensor]:
+    container = QuadLinear(made[0], "q_proj", InputSplit(WIDTH))
     container.input_quantization = InputQuantization(8)
     container.quantize_input = True
-    return container, integers
+    return container, made[1]
 
 
 def draw(*shape: int) -> torch.Tensor:

@@ -21,6 +21,8 @@ NAMES = (
     "quad_w4a8",
     "quad_w4a4_g32",
     "quad_w4a8_g32",
+    "quad_nvfp4",
+    "quad_mxfp4",
     "quad_w4a16",
     "quarot_w4a4",
     "frtq_w4a4",

@@ -93,9 +93,13 @@ def _class_name(base: str) -> str:
 def _random(name: str, spec: TensorSpec, generator: torch.Generator) -> torch.Tensor:
     if spec.value is not None:
         return torch.tensor(spec.value, dtype=spec.dtype)
+    if spec.dtype == torch.uint8 and name.endswith("weight_scale"):  # exponents of e8m0
+        return torch.randint(120, 124, spec.shape, generator=generator, dtype=torch.uint8)
     if not spec.dtype.is_floating_point:
         words = torch.randint(-(2**31), 2**31, spec.shape, generator=generator, dtype=torch.int64)
         return words.to(spec.dtype)
+    if name.endswith("weight_global_scale"):
+        return torch.full(spec.shape, 2.0 ** int(torch.randint(3, 6, (1,), generator=generator)))
     if name.endswith("weight_scale"):
         largest = 0.03 if ".residual." in name else 0.002  # logits of order one, as those of a floating-point head
         return (largest * (0.3 + 0.7 * torch.rand(spec.shape, generator=generator))).to(spec.dtype)

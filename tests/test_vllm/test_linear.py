@@ -28,6 +28,8 @@ TWO_LEVELS: dict[str, Any] = {
         for role in ("q_proj", "k_proj", "v_proj")
     },
 }
+NVFP4: dict[str, Any] = {"bits": 4, "group_size": 16, "number_format": "nvfp4"}
+MXFP4: dict[str, Any] = {"bits": 4, "group_size": 32, "number_format": "mxfp4"}
 FORMATS: dict[str, dict[str, Any]] = {
     "W4A4": {},
     "W4A8": {"quantized": InputFormat(bits=8, clip_ratio=1.0)},
@@ -47,6 +49,8 @@ FORMATS: dict[str, dict[str, Any]] = {
         **TWO_LEVELS,
         "quantized": InputFormat(bits=8, clip_ratio=1.0),
     },
+    "NVFP4": {role: {"weight": NVFP4, "input": NVFP4 | {"clip_ratio": 1.0}} for role in ("q_proj", "k_proj", "v_proj")},
+    "MXFP4": {role: {"weight": MXFP4, "input": MXFP4 | {"clip_ratio": 0.9}} for role in ("q_proj", "k_proj", "v_proj")},
     "8-bit outliers": {role: {"outlier": {"input_bits": 8}} for role in ROLES},
     "branches": BRANCHES,
     "branches, no outliers": {

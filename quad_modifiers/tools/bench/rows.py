@@ -72,6 +72,8 @@ QUALITY = {
     "quad_w4a4": Row("quad_w4a4", "quad_w4a4"),
     "quad_w4a4_e8": Row("quad_w4a4_e8", "quad_w4a4_e8"),
     "quad_w4a4_g32": Row("quad_w4a4_g32", "quad_w4a4_g32"),
+    "quad_nvfp4": Row("quad_nvfp4", "quad_nvfp4"),
+    "quad_mxfp4": Row("quad_mxfp4", "quad_mxfp4"),
     "quad_w4a4_kv4": Row("quad_w4a4_kv4", "quad_w4a4_kv4"),
     "quad_w4a4_square": Row("quad_w4a4_square", "quad_w4a4_square"),
     "resq_w4a4": Row("resq_w4a4", "resq_w4a4"),

@@ -296,6 +296,8 @@ def _recipe(folder: Path) -> str:
 
 
 def _scope(whole: str, grid: WeightFormat | InputFormat) -> str:
+    if grid.number_format != "int":
+        return f"{grid.group_size} coordinates, {grid.number_format.upper()}"
     if grid.sub_scale_bits is not None:
         return f"{whole}, with a {grid.sub_scale_bits}-bit factor per {grid.group_size} coordinates"
     grouped = whole if grid.group_size is None else f"{whole} and {grid.group_size} coordinates"

@@ -78,6 +78,8 @@ def _problem(weights: Any, inputs: Any, by_kind: dict[str, list[Any]]) -> str:
     for each in (weights, inputs):
         if each is not None and overrides_of(each):
             return "has overrides already"
+        if each is not None and each.number_format != "int":
+            return f"has numbers of {each.number_format} (number_format), which have 4 bits"
         if each is not None and each.sub_scale_bits is not None:
             return "has integers of two levels (sub_scale_bits), which take at most 4 bits"
     if inputs is not None and not inputs.symmetric:
