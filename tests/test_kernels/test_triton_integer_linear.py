@@ -9,15 +9,21 @@ import pytest
 import torch
 from quad_kernels import (
     InputQuantization,
+    InputSplit,
     LinearOperands,
+    NumberFormat,
     QuantizedWeight,
     WeightLayout,
     choose_backend,
+    float4,
     integer_linear,
+    quad_linear,
 )
 from quad_kernels.integer_linear.config import SPLITS, TILES, Config
 from quad_kernels.layouts import register_layout, temporary_layouts
 from quad_kernels.packing import pack_nibbles
+
+from .native_weights import random_float4
 
 pytest.importorskip("triton")
 pytestmark = pytest.mark.usefixtures("own_cache")
@@ -365,3 +371,17 @@ def test_a_weight_of_two_levels_becomes_bytes_once(device: torch.device) -> None
     for prepared in (weight, kept):
         y = integer_linear(x.to(device), torch.ones(5, 1, device=device), prepared)
         assert torch.equal(y.cpu(), exact(x, plain))
+
+
+@pytest.mark.parametrize("number_format", ["nvfp4", "mxfp4"])
+def test_floating_point_numbers_are_multiplied_as_integers(number_format: NumberFormat, device: torch.device) -> None:
+    plain = random_float4(40, 96, number_format)
+    quantization = InputQuantization(group_size=float4.GROUP_SIZES[number_format], number_format=number_format)
+    weight = choose_backend(device).prepare_weight(moved(plain, device), quantization)
+    assert (weight.layout, weight.bits) == ("int8", 5)
+    assert torch.equal(weight.to_words().cpu(), plain.to_words())
+    x = normal(5, 96, seed=4, dtype=torch.float32)
+    split = InputSplit(96)
+    got = quad_linear(x.to(device), weight, split, quantization)
+    wanted = quad_linear(x, plain, split, quantization, backend="reference")
+    assert_rounded_alike(got, wanted)

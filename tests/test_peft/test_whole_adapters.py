@@ -199,3 +199,31 @@ def test_packed_numbers_are_counted(load: Load, capsys: pytest.CaptureFixture[st
     assert f"all params: {total:,}" in capsys.readouterr().out
     assert total > 3 * sum(parameter.numel() for name, parameter in base.named_parameters() if "layers" in name)
     assert trainable == model.num_parameters(only_trainable=True)
+
+
+NVFP4 = """
+quad_stage:
+  quad_modifiers:
+    SVDOutlierProjection: {rank: 16, o_proj_rank_per_head: 2, down_proj_rank: 4}
+    DynamicActQuant: {number_format: nvfp4}
+    OutlierSplitGPTQ: {number_format: nvfp4}
+"""
+
+
+def test_of_floating_point_numbers_the_outliers_are_trained_alone(make_quad_toy, tmp_path: Path) -> None:
+    _, folder = make_quad_toy(NVFP4, size="even")
+    for what in ("train_weight_scales", "train_weights"):
+        with pytest.raises(ValueError, match=r"q_proj has numbers of nvfp4, whose (scales|integers) are not trained"):
+            get_outlier_model(AutoModelForCausalLM.from_pretrained(folder), OutlierLoraConfig(**{what: True}))
+    model = get_outlier_model(AutoModelForCausalLM.from_pretrained(folder), OutlierLoraConfig())
+    before = logits(model)
+    model(input_ids=PROBE, labels=PROBE).loss.backward()
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    assert all(float(parameter.grad.abs().max()) > 0 for parameter in trained)
+    with torch.no_grad():
+        for parameter in trained:
+            parameter -= parameter.grad
+    assert not torch.equal(logits(model), before)
+    changed = logits(model)
+    model.merge_and_unload().save_pretrained(tmp_path)
+    torch.testing.assert_close(logits(AutoModelForCausalLM.from_pretrained(tmp_path)), changed, rtol=1e-4, atol=1e-4)

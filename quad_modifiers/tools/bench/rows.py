@@ -42,6 +42,14 @@ stock_stage:
           weights: {num_bits: 4, type: int, symmetric: true, strategy: channel}
 """
 
+_STOCK_SCHEME = """
+peer_stage:
+  peer_modifiers:
+    GPTQModifier: {ignore: [lm_head], %s}
+"""
+_STOCK_GROUP = "config_groups: {group_0: {targets: [Linear], weights: {num_bits: 4, type: int, symmetric: true, %s}%s}}"
+_STOCK_INPUTS = ", input_activations: {num_bits: 8, type: int, symmetric: true, strategy: token, dynamic: true}"
+
 _OWN_GPTQ = """
 quad_stage:
   quad_modifiers:
@@ -66,6 +74,15 @@ QUALITY = {
     "full_precision": Row("full precision (bf16)", None),
     "rtn_w4a4": Row("RTN W4A4", "rtn_w4a4"),
     "spinquant_gptq_w4a4": Row("llm-compressor SpinQuant (R1, R2, R4) + GPTQ, W4A4", _PEER),
+    "gptq_nvfp4": Row("llm-compressor GPTQ, NVFP4", _STOCK_SCHEME % "scheme: NVFP4, targets: [Linear]"),
+    "gptq_w4a8": Row(
+        "llm-compressor GPTQ, W4A8 per channel and token",
+        _STOCK_SCHEME % (_STOCK_GROUP % ("strategy: channel", _STOCK_INPUTS)),
+    ),
+    "gptq_w4a16_g64": Row(  # groups of 128 do not divide SmolLM2's widths
+        "llm-compressor GPTQ, W4A16 in groups of 64",
+        _STOCK_SCHEME % (_STOCK_GROUP % ("strategy: group, group_size: 64", "")),
+    ),
     "quarot_w4a4": Row("quarot_w4a4", "quarot_w4a4"),
     "frtq_w4a4": Row("frtq_w4a4", "frtq_w4a4"),
     "frtq_w4a4kv4": Row("frtq_w4a4kv4", "frtq_w4a4kv4"),
