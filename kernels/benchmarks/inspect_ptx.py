@@ -106,6 +106,13 @@ def quantize_cases() -> Iterator[Case]:
         ("28672", w4, InputSplit(28672), None, False),
         ("4096 groups of 128", InputQuantization(4, 0.9, 128), InputSplit(4096), None, False),
         ("4096+64 NVFP4", InputQuantization(group_size=16, number_format="nvfp4"), InputSplit(4160, 64), None, False),
+        (
+            "4096+64 four over six",
+            InputQuantization(4, 1.0, 16, None, True, "nvfp4", True),
+            InputSplit(4160, 64),
+            None,
+            False,
+        ),
         ("4096+64 MXFP4", InputQuantization(group_size=32, number_format="mxfp4"), InputSplit(4160, 64), None, False),
         ("4096+64 zero points", InputQuantization(4, 0.9, symmetric=False), InputSplit(4160, 64), None, False),
     ):

@@ -38,11 +38,11 @@ def round_e2m1(x: torch.Tensor) -> torch.Tensor:
     return x.div_(unit).round_().mul_(unit)
 
 
-def input_scale(largest: torch.Tensor, number_format: str) -> torch.Tensor:
+def input_scale(largest: torch.Tensor, number_format: str, top: int = LARGEST) -> torch.Tensor:
     """Returns the scales of doubled numbers for groups by their largest magnitude, float32, any shape.
 
-    NVFP4: the largest number for the largest magnitude, rounded to 4 significant bits, half to even: e4m3 without its
-    limits. MXFP4: the power of two for which the largest magnitude lies from 3.5 to 7, as compressed-tensors has it.
+    NVFP4: the largest magnitude over `top`, a doubled number, rounded to 4 significant bits, half to even: e4m3 without
+    its limits. MXFP4: the power of two for which the largest magnitude is 3.5 to 7, as compressed-tensors has it.
 
     Example:
         >>> input_scale(torch.tensor([6.0, 6.5, 7.0]), "mxfp4").tolist()
@@ -53,8 +53,19 @@ def input_scale(largest: torch.Tensor, number_format: str) -> torch.Tensor:
     if number_format == "mxfp4":
         bits = (largest.view(torch.int32) + (1 << 21)) & 0x7F800000  # a significand from 1.75 on is rounded up
         return bits.view(torch.float32) * 0.125
-    bits = (largest / torch.full_like(largest, LARGEST)).view(torch.int32)
+    bits = (largest / torch.full_like(largest, top)).view(torch.int32)
     return ((bits + 0x7FFFF + ((bits >> 20) & 1)) & _SIGNIFICAND_4).view(torch.float32)
+
+
+def rounding_cost(x: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+    """Returns what rounding groups, `[..., groups, n]`, with their scales, `[..., groups]`, costs: squared errors.
+
+    Errors are counted in whole 32nds of the scale, up to 4 scales each: sums of their squares are exact in float32, so
+    that every kernel prefers the same of two scales.
+    """
+    quotient = x / torch.where(scale > 0, scale, torch.full_like(scale, torch.inf)).unsqueeze(-1)
+    error = (quotient - round_e2m1(quotient.clone())).clamp_(-4, 4).mul_(32).round_()
+    return error.square_().sum(-1) * scale * scale
 
 
 def unit_of(largest: float) -> float:
@@ -156,6 +167,7 @@ __all__ = [
     "input_scale",
     "pack_e2m1",
     "round_e2m1",
+    "rounding_cost",
     "scale_of_stored",
     "storable_scale",
     "stored_scale",

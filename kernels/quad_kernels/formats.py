@@ -201,6 +201,8 @@ class InputQuantization:
             less their zero points, which take a bit more.
         number_format: "nvfp4" or "mxfp4" for 4-bit floating-point numbers in groups of 16 or 32, which kernels get as
             integers of twice their value; "int" for integers.
+        four_over_six: True makes the largest magnitude of a group of NVFP4 either 6 or 4, whichever rounds the group
+            with the smaller squared error (arXiv 2512.02010).
 
     Raises:
         ValueError: for sub-scales without groups, with zero points, or whose products leave 8 bits, for zero points
@@ -213,9 +215,12 @@ class InputQuantization:
     sub_scale_bits: int | None = None
     symmetric: bool = True
     number_format: NumberFormat = "int"
+    four_over_six: bool = False
 
     def __post_init__(self) -> None:
         problem = sub_scale_problem(self.bits, self.group_size, self.sub_scale_bits)
+        if self.four_over_six and self.number_format != "nvfp4":
+            problem = f"four_over_six is for nvfp4, not for {self.number_format}"
         if problem is None and self.number_format != "int":
             problem = float_problem(
                 self.number_format, self.bits, self.group_size, self.sub_scale_bits, symmetric=self.symmetric
@@ -245,6 +250,11 @@ class InputQuantization:
         if self.number_format != "int":
             return float4.INTEGER_BITS
         return self.bits if self.symmetric else self.bits + 1
+
+    @property
+    def kernel_format(self) -> int:
+        """The number format as kernels get it: 0 for integers, 1 for NVFP4, 2 for MXFP4, 3 for four over six."""
+        return 3 if self.four_over_six else ("int", "nvfp4", "mxfp4").index(self.number_format)
 
     def groups(self, width: int) -> int:
         """Groups per token of `width` coordinates."""

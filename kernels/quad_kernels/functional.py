@@ -101,6 +101,7 @@ def quantize_activations(
             packed,
             backend or "",
             quantization.number_format,
+            quantization.four_over_six,
         )
     else:  # an operator takes longer to be called than many of these kernels to run
         chosen = choose_backend(x.device, backend)

@@ -86,11 +86,14 @@ def quantize_activations(
     packed: bool,
     backend: str,
     number_format: str = "int",
+    four_over_six: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """See `quad_kernels.quantize_activations`; group size 0, 0 bits of sub-scales and a negative eps stand for none."""
     outlier, integers, scale = choose_backend(x.device, backend).quantize_activations(
         x,
-        _input_quantization(bits, clip_ratio, group_size or None, sub_scale_bits or None, symmetric, number_format),
+        _input_quantization(
+            bits, clip_ratio, group_size or None, sub_scale_bits or None, symmetric, number_format, four_over_six
+        ),
         _input_split(x.shape[-1], outliers, block, keep_width, hadamard),
         None if norm_eps < 0 else RMSNorm(norm_weight, norm_eps),
         packed,

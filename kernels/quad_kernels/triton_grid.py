@@ -71,14 +71,16 @@ def symmetric_grid(largest: tl.tensor, clip_ratio: tl.tensor, BITS: tl.constexpr
 
 
 @triton.jit
-def e2m1_grid(largest: tl.tensor, clip_ratio: tl.tensor, POWERS: tl.constexpr) -> tuple[tl.tensor, float, float]:
+def e2m1_grid(
+    largest: tl.tensor, clip_ratio: tl.tensor, TOP: tl.constexpr, POWERS: tl.constexpr
+) -> tuple[tl.tensor, float, float]:
     """The same for doubled 4-bit floating-point numbers: `quad_kernels.float4.input_scale`, POWERS for MXFP4."""
     wanted = largest.to(tl.float32, bitcast=True) * clip_ratio
     if POWERS:
         bits = (wanted.to(tl.int32, bitcast=True) + (1 << 21)) & 0x7F800000
         scale = bits.to(tl.float32, bitcast=True) * 0.125
     else:
-        bits = tl.div_rn(wanted, 12.0).to(tl.int32, bitcast=True)
+        bits = tl.div_rn(wanted, TOP).to(tl.int32, bitcast=True)
         bits = (bits + 0x7FFFF + ((bits >> 20) & 1)) & -1048576
         scale = bits.to(tl.float32, bitcast=True)
     return _normal(scale), -12.0, 12.0
@@ -116,16 +118,26 @@ def common_scale(widest: tl.tensor, steps: tl.tensor, MOST: tl.constexpr) -> tup
 
 
 @triton.jit
-def round_to_grid(
-    x: tl.tensor, scale: tl.tensor, smallest: tl.tensor, largest: tl.tensor, E2M1: tl.constexpr = False
-) -> tl.tensor:
-    """Integers of the rounded quotient x / scale in the low bits of an int32, 0 for a scale of 0, inf or NaN.
+def e2m1_cost(x: tl.tensor, scale: tl.tensor) -> tl.tensor:
+    """`quad_kernels.float4.rounding_cost` of rows with one scale each."""
+    quotient = _quotient(x, scale)
+    number = _nearest_e2m1(tl.minimum(tl.maximum(quotient, -12.0), 12.0))
+    error = tl.minimum(tl.maximum(quotient - number, -4.0), 4.0) * 32.0
+    error = (error + 12582912.0) - 12582912.0
+    return tl.sum(error * error, 1, keep_dims=True) * scale * scale
 
-    With E2M1 they are doubled 4-bit floating-point numbers, which lie 2 apart from 4 on and 4 apart from 8 on.
 
-    `scale` and the ends of the grid have one value per row, or the ends are constants. The quotient is that of an IEEE
-    division: Markstein's correction, twice.
-    """
+@triton.jit
+def _nearest_e2m1(quotient: tl.tensor) -> tl.tensor:
+    magnitude = tl.abs(quotient)
+    unit = tl.where(magnitude >= 8.0, 4.0, tl.where(magnitude >= 4.0, 2.0, 1.0))
+    part = tl.where(magnitude >= 8.0, 0.25, tl.where(magnitude >= 4.0, 0.5, 1.0))
+    return ((quotient * part + 12582912.0) - 12582912.0) * unit
+
+
+@triton.jit
+def _quotient(x: tl.tensor, scale: tl.tensor) -> tl.tensor:
+    """That of an IEEE division: Markstein's correction, twice; x for a scale of 0, inf or NaN."""
     usable = (scale > 0.0) & (scale < float("inf"))
     # A power of two that keeps the remainders below out of the subnormal numbers.
     shift = tl.where(scale < 8.673617379884035e-19, 1.8446744073709552e19, 1.0)
@@ -135,13 +147,23 @@ def round_to_grid(
     x = x.to(tl.float32) * shift
     quotient = x * inverse
     quotient = tl.fma(tl.fma(-quotient, divisor, x), inverse, quotient)
-    quotient = tl.fma(tl.fma(-quotient, divisor, x), inverse, quotient)
-    quotient = tl.minimum(tl.maximum(quotient, smallest), largest)
+    return tl.fma(tl.fma(-quotient, divisor, x), inverse, quotient)
+
+
+@triton.jit
+def round_to_grid(
+    x: tl.tensor, scale: tl.tensor, smallest: tl.tensor, largest: tl.tensor, E2M1: tl.constexpr = False
+) -> tl.tensor:
+    """Integers of the rounded quotient x / scale in the low bits of an int32, 0 for a scale of 0, inf or NaN.
+
+    With E2M1 they are doubled 4-bit floating-point numbers, which lie 2 apart from 4 on and 4 apart from 8 on.
+
+    `scale` and the ends of the grid have one value per row, or the ends are constants.
+    """
+    usable = (scale > 0.0) & (scale < float("inf"))
+    quotient = tl.minimum(tl.maximum(_quotient(x, scale), smallest), largest)
     if E2M1:
-        magnitude = tl.abs(quotient)
-        unit = tl.where(magnitude >= 8.0, 4.0, tl.where(magnitude >= 4.0, 2.0, 1.0))
-        part = tl.where(magnitude >= 8.0, 0.25, tl.where(magnitude >= 4.0, 0.5, 1.0))
-        quotient = ((quotient * part + 12582912.0) - 12582912.0) * unit
+        quotient = _nearest_e2m1(quotient)
     # Adding 1.5 * 2^23 rounds to nearest even and leaves the integer in the low bits of the sum.
     integer = (quotient + 12582912.0).to(tl.int32, bitcast=True)
     return integer & tl.where(usable, -1, 0)

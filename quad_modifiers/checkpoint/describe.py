@@ -159,6 +159,7 @@ def _input_format(module: QuadLinear, where: str) -> InputFormat | None:
         **_sub_scale_bits(ours.sub_scale_bits),
         **_symmetric(ours.symmetric),
         **_number_format(ours.number_format),
+        **({"four_over_six": True} if ours.four_over_six else {}),
     )
 
 

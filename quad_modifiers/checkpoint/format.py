@@ -28,6 +28,7 @@ class InputFormat(_Strict):
     sub_scale_bits: Literal[4] | None = None
     symmetric: bool = True
     number_format: NumberFormat = "int"
+    four_over_six: bool = False
 
     @model_validator(mode="after")
     def _check_grid(self) -> "InputFormat":
@@ -37,7 +38,13 @@ class InputFormat(_Strict):
     def settings(self) -> InputQuantization:
         """As the module uses it."""
         return InputQuantization(
-            self.bits, self.clip_ratio, self.group_size, self.sub_scale_bits, self.symmetric, self.number_format
+            self.bits,
+            self.clip_ratio,
+            self.group_size,
+            self.sub_scale_bits,
+            self.symmetric,
+            self.number_format,
+            self.four_over_six,
         )
 
 
@@ -165,7 +172,7 @@ class QuadFormat(_Strict):
     bring, and leaves out what the first two reserved. Version 4 adds `sub_scale_bits` of weights and inputs, version 5
     `outlier` of linears, version 6 `overrides`, linears that have other bits in some blocks, and `high` of the section
     `kv_cache`, version 7 `symmetric` of inputs, and `key_inverse` of that section, version 8 `number_format` of weights
-    and inputs.
+    and inputs, and `four_over_six` of inputs.
     """
 
     format_version: Literal[1, 2, 3, 4, 5, 6, 7, 8] = 1
@@ -193,8 +200,8 @@ class QuadFormat(_Strict):
         unknown |= {field for field, version in _late_fields(self.sections).items() if version > self.format_version}
         if self.format_version < 7 and any("symmetric" in each.model_fields_set for each in self._inputs()):
             unknown |= {"input.symmetric"}
-        if self.format_version < 8 and any("number_format" in each.model_fields_set for each in self._grids()):
-            unknown |= {"number_format"}
+        if self.format_version < 8:
+            unknown |= {"number_format", "four_over_six"} & {n for each in self._grids() for n in each.model_fields_set}
         if unknown:
             raise ValueError(f"version {self.format_version} has no field {min(unknown)!r}")
         return self
@@ -276,6 +283,7 @@ class QuadFormat(_Strict):
             for grid in (each["weight"], each["input"]):
                 if self.format_version < 8 and grid is not None:
                     del grid["number_format"]
+                    grid.pop("four_over_six", None)
         return content
 
 

@@ -52,6 +52,8 @@ class DynamicActQuant(QuadModifier):
             quantized outlier coordinates stay symmetric.
         number_format: "int", or 4-bit floating-point numbers in groups of their own: "nvfp4" (16 numbers, a scale of 4
             significant bits) or "mxfp4" (32, a power of two). `strategy` and `group_size` are left out then.
+        four_over_six: True makes the largest number of a group of nvfp4 6 or 4, whichever rounds the group with less
+            error (arXiv 2512.02010): an input is rounded twice for it.
         o_proj_scale: one scale of the input of o_proj per "token", or per token and "head" (ResQ), whatever `strategy`
             says of the others; by default as the others.
         outlier_bits: 8 quantizes the outlier coordinates of quantized inputs, with one scale per token, where their
@@ -75,6 +77,7 @@ class DynamicActQuant(QuadModifier):
     sub_scale_bits: Literal[4] | None = None
     symmetric: bool = True
     number_format: NumberFormat = "int"
+    four_over_six: bool = False
     o_proj_scale: Literal["token", "head"] | None = None
     outlier_bits: Literal[8] | None = None
     u_type_clip_ratio: ClipRatio | Literal["auto"] = 0.92
@@ -92,6 +95,8 @@ class DynamicActQuant(QuadModifier):
                 f"group_size ({self.group_size}) goes with strategy 'group' and only with it (strategy is "
                 f"{self.strategy!r})"
             )
+        if self.four_over_six and self.number_format != "nvfp4":
+            raise ValueError(f"four_over_six is for number_format nvfp4, not {self.number_format}; leave it out")
         for bits in (self.u_type_bits, self.d_type_bits, *(override.bits for override in self.overrides)):
             if bits is not None:
                 self._quantization(bits, 1.0)
@@ -123,7 +128,15 @@ class DynamicActQuant(QuadModifier):
 
     def _quantization(self, bits: int, clip_ratio: float) -> InputQuantization:
         size = GROUP_SIZES.get(self.number_format, self.group_size)
-        return InputQuantization(bits, clip_ratio, size, self.sub_scale_bits, self.symmetric, self.number_format)
+        return InputQuantization(
+            bits,
+            clip_ratio,
+            size,
+            self.sub_scale_bits,
+            self.symmetric,
+            self.number_format,
+            self.four_over_six,
+        )
 
     def input_words(self, group: PlacedGroup) -> str:
         """Returns what the inputs of a group become, in words; nothing where they stay as they are."""

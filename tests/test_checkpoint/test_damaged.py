@@ -113,8 +113,8 @@ def quad(config: dict[str, Any]) -> dict[str, Any]:
     ("damage", "message"),
     [
         pytest.param(
-            lambda c: quad(c).update(format_version=8),
-            "version 8, .* versions 1, 2, 3, 4, 5, 6, 7; upgrade",
+            lambda c: quad(c).update(format_version=9),
+            "version 9, .* versions 1, 2, 3, 4, 5, 6, 7, 8; upgrade",
             id="version",
         ),
         pytest.param(lambda c: quad(c).pop("format_version"), "format version None", id="no version"),

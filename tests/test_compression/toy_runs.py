@@ -31,7 +31,7 @@ RECIPES = {
     ),
     "NVFP4": (
         PROJECTION,
-        "DynamicActQuant: {number_format: nvfp4, d_type_clip_ratio: auto}",
+        "DynamicActQuant: {number_format: nvfp4, d_type_clip_ratio: auto, four_over_six: true}",
         "OutlierSplitGPTQ: {number_format: nvfp4, error_correction: 0.4, sweeps: 1}",
     ),
     "zero points": ("OutlierSplitGPTQ: {symmetric: false, group_size: 16}",),

@@ -176,6 +176,17 @@ def e2m1(x: np.ndarray) -> np.ndarray:
     return np.sign(x) * magnitudes[code]
 
 
+def four_bits(x: np.ndarray) -> np.ndarray:
+    fraction, exponent = np.frexp(x)
+    return np.ldexp(np.rint(fraction * 16) / 16, exponent).astype(np.float32)
+
+
+def cost(groups: np.ndarray, step: np.ndarray) -> np.ndarray:
+    quotient = np.divide(groups, step, out=np.zeros_like(groups), where=step > 0)
+    errors = np.rint(32 * np.clip(quotient - e2m1(np.clip(quotient, -12, 12)), -4, 4))
+    return (errors**2).sum(-1, keepdims=True).astype(np.float32) * step * step
+
+
 def quantize_float(x: np.ndarray, entry: Section) -> tuple[np.ndarray, np.ndarray]:
     """As `quantize`."""
     groups = x.reshape(len(x), -1, entry["group_size"])
@@ -184,8 +195,10 @@ def quantize_float(x: np.ndarray, entry: Section) -> tuple[np.ndarray, np.ndarra
         step = np.zeros_like(largest)
         np.exp2(np.floor(np.log2(largest / 1.75 * 2, where=largest > 0, out=step)) - 3, where=largest > 0, out=step)
     else:
-        fraction, exponent = np.frexp(largest / np.float32(12))
-        step = np.ldexp(np.rint(fraction * 16) / 16, exponent).astype(np.float32)
+        step = four_bits(largest / np.float32(12))
+        if entry["four_over_six"]:
+            four = four_bits(largest / np.float32(8))
+            step = np.where(cost(groups, four) < cost(groups, step), four, step)
     step = np.where(step < 2.0**-126, np.float32(0), step)
     integers = e2m1(np.divide(groups, step, out=np.zeros_like(groups), where=step > 0))
     return integers.reshape(x.shape), np.broadcast_to(step, groups.shape).reshape(x.shape)
@@ -355,7 +368,7 @@ CASES = {
         "even",
         """
     SVDOutlierProjection: {rank: 16, o_proj_rank_per_head: 2, down_proj_rank: 4}
-    DynamicActQuant: {number_format: nvfp4, u_type_clip_ratio: 0.9}
+    DynamicActQuant: {number_format: nvfp4, u_type_clip_ratio: 0.9, four_over_six: true}
     OutlierSplitGPTQ: {number_format: nvfp4}""",
     ),
     "MXFP4": (

@@ -66,6 +66,7 @@ def written_fields(quad: QuadFormat) -> set[str]:
     found = {f"linears.{name}" for name in ("terms", "outlier") if name in linear}
     found |= {f"linears.{part}.sub_scale_bits" for part in ("weight", "input") if "sub_scale_bits" in linear[part]}
     found |= {f"linears.{part}.number_format" for part in ("weight", "input") if "number_format" in linear[part]}
+    found |= {"linears.input.four_over_six"} if "four_over_six" in linear["input"] else set()
     found |= {"linears.input.symmetric"} if "symmetric" in linear["input"] else set()
     cache = section.get("sections", {}).get("kv_cache", {})
     found |= {f"sections.kv_cache.{name}" for name in ("high", "key_inverse") if name in cache}
@@ -100,6 +101,8 @@ def test_a_reader_refuses_fields_of_other_versions(version: int) -> None:
             section["linears"]["q_proj"]["input"]["symmetric"] = True
         elif field.endswith(".number_format"):
             section["linears"]["q_proj"][field.split(".")[1]]["number_format"] = "int"
+        elif field == "linears.input.four_over_six":
+            section["linears"]["q_proj"]["input"]["four_over_six"] = False
         elif field.startswith("sections.kv_cache."):
             section.setdefault("sections", {})["kv_cache"] = {"bits": 4, field.rpartition(".")[2]: None}
         else:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -108,6 +109,10 @@ def test_what_is_no_such_number_is_refused() -> None:
         ({"group_size": 16, "symmetric": False}, "neither sub_scale_bits nor zero points"),
         ({"group_size": 16, "sub_scale_bits": 4}, "neither sub_scale_bits nor zero points"),
         ({"number_format": "fp6"}, "must be int, nvfp4 or mxfp4"),
+        (
+            {"number_format": "mxfp4", "group_size": 32, "four_over_six": True},
+            "four_over_six is for nvfp4, not for mxfp4",
+        ),
     ],
 )
 def test_what_does_not_go_with_them_is_refused(fields: dict[str, Any], message: str) -> None:
@@ -115,3 +120,27 @@ def test_what_does_not_go_with_them_is_refused(fields: dict[str, Any], message: 
         InputQuantization(**{"number_format": "nvfp4", **fields})
     with pytest.raises(ValueError, match="must be one of nvfp4, mxfp4 here"):
         FloatGrid("int")
+
+
+def test_four_over_six_takes_the_better_of_two_scales_for_each_group() -> None:
+    x = torch.randn(50, 96, generator=torch.Generator().manual_seed(0))
+    x[0, :16] = torch.tensor([6.0, 5.0] + [0.5] * 14)  # 5 is no number, but 3.33 rounded to 3 is: 4 / 6 x 5
+    x[1, :16] = torch.tensor([6.0, 4.0] + [1.5] * 14)  # all of them numbers
+    plain = InputQuantization(group_size=16, number_format="nvfp4")
+    largest = x.unflatten(1, (-1, 16)).abs().amax(-1)
+
+    def rounded(top: int) -> tuple[torch.Tensor, torch.Tensor]:
+        scale = float4.input_scale(largest, "nvfp4", top).unsqueeze(-1)
+        wanted = round_e2m1(x.unflatten(1, (-1, 16)) / scale) * scale
+        return wanted, (wanted - x.unflatten(1, (-1, 16))).square().sum(-1, keepdim=True)
+
+    (six, six_error), (four, four_error) = rounded(12), rounded(8)
+    assert torch.equal(fake_quantize(x, plain), six.flatten(1))
+    ours = fake_quantize(x, replace(plain, four_over_six=True)).unflatten(1, (-1, 16))
+    clear = (four_error - six_error).abs() > 0.05 * six_error  # errors are counted in 32nds
+    wanted = torch.where(four_error < six_error, four, six)
+    assert torch.equal(torch.where(clear, ours, wanted), wanted)
+    assert 0.2 < float((four_error < six_error).float().mean()) < 0.6
+    error = (ours - x.unflatten(1, (-1, 16))).square().mean()
+    assert float(error) < 0.87 * float(six_error.mean() / 16)
+    assert torch.equal(ours[1, 0], x[1, :16])

@@ -46,7 +46,9 @@ QUANTIZATIONS += [
 QUANTIZATIONS += [InputQuantization(4, 1.0, 8, symmetric=False)]
 NVFP4 = InputQuantization(group_size=16, number_format="nvfp4")
 MXFP4 = InputQuantization(group_size=32, number_format="mxfp4")
+FOUR_OVER_SIX = replace(NVFP4, four_over_six=True)
 QUANTIZATIONS += [NVFP4, MXFP4, replace(NVFP4, clip_ratio=0.9), replace(MXFP4, clip_ratio=0.9)]
+QUANTIZATIONS += [FOUR_OVER_SIX, replace(FOUR_OVER_SIX, clip_ratio=0.9)]
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -89,7 +91,7 @@ def test_ties_zeros_and_numbers_that_are_none(instruction_set: str) -> None:
     assert torch.equal(own.scale, truth[2])
     x[2, 5], x[3, 7] = float("nan"), float("inf")
     padded = torch.nn.functional.pad(x, (0, 1))
-    for each in (NVFP4, MXFP4):
+    for each in (NVFP4, MXFP4, FOUR_OVER_SIX):
         own = quantize_activations(padded[4:], each, backend="native")
         truth = quantize_reference(padded[4:], each, InputSplit(32), None, False)
         assert torch.equal(own.integers, truth[1])

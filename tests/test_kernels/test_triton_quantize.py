@@ -34,6 +34,10 @@ CASES = {
     "sub-scales of wide groups": (InputSplit(576), InputQuantization(4, 1.0, 192, 4)),
     "NVFP4": (InputSplit(256 + 16, 16), InputQuantization(4, 0.9, 16, number_format="nvfp4")),
     "NVFP4, blocks": (InputSplit(96, 4, 24), InputQuantization(group_size=16, number_format="nvfp4")),
+    "four over six": (
+        InputSplit(576 + 72, 72),
+        InputQuantization(4, 1.0, 16, number_format="nvfp4", four_over_six=True),
+    ),
     "MXFP4": (InputSplit(576, 8, 64, keep_width=True), InputQuantization(group_size=32, number_format="mxfp4")),
     "sub-scales, one group": (InputSplit(64, 4, 16, keep_width=True), InputQuantization(4, 0.9, 64, 4)),
 }

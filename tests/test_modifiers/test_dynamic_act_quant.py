@@ -48,6 +48,7 @@ def settings_by_role(model) -> dict[str, InputQuantization | None]:
         ({"number_format": "mxfp4", "overrides": [{"layers": 0, "bits": 8}]}, "numbers of mxfp4 have 4 bits, not 8"),
         ({"number_format": "nvfp4", "strategy": "group", "group_size": 16}, "has groups of its own; leave strategy"),
         ({"number_format": "nvfp4", "o_proj_scale": "head"}, "o_proj_scale .* without sub_scale_bits .* nvfp4"),
+        ({"four_over_six": True}, "four_over_six is for number_format nvfp4, not int"),
         ({"number_format": "nvfp4", "symmetric": False}, "has neither sub_scale_bits nor zero points"),
     ],
 )

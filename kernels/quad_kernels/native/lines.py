@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from quad_kernels.float4 import NumberFormat, pack_e2m1, unpack_e2m1
+from quad_kernels.float4 import pack_e2m1, unpack_e2m1
 from quad_kernels.formats import InputQuantization, InputSplit, LowRank
 from quad_kernels.layouts import WeightForm, WeightLayout
 from quad_kernels.native.pages import in_large_pages
@@ -24,7 +24,6 @@ from quad_kernels.weight import QuantizedWeight
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # and their numbers in the operators
 CHANNELS = 16
 INPUTS = 64  # inputs are filled up to a multiple of this
-NUMBER_FORMATS: dict[NumberFormat, int] = {"int": 0, "nvfp4": 1, "mxfp4": 2}  # likewise
 _STORED = {"lines4": 0, "lines8": 1, "lines_e2m1": 2}  # likewise
 _DESCRIBED = "_described"  # of a weight, what `_described` found last
 
@@ -128,7 +127,7 @@ def settings(
         quantization.groups(split.residual_width),
         quantization.largest_sub_scale,
         quantization.symmetric,
-        NUMBER_FORMATS[quantization.number_format],
+        quantization.kernel_format,
         split.outliers,
         split.block,
         split.keep_width,

@@ -15,6 +15,7 @@ from quad_kernels.triton_grid import (
     below_zero,
     common_scale,
     drop_outliers,
+    e2m1_cost,
     e2m1_grid,
     magnitude_bits,
     outlier_source,
@@ -26,7 +27,6 @@ from quad_kernels.whole_numbers import ceil_div, next_power_of_2
 
 MAX_COLUMNS = 32768  # of a row, or of a group of it: one program holds them in its registers
 
-_NUMBERS = {"int": 0, "nvfp4": 1, "mxfp4": 2}
 _ELEMENTS_PER_THREAD = 32
 _ELEMENTS_PER_PROGRAM = 2048  # short rows share a program up to here
 
@@ -108,7 +108,7 @@ def quantize_kernel(
 ) -> None:
     """ROWS rows of one group of one token each, as two tiles of FIRST and SECOND columns; see `_tiles`.
 
-    NUMBERS is 0 for integers, 1 for NVFP4, 2 for MXFP4. With sub-scales up to MOST, 0 without, the rows are all
+    NUMBERS is `InputQuantization.kernel_format`. With sub-scales up to MOST, 0 without, the rows are all
     groups of one token.
     """
     if NEXT_EARLY:
@@ -157,7 +157,10 @@ def quantize_kernel(
         largest = tl.maximum(largest, tl.max(magnitude_bits(x_2), 1, keep_dims=True))
     E2M1: tl.constexpr = NUMBERS > 0
     if E2M1:
-        scale, low, high = e2m1_grid(largest, clip_ratio, NUMBERS == 2)
+        scale, low, high = e2m1_grid(largest, clip_ratio, 12.0, NUMBERS == 2)
+        if NUMBERS == 3:
+            four, low, high = e2m1_grid(largest, clip_ratio, 8.0, False)
+            scale = tl.where(e2m1_cost(x, four) < e2m1_cost(x, scale), four, scale)
     elif SYMMETRIC:
         scale, low, high = symmetric_grid(largest, clip_ratio, BITS)
     else:
@@ -256,7 +259,7 @@ def quantize_activations(
             BITS=quantization.bits,
             MOST=most,
             SYMMETRIC=quantization.symmetric,
-            NUMBERS=_NUMBERS[quantization.number_format],
+            NUMBERS=quantization.kernel_format,
             NORM=norm is not None,
             PACKED=packed,
             ROWS=rows,

@@ -74,7 +74,7 @@ def grids(x: torch.Tensor, quantization: InputQuantization) -> InputGrids:
         return _asymmetric_grids(grouped, quantization)
     largest, half = grouped.abs().amax(-1).float(), 2.0 ** (quantization.bits - 1)
     if quantization.number_format != "int":
-        steps = _normal(float4.input_scale(largest * quantization.clip_ratio, quantization.number_format))
+        steps = _float_steps(grouped, largest * quantization.clip_ratio, quantization)
         most = torch.full_like(steps, float4.LARGEST)
         return InputGrids(steps, -most, most)
     steps = _normal(_over(largest * quantization.clip_ratio, half - 0.5))
@@ -93,6 +93,14 @@ def _asymmetric_grids(grouped: torch.Tensor, quantization: InputQuantization) ->
     scale = _normal(_over(largest, levels) - _over(least, levels))  # their difference could be infinite
     zero_point = (-least / _divisor(scale)).round_().clamp_(0, levels).nan_to_num_()  # of tokens that are not finite
     return InputGrids(scale, -zero_point, levels - zero_point)
+
+
+def _float_steps(grouped: torch.Tensor, largest: torch.Tensor, quantization: InputQuantization) -> torch.Tensor:
+    six = _normal(float4.input_scale(largest, quantization.number_format))
+    if not quantization.four_over_six:
+        return six
+    four = _normal(float4.input_scale(largest, quantization.number_format, top=8))
+    return torch.where(float4.rounding_cost(grouped, four) < float4.rounding_cost(grouped, six), four, six)
 
 
 def _over(x: torch.Tensor, number: float) -> torch.Tensor:

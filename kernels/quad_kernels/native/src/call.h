@@ -18,8 +18,8 @@ struct Hadamard {
     const uint8_t* signs[8];
 };
 
-// What inputs are rounded to; see float4.py. The numbers are those of lines.py.
-enum class NumberFormat : int32_t { integers, nvfp4, mxfp4 };
+// What inputs are rounded to; see float4.py. The numbers are those of InputQuantization.kernel_format.
+enum class NumberFormat : int32_t { integers, nvfp4, mxfp4, four_over_six };
 
 // How a weight's integers lie in memory: half a byte each, a byte each, or half a byte with the code of a doubled 4-bit
 // floating-point number.

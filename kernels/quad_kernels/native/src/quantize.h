@@ -63,18 +63,31 @@ struct Grid {
 
 constexpr float kLargestE2m1 = 12;  // doubled
 
-// To multiples of `scale` by doubled 4-bit floating-point numbers, whose distances are 1 below 4, 2 below 8, then 4.
+// The nearest doubled 4-bit floating-point number: their distances are 1 below 4, 2 below 8, then 4.
+__attribute__((always_inline)) inline float nearest_e2m1(float q) {
+    q = q < -kLargestE2m1 ? -kLargestE2m1 : q;
+    q = q > kLargestE2m1 ? kLargestE2m1 : q;
+    float magnitude = q < 0 ? -q : q;
+    float unit = magnitude >= 8 ? 4.0f : magnitude >= 4 ? 2.0f : 1.0f;
+    float inverse = magnitude >= 8 ? 0.25f : magnitude >= 4 ? 0.5f : 1.0f;
+    return ((q * inverse + kMagic) - kMagic) * unit;
+}
+
 void round_to_e2m1(const float* x, int64_t count, float scale, int8_t* integers) {
+    for (int64_t i = 0; i < count; ++i) integers[i] = int8_t(int32_t(nearest_e2m1(x[i] / scale)));
+}
+
+// `rounding_cost` in float4.py: the sum is exact.
+float e2m1_cost(const float* x, int64_t count, float scale) {
+    float sum = 0;
     for (int64_t i = 0; i < count; ++i) {
-        float q = x[i] / scale;
-        q = q < -kLargestE2m1 ? -kLargestE2m1 : q;
-        q = q > kLargestE2m1 ? kLargestE2m1 : q;
-        float magnitude = q < 0 ? -q : q;
-        float unit = magnitude >= 8 ? 4.0f : magnitude >= 4 ? 2.0f : 1.0f;
-        float inverse = magnitude >= 8 ? 0.25f : magnitude >= 4 ? 0.5f : 1.0f;
-        q = ((q * inverse + kMagic) - kMagic) * unit;
-        integers[i] = int8_t(int32_t(q));
+        float q = x[i] / scale, error = q - nearest_e2m1(q);
+        error = error < -4 ? -4 : error;
+        error = (error > 4 ? 4 : error) * 32;
+        error = (error + kMagic) - kMagic;
+        sum += error * error;
     }
+    return sum * scale * scale;
 }
 
 void round_to_grid(const float* x, int64_t count, const Grid& grid, int8_t* integers) {
@@ -107,9 +120,9 @@ float normal(float scale) { return scale < 1.17549435e-38f ? 0.0f : scale; }
 bool usable(float scale) { return scale > 0 && scale <= 3.402823466e38f; }
 
 // The scale of doubled 4-bit floating-point numbers for the largest magnitude of a group: `input_scale` in float4.py.
-float e2m1_scale(float largest, NumberFormat format) {
+float e2m1_scale(float largest, NumberFormat format, float top = kLargestE2m1) {
     bool powers = format == NumberFormat::mxfp4;
-    float wanted = powers ? largest : largest / kLargestE2m1;
+    float wanted = powers ? largest : largest / top;
     uint32_t bits;
     std::memcpy(&bits, &wanted, 4);
     bits = powers ? (bits + (1u << 21)) & 0x7F800000u : (bits + 0x7FFFFu + ((bits >> 20) & 1)) & ~0xFFFFFu;
@@ -185,7 +198,12 @@ void quantize_token(const Input& input, int64_t t, float* outlier, int8_t* integ
     if (input.number_format != NumberFormat::integers) {
         for (int64_t g = 0; g < input.groups; ++g) {
             const float* group = row + g * size;
-            scale[g] = e2m1_scale(largest_magnitude(group, size) * input.clip_ratio, input.number_format);
+            float largest = largest_magnitude(group, size) * input.clip_ratio;
+            scale[g] = e2m1_scale(largest, input.number_format);
+            if (input.number_format == NumberFormat::four_over_six && usable(scale[g])) {
+                float four = e2m1_scale(largest, input.number_format, 8);
+                if (usable(four) && e2m1_cost(group, size, four) < e2m1_cost(group, size, scale[g])) scale[g] = four;
+            }
             if (usable(scale[g])) round_to_e2m1(group, size, scale[g], integers + g * size);
             else std::memset(integers + g * size, 0, size);
         }

@@ -128,7 +128,7 @@ quad::Input input_of(quad::Dtype dtype, int64_t width, const Settings& settings)
     input.groups = groups;
     input.largest_sub_scale = int32_t(largest_sub_scale);
     input.symmetric = symmetric;
-    STD_TORCH_CHECK(number_format >= 0 && number_format <= 2, "there is no such number format");
+    STD_TORCH_CHECK(number_format >= 0 && number_format <= 3, "there is no such number format");
     input.number_format = static_cast<quad::NumberFormat>(number_format);
     STD_TORCH_CHECK(number_format == 0 || (symmetric && !largest_sub_scale),
                     "floating-point numbers have neither zero points nor sub-scales");
