@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 
+from quad_kernels.float4 import NumberFormat
 from quad_kernels.functional import integer_linear
 from quad_kernels.weight import QuantizedWeight
 
@@ -23,10 +24,13 @@ class LinearWeight(QuantizedWeight):
         layout: str | None = None,
         sub_scale: torch.Tensor | None = None,
         folded_bits: int = 0,
+        number_format: NumberFormat = "int",
     ) -> None:
         if layout is None:
             layout = "onednn" if integers.is_mkldnn else "nibbles" if integers.dtype == torch.uint8 else "int8"
-        super().__init__(integers, scale, zero_point, in_features, out_features, bits, layout, sub_scale, folded_bits)
+        super().__init__(
+            integers, scale, zero_point, in_features, out_features, bits, layout, sub_scale, folded_bits, number_format
+        )
 
 
 _RENAMED = {"LinearWeight": (LinearWeight, "QuantizedWeight"), "int4_linear": (integer_linear, "integer_linear")}

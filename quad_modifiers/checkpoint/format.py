@@ -207,7 +207,8 @@ class QuadFormat(_Strict):
         return self
 
     def _grids(self) -> list[WeightFormat | InputFormat]:
-        return [grid for _, linear in self.variants() for grid in linear.grids()]
+        grids = [grid for linear in self.linears.values() for grid in linear.grids()]
+        return grids + [part for each in self.overrides for part in (each.weight, each.input) if part is not None]
 
     def _inputs(self) -> list[InputFormat]:
         stated = [each.input for each in self.linears.values()] + [each.input for each in self.overrides]
