@@ -57,17 +57,6 @@ def input_scale(largest: torch.Tensor, number_format: str, top: int = LARGEST) -
     return ((bits + 0x7FFFF + ((bits >> 20) & 1)) & _SIGNIFICAND_4).view(torch.float32)
 
 
-def rounding_cost(x: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
-    """Returns what rounding groups, `[..., groups, n]`, with their scales, `[..., groups]`, costs: squared errors.
-
-    Errors are counted in whole 32nds of the scale, up to 4 scales each: sums of their squares are exact in float32, so
-    that every kernel prefers the same of two scales.
-    """
-    quotient = x / torch.where(scale > 0, scale, torch.full_like(scale, torch.inf)).unsqueeze(-1)
-    error = (quotient - round_e2m1(quotient.clone())).clamp_(-4, 4).mul_(32).round_()
-    return error.square_().sum(-1) * scale * scale
-
-
 def unit_of(largest: float) -> float:
     """Returns the smallest power of two such that a largest scale of doubled numbers is at most 224 times it.
 
@@ -82,14 +71,33 @@ def storable_scale(scale: torch.Tensor, number_format: str, unit: float) -> torc
     """Returns scales of doubled numbers, float32, as a tensor in the format holds them, never 0.
 
     Args:
-        scale: what they should be, float32.
+        scale: what they should be, float32; for mxfp4 powers of two, as from `input_scale`.
         number_format: nvfp4 or mxfp4.
         unit: that of the tensor, for nvfp4.
     """
     if number_format == "mxfp4":
-        return torch.exp2(torch.log2(scale.clamp(min=2.0**-126)).round_()).clamp_(2.0**-126, 2.0**126)
+        return scale.clamp(2.0**-126, 2.0**126)
     coarse = (scale * (2 / unit)).clamp_(_SMALLEST_E4M3, _LARGEST_E4M3).to(torch.float8_e4m3fn)
     return coarse.float() * (unit / 2)
+
+
+def e2m1_codes(integers: torch.Tensor) -> torch.Tensor:
+    """Returns the codes of doubled numbers, any shape, int8, as uint8 from 0 to 15.
+
+    Raises:
+        ValueError: if an integer is no doubled number.
+    """
+    magnitude, known = integers.to(torch.int16).abs(), _magnitudes(integers.device)
+    code = torch.bucketize(magnitude, known).clamp_(max=len(MAGNITUDES) - 1)
+    if not torch.equal(known[code], magnitude):
+        raise ValueError("a weight has integers that are no doubled 4-bit floating-point numbers")
+    return code.to(torch.uint8) | (integers < 0).to(torch.uint8) << 3
+
+
+def e2m1_numbers(codes: torch.Tensor) -> torch.Tensor:
+    """Returns the doubled numbers of codes, int8."""
+    known = _magnitudes(codes.device).to(torch.int8)
+    return torch.cat([known, -known])[codes.long()]
 
 
 def pack_e2m1(integers: torch.Tensor) -> torch.Tensor:
@@ -102,25 +110,16 @@ def pack_e2m1(integers: torch.Tensor) -> torch.Tensor:
     """
     if integers.shape[1] % 2:
         raise ValueError(f"numbers of 4 bits come in pairs, not in rows of {integers.shape[1]}")
-    magnitude = integers.to(torch.int16).abs()
-    code = torch.bucketize(magnitude, torch.tensor(MAGNITUDES, dtype=torch.int16, device=integers.device))
-    code = code.clamp_(max=len(MAGNITUDES) - 1).to(torch.uint8)
-    if not bool((_table(integers.device)[code.long()] == magnitude).all()):
-        raise ValueError("a weight has integers that are no doubled 4-bit floating-point numbers")
-    code |= (integers < 0).to(torch.uint8) << 3
-    pairs = code.unflatten(1, (-1, 2))
-    return pairs[..., 0] | pairs[..., 1] << 4
+    codes = e2m1_codes(integers)
+    return codes[:, 0::2] | codes[:, 1::2] << 4
 
 
 def unpack_e2m1(packed: torch.Tensor) -> torch.Tensor:
     """Returns the doubled numbers of `pack_e2m1`, `[rows, columns]`, int8."""
-    table = _table(packed.device).to(torch.int8)
-    signed = torch.cat([table, -table])
-    codes = torch.stack([packed & 15, packed >> 4], dim=-1).flatten(1)
-    return signed[codes.long()]
+    return e2m1_numbers(torch.stack([packed & 15, packed >> 4], dim=-1).flatten(1))
 
 
-def _table(device: torch.device) -> torch.Tensor:
+def _magnitudes(device: torch.device) -> torch.Tensor:
     return torch.tensor(MAGNITUDES, dtype=torch.int16, device=device)
 
 
@@ -150,6 +149,10 @@ def scale_of_stored(stored: torch.Tensor, global_scale: torch.Tensor | None) -> 
     """Returns the scales of doubled numbers of `stored_scale`, bfloat16, which holds them exactly.
 
     Another writer's global scale may be no power of two: then they are float32.
+
+    Args:
+        stored: `weight_scale`, `[out, groups]`: e4m3 in any floating-point dtype, or exponents of e8m0, uint8.
+        global_scale: `weight_global_scale`, `[1]`, or one for each row, `[out, 1]`; None for exponents.
     """
     if global_scale is None:
         return torch.exp2(stored.float() - (_BIAS_E8M0 + 1)).to(torch.bfloat16)
@@ -164,10 +167,11 @@ __all__ = [
     "LARGEST",
     "MAGNITUDES",
     "NumberFormat",
+    "e2m1_codes",
+    "e2m1_numbers",
     "input_scale",
     "pack_e2m1",
     "round_e2m1",
-    "rounding_cost",
     "scale_of_stored",
     "storable_scale",
     "stored_scale",

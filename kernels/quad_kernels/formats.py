@@ -154,7 +154,6 @@ class FloatGrid:
             )
 
     bits = 4
-    integer_bits = float4.INTEGER_BITS
     symmetric = True
     sub_scale_bits = None
     low = -float4.LARGEST
@@ -184,6 +183,22 @@ class FloatGrid:
 
 
 WeightGrid = IntegerGrid | FloatGrid
+
+
+def weight_grid(
+    bits: int, group_size: int | None, symmetric: bool, sub_scale_bits: int | None, number_format: NumberFormat
+) -> WeightGrid:
+    """Returns the grid of a weight by its settings; those of floating-point numbers must be their own.
+
+    Raises:
+        ValueError: for settings that do not go together.
+    """
+    if number_format == "int":
+        return IntegerGrid(bits, group_size, symmetric, sub_scale_bits)
+    problem = float_problem(number_format, bits, group_size, sub_scale_bits, symmetric=symmetric)
+    if problem is not None:
+        raise ValueError(problem)
+    return FloatGrid(number_format)
 
 
 @dataclass(frozen=True)

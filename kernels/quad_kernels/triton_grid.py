@@ -119,7 +119,7 @@ def common_scale(widest: tl.tensor, steps: tl.tensor, MOST: tl.constexpr) -> tup
 
 @triton.jit
 def e2m1_cost(x: tl.tensor, scale: tl.tensor) -> tl.tensor:
-    """`quad_kernels.float4.rounding_cost` of rows with one scale each."""
+    """`rounding_cost` of quantize_activations/reference.py, of rows with one scale each."""
     quotient = _quotient(x, scale)
     number = _nearest_e2m1(tl.minimum(tl.maximum(quotient, -12.0), 12.0))
     error = tl.minimum(tl.maximum(quotient - number, -4.0), 4.0) * 32.0

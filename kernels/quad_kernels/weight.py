@@ -187,8 +187,7 @@ class QuantizedWeight:
 
     def unfolded(self) -> "QuantizedWeight":
         """Returns the same weight in layout int8, with the integers that a checkpoint stores."""
-        bits = self.bits if self.number_format != "int" else self.stored_bits
-        return replace(self, integers=self.stored(), bits=bits, layout="int8", folded_bits=0)
+        return replace(self, integers=self.stored(), bits=self.folded_bits or self.bits, layout="int8", folded_bits=0)
 
     def sub_scale_words(self) -> torch.Tensor | None:
         """Returns the sub-scales as a checkpoint stores them, `[ceil(out / 8), groups]`, int32, or None."""

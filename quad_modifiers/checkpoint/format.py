@@ -8,8 +8,8 @@ from collections.abc import Iterator
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, ValidationError, model_validator
-from quad_kernels import FloatGrid, InputQuantization, InputSplit, IntegerGrid, NumberFormat, WeightGrid
-from quad_kernels.formats import float_problem
+from quad_kernels import InputQuantization, InputSplit, NumberFormat, WeightGrid
+from quad_kernels.formats import weight_grid
 
 FORMAT_VERSIONS = (1, 2, 3, 4, 5, 6, 7, 8)
 QUANT_METHOD = "quad"
@@ -64,14 +64,7 @@ class WeightFormat(_Strict):
 
     def grid(self) -> WeightGrid:
         """As the module uses it."""
-        if self.number_format != "int":
-            problem = float_problem(
-                self.number_format, self.bits, self.group_size, self.sub_scale_bits, symmetric=self.symmetric
-            )
-            if problem is not None:
-                raise ValueError(problem)
-            return FloatGrid(self.number_format)
-        return IntegerGrid(self.bits, self.group_size, self.symmetric, self.sub_scale_bits)
+        return weight_grid(self.bits, self.group_size, self.symmetric, self.sub_scale_bits, self.number_format)
 
 
 class OutlierBlockFormat(_Strict):

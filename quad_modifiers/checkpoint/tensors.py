@@ -185,14 +185,13 @@ def value_problem(name: str, tensor: torch.Tensor, spec: TensorSpec) -> str | No
     owner, _, leaf = name.rpartition(".")
     if leaf == "weight_shape" and spec.value is not None and tuple(tensor.tolist()) != spec.value:
         return f"{owner}.weight_shape says {tensor.tolist()}, config.json says {list(spec.value)}"
-    if leaf == "weight_scale" and spec.dtype == torch.uint8:  # exponents, of which the last stands for no number
-        return f"{owner}.weight_scale holds NaN" if bool((tensor == 255).any()) else None
     if leaf == "weight_global_scale" and not bool((torch.isfinite(tensor) & (tensor > 0)).all()):
         return f"{owner}.weight_global_scale is no positive number"
-    if leaf == "weight_scale" and tensor.dtype == torch.float8_e4m3fn:
-        tensor = tensor.float()
-    if leaf == "weight_scale" and not bool((torch.isfinite(tensor) & (tensor >= 0)).all()):
-        return f"{owner}.weight_scale holds NaN, infinite or negative values"
+    if leaf == "weight_scale":
+        # Exponents of e8m0 are integers, of which the last stands for no number.
+        usable = tensor != 255 if spec.dtype == torch.uint8 else torch.isfinite(tensor.float()) & (tensor.float() >= 0)
+        if not bool(usable.all()):
+            return f"{owner}.weight_scale holds NaN, infinite or negative values"
     return None
 
 

@@ -8,8 +8,9 @@ from typing import Annotated, Any, ClassVar, Literal
 from llmcompressor.core import State
 from llmcompressor.modifiers import Modifier
 from pydantic import Field, PrivateAttr, model_validator
-from quad_kernels import FloatGrid, IntegerGrid, NumberFormat, QuantizedWeight, WeightGrid
-from quad_kernels.formats import float_problem
+from quad_kernels import NumberFormat, QuantizedWeight, WeightGrid
+from quad_kernels.float4 import GROUP_SIZES
+from quad_kernels.formats import weight_grid
 
 from quad_modifiers.model.decoder import Decoder, PlacedLinear
 from quad_modifiers.modifiers.base import Batches, QuadModifier
@@ -143,7 +144,7 @@ class OutlierSplitGPTQ(QuadModifier):
 
     def _granularity(self) -> str:
         if self.number_format != "int":
-            return f"{self.number_format}"
+            return self.number_format
         if self.group_size is None:
             return "one scale per output channel"
         return f"groups of {self.group_size}{' of two levels' if self.sub_scale_bits else ''}"
@@ -172,14 +173,8 @@ class OutlierSplitGPTQ(QuadModifier):
         return "" if bits is None else f"{bits} bits"
 
     def _grid(self, bits: int) -> WeightGrid:
-        if self.number_format != "int":
-            grid = FloatGrid(self.number_format)
-            size = grid.group_size if self.group_size is None else self.group_size
-            problem = float_problem(self.number_format, bits, size, self.sub_scale_bits, symmetric=self.symmetric)
-            if problem is not None:
-                raise ValueError(problem)
-            return grid
-        return IntegerGrid(bits, self.group_size, self.symmetric, self.sub_scale_bits)
+        size = GROUP_SIZES.get(self.number_format) if self.group_size is None else self.group_size
+        return weight_grid(bits, size, self.symmetric, self.sub_scale_bits, self.number_format)
 
     def _grid_of(self, linear: PlacedLinear) -> WeightGrid:
         return self._grid(self.bits_of(linear) or self.bits)

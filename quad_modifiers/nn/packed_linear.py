@@ -120,7 +120,7 @@ class PackedLinear(nn.Module):
 
     @property
     def like(self) -> torch.Tensor:
-        """A tensor without content with the device and dtype of the layer."""
+        """A tensor with the device and dtype of the layer."""
         return self._like if isinstance(self.grid, FloatGrid) else self.weight_scale
 
     @property

@@ -14,6 +14,7 @@ from quad_kernels import (
     fake_quantize,
     split_input,
 )
+from quad_kernels.float4 import INTEGER_BITS
 
 from quad_modifiers.linalg import StreamingGram
 from quad_modifiers.linalg.fast_dtype import fast_dtype
@@ -279,7 +280,7 @@ def _quantized(block: RoundedBlock, grid: WeightGrid, scale_dtype: torch.dtype) 
     if isinstance(grid, FloatGrid):
         scale, (rows, columns) = scales.scale.to(torch.bfloat16), integers.shape  # it holds them exactly
         return QuantizedWeight(
-            integers.to(torch.int8), scale, None, columns, rows, grid.integer_bits, number_format=grid.number_format
+            integers.to(torch.int8), scale, None, columns, rows, INTEGER_BITS, number_format=grid.number_format
         )
     return QuantizedWeight(
         integers.to(torch.int8),

@@ -66,6 +66,14 @@ quad_stage:
     OutlierSplitGPTQ: {group_size: 8, sub_scale_bits: 4}
 """
 
+NVFP4 = """
+quad_stage:
+  quad_modifiers:
+    SVDOutlierProjection: {rank: 16, o_proj_rank_per_head: 2, down_proj_rank: 4}
+    DynamicActQuant: {number_format: nvfp4, four_over_six: true}
+    OutlierSplitGPTQ: {number_format: nvfp4}
+"""
+
 BRANCHES = """
 quad_stage:
   quad_modifiers:
@@ -76,10 +84,11 @@ quad_stage:
 """
 
 
-@pytest.fixture(params=["llama", "ministral", "mistral", "qwen2", "qwen3", "two levels", "branches"])
+@pytest.fixture(params=["llama", "ministral", "mistral", "qwen2", "qwen3", "two levels", "NVFP4", "branches"])
 def folder(request: pytest.FixtureRequest, compress_toy: Callable[..., Any]) -> Any:
-    if request.param == "two levels":
-        return compress_toy(TWO_LEVELS, "llama", size="even").folder
+    grouped = {"two levels": TWO_LEVELS, "NVFP4": NVFP4}.get(request.param)
+    if grouped is not None:
+        return compress_toy(grouped, "llama", size="even").folder
     if request.param == "branches":
         return compress_toy(BRANCHES, "llama").folder
     return compress_toy(model_type=request.param).folder

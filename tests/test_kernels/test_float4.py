@@ -124,8 +124,8 @@ def test_what_does_not_go_with_them_is_refused(fields: dict[str, Any], message: 
 
 def test_four_over_six_takes_the_better_of_two_scales_for_each_group() -> None:
     x = torch.randn(50, 96, generator=torch.Generator().manual_seed(0))
-    x[0, :16] = torch.tensor([6.0, 5.0] + [0.5] * 14)  # 5 is no number, but 3.33 rounded to 3 is: 4 / 6 x 5
-    x[1, :16] = torch.tensor([6.0, 4.0] + [1.5] * 14)  # all of them numbers
+    x[0, :16] = torch.tensor([6.0, 5.0] + [1.5] * 14)  # with 6 as 4, 5 becomes 4.5 instead of 4, and 1.5 is a number
+    x[1, :16] = torch.tensor([6.0, 4.0] + [0.5] * 14)  # all of them numbers as they are
     plain = InputQuantization(group_size=16, number_format="nvfp4")
     largest = x.unflatten(1, (-1, 16)).abs().amax(-1)
 
@@ -143,4 +143,5 @@ def test_four_over_six_takes_the_better_of_two_scales_for_each_group() -> None:
     assert 0.2 < float((four_error < six_error).float().mean()) < 0.6
     error = (ours - x.unflatten(1, (-1, 16))).square().mean()
     assert float(error) < 0.87 * float(six_error.mean() / 16)
+    assert ours[0, 0].tolist() == [6.0, 4.5] + [1.5] * 14
     assert torch.equal(ours[1, 0], x[1, :16])

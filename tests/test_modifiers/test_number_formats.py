@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from typing import Any
 
 import pytest
@@ -49,16 +50,13 @@ def test_linears_have_the_format_that_was_asked_for(number_format: Any, make_toy
 
 
 def test_finer_formats_lose_less(make_quad_toy, make_toy, token_ids) -> None:
-    original = make_toy(size="even")
-    runs = {"int": ("clip", ""), **{each: (f"number_format: {each}", f"number_format: {each}") for each in FORMATS}}
-    clip = "u_type_clip_ratio: 1.0, d_type_clip_ratio: 1.0"
-    errors = {}
+    clip, errors = "u_type_clip_ratio: 1.0, d_type_clip_ratio: 1.0", {}
     with torch.no_grad():
-        wanted = original(token_ids()).logits
-        for name, (inputs, weights) in runs.items():
-            text = recipe(f"{clip}, {inputs}" if name != "int" else clip, weights)
-            logits = make_quad_toy(text, size="even")[0](token_ids()).logits
-            errors[name] = float((logits - wanted).square().mean())
+        wanted = make_toy(size="even")(token_ids()).logits
+        for number_format in ("int", *FORMATS):
+            chosen = f"number_format: {number_format}"
+            logits = make_quad_toy(recipe(f"{clip}, {chosen}", chosen), size="even")[0](token_ids()).logits
+            errors[number_format] = float((logits - wanted).square().mean())
     print(f"squared errors {errors}")
     assert errors["nvfp4"] < 0.95 * errors["int"]
     assert errors["nvfp4"] < 0.9 * errors["mxfp4"]
@@ -78,8 +76,7 @@ def test_finer_formats_lose_less(make_quad_toy, make_toy, token_ids) -> None:
 def test_weights_that_do_not_go_with_them_are_refused(weights: str, message: str) -> None:
     (problem,) = validate_recipe(recipe("", weights))
     assert problem.line == 6
-    with pytest.raises(ValueError, match=message):
-        raise ValueError(f"{problem.message}. {problem.remedy}")
+    assert re.search(message, f"{problem.message}. {problem.remedy}")
 
 
 def test_widths_that_are_no_whole_groups_are_refused(make_toy) -> None:
@@ -90,35 +87,21 @@ def test_widths_that_are_no_whole_groups_are_refused(make_toy) -> None:
         oneshot(make_toy(size="odd"), recipe("number_format: mxfp4", ""), dataset=ids)
 
 
-def test_without_outliers_mxfp4_is_a_plain_checkpoint(make_quad_toy, token_ids) -> None:
+MXFP4_INPUTS = "DynamicActQuant: {number_format: mxfp4, u_type_clip_ratio: 1.0, d_type_clip_ratio: 1.0}, "
+
+
+@pytest.mark.parametrize(("number_format", "inputs"), [("mxfp4", MXFP4_INPUTS), ("mxfp4", ""), ("nvfp4", "")])
+def test_without_outliers_it_is_a_plain_checkpoint(number_format: str, inputs: str, make_quad_toy, token_ids) -> None:
     """transformers' own loader, by compressed-tensors alone, computes what this package computes."""
-    text = """
-quad_stage:
-  quad_modifiers:
-    DynamicActQuant: {number_format: mxfp4, u_type_clip_ratio: 1.0, d_type_clip_ratio: 1.0}
-    OutlierSplitGPTQ: {number_format: mxfp4}
-"""
+    weights = f"OutlierSplitGPTQ: {{number_format: {number_format}}}"
+    text = f"quad_stage: {{quad_modifiers: {{{inputs}{weights}}}}}"
     model, folder = make_quad_toy(text, size="even", dtype=torch.bfloat16)  # the dtype that compressed-tensors has
     config = json.loads((folder / "config.json").read_text())["quantization_config"]
-    assert (config["quant_method"], config["format"]) == ("compressed-tensors", "mxfp4-pack-quantized")
+    assert (config["quant_method"], config["format"]) == ("compressed-tensors", f"{number_format}-pack-quantized")
     with torch.no_grad():
         wanted = model(token_ids()).logits
         loaded = AutoModelForCausalLM.from_pretrained(folder)
         assert not any(isinstance(module, QuadLinear) for module in loaded.modules())
         measured = float((loaded(token_ids()).logits - wanted).norm() / wanted.norm())
     print(f"relative difference {measured:.1e}")
-    assert measured < 2e-2
-
-
-def test_nvfp4_weights_alone_are_a_plain_checkpoint(make_quad_toy, token_ids) -> None:
-    text = "quad_stage: {quad_modifiers: {OutlierSplitGPTQ: {number_format: nvfp4}}}"
-    model, folder = make_quad_toy(text, size="even", dtype=torch.bfloat16)  # the dtype that compressed-tensors has
-    config = json.loads((folder / "config.json").read_text())["quantization_config"]
-    assert (config["quant_method"], config["format"]) == ("compressed-tensors", "nvfp4-pack-quantized")
-    with torch.no_grad():
-        wanted = model(token_ids()).logits
-        loaded = AutoModelForCausalLM.from_pretrained(folder)
-        assert not any(isinstance(module, QuadLinear) for module in loaded.modules())
-        measured = float((loaded(token_ids()).logits - wanted).norm() / wanted.norm())
-    print(f"relative difference {measured:.1e}")
-    assert measured < 2e-2
+    assert measured < 1e-3

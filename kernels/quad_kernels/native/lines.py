@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from quad_kernels.float4 import pack_e2m1, unpack_e2m1
+from quad_kernels.float4 import e2m1_codes, e2m1_numbers
 from quad_kernels.formats import InputQuantization, InputSplit, LowRank
 from quad_kernels.layouts import WeightForm, WeightLayout
 from quad_kernels.native.pages import in_large_pages
@@ -58,14 +58,12 @@ def _codes(stored: torch.Tensor, in_features: int) -> torch.Tensor:
 
 def _pack_e2m1(integers: torch.Tensor) -> torch.Tensor:
     """Returns `[blocks, lines, 64]`, uint8, from doubled numbers `[out, in]`, int8."""
-    packed = pack_e2m1(_padded(integers, 0).view(torch.int8))
-    return _halves(torch.stack([packed & 15, packed >> 4], dim=-1).flatten(1))
+    return _halves(e2m1_codes(_padded(integers, 0).view(torch.int8)))
 
 
 def _unpack_e2m1(stored: torch.Tensor, in_features: int) -> torch.Tensor:
     """Inverse of `_pack_e2m1`: `[16 blocks, in_features]`, int8."""
-    codes = _codes(stored, in_features)
-    return unpack_e2m1(codes[:, 0::2] | codes[:, 1::2] << 4)
+    return e2m1_numbers(_codes(stored, in_features))
 
 
 def _pack8(integers: torch.Tensor) -> torch.Tensor:
@@ -146,7 +144,7 @@ def operands(
         weight.factors,
         weight.in_features,
         weight.out_features,
-        _STORED.get(weight.layout, -1),
+        _STORED[weight.layout],
     )
 
 

@@ -63,31 +63,36 @@ struct Grid {
 
 constexpr float kLargestE2m1 = 12;  // doubled
 
-// The nearest doubled 4-bit floating-point number: their distances are 1 below 4, 2 below 8, then 4.
-__attribute__((always_inline)) inline float nearest_e2m1(float q) {
-    q = q < -kLargestE2m1 ? -kLargestE2m1 : q;
-    q = q > kLargestE2m1 ? kLargestE2m1 : q;
-    float magnitude = q < 0 ? -q : q;
-    float unit = magnitude >= 8 ? 4.0f : magnitude >= 4 ? 2.0f : 1.0f;
-    float inverse = magnitude >= 8 ? 0.25f : magnitude >= 4 ? 0.5f : 1.0f;
-    return ((q * inverse + kMagic) - kMagic) * unit;
-}
+// Sixteen numbers over `scale`, and the nearest doubled 4-bit floating-point numbers.
+struct E2m1 {
+    Vector16 quotient;
+    Vector16 number;
 
+    E2m1(const float* x, float scale)
+        : quotient(Vector16::load(x) / Vector16::all(scale)),
+          number(quotient.between(Vector16::all(-kLargestE2m1), Vector16::all(kLargestE2m1)).nearest_e2m1()) {}
+};
+
+// Groups of such numbers are multiples of 16.
 void round_to_e2m1(const float* x, int64_t count, float scale, int8_t* integers) {
-    for (int64_t i = 0; i < count; ++i) integers[i] = int8_t(int32_t(nearest_e2m1(x[i] / scale)));
+    float lanes[16];
+    for (int64_t i = 0; i < count; i += 16) {
+        E2m1(x + i, scale).number.store(lanes);
+        for (int64_t k = 0; k < 16; ++k) integers[i + k] = int8_t(int32_t(lanes[k]));
+    }
 }
 
-// `rounding_cost` in float4.py: the sum is exact.
+// `rounding_cost` in quantize_activations/reference.py: the sum is exact.
 float e2m1_cost(const float* x, int64_t count, float scale) {
-    float sum = 0;
-    for (int64_t i = 0; i < count; ++i) {
-        float q = x[i] / scale, error = q - nearest_e2m1(q);
-        error = error < -4 ? -4 : error;
-        error = (error > 4 ? 4 : error) * 32;
-        error = (error + kMagic) - kMagic;
-        sum += error * error;
+    const Vector16 most = Vector16::all(4);
+    Vector16 sum = Vector16::zero();
+    for (int64_t i = 0; i < count; i += 16) {
+        E2m1 rounded(x + i, scale);
+        Vector16 error = (rounded.quotient - rounded.number).between(Vector16::zero() - most, most);
+        error = (error * Vector16::all(32)).nearest();
+        sum = sum.plus_product(error, error);
     }
-    return sum * scale * scale;
+    return sum.total() * scale * scale;
 }
 
 void round_to_grid(const float* x, int64_t count, const Grid& grid, int8_t* integers) {

@@ -139,6 +139,8 @@ quad::Input input_of(quad::Dtype dtype, int64_t width, const Settings& settings)
                     "the input's integers times their sub-scales must fit into 8 bits");
     STD_TORCH_CHECK(symmetric || (bits < 8 && !largest_sub_scale),
                     "the input's integers less their zero points must fit into 8 bits, without sub-scales");
+    STD_TORCH_CHECK(number_format == 0 || input.residual() / groups % 16 == 0,
+                    "groups of floating-point numbers are of 16 or 32");
     if (hadamard) input.hadamard = &plan_for(input.residual());
     return input;
 }
