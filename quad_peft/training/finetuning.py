@@ -11,7 +11,7 @@ import torch
 
 from quad_modifiers.checkpoint.opened import Opened, find_tokenizer, open_checkpoint
 from quad_modifiers.checkpoint.source_model import check_source_model
-from quad_modifiers.checkpoint.whole_model import DEFAULTS, LoadingOptions
+from quad_modifiers.checkpoint.whole_model import DEFAULTS, LoadingOptions, in_fast_dtype
 from quad_modifiers.data.token_rows import check_vocabulary
 from quad_modifiers.journal import open_unfinished, unfinished_folder
 from quad_modifiers.nn.quad_linear import QuadLinear
@@ -143,6 +143,8 @@ def finetune(
     original_name = None if original is None else model_name(original)
     arguments = settings.arguments(folder, device)
     _check_launch(arguments)
+    if source is not original and arguments.device.type == "cpu":
+        source = in_fast_dtype(source)
     writes = arguments.process_index == 0
     identity = {  # what an interrupted run and the one that resumes it must have in common
         "checkpoint": model.peft_config["default"].base_fingerprint,

@@ -143,6 +143,21 @@ def test_a_cached_teacher_trains_the_same(adapter, checkpoint, original, tmp_pat
         torch.testing.assert_close(cached[name], tensor, rtol=1e-3, atol=1e-4)
 
 
+def test_an_original_is_widened_where_its_dtype_is_emulated(checkpoint, original, tmp_path, monkeypatch) -> None:
+    """An original given by its path, that is: one that somebody else loaded stays as it is."""
+    monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", "AVX2")
+    loaded = AutoModelForCausalLM.from_pretrained(original, dtype=torch.bfloat16)
+    loaded.save_pretrained(tmp_path / "original")
+    given = {tmp_path / "original": torch.float32, loaded: torch.bfloat16}
+    for number, (each, dtype) in enumerate(given.items()):
+        cache = tmp_path / f"cache-{number}"
+        arguments = {"original": each, "teacher_cache": cache, "settings": replace(SETTINGS, max_steps=1)}
+        finetune(checkpoint, tmp_path / f"adapter-{number}", data=token_ids(), **arguments)
+        (shard,) = cache.rglob("*.safetensors")
+        assert {tensor.dtype for tensor in load_file(shard).values()} == {dtype}
+    assert loaded.dtype == torch.bfloat16
+
+
 def test_scales_are_trained_when_asked(checkpoint, original, tmp_path) -> None:
     # One text over and over: the sample held back is learnt too, so the state at the end is the best.
     settings = replace(SETTINGS, max_steps=24, learning_rate=3e-4)

@@ -7,6 +7,7 @@ import torch
 from quad_kernels.formats import InputQuantization, InputSplit
 from quad_kernels.functional import integer_linear, quantize_activations, split_input
 from quad_kernels.hadamard import plan_hadamard, reference
+from quad_kernels.processor import linear
 from quad_kernels.quad_linear.memo import quantize_once
 from quad_kernels.quantize_activations import reference as quantize_reference
 from quad_kernels.weight import QuantizedWeight, expand_scales
@@ -133,8 +134,8 @@ def _residual_gradient(weight: QuantizedWeight, grad: torch.Tensor) -> torch.Ten
     in 16 bits.
     """
     if weight.zero_point is not None or weight.scale.shape[1] > 1:
-        return grad @ weight.dequantized(grad.dtype)
-    return (grad * weight.scale.T.to(grad.dtype)) @ weight.unpacked().to(grad.dtype)
+        return linear(grad, weight.dequantized(grad.dtype).T)
+    return linear(grad * weight.scale.T.to(grad.dtype), weight.unpacked().to(grad.dtype).T)
 
 
 def _clipped(x: torch.Tensor, split: InputSplit, quantization: InputQuantization) -> torch.Tensor:
