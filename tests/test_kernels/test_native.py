@@ -224,6 +224,19 @@ def test_the_head_multiplies_rows_of_bytes(instruction_set: str, dtype: torch.dt
     assert torch.equal(one[0], one[2])
 
 
+@pytest.mark.parametrize("count", [1, 15, 16, 1023, 1041])
+def test_silu_is_that_of_float64_and_keeps_what_is_not_finite(instruction_set: str, count: int) -> None:
+    x = torch.linspace(-120, 95, count) if count > 1 else torch.tensor([0.7])
+    got = torch.ops.quad_native.silu(x)
+    torch.testing.assert_close(got.double(), torch.nn.functional.silu(x.double()), rtol=5e-7, atol=1e-35)
+    for value in (torch.nan, torch.inf):
+        x[count // 2] = value
+        got = torch.ops.quad_native.silu(x)
+        assert torch.equal(got[count // 2].isnan(), torch.tensor(value != value))
+        assert got[count // 2] != got[count // 2] or got[count // 2] == torch.inf
+        assert got.isfinite().sum() == count - 1
+
+
 def test_operators_are_declared_rightly() -> None:
     """Shapes, dtypes and strides for torch.compile."""
     given = layer_tensors(InputSplit(80, 16), InputQuantization(4), torch.bfloat16, tokens=3)

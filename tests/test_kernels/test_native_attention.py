@@ -83,3 +83,19 @@ def test_attention_far_apart_scores_stay_finite(instruction_set: str) -> None:
     query[..., 0] = 1
     output = torch.ops.quad_native.attend(query, keys, values, 600, None, 1.0)
     torch.testing.assert_close(output, torch.full_like(output, 599.0), rtol=0, atol=0.01)
+
+
+def test_attention_does_not_hide_a_nan(instruction_set: str) -> None:
+    """A broken key breaks the heads that see it, and no other; behind a mask it breaks none."""
+    generator = torch.Generator().manual_seed(0)
+    query = torch.randn(1, 1, 4 * 32, generator=generator)
+    keys, values = (torch.randn(1, 2, 300, 32, generator=generator) for _ in range(2))
+    keys[0, 1, 270] = torch.nan
+    output = torch.ops.quad_native.attend(query, keys, values, 300, None, 0.2).view(4, 32)
+    assert output[:2].isfinite().all()
+    assert output[2:].isnan().all()
+    mask = torch.ones(1, 300, dtype=torch.bool)
+    mask[0, 270] = False
+    assert torch.ops.quad_native.attend(query, keys, values, 300, mask, 0.2).isfinite().all()
+    keys[0, 0] = torch.nan
+    assert torch.ops.quad_native.attend(query, keys, values, 300, mask, 0.2).view(4, 32)[:2].isnan().all()

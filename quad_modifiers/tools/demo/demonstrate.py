@@ -76,16 +76,19 @@ def run(
 
 def compress(original: Path, recipe: str, output: Path, *, force: bool) -> Compression | None:
     """Compress `original` into `output`; None where the checkpoint that is there is reused."""
-    if output.exists() and any(output.iterdir()):
+    # A new checkpoint replaces the old one only when it is complete; the folder itself may be a mount point or a link.
+    fresh = output / ".new"
+    entries = list(output.iterdir()) if output.exists() else []
+    unfinished = [entry for entry in entries if entry.name.startswith((fresh.name, f".{fresh.name}."))]
+    if len(entries) > len(unfinished):
         if not (output / "config.json").is_file():
             raise FileExistsError(f"{output} is not empty and holds no checkpoint; choose another --output")
         if not force:
             logger.info("%s exists: reusing it for the comparison (--force compresses again)", output)
             return None
-    # A new checkpoint replaces the old one only when it is complete; the folder itself may be a mount point or a link.
-    fresh = output / ".new"
-    if fresh.exists():
-        shutil.rmtree(fresh)
+    for folder in unfinished:  # not resumed: the report says what a whole compression takes
+        logger.info("%s is of a demonstration that was cut off; starting again", folder)
+        shutil.rmtree(folder)
     start = time.perf_counter()
     quad_modifiers.oneshot(model=str(original), recipe=recipe, output_dir=str(fresh))
     compression = Compression(time.perf_counter() - start, peak_memory())

@@ -95,6 +95,21 @@ def test_force_leaves_the_folder_itself(toy_checkpoint, compressed, tmp_path):
     assert (tmp_path / "out" / "deep" / "config.json").is_file()
 
 
+@pytest.mark.parametrize("with_older", [False, True])
+def test_a_demonstration_that_was_killed_starts_again(toy_checkpoint, compressed, tmp_path, caplog, with_older):
+    original, output = toy_checkpoint("llama"), tmp_path / "out"
+    if with_older:
+        demo.compress(original, "a", output, force=False)
+    for left in (".new.partial", "..new.incomplete-1"):  # what is kept of a run, and half a checkpoint
+        (output / left).mkdir(parents=True)
+        (output / left / "run.json").write_text("{}")
+    with caplog.at_level("INFO", logger="quad_modifiers"):
+        demo.compress(original, "b", output, force=True)
+    assert compressed[-1] == "b"
+    assert sorted(entry.name for entry in output.iterdir()) == sorted(entry.name for entry in original.iterdir())
+    assert "cut off" in caplog.text
+
+
 def test_a_folder_that_is_no_checkpoint_is_never_replaced(toy_checkpoint, compressed, tmp_path):
     (tmp_path / "mine.txt").touch()
     with pytest.raises(FileExistsError, match="holds no checkpoint"):

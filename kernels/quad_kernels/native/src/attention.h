@@ -70,14 +70,17 @@ void scores(const AttentionCall& call, int64_t sequence, int64_t cached, int64_t
 
 // Turns the scores of a head into weights: e^(score - greatest); `count` is a multiple of 16. Returns their sum.
 float weigh(float* score, int64_t count, float* greatest) {
-    float most = -INFINITY;
-    for (int64_t i = 0; i < count; ++i) most = score[i] > most ? score[i] : most;
+    Vector16 top = Vector16::all(-INFINITY), sum = Vector16::zero();
+    for (int64_t i = 0; i < count; i += kChannels) top = top.or_greater(Vector16::load(score + i));
+    float lanes[kChannels], most = -INFINITY;
+    top.store(lanes);
+    for (float each : lanes) most = each > most ? each : most;
     *greatest = most;
-    Vector16 sum = Vector16::zero();
     for (int64_t i = 0; i < count; i += kChannels) {
-        for (int64_t k = i; k < i + kChannels; ++k)
-            score[k] = score[k] == -INFINITY ? 0.0f : exponential(score[k] - most);
-        sum = sum + Vector16::load(score + i);
+        Vector16 own = Vector16::load(score + i);
+        Vector16 weight = exponential(own - Vector16::all(most)).zero_where(own, -INFINITY);
+        weight.store(score + i);
+        sum = sum + weight;
     }
     return sum.total();
 }
@@ -133,12 +136,12 @@ void join_parts(const AttentionCall& call, int64_t sequence, int64_t head) {
     std::memset(output, 0, call.padded * sizeof(float));
     for (int64_t p = 0; p < call.parts; ++p) {
         PartResult result = PartResult::at(units + p * call.unit_size(), call.shared);
-        if (result.greatest[h] == -INFINITY) continue;  // nothing to see there
+        if (result.greatest[h] == -INFINITY && result.sum[h] == 0.0f) continue;  // nothing to see there
         float factor = exponential(result.greatest[h] - most);
         total += factor * result.sum[h];
         for (int64_t d = 0; d < a.head_dim; ++d) output[d] += factor * result.output[h * call.padded + d];
     }
-    for (int64_t d = 0; d < a.head_dim; ++d) output[d] = total > 0.0f ? output[d] / total : 0.0f;
+    for (int64_t d = 0; d < a.head_dim; ++d) output[d] = total == 0.0f ? 0.0f : output[d] / total;
     store_row(place_of(a.output, a.dtype, (sequence * a.heads + head) * a.head_dim), a.dtype, a.head_dim, output);
 }
 

@@ -51,6 +51,16 @@ void transpose4(const char* rows, int64_t stride, uint32_t* columns) {
 #endif
 }
 
+// Tokens that share what is read of a panel, as many as there are registers for; and whether a panel that many tokens
+// meet is taken apart for them.
+#ifdef __AVX512F__
+constexpr int kPanelTile = 6, kWideTile = 6;
+constexpr bool kWide = false;
+#else
+constexpr int kPanelTile = 2, kWideTile = 3;
+constexpr bool kWide = true;
+#endif
+
 // Sixteen rows, column by column, such as the outlier weights of 16 channels: pairs of bfloat16 as they are,
 // [columns / 2][16][2], or float32, [columns][16].
 struct Panel {
@@ -85,6 +95,19 @@ struct PanelMemory {
     Panel of(const void* rows, Dtype dtype, int64_t count, int64_t width, int64_t padded) {
         if (dtype == Dtype::bfloat16) return {of_bfloat16(static_cast<const uint16_t*>(rows), count, width, padded), nullptr};
         return {nullptr, of_others(rows, dtype, count, width, padded)};
+    }
+
+    // The same panel in float32, where many tokens are multiplied by it and pairs would be taken apart for each few.
+    Panel wide(const Panel& panel, int64_t columns) {
+        if (!panel.pairs || !kWide) return panel;
+        float* values = values_.at_least(columns * kChannels);
+        for (int64_t j = 0; j < columns / 2; ++j) {
+            Vector16 even, odd;
+            panel.columns<true>(j, even, odd);
+            even.store(values + 2 * j * kChannels);
+            odd.store(values + (2 * j + 1) * kChannels);
+        }
+        return {nullptr, values};
     }
 
   private:
@@ -202,11 +225,6 @@ struct BlockMemory {
     }
 };
 
-#ifdef __AVX512F__
-constexpr int kPanelTile = 6;
-#else
-constexpr int kPanelTile = 2;
-#endif
 
 // Columns in memory, a multiple of 32, and those that are not all padding: the zeros behind them would change no sum.
 struct Width {
@@ -238,7 +256,7 @@ void add_tile(const Panel& panel, const float* x, Width columns, float* y) {
     for (int t = 0; t < T; ++t) (Vector16::load(y + 16 * t) + sum[t]).store(y + 16 * t);
 }
 
-template <bool Pairs, int T = kPanelTile>
+template <bool Pairs, int T = Pairs ? kPanelTile : kWideTile>
 void add_tiles(const Panel& panel, const float* x, Width columns, int64_t count, float* y) {
     if constexpr (T > 0) {
         for (; count >= T; count -= T, x += T * columns.all, y += 16 * T) add_tile<T, Pairs>(panel, x, columns, y);

@@ -68,6 +68,21 @@ struct Vector16 {
         return Vector16{_mm512_mul_ps(_mm512_roundscale_ps(_mm512_div_ps(v, unit), _MM_FROUND_TO_NEAREST_INT), unit)};
     }
     Vector16 between(Vector16 low, Vector16 high) const { return {_mm512_min_ps(_mm512_max_ps(v, low.v), high.v)}; }
+    // The greater of each two, this where the other is NaN.
+    Vector16 or_greater(Vector16 o) const { return {_mm512_max_ps(o.v, v)}; }
+    // Zeros where `o` is `value`, also where this is NaN there.
+    Vector16 zero_where(Vector16 o, float value) const {
+        return {_mm512_maskz_mov_ps(_mm512_cmp_ps_mask(o.v, _mm512_set1_ps(value), _CMP_NEQ_UQ), v)};
+    }
+    // Between two numbers; NaN stays what it is.
+    Vector16 clamped(float low, float high) const {
+        return {_mm512_min_ps(_mm512_set1_ps(high), _mm512_max_ps(_mm512_set1_ps(low), v))};
+    }
+    // 2^n for the integer n of a number that is 1.5 * 2^23 + n.
+    Vector16 power_of_two() const {
+        __m512i n = _mm512_sub_epi32(_mm512_castps_si512(v), _mm512_set1_epi32(0x4B400000 - 127));
+        return {_mm512_castsi512_ps(_mm512_slli_epi32(n, 23))};
+    }
     Vector16 plus_product(Vector16 a, Vector16 b) const { return {_mm512_fmadd_ps(a.v, b.v, v)}; }
     float total() const { return _mm512_reduce_add_ps(v); }
 };
@@ -126,6 +141,24 @@ struct Vector16 {
     Vector16 between(Vector16 low, Vector16 high) const {
         return {_mm256_min_ps(_mm256_max_ps(a, low.a), high.a), _mm256_min_ps(_mm256_max_ps(b, low.b), high.b)};
     }
+    // The greater of each two, this where the other is NaN.
+    Vector16 or_greater(Vector16 o) const { return {_mm256_max_ps(o.a, a), _mm256_max_ps(o.b, b)}; }
+    // Zeros where `o` is `value`, also where this is NaN there.
+    Vector16 zero_where(Vector16 o, float value) const {
+        __m256 all = _mm256_set1_ps(value);
+        return {_mm256_and_ps(a, _mm256_cmp_ps(o.a, all, _CMP_NEQ_UQ)), _mm256_and_ps(b, _mm256_cmp_ps(o.b, all, _CMP_NEQ_UQ))};
+    }
+    // Between two numbers; NaN stays what it is.
+    Vector16 clamped(float low, float high) const {
+        __m256 least = _mm256_set1_ps(low), most = _mm256_set1_ps(high);
+        return {_mm256_min_ps(most, _mm256_max_ps(least, a)), _mm256_min_ps(most, _mm256_max_ps(least, b))};
+    }
+    static __m256 half_power(__m256 v) {
+        __m256i n = _mm256_sub_epi32(_mm256_castps_si256(v), _mm256_set1_epi32(0x4B400000 - 127));
+        return _mm256_castsi256_ps(_mm256_slli_epi32(n, 23));
+    }
+    // 2^n for the integer n of a number that is 1.5 * 2^23 + n.
+    Vector16 power_of_two() const { return {half_power(a), half_power(b)}; }
     Vector16 plus_product(Vector16 x, Vector16 y) const {
         return {_mm256_fmadd_ps(x.a, y.a, a), _mm256_fmadd_ps(x.b, y.b, b)};
     }

@@ -12,7 +12,6 @@ using quad::ParallelFor;
 using quad::Stored;
 
 constexpr int64_t kBatch = 512;  // tokens at a time, at most: memory does not grow with their number
-constexpr int64_t kBatchBytes = 1 << 20;  // of their integers, which each thread reads again for each block of channels
 constexpr int64_t kBytesPerThread = 64 * 1024;  // of weights read for one token; a thread less would start in vain
 
 constexpr int64_t kPartInputs = 32;  // whose products a sub-scale multiplies at once, at most
@@ -52,7 +51,7 @@ struct Call {
     const Output* output;
     int64_t selected;      // its number
     int64_t first, count;  // tokens of this batch
-    int32_t largest;       // power of two that no integer of the inputs exceeds in magnitude
+    int32_t largest;       // power of two: integers of the inputs are from -largest to largest - 1
     Tokens tokens;
     uint16_t* outlier16;  // [rank / 32][count][32], bfloat16, where AMX multiplies them
     float* branch;        // [members][count][columns], what `up` of a branch multiplies; columns are a multiple of 32
@@ -295,24 +294,24 @@ void direct(Call& whole, int64_t grain, ParallelFor parallel_for) {
     parallel_for(0, count_units(whole, kChannels), grain, body, &whole);
 }
 
+constexpr int64_t kRun = 48;  // tokens whose sums stay in the first cache until they are outputs
+
+// Sums of tokens [t, end) over the inputs of a panel, from `first` on, to their places in `total`, [count][16].
 template <Form F, int T = Product::kTile>
 void tiles(const Call& call, const Block& block, const uint8_t* panel, int64_t rows, int64_t first, bool add, int64_t t,
-           int32_t* total) {
+           int64_t end, int32_t* total) {
     if constexpr (T > 0) {
         const Tokens& tokens = call.tokens;
-        alignas(64) int32_t sums[T * kChannels];
-        for (; t + T <= call.count; t += T) {
+        for (; t + T <= end; t += T) {
             const int8_t* x = tokens.integers + t * kChunk;
+            int32_t* sums = total + t * kChannels;
             if constexpr (F == Form::products)
                 Product::tile_products<T>(panel, rows, x, tokens.count * kChunk, first, block.sub_scales.from_token(t),
-                                          sums);
+                                          add, sums);
             else
-                Product::tile<T, F>(panel, rows, x, tokens.count * kChunk, first, call.largest, sums);
-            int32_t* target = total + t * kChannels;
-            if (add) for (int i = 0; i < T * kChannels; ++i) target[i] += sums[i];
-            else std::memcpy(target, sums, sizeof(sums));
+                Product::tile<T, F>(panel, rows, x, tokens.count * kChunk, first, call.largest, add, sums);
         }
-        if (t < call.count) tiles<F, T - 1>(call, block, panel, rows, first, add, t, total);
+        if (t < end) tiles<F, T - 1>(call, block, panel, rows, first, add, t, end, total);
     }
 }
 
@@ -332,22 +331,32 @@ template <Form F>
 void tiled_block(const Call& call, int64_t index, CallMemory& memory) {
     const Tokens& tokens = call.tokens;
     Block block = memory.block[0].prepare(*call.weight, *call.rest, index, tokens, panel_offset_of(F));
-    uint8_t* panel = memory.panel.at_least(Product::kPanel * kChannels * Product::kPlanes);
+    block.outlier = memory.block[0].outlier.wide(block.outlier, tokens.rank);
+    if (call.rest->branch_rank)
+        block.branch = memory.block[0].branch.wide(block.branch, width_of(call.rest->branch_rank).all);
+    uint8_t* panel = memory.panel.at_least(Product::kPanel * kChannels);
     int32_t* total = memory.total.at_least(call.count * kChannels);
     float* y = memory.y.at_least(call.count * kChannels);
-    std::memset(y, 0, call.count * kChannels * sizeof(float));
-    int64_t lines_at_once = Product::kPanel / call.per_line();
-    int64_t all = ceil_div(call.weight->in_features, call.per_line()), step = call.stretch() / call.per_line();
+    const int64_t per = call.per_line(), most = Product::kPanel / (F == Form::bytes ? Product::kPlanes : 1) / per;
+    int64_t all = ceil_div(call.weight->in_features, per), step = call.stretch() / per;
     for (int64_t s = 0; s < tokens.sums; ++s) {
         int64_t begin = s * step, stop = s + 1 == tokens.sums ? all : begin + step;
-        for (int64_t l = begin; l < stop; l += lines_at_once) {
-            int64_t end = smaller(stop, l + lines_at_once);
+        // Panels of one size: a short one would cost as much besides its products as a whole one.
+        int64_t lines = round_up(ceil_div(stop - begin, ceil_div(stop - begin, most)), kChunk / per);
+        for (int64_t l = begin; l < stop; l += lines) {
+            int64_t end = smaller(stop, l + lines);
             const uint8_t* rows = unpacked<F>(call, block, index, l, end, panel);
-            tiles<F>(call, block, rows, (end - l) * call.per_line() / 4, l * call.per_line(), l > begin, 0, total);
+            for (int64_t t = 0; t < call.count; t += kRun) {
+                int64_t count = smaller(kRun, call.count - t);
+                tiles<F>(call, block, rows, (end - l) * per / 4, l * per, l > begin, t, t + count, total);
+                if (end < stop) continue;
+                float* own = y + t * kChannels;
+                if (s == 0) std::memset(own, 0, count * kChannels * sizeof(float));
+                add_stretch(block, call.weight->groups, tokens, t, count, s, total + t * kChannels, own);
+                if (s + 1 == tokens.sums) end_block(call, block, t, count, own);
+            }
         }
-        add_stretch(block, call.weight->groups, tokens, 0, call.count, s, total, y);
     }
-    end_block(call, block, 0, call.count, y);
 }
 #ifdef QUAD_AMX
 #include "product_amx.h"
@@ -414,7 +423,7 @@ int32_t largest_of(const Integers& x, int64_t width) {
         high = x.data[i] > high ? x.data[i] : high;
     }
     int32_t largest = 8;
-    while (low < -largest || high > largest) largest *= 2;
+    while (low < -largest || high >= largest) largest *= 2;
     return largest;
 }
 
@@ -428,7 +437,7 @@ void linear(const Input* input, const Integers* integers, const Member* members,
             ParallelFor parallel_for) {
     int64_t tokens = input ? input->tokens : integers->tokens, width = members->weight.in_features;
     int32_t largest = input ? largest_of(*input) : largest_of(*integers, width);
-    int64_t batch = larger(64, smaller(kBatch, kBatchBytes / width / 32 * 32));
+    int64_t batch = larger(64, smaller(kBatch, Product::kBatchBytes / width / 32 * 32));
     for (int64_t first = 0; first < tokens; first += batch) {
         Call call{};
         call.input = input;

@@ -14,6 +14,8 @@ struct Product {
     static constexpr int kDirect = 8;   // tokens up to which weights are unpacked in registers
     static constexpr int kTile = 12;    // tokens that share an unpacked weight
     static constexpr int64_t kPanel = 2048;  // inputs unpacked at a time
+    // Integers of tokens that go through at a time: each thread reads them again for each block of channels.
+    static constexpr int64_t kBatchBytes = 1 << 20;
     static constexpr int32_t kProductsOffset = 128;  // a panel holds integers times sub-scales, as lines of bytes do
     static constexpr bool kFetches = false;
     static constexpr int kPlanes = 1;
@@ -142,8 +144,8 @@ struct Product {
 
     template <int T>
     static void tile_products(const uint8_t* panel, int64_t rows, const int8_t* a, int64_t chunk, int64_t first,
-                              const SubScales&, int32_t* total) {
-        tile<T, Form::bytes>(panel, rows, a, chunk, first, true, total);
+                              const SubScales&, bool add, int32_t* total) {
+        tile<T, Form::bytes>(panel, rows, a, chunk, first, 0, add, total);
     }
 
     // Unpacks lines to rows of 16 channels x 4 inputs and returns the panel; lines of whole bytes are such rows.
@@ -159,9 +161,10 @@ struct Product {
         return panel - (end - begin) * 2 * kLine;
     }
 
-    // Sums [T][16] over rows [0, rows) of an unpacked panel; input `first` is the first row's.
+    // Writes the sums [T][16] over rows [0, rows) of an unpacked panel to `total`, or adds them to it; input `first` is
+    // the first row's.
     template <int T, Form F>
-    static void tile(const uint8_t* panel, int64_t rows, const int8_t* a, int64_t chunk, int64_t first, int32_t,
+    static void tile(const uint8_t* panel, int64_t rows, const int8_t* a, int64_t chunk, int64_t first, int32_t, bool add,
                      int32_t* total) {
         __m512i sum[T];
         for (int t = 0; t < T; ++t) sum[t] = _mm512_setzero_si512();
@@ -173,7 +176,9 @@ struct Product {
                 for (int t = 0; t < T; ++t) sum[t] = _mm512_dpbusd_epi32(sum[t], w, broadcast(x + t * kLine));
             }
         }
-        for (int t = 0; t < T; ++t) _mm512_storeu_si512(total + 16 * t, sum[t]);
+        for (int t = 0; t < T; ++t)
+            _mm512_storeu_si512(total + 16 * t,
+                                add ? _mm512_add_epi32(sum[t], _mm512_loadu_si512(total + 16 * t)) : sum[t]);
     }
 };
 
