@@ -3,7 +3,8 @@
 transformers spends most of a decode step of a small model on Python, and much of a long prompt on passes over memory
 between the linears. A block of a checkpoint therefore gets a class of its own, a child of its stock one: norm, q, k, v
 and rotary embedding are one call, everything behind the attention another. Cache and attention stay transformers', so
-every cache and every attention implementation works.
+every cache and every attention implementation works; where a prompt sees itself alone, and PyTorch's attention is the
+slower one, its attention is a native call too.
 
 It runs so where nothing can see the difference: without gradients, hooks, adapters, terms or offloading inside the
 block, and in graphs of torch.compile too. Everywhere else the stock forward runs. Norms and activations get native
@@ -25,6 +26,7 @@ import torch
 from quad_kernels import QuantizedWeight, RMSNorm, block, choose_backend
 from quad_kernels.native import block as native
 from quad_kernels.native.block import BlockLinear
+from quad_kernels.native.library import attends_prompts
 from torch import nn
 from torch.nn.modules import module as torch_module
 
@@ -79,6 +81,7 @@ class NativeBlock(nn.Module):
         past = cache if past_key_values is None else past_key_values
         groups = native_groups(self, hidden_states)
         kernels: ModuleType = native
+        natively = groups is not None
         if groups is None:
             groups, kernels = launched_groups(self, hidden_states), block
         if groups is None or position_embeddings is None:
@@ -102,20 +105,25 @@ class NativeBlock(nn.Module):
         query, key, value = (s.view(batch, positions, -1, attention.head_dim).transpose(1, 2) for s in states)
         if past is not None:
             key, value = past.update(key, value, attention.layer_idx)
-        if hasattr(attention, "sliding_window"):
-            kwargs["sliding_window"] = attention.sliding_window
-        output, _ = attention_function(attention)(
-            attention,
-            query,
-            key,
-            value,
-            attention_mask,
-            dropout=attention.attention_dropout if attention.training else 0.0,
-            scaling=attention.scaling,
-            position_ids=position_ids,
-            use_cache=use_cache,
-            **kwargs,
-        )
+        dropout = attention.attention_dropout if attention.training else 0.0
+        if natively and attention_mask is None and not dropout and _is_prompt(attention, query, key, kwargs):
+            key, value = key[:, :, :positions], value[:, :, :positions]  # a static cache is longer
+            output = torch.ops.quad_native.attend_prompt(query, key, value, attention.scaling)
+        else:
+            if hasattr(attention, "sliding_window"):
+                kwargs["sliding_window"] = attention.sliding_window
+            output, _ = attention_function(attention)(
+                attention,
+                query,
+                key,
+                value,
+                attention_mask,
+                dropout=dropout,
+                scaling=attention.scaling,
+                position_ids=position_ids,
+                use_cache=use_cache,
+                **kwargs,
+            )
         output = output.reshape(batch, positions, -1)
         return kernels.block_out(
             output, hidden_states, _norm(modules["post_attention_layernorm"]), o_proj, gate_up, down
@@ -343,6 +351,23 @@ def attention_function(attention: nn.Module) -> Any:
 
     eager = sys.modules[_stock_module(attention)].__dict__[_EAGER]
     return ALL_ATTENTION_FUNCTIONS.get_interface(attention.config._attn_implementation, eager)
+
+
+def is_stock_sdpa(config: Any) -> bool:
+    """Returns whether layers with this configuration call transformers' own attention function `sdpa`."""
+    from transformers.integrations.sdpa_attention import sdpa_attention_forward
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+    name = config._attn_implementation
+    return name == "sdpa" and ALL_ATTENTION_FUNCTIONS[name] is sdpa_attention_forward
+
+
+def _is_prompt(attention: nn.Module, query: torch.Tensor, key: torch.Tensor, kwargs: dict[str, Any]) -> bool:
+    """True where `sdpa`, which has no mask, would let each position of a prompt see itself and those before it."""
+    if not attends_prompts() or not 1 < query.shape[2] <= key.shape[2] or key.dtype != query.dtype:
+        return False
+    asked = any(value is not None and value is not False for value in kwargs.values()) or "is_causal" in kwargs
+    return not asked and getattr(attention, "is_causal", True) and is_stock_sdpa(attention.config)
 
 
 def _stock_module(module: nn.Module) -> str:

@@ -24,7 +24,7 @@ from torch.nn.modules import module as torch_module
 
 from quad_modifiers.nn.cache_argument import cache_argument, output_field
 from quad_modifiers.nn.cache_room import CacheShape, fitting_layers, room_for
-from quad_modifiers.nn.native_block import NativeBlock, has_listeners, native_groups
+from quad_modifiers.nn.native_block import NativeBlock, has_listeners, is_stock_sdpa, native_groups
 from quad_modifiers.nn.packed_linear import PackedLinear
 from quad_modifiers.nn.quad_linear import QuadLinear
 
@@ -260,11 +260,7 @@ def _is_plain(model: Any, kwargs: dict[str, Any]) -> bool:
         return False
     if torch_module._global_forward_hooks or torch_module._global_forward_pre_hooks:
         return False
-    from transformers.integrations.sdpa_attention import sdpa_attention_forward
-    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
-
-    name = config._attn_implementation
-    return name == "eager" or (name == "sdpa" and ALL_ATTENTION_FUNCTIONS[name] is sdpa_attention_forward)
+    return config._attn_implementation == "eager" or is_stock_sdpa(config)
 
 
 # --- the blocks ---

@@ -14,8 +14,10 @@ from typing import Any
 import pytest
 import torch
 from quad_kernels import choose_backend
+from quad_kernels.native import library
 from torch.utils._python_dispatch import TorchDispatchMode
-from transformers import AutoModelForCausalLM, DynamicCache, PreTrainedModel
+from transformers import AutoModelForCausalLM, DynamicCache, PreTrainedModel, StaticCache
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from quad_modifiers.nn.native_block import NativeBlock, NativeHead
 
@@ -58,6 +60,12 @@ def stock(model: PreTrainedModel) -> PreTrainedModel:
     return model
 
 
+def loud_attention(*args: Any, **kwargs: Any) -> Any:
+    from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+    return sdpa_attention_forward(*args, **kwargs)
+
+
 TWO_LEVELS = """
 quad_stage:
   quad_modifiers:
@@ -95,7 +103,11 @@ def folder(request: pytest.FixtureRequest, compress_toy: Callable[..., Any]) -> 
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_a_block_gives_the_hidden_states_of_the_stock_one(folder: Any, dtype: torch.dtype) -> None:
+def test_a_block_gives_the_hidden_states_of_the_stock_one(
+    folder: Any, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Both with transformers' attention, which rounds its weights; the native one of prompts has tests of its own."""
+    monkeypatch.setitem(ALL_ATTENTION_FUNCTIONS, "sdpa", loud_attention)
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
     generator = torch.Generator().manual_seed(0)
     width = model.config.hidden_size
@@ -133,6 +145,41 @@ def test_decoding_and_prompts_take_it_and_training_does_not(compressed) -> None:
     with Recorder() as recorder:  # the embedding can be trained
         model(prompt)
     assert "block_in" not in recorder.names
+
+
+@pytest.mark.skipif(not library.attends_prompts(), reason="PyTorch's attention is for this processor")
+@pytest.mark.parametrize(
+    "how", ["plain", "static cache", "mask", "behind a cache", "eager", "own attention", "not causal"]
+)
+def test_the_attention_of_a_prompt_is_native_where_it_sees_itself_alone(compressed, monkeypatch, how: str) -> None:
+    model = AutoModelForCausalLM.from_pretrained(compressed.folder)
+    prompt = torch.tensor([PROMPTS[0] * 3])
+    arguments: dict[str, Any] = {"use_cache": False}
+    if how == "static cache":
+        arguments = {"past_key_values": StaticCache(model.config, prompt.shape[1] + 5), "use_cache": True}
+    elif how == "mask":
+        arguments["attention_mask"] = torch.ones_like(prompt)
+        arguments["attention_mask"][0, 0] = 0
+    elif how == "behind a cache":
+        with torch.no_grad():
+            arguments = {"past_key_values": model(prompt[:, :4]).past_key_values, "use_cache": True}
+    elif how == "eager":
+        model.set_attn_implementation("eager")
+    elif how == "own attention":
+        monkeypatch.setitem(ALL_ATTENTION_FUNCTIONS, "sdpa", loud_attention)
+    elif how == "not causal":
+        for block in blocks(model):
+            block.self_attn.is_causal = False
+    with torch.no_grad(), Recorder() as recorder:
+        logits = model(prompt, **arguments).logits
+    assert recorder.names.count("block_out") == 2
+    assert recorder.names.count("attend_prompt") == (2 if how in ("plain", "static cache") else 0)
+    if how == "plain":
+        monkeypatch.setitem(ALL_ATTENTION_FUNCTIONS, "sdpa", loud_attention)
+        with torch.no_grad(), Recorder() as recorder:
+            wanted = model(prompt, **arguments).logits
+        assert "attend_prompt" not in recorder.names
+        assert float((logits - wanted).norm() / wanted.norm()) < (1e-5 if logits.dtype.itemsize == 4 else 1e-2)
 
 
 def test_generation_is_that_of_stock_blocks(compressed) -> None:
@@ -281,7 +328,9 @@ def test_the_head_of_bfloat16_rows(compressed) -> None:
     assert head(x.clone().requires_grad_()).requires_grad
 
 
-def test_a_compiled_graph_holds_the_blocks_as_operators_and_gives_the_same_bits(compressed) -> None:
+def test_a_compiled_graph_holds_the_blocks_as_operators_and_gives_the_same_bits(compressed, monkeypatch) -> None:
+    """With transformers' attention; a graph gets a mask for its prompts, and so never their native attention."""
+    monkeypatch.setitem(ALL_ATTENTION_FUNCTIONS, "sdpa", loud_attention)
     model = AutoModelForCausalLM.from_pretrained(compressed.folder)
     graphs: list[torch.fx.GraphModule] = []
 

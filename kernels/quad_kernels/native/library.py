@@ -21,8 +21,11 @@ logger = logging.getLogger(__name__)
 ENVIRONMENT_VARIABLE = "QUAD_KERNELS_ISA"
 INSTRUCTION_SETS = ("amx", "avx512vnni", "avxvnni", "avx2")
 LIBRARY_VARIABLE = "QUAD_KERNELS_LIBRARY"
-_INTERFACE = 6  # of the operators; an editable installation may hold an older library
+_INTERFACE = 7  # of the operators; an editable installation may hold an older library
 _BUILT = Path(__file__).with_name("_kernels.so")
+# Where attention over a prompt was measured to be quicker than PyTorch's, or multiplies with the same instructions.
+_PROMPT_SETS = ("avxvnni", "avx2")
+_attends_prompts = False
 
 
 class NativeLibraryError(RuntimeError):
@@ -63,6 +66,7 @@ def load() -> ctypes.CDLL:
         raise NativeLibraryError("this processor has no AVX2")
     if wanted:
         _choose(library, wanted)
+    _note_choice(library)
     logger.info("native CPU kernels: %s (the processor has %s)", library.quad_chosen().decode(), found)
     return library
 
@@ -83,6 +87,11 @@ def _register_shapes() -> None:
     @torch.library.register_fake(ops.block_out.default)
     def _(attention: torch.Tensor, residual: torch.Tensor, *arguments: Any) -> torch.Tensor:
         return residual.new_empty(residual.shape)
+
+    @torch.library.register_fake(ops.attend_prompt.default)
+    def _(query: torch.Tensor, *arguments: Any) -> torch.Tensor:
+        batch, heads, positions, head_dim = query.shape
+        return query.new_empty(batch, positions, heads * head_dim)
 
     @torch.library.register_fake(ops.dense_head.default)
     def _(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
@@ -121,6 +130,16 @@ def choose_instruction_set(name: str) -> None:
     _choose(load(), name)
 
 
+def attends_prompts() -> bool:
+    """Returns whether prompts should use `torch.ops.quad_native.attend_prompt`; a graph may hold the answer."""
+    return _attends_prompts
+
+
+def _note_choice(library: ctypes.CDLL) -> None:
+    global _attends_prompts
+    _attends_prompts = library.quad_chosen().decode() in _PROMPT_SETS
+
+
 def _choose(library: ctypes.CDLL, name: str) -> None:
     if not library.quad_choose(name.encode()):
         found = library.quad_supported().decode().replace(" ", ", ")
@@ -128,6 +147,7 @@ def _choose(library: ctypes.CDLL, name: str) -> None:
             f"there are no kernels for the instruction set {name!r} here, only for {found}; change or unset "
             f"{ENVIRONMENT_VARIABLE}"
         )
+    _note_choice(library)
 
 
 @ctypes.CFUNCTYPE(None, ctypes.c_int64)

@@ -72,10 +72,7 @@ void scores(const AttentionCall& call, int64_t sequence, int64_t cached, int64_t
 float weigh(float* score, int64_t count, float* greatest) {
     Vector16 top = Vector16::all(-INFINITY), sum = Vector16::zero();
     for (int64_t i = 0; i < count; i += kChannels) top = top.or_greater(Vector16::load(score + i));
-    float lanes[kChannels], most = -INFINITY;
-    top.store(lanes);
-    for (float each : lanes) most = each > most ? each : most;
-    *greatest = most;
+    const float most = *greatest = top.greatest();
     for (int64_t i = 0; i < count; i += kChannels) {
         Vector16 own = Vector16::load(score + i);
         Vector16 weight = exponential(own - Vector16::all(most)).zero_where(own, -INFINITY);

@@ -130,6 +130,27 @@ struct Attention {
     float scale;
 };
 
+// Heads of some positions; how far apart in elements their sequences, heads and positions lie.
+struct Heads {
+    const void* data;
+    int64_t sequence;
+    int64_t head;
+    int64_t position;
+};
+
+// The positions of a prompt, each of which sees itself and those before it.
+struct Prompt {
+    Heads query, keys, values;  // keys and values of `cached_heads`
+    void* output;               // [batch, positions, heads, head_dim]
+    Dtype dtype;                // of everything here
+    int64_t batch;
+    int64_t positions;
+    int64_t heads;
+    int64_t cached_heads;
+    int64_t head_dim;
+    float scale;
+};
+
 // Linears that share an input, which is where the call says: `input` has no data, the members no output.
 struct Group {
     Input input;
@@ -232,6 +253,8 @@ struct Kernels {
     void (*add)(void* y, const void* x, Dtype dtype, int64_t count, ParallelFor parallel_for);
     // output = softmax(scale query keys^T) values, in float32, rounded once.
     void (*attend)(const Attention& attention, ParallelFor parallel_for);
+    // The same for each position of a prompt over itself and those before it.
+    void (*attend_prompt)(const Prompt& prompt, ParallelFor parallel_for);
     // y = x behind all blocks; keys and values of the new tokens go into the caches.
     void (*decode)(const Decode& call, ParallelFor parallel_for);
     // Rounds columns and carries their errors; moves integers to where the loss is least.

@@ -85,6 +85,7 @@ struct Vector16 {
     }
     Vector16 plus_product(Vector16 a, Vector16 b) const { return {_mm512_fmadd_ps(a.v, b.v, v)}; }
     float total() const { return _mm512_reduce_add_ps(v); }
+    float greatest() const { return _mm512_reduce_max_ps(v); }
 };
 #else
 struct Vector16 {
@@ -167,6 +168,12 @@ struct Vector16 {
         __m128 half = _mm_add_ps(_mm256_castps256_ps128(sum), _mm256_extractf128_ps(sum, 1));
         half = _mm_add_ps(half, _mm_movehl_ps(half, half));
         return _mm_cvtss_f32(_mm_add_ss(half, _mm_shuffle_ps(half, half, 1)));
+    }
+    float greatest() const {
+        __m256 top = _mm256_max_ps(a, b);
+        __m128 half = _mm_max_ps(_mm256_castps256_ps128(top), _mm256_extractf128_ps(top, 1));
+        half = _mm_max_ps(half, _mm_movehl_ps(half, half));
+        return _mm_cvtss_f32(_mm_max_ss(half, _mm_shuffle_ps(half, half, 1)));
     }
 };
 #endif

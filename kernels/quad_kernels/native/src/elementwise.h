@@ -100,7 +100,7 @@ void rotate(void* x, Dtype dtype, int64_t tokens, int64_t heads, int64_t head_di
 }
 
 // e^x to about 1e-7 relative: 2^n times a polynomial on [-ln 2 / 2, ln 2 / 2].
-Vector16 exponential(Vector16 x) {
+__attribute__((always_inline)) inline Vector16 exponential(Vector16 x) {
     auto all = [](float value) { return Vector16::all(value); };
     x = x.clamped(-87.0f, 88.0f);
     Vector16 n = x * all(1.44269504f) + all(12582912.0f);  // rounded to an integer, in the low bits

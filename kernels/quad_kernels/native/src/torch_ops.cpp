@@ -503,6 +503,40 @@ Tensor attend(const Tensor& query_, const Tensor& keys, const Tensor& values, in
     return y;
 }
 
+// Heads of a tensor [batch, heads, positions, head_dim] whose rows are dense.
+quad::Heads heads_of(const Tensor& tensor) {
+    return {tensor.const_data_ptr(), tensor.stride(0), tensor.stride(1), tensor.stride(2)};
+}
+
+// The attention of the positions of a prompt over themselves and those before them, [batch, positions, heads * head_dim].
+Tensor attend_prompt(const Tensor& query_, const Tensor& keys_, const Tensor& values_, double scale) {
+    auto dense_rows = [](const Tensor& t) { return t.dim() == 4 && t.stride(3) != 1 ? dense(t) : t; };
+    Tensor query = dense_rows(query_), keys = dense_rows(keys_), values = dense_rows(values_);
+    STD_TORCH_CHECK(query.dim() == 4 && keys.dim() == 4 && values.dim() == 4 &&
+                        keys.scalar_type() == query.scalar_type() && values.scalar_type() == query.scalar_type(),
+                    "queries, keys and values must be [batch, heads, positions, head_dim] of one dtype");
+    quad::Prompt call{};
+    call.dtype = dtype_of(query, "the queries");
+    call.batch = query.size(0);
+    call.heads = query.size(1);
+    call.positions = query.size(2);
+    call.head_dim = query.size(3);
+    call.cached_heads = keys.size(1);
+    bool fits = call.cached_heads > 0 && call.heads % call.cached_heads == 0;
+    for (const Tensor* each : {&keys, &values})
+        fits = fits && each->size(0) == call.batch && each->size(1) == call.cached_heads &&
+               each->size(2) == call.positions && each->size(3) == call.head_dim;
+    STD_TORCH_CHECK(fits, "the keys and values do not fit the queries");
+    Tensor y = empty({call.batch, call.positions, call.heads * call.head_dim}, torch_dtype(call.dtype));
+    call.query = heads_of(query);
+    call.keys = heads_of(keys);
+    call.values = heads_of(values);
+    call.output = y.mutable_data_ptr();
+    call.scale = float(scale);
+    kernels().attend_prompt(call, parallel_for);
+    return y;
+}
+
 // A tensor whose data somebody may exchange (`parameter.data = ...`) while a pointer to it is kept.
 struct Held {
     Tensor tensor;
@@ -788,6 +822,7 @@ STABLE_TORCH_LIBRARY(quad_native, m) {
         "float[] clip_ratios) -> Tensor");
     m.def(
         "attend(Tensor query, Tensor keys, Tensor values, int positions, Tensor? mask, float scale) -> Tensor");
+    m.def("attend_prompt(Tensor query, Tensor keys, Tensor values, float scale) -> Tensor");
     m.def(
         "plan_blocks(Tensor[] norms, float eps, Tensor[] head_norms, Tensor[] parts, int[] numbers, "
         "float[] clip_ratios) -> int");
@@ -817,6 +852,7 @@ STABLE_TORCH_LIBRARY_IMPL(quad_native, CPU, m) {
     m.impl("block_in", TORCH_BOX(&block_in));
     m.impl("block_out", TORCH_BOX(&block_out));
     m.impl("attend", TORCH_BOX(&attend));
+    m.impl("attend_prompt", TORCH_BOX(&attend_prompt));
     m.impl("plan_blocks", TORCH_BOX(&plan_blocks));
     m.impl("decode", TORCH_BOX(&decode));
     m.impl("norm", TORCH_BOX(&norm));
@@ -833,7 +869,7 @@ STABLE_TORCH_LIBRARY_IMPL(quad_native, CPU, m) {
 extern "C" {
 
 // Changes with the arguments of the operators.
-int quad_interface() { return 6; }
+int quad_interface() { return 7; }
 const char* quad_supported() { return quad::supported(); }
 const char* quad_chosen() { return quad::chosen() ? quad::chosen()->name : ""; }
 int quad_choose(const char* name) { return quad::choose(name); }

@@ -1,0 +1,205 @@
+// The attention of a prompt over itself: each position sees itself and those before it. Keys are taken 64 at a time; a row
+// keeps the greatest score so far, the sum of its weights and the weighted values, and is scaled anew when a greater one
+// comes (online softmax). Everything is float32 between the inputs and the rounded output. A row's numbers depend on
+// nothing but its query and the keys in order: not on batch, threads or instruction set.
+#pragma once
+
+#include "attention.h"
+
+namespace {
+
+using quad::Prompt;
+
+constexpr int64_t kQueries = 48;  // positions of a unit of work, for all heads that share a cached one
+constexpr int64_t kKeys = 64;     // positions that are seen at a time
+#ifdef __AVX512F__
+constexpr int kRows = 8;  // queries that share what is read of keys and values, as many as there are registers for
+#else
+constexpr int kRows = 6;
+#endif
+
+struct PromptMemory {
+    Buffer<float> query, output, greatest, sum, keys, values, rows, score;
+};
+
+PromptMemory& prompt_memory() {
+    thread_local PromptMemory memory;
+    return memory;
+}
+
+struct PromptCall {
+    const Prompt& p;
+    int64_t shared;  // heads that share a cached one
+    int64_t padded;  // head_dim, filled up to whole vectors
+    int64_t stretches;  // of queries
+};
+
+// The queries of a unit, and what their rows have gathered: [shared][count] rows.
+struct PromptRows {
+    float* query;     // [rows][padded], multiplied by the scale
+    float* output;    // [rows][padded]
+    float* greatest;  // [rows]
+    float* sum;       // [rows]
+    int64_t first, count;  // positions
+};
+
+// score[t][k] = query[t] . key[k] for T rows and all keys of `panels`, [keys / 16][head_dim][16].
+template <int T>
+void score_rows(const float* query, const float* panels, int64_t head_dim, int64_t padded, float* score) {
+    for (int64_t k = 0; k < kKeys; k += kChannels, panels += head_dim * kChannels) {
+        Vector16 sum[T];
+        for (int t = 0; t < T; ++t) sum[t] = Vector16::zero();
+        for (int64_t d = 0; d < head_dim; ++d) {
+            Vector16 key = Vector16::load(panels + d * kChannels);
+            for (int t = 0; t < T; ++t) sum[t] = sum[t].plus_product(Vector16::all(query[t * padded + d]), key);
+        }
+        for (int t = 0; t < T; ++t) sum[t].store(score + t * kKeys + k);
+    }
+}
+
+// Turns the scores of a row into weights, of which the first `seen` count, and takes them into its greatest and sum.
+// Returns by what the row has to be multiplied that was gathered before.
+float weigh_row(float* score, int64_t seen, float* greatest, float* sum) {
+    for (int64_t k = seen; k < kKeys; ++k) score[k] = -INFINITY;
+    Vector16 part[kKeys / kChannels], top = Vector16::all(*greatest), total = Vector16::zero();
+    for (int64_t i = 0; i < kKeys / kChannels; ++i) {
+        part[i] = Vector16::load(score + i * kChannels);
+        top = top.or_greater(part[i]);
+    }
+    const float most = top.greatest();
+    for (int64_t i = 0; i < kKeys / kChannels; ++i) {
+        Vector16 weight = exponential(part[i] - Vector16::all(most)).zero_where(part[i], -INFINITY);
+        weight.store(score + i * kChannels);
+        total = total + weight;
+    }
+    const float factor = *greatest == most ? 1.0f : exponential(*greatest - most);
+    *greatest = most;
+    *sum = *sum * factor + total.total();
+    return factor;
+}
+
+// output[t] = output[t] * factor[t] + weights[t] values, for T rows; the values of `count` keys, [keys][padded].
+template <int T>
+void value_rows(const float* weight, int64_t count, const float* values, const float* factor, int64_t padded,
+                float* output) {
+    for (int64_t d = 0; d < padded; d += kChannels) {
+        Vector16 sum[T];
+        for (int t = 0; t < T; ++t) sum[t] = Vector16::load(output + t * padded + d) * Vector16::all(factor[t]);
+        for (int64_t k = 0; k < count; ++k) {
+            Vector16 value = Vector16::load(values + k * padded + d);
+            for (int t = 0; t < T; ++t) sum[t] = sum[t].plus_product(Vector16::all(weight[t * kKeys + k]), value);
+        }
+        for (int t = 0; t < T; ++t) sum[t].store(output + t * padded + d);
+    }
+}
+
+// Rows [row, row + T), whose first has position `position`, meet the keys from `begin` on.
+template <int T>
+void meet_keys(const PromptCall& call, const PromptRows& rows, int64_t row, int64_t position, int64_t begin) {
+    PromptMemory& memory = prompt_memory();
+    float *score = memory.score.at_least(kRows * kKeys), factor[T];
+    score_rows<T>(rows.query + row * call.padded, memory.keys.at_least(0), call.p.head_dim, call.padded, score);
+    int64_t seen = 0;
+    for (int t = 0; t < T; ++t) {
+        seen = smaller(kKeys, position + t + 1 - begin);  // above 0: a tile of rows is skipped where its first sees nothing
+        factor[t] = weigh_row(score + t * kKeys, larger(0, seen), rows.greatest + row + t, rows.sum + row + t);
+    }
+    value_rows<T>(score, seen, memory.values.at_least(0), factor, call.padded, rows.output + row * call.padded);
+}
+
+template <int T = kRows>
+void meet_keys_at(const PromptCall& call, const PromptRows& rows, int64_t row, int64_t end, int64_t position,
+                  int64_t begin) {
+    if constexpr (T > 0) {
+        for (; row + T <= end; row += T, position += T)
+            if (position + T > begin) meet_keys<T>(call, rows, row, position, begin);
+        if (row < end) meet_keys_at<T - 1>(call, rows, row, end, position, begin);
+    }
+}
+
+// Brings keys [begin, begin + 64) to panels and their values to rows; zeros behind the last position.
+void bring_keys(const PromptCall& call, int64_t sequence, int64_t cached, int64_t begin) {
+    const Prompt& p = call.p;
+    PromptMemory& memory = prompt_memory();
+    float* panels = memory.keys.at_least(kKeys * call.padded);
+    float* values = memory.values.at_least(kKeys * call.padded);
+    float* rows = memory.rows.at_least(kChannels * call.padded);
+    const int64_t count = smaller(kKeys, p.positions - begin);
+    auto load = [&](const quad::Heads& heads, int64_t k, float* row) {
+        int64_t index = sequence * heads.sequence + cached * heads.head + (begin + k) * heads.position;
+        load_row(element(heads.data, p.dtype, index), p.dtype, p.head_dim, row);
+    };
+    if (p.head_dim < call.padded || count < kKeys) {
+        std::memset(values, 0, kKeys * call.padded * sizeof(float));
+        std::memset(rows, 0, kChannels * call.padded * sizeof(float));
+    }
+    for (int64_t k = 0; k < count; ++k) load(p.values, k, values + k * call.padded);
+    float* panel = panels;
+    for (int64_t first = 0; first < kKeys; first += kChannels, panel += p.head_dim * kChannels) {
+        for (int64_t k = 0; k < kChannels; ++k) {
+            if (first + k < count) load(p.keys, first + k, rows + k * call.padded);
+            else std::memset(rows + k * call.padded, 0, p.head_dim * sizeof(float));
+        }
+        const int64_t whole = p.head_dim / 4 * 4;
+        for (int64_t d = 0; d < whole; d += 4)
+            transpose4(reinterpret_cast<const char*>(rows + d), call.padded * sizeof(float),
+                       reinterpret_cast<uint32_t*>(panel + d * kChannels));
+        for (int64_t d = whole; d < p.head_dim; ++d)
+            for (int64_t k = 0; k < kChannels; ++k) panel[d * kChannels + k] = rows[k * call.padded + d];
+    }
+}
+
+// A stretch of queries of the heads that share a cached one.
+void attend_stretch(const PromptCall& call, int64_t unit) {
+    const Prompt& p = call.p;
+    int64_t stretch = unit % call.stretches, cached = unit / call.stretches % p.cached_heads;
+    const int64_t sequence = unit / call.stretches / p.cached_heads;
+    // First and last in turns: later ones see more, and each thread takes neighbours.
+    stretch = stretch % 2 ? call.stretches - 1 - stretch / 2 : stretch / 2;
+    PromptMemory& memory = prompt_memory();
+    PromptRows rows{};
+    rows.first = stretch * kQueries;
+    rows.count = smaller(kQueries, p.positions - rows.first);
+    const int64_t all = call.shared * rows.count;
+    rows.query = memory.query.at_least(all * call.padded);
+    rows.output = memory.output.at_least(all * call.padded);
+    rows.greatest = memory.greatest.at_least(all);
+    rows.sum = memory.sum.at_least(all);
+    std::memset(rows.output, 0, all * call.padded * sizeof(float));
+    for (int64_t row = 0; row < all; ++row) {
+        rows.greatest[row] = -INFINITY;
+        rows.sum[row] = 0.0f;
+        int64_t head = cached * call.shared + row / rows.count, position = rows.first + row % rows.count;
+        float* query = rows.query + row * call.padded;
+        load_row(element(p.query.data, p.dtype,
+                         sequence * p.query.sequence + head * p.query.head + position * p.query.position),
+                 p.dtype, p.head_dim, query);
+        for (int64_t d = 0; d < p.head_dim; ++d) query[d] *= p.scale;
+    }
+    for (int64_t begin = 0; begin < rows.first + rows.count; begin += kKeys) {
+        bring_keys(call, sequence, cached, begin);
+        for (int64_t h = 0; h < call.shared; ++h)
+            meet_keys_at(call, rows, h * rows.count, (h + 1) * rows.count, rows.first, begin);
+    }
+    for (int64_t row = 0; row < all; ++row) {
+        float* output = rows.output + row * call.padded;
+        int64_t head = cached * call.shared + row / rows.count, position = rows.first + row % rows.count;
+        for (int64_t d = 0; d < p.head_dim; ++d) output[d] /= rows.sum[row];
+        int64_t index = ((sequence * p.positions + position) * p.heads + head) * p.head_dim;
+        store_row(place_of(p.output, p.dtype, index), p.dtype, p.head_dim, output);
+    }
+}
+
+void attend_prompt(const Prompt& prompt, ParallelFor parallel_for) {
+    PromptCall call{prompt, prompt.heads / prompt.cached_heads, round_up(prompt.head_dim, kChannels),
+                    ceil_div(prompt.positions, kQueries)};
+    parallel_for(
+        0, prompt.batch * prompt.cached_heads * call.stretches, 1,
+        [](int64_t begin, int64_t end, void* context) {
+            for (int64_t unit = begin; unit < end; ++unit)
+                attend_stretch(*static_cast<const PromptCall*>(context), unit);
+        },
+        &call);
+}
+
+}  // namespace
