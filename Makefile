@@ -57,10 +57,11 @@ test-slow: $(STAMP) ## the tests on real models, and every architecture with eve
 
 # The native kernels once more, built with sanitizers; their runtime must be loaded before Python's first allocation.
 SANITIZED := build/sanitized
+# libstdc++ is loaded first, too: without it ASan does not find what throws exceptions, and ends the process at the first.
 test-sanitized: $(STAMP) ## the tests of the native kernels under AddressSanitizer and UndefinedBehaviorSanitizer
 	CXXFLAGS="-fsanitize=address,undefined -fno-sanitize-recover=undefined -O1 -g1" \
 	    $(BIN) setup.py -q build_ext --build-lib $(SANITIZED)
-	LD_PRELOAD="$$(g++ -print-file-name=libasan.so)" ASAN_OPTIONS=detect_leaks=0 \
+	LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libstdc++.so.6)" ASAN_OPTIONS=detect_leaks=0 \
 	    QUAD_KERNELS_LIBRARY=$(SANITIZED)/quad_kernels/native/_kernels.so \
 	    $(BIN) -m pytest tests/test_kernels/test_native*.py tests/test_kernels/test_weight_rounding.py $(PYTEST_ARGS)
 
