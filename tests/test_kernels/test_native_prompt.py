@@ -94,7 +94,7 @@ def test_scores_far_apart_stay_finite(instruction_set: str) -> None:
     torch.testing.assert_close(output[0, :, 0], torch.zeros(300), rtol=0, atol=0.01)
 
 
-def test_a_nan_is_seen_by_those_behind_it(instruction_set: str) -> None:
+def test_what_is_no_number_is_seen_by_those_behind_it_alone(instruction_set: str) -> None:
     query, keys, values = (x.contiguous() for x in random_heads(1, 4, 2, 32, 200))
     clean = torch.ops.quad_native.attend_prompt(query, keys, values, 0.2)
     keys[0, 1, 130] = torch.nan
@@ -102,6 +102,14 @@ def test_a_nan_is_seen_by_those_behind_it(instruction_set: str) -> None:
     assert torch.equal(output[:, :130], clean[:, :130])
     assert torch.equal(output[..., :64], clean[..., :64])
     assert output[:, 130:, 64:].isnan().all()
+    query, keys, values = (x.contiguous() for x in random_heads(1, 4, 2, 32, 200))
+    for position in (3, 130):
+        values[0, 0, position] = torch.inf
+        output = torch.ops.quad_native.attend_prompt(query, keys, values, 0.2)
+        assert torch.equal(output[:, :position], clean[:, :position])
+        assert not output[:, position:, :64].isfinite().any()
+        values[0, 0, position] = 0.5
+        clean = torch.ops.quad_native.attend_prompt(query, keys, values, 0.2)
 
 
 def test_what_does_not_fit_is_refused() -> None:

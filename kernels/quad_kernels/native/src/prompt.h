@@ -43,6 +43,13 @@ struct PromptRows {
     int64_t first, count;  // positions
 };
 
+// Keys [begin, begin + 64) of a head.
+struct PromptKeys {
+    const float* panels;  // [64 / 16][head_dim][16]
+    const float* values;  // [64][padded]
+    int64_t begin;
+};
+
 // score[t][k] = query[t] . key[k] for T rows and all keys of `panels`, [keys / 16][head_dim][16].
 template <int T>
 void score_rows(const float* query, const float* panels, int64_t head_dim, int64_t padded, float* score) {
@@ -93,32 +100,39 @@ void value_rows(const float* weight, int64_t count, const float* values, const f
     }
 }
 
-// Rows [row, row + T), whose first has position `position`, meet the keys from `begin` on.
+// Rows [row, row + T), whose first has position `position`, meet keys, of which the last row sees at least one.
 template <int T>
-void meet_keys(const PromptCall& call, const PromptRows& rows, int64_t row, int64_t position, int64_t begin) {
-    PromptMemory& memory = prompt_memory();
-    float *score = memory.score.at_least(kRows * kKeys), factor[T];
-    score_rows<T>(rows.query + row * call.padded, memory.keys.at_least(0), call.p.head_dim, call.padded, score);
-    int64_t seen = 0;
+void meet_tile(const PromptCall& call, const PromptRows& rows, const PromptKeys& keys, int64_t row, int64_t position) {
+    float *score = prompt_memory().score.at_least(kRows * kKeys), factor[T];
+    score_rows<T>(rows.query + row * call.padded, keys.panels, call.p.head_dim, call.padded, score);
+    int64_t seen[T];
     for (int t = 0; t < T; ++t) {
-        seen = smaller(kKeys, position + t + 1 - begin);  // above 0: a tile of rows is skipped where its first sees nothing
-        factor[t] = weigh_row(score + t * kKeys, larger(0, seen), rows.greatest + row + t, rows.sum + row + t);
+        seen[t] = larger(0, smaller(kKeys, position + t + 1 - keys.begin));
+        factor[t] = weigh_row(score + t * kKeys, seen[t], rows.greatest + row + t, rows.sum + row + t);
     }
-    value_rows<T>(score, seen, memory.values.at_least(0), factor, call.padded, rows.output + row * call.padded);
+    float* output = rows.output + row * call.padded;
+    value_rows<T>(score, seen[0], keys.values, factor, call.padded, output);
+    // What only later rows of the tile see, which may be no number.
+    const float one = 1.0f;
+    for (int t = 1; t < T; ++t)
+        if (seen[t] > seen[0])
+            value_rows<1>(score + t * kKeys + seen[0], seen[t] - seen[0], keys.values + seen[0] * call.padded, &one,
+                          call.padded, output + t * call.padded);
 }
 
+// Rows [row, end) of one head.
 template <int T = kRows>
-void meet_keys_at(const PromptCall& call, const PromptRows& rows, int64_t row, int64_t end, int64_t position,
-                  int64_t begin) {
+void meet_keys(const PromptCall& call, const PromptRows& rows, const PromptKeys& keys, int64_t row, int64_t end,
+               int64_t position) {
     if constexpr (T > 0) {
         for (; row + T <= end; row += T, position += T)
-            if (position + T > begin) meet_keys<T>(call, rows, row, position, begin);
-        if (row < end) meet_keys_at<T - 1>(call, rows, row, end, position, begin);
+            if (position + T > keys.begin) meet_tile<T>(call, rows, keys, row, position);
+        if (row < end) meet_keys<T - 1>(call, rows, keys, row, end, position);
     }
 }
 
-// Brings keys [begin, begin + 64) to panels and their values to rows; zeros behind the last position.
-void bring_keys(const PromptCall& call, int64_t sequence, int64_t cached, int64_t begin) {
+// Brings keys to panels and their values to rows; zeros behind the last position.
+PromptKeys bring_keys(const PromptCall& call, int64_t sequence, int64_t cached, int64_t begin) {
     const Prompt& p = call.p;
     PromptMemory& memory = prompt_memory();
     float* panels = memory.keys.at_least(kKeys * call.padded);
@@ -147,6 +161,7 @@ void bring_keys(const PromptCall& call, int64_t sequence, int64_t cached, int64_
         for (int64_t d = whole; d < p.head_dim; ++d)
             for (int64_t k = 0; k < kChannels; ++k) panel[d * kChannels + k] = rows[k * call.padded + d];
     }
+    return {panels, values, begin};
 }
 
 // A stretch of queries of the heads that share a cached one.
@@ -177,9 +192,9 @@ void attend_stretch(const PromptCall& call, int64_t unit) {
         for (int64_t d = 0; d < p.head_dim; ++d) query[d] *= p.scale;
     }
     for (int64_t begin = 0; begin < rows.first + rows.count; begin += kKeys) {
-        bring_keys(call, sequence, cached, begin);
+        PromptKeys keys = bring_keys(call, sequence, cached, begin);
         for (int64_t h = 0; h < call.shared; ++h)
-            meet_keys_at(call, rows, h * rows.count, (h + 1) * rows.count, rows.first, begin);
+            meet_keys(call, rows, keys, h * rows.count, (h + 1) * rows.count, rows.first);
     }
     for (int64_t row = 0; row < all; ++row) {
         float* output = rows.output + row * call.padded;
