@@ -3,8 +3,7 @@
 transformers spends most of a decode step of a small model on Python, and much of a long prompt on passes over memory
 between the linears. A block of a checkpoint therefore gets a class of its own, a child of its stock one: norm, q, k, v
 and rotary embedding are one call, everything behind the attention another. Cache and attention stay transformers', so
-every cache and every attention implementation works; where a prompt sees itself alone, and PyTorch's attention is the
-slower one, its attention is a native call too.
+every cache and every attention implementation works; if asked for, a prompt attends to itself natively, too.
 
 It runs so where nothing can see the difference: without gradients, hooks, adapters, terms or offloading inside the
 block, and in graphs of torch.compile too. Everywhere else the stock forward runs. Norms and activations get native

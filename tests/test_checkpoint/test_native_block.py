@@ -8,7 +8,7 @@ import pickle
 import subprocess
 import sys
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -103,11 +103,7 @@ def folder(request: pytest.FixtureRequest, compress_toy: Callable[..., Any]) -> 
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_a_block_gives_the_hidden_states_of_the_stock_one(
-    folder: Any, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Both with transformers' attention, which rounds its weights; the native one of prompts has tests of its own."""
-    monkeypatch.setitem(ALL_ATTENTION_FUNCTIONS, "sdpa", loud_attention)
+def test_a_block_gives_the_hidden_states_of_the_stock_one(folder: Any, dtype: torch.dtype) -> None:
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
     generator = torch.Generator().manual_seed(0)
     width = model.config.hidden_size
@@ -147,7 +143,15 @@ def test_decoding_and_prompts_take_it_and_training_does_not(compressed) -> None:
     assert "block_in" not in recorder.names
 
 
-@pytest.mark.skipif(not library.attends_prompts(), reason="PyTorch's attention is for this processor")
+@pytest.fixture
+def attends_natively() -> Iterator[None]:
+    before = library.attends_prompts()
+    library.choose_prompt_attention(True)
+    yield
+    library.choose_prompt_attention(before)
+
+
+@pytest.mark.usefixtures("attends_natively")
 @pytest.mark.parametrize(
     "how", ["plain", "static cache", "mask", "behind a cache", "eager", "own attention", "not causal"]
 )
@@ -175,7 +179,7 @@ def test_the_attention_of_a_prompt_is_native_where_it_sees_itself_alone(compress
     assert recorder.names.count("block_out") == 2
     assert recorder.names.count("attend_prompt") == (2 if how in ("plain", "static cache") else 0)
     if how == "plain":
-        monkeypatch.setitem(ALL_ATTENTION_FUNCTIONS, "sdpa", loud_attention)
+        library.choose_prompt_attention(False)
         with torch.no_grad(), Recorder() as recorder:
             wanted = model(prompt, **arguments).logits
         assert "attend_prompt" not in recorder.names
@@ -328,9 +332,7 @@ def test_the_head_of_bfloat16_rows(compressed) -> None:
     assert head(x.clone().requires_grad_()).requires_grad
 
 
-def test_a_compiled_graph_holds_the_blocks_as_operators_and_gives_the_same_bits(compressed, monkeypatch) -> None:
-    """With transformers' attention; a graph gets a mask for its prompts, and so never their native attention."""
-    monkeypatch.setitem(ALL_ATTENTION_FUNCTIONS, "sdpa", loud_attention)
+def test_a_compiled_graph_holds_the_blocks_as_operators_and_gives_the_same_bits(compressed) -> None:
     model = AutoModelForCausalLM.from_pretrained(compressed.folder)
     graphs: list[torch.fx.GraphModule] = []
 

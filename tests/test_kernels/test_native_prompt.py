@@ -71,7 +71,6 @@ def test_a_prompt_gives_the_same_bits_on_every_instruction_set_and_thread_count(
     try:
         for name in library.supported():
             library.choose_instruction_set(name)
-            assert library.attends_prompts() == (name in ("avx2", "avxvnni"))
             for count in (1, 2, 3):
                 torch.set_num_threads(count)
                 outputs.append(torch.ops.quad_native.attend_prompt(*given, 0.125))

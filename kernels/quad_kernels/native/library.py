@@ -23,9 +23,8 @@ INSTRUCTION_SETS = ("amx", "avx512vnni", "avxvnni", "avx2")
 LIBRARY_VARIABLE = "QUAD_KERNELS_LIBRARY"
 _INTERFACE = 7  # of the operators; an editable installation may hold an older library
 _BUILT = Path(__file__).with_name("_kernels.so")
-# Where attention over a prompt was measured to be quicker than PyTorch's, or multiplies with the same instructions.
-_PROMPT_SETS = ("avxvnni", "avx2")
-_attends_prompts = False
+PROMPTS_VARIABLE = "QUAD_KERNELS_PROMPTS"
+_attends_prompts = os.environ.get(PROMPTS_VARIABLE, "") == "native"
 
 
 class NativeLibraryError(RuntimeError):
@@ -66,7 +65,6 @@ def load() -> ctypes.CDLL:
         raise NativeLibraryError("this processor has no AVX2")
     if wanted:
         _choose(library, wanted)
-    _note_choice(library)
     logger.info("native CPU kernels: %s (the processor has %s)", library.quad_chosen().decode(), found)
     return library
 
@@ -131,13 +129,20 @@ def choose_instruction_set(name: str) -> None:
 
 
 def attends_prompts() -> bool:
-    """Returns whether prompts should use `torch.ops.quad_native.attend_prompt`; a graph may hold the answer."""
+    """Returns whether prompts use `torch.ops.quad_native.attend_prompt`: where the environment variable
+    QUAD_KERNELS_PROMPTS is "native", or `choose_prompt_attention` said so. A graph may hold the answer.
+    """
     return _attends_prompts
 
 
-def _note_choice(library: ctypes.CDLL) -> None:
+def choose_prompt_attention(native: bool) -> None:
+    """Makes prompts use the native attention, or PyTorch's, from the next call on.
+
+    With PyTorch's a model computes the same bits block by block and module by module, with adapters, in graphs and
+    natively; with the native one a prompt is faster on processors without AVX-512, and the last bits differ.
+    """
     global _attends_prompts
-    _attends_prompts = library.quad_chosen().decode() in _PROMPT_SETS
+    _attends_prompts = native
 
 
 def _choose(library: ctypes.CDLL, name: str) -> None:
@@ -147,7 +152,6 @@ def _choose(library: ctypes.CDLL, name: str) -> None:
             f"there are no kernels for the instruction set {name!r} here, only for {found}; change or unset "
             f"{ENVIRONMENT_VARIABLE}"
         )
-    _note_choice(library)
 
 
 @ctypes.CFUNCTYPE(None, ctypes.c_int64)
