@@ -105,7 +105,7 @@ class NativeBlock(nn.Module):
         if past is not None:
             key, value = past.update(key, value, attention.layer_idx)
         dropout = attention.attention_dropout if attention.training else 0.0
-        if natively and attention_mask is None and not dropout and _is_prompt(attention, query, key, kwargs):
+        if natively and attention_mask is None and not dropout and _attends_natively(attention, query, key, kwargs):
             key, value = key[:, :, :positions], value[:, :, :positions]  # a static cache is longer
             output = torch.ops.quad_native.attend_prompt(query, key, value, attention.scaling)
         else:
@@ -361,12 +361,16 @@ def is_stock_sdpa(config: Any) -> bool:
     return name == "sdpa" and ALL_ATTENTION_FUNCTIONS[name] is sdpa_attention_forward
 
 
-def _is_prompt(attention: nn.Module, query: torch.Tensor, key: torch.Tensor, kwargs: dict[str, Any]) -> bool:
-    """True where `sdpa`, which has no mask, would let each position of a prompt see itself and those before it."""
-    if not attends_prompts() or not 1 < query.shape[2] <= key.shape[2] or key.dtype != query.dtype:
+def _attends_natively(attention: nn.Module, query: torch.Tensor, key: torch.Tensor, kwargs: dict[str, Any]) -> bool:
+    """True if that is wanted, and transformers' `sdpa` without a mask would let each position see those up to itself.
+
+    A graph of torch.compile gets a mask from transformers, so it takes that function everywhere.
+    """
+    if torch.compiler.is_compiling() or not 1 < query.shape[2] <= key.shape[2] or not attends_prompts():
         return False
     asked = any(value is not None and value is not False for value in kwargs.values()) or "is_causal" in kwargs
-    return not asked and getattr(attention, "is_causal", True) and is_stock_sdpa(attention.config)
+    causal = getattr(attention, "is_causal", True) and is_stock_sdpa(attention.config)
+    return causal and not asked and key.dtype == query.dtype
 
 
 def _stock_module(module: nn.Module) -> str:

@@ -63,17 +63,23 @@ def exact(x: torch.Tensor, weight: QuantizedWeight) -> torch.Tensor:
     return x.long() @ wide.T
 
 
-def results_everywhere(given: dict[str, Any], threads: Sequence[int], tokens: Sequence[int]) -> Iterator[torch.Tensor]:
-    """A layer of all its input by every instruction set and number of threads; put together of batches too."""
+def everywhere(threads: Sequence[int]) -> Iterator[None]:
+    """Yields with each instruction set of the processor and each number of threads."""
     before, count = library.instruction_set(), torch.get_num_threads()
     try:
         for name in library.supported():
             library.choose_instruction_set(name)
             for number in threads:
                 torch.set_num_threads(number)
-                for size in (len(given["x"]), *tokens):
-                    parts = given["x"].split(size)
-                    yield torch.cat([quad_linear(**(given | {"x": part}), backend="native") for part in parts])
+                yield
     finally:
         torch.set_num_threads(count)
         library.choose_instruction_set(before)
+
+
+def results_everywhere(given: dict[str, Any], threads: Sequence[int], tokens: Sequence[int]) -> Iterator[torch.Tensor]:
+    """A layer of all its input by every instruction set and number of threads; put together of batches too."""
+    for _ in everywhere(threads):
+        for size in (len(given["x"]), *tokens):
+            parts = given["x"].split(size)
+            yield torch.cat([quad_linear(**(given | {"x": part}), backend="native") for part in parts])

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from quad_kernels.native import library
 
-from .native_weights import MISSING
+from .native_weights import MISSING, everywhere
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -61,17 +60,7 @@ def test_attention_gives_the_same_bits_on_every_instruction_set_and_thread_count
     generator = torch.Generator().manual_seed(0)
     query = torch.randn(2, 1, 6 * 64, generator=generator).bfloat16()
     keys, values = (torch.randn(2, 2, 900, 64, generator=generator).bfloat16() for _ in range(2))
-    before, threads = library.instruction_set(), torch.get_num_threads()
-    outputs = []
-    try:
-        for name in library.supported():
-            library.choose_instruction_set(name)
-            for count in (1, 2):
-                torch.set_num_threads(count)
-                outputs.append(torch.ops.quad_native.attend(query, keys, values, 900, None, 0.125))
-    finally:
-        library.choose_instruction_set(before)
-        torch.set_num_threads(threads)
+    outputs = [torch.ops.quad_native.attend(query, keys, values, 900, None, 0.125) for _ in everywhere((1, 2))]
     assert all(torch.equal(output, outputs[0]) for output in outputs)
 
 

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from quad_kernels.native import library
 
-from .native_weights import MISSING
+from .native_weights import MISSING, everywhere
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 SHAPES = [
@@ -66,17 +65,7 @@ def test_each_position_sees_itself_and_those_before_it(
 
 def test_a_prompt_gives_the_same_bits_on_every_instruction_set_and_thread_count() -> None:
     given = random_heads(2, 6, 2, 64, 300, torch.bfloat16)
-    before, threads = library.instruction_set(), torch.get_num_threads()
-    outputs = []
-    try:
-        for name in library.supported():
-            library.choose_instruction_set(name)
-            for count in (1, 2, 3):
-                torch.set_num_threads(count)
-                outputs.append(torch.ops.quad_native.attend_prompt(*given, 0.125))
-    finally:
-        library.choose_instruction_set(before)
-        torch.set_num_threads(threads)
+    outputs = [torch.ops.quad_native.attend_prompt(*given, 0.125) for _ in everywhere((1, 2, 3))]
     assert all(torch.equal(output, outputs[0]) for output in outputs)
 
 

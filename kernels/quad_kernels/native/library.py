@@ -21,10 +21,9 @@ logger = logging.getLogger(__name__)
 ENVIRONMENT_VARIABLE = "QUAD_KERNELS_ISA"
 INSTRUCTION_SETS = ("amx", "avx512vnni", "avxvnni", "avx2")
 LIBRARY_VARIABLE = "QUAD_KERNELS_LIBRARY"
+PROMPTS_VARIABLE = "QUAD_KERNELS_PROMPTS"
 _INTERFACE = 7  # of the operators; an editable installation may hold an older library
 _BUILT = Path(__file__).with_name("_kernels.so")
-PROMPTS_VARIABLE = "QUAD_KERNELS_PROMPTS"
-_attends_prompts = os.environ.get(PROMPTS_VARIABLE, "") == "native"
 
 
 class NativeLibraryError(RuntimeError):
@@ -129,20 +128,12 @@ def choose_instruction_set(name: str) -> None:
 
 
 def attends_prompts() -> bool:
-    """Returns whether prompts use `torch.ops.quad_native.attend_prompt`: where the environment variable
-    QUAD_KERNELS_PROMPTS is "native", or `choose_prompt_attention` said so. A graph may hold the answer.
+    """Whether prompts use `torch.ops.quad_native.attend_prompt`: with QUAD_KERNELS_PROMPTS=1.
+
+    Off by default: PyTorch's attention is what a model uses module by module, with adapters and in graphs, and the last
+    bits of the two differ.
     """
-    return _attends_prompts
-
-
-def choose_prompt_attention(native: bool) -> None:
-    """Makes prompts use the native attention, or PyTorch's, from the next call on.
-
-    With PyTorch's a model computes the same bits block by block and module by module, with adapters, in graphs and
-    natively; with the native one a prompt is faster on processors without AVX-512, and the last bits differ.
-    """
-    global _attends_prompts
-    _attends_prompts = native
+    return os.environ.get(PROMPTS_VARIABLE) == "1"
 
 
 def _choose(library: ctypes.CDLL, name: str) -> None:

@@ -1,6 +1,7 @@
 """Compresses a real model and prints what that cost and gained: perplexity, speed, size, time, memory, a sentence."""
 
 import logging
+import re
 import shutil
 import time
 from pathlib import Path
@@ -10,6 +11,7 @@ import torch
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 import quad_modifiers
+from quad_modifiers.before_compression import PARTIAL
 from quad_modifiers.checkpoint.whole_model import load_reference, load_whole_model
 from quad_modifiers.data import held_out_name, held_out_prose, token_windows
 from quad_modifiers.output_folder import move_entries
@@ -22,6 +24,8 @@ from quad_modifiers.tools.evaluation import Perplexity, perplexity
 logger = logging.getLogger(__name__)
 
 _DEFAULT_FOLDERS = {"smollm2": "outputs/SmolLM2-135M", "qwen": "outputs/Qwen2.5-Coder-0.5B"}
+# What a run that was killed leaves: a checkpoint not put in place yet, what is kept for --resume, half a checkpoint.
+_UNFINISHED = re.compile(rf"\.new({re.escape(PARTIAL)})?|\.\.new\.[0-9a-f]{{8}}")
 _PROMPT = "Why is the sky blue? Answer in one sentence."
 _NEW_TOKENS = 40
 
@@ -79,7 +83,7 @@ def compress(original: Path, recipe: str, output: Path, *, force: bool) -> Compr
     # A new checkpoint replaces the old one only when it is complete; the folder itself may be a mount point or a link.
     fresh = output / ".new"
     entries = list(output.iterdir()) if output.exists() else []
-    unfinished = [entry for entry in entries if entry.name.startswith((fresh.name, f".{fresh.name}."))]
+    unfinished = [entry for entry in entries if _UNFINISHED.fullmatch(entry.name)]
     if len(entries) > len(unfinished):
         if not (output / "config.json").is_file():
             raise FileExistsError(f"{output} is not empty and holds no checkpoint; choose another --output")

@@ -100,9 +100,9 @@ def test_a_demonstration_that_was_killed_starts_again(toy_checkpoint, compressed
     original, output = toy_checkpoint("llama"), tmp_path / "out"
     if with_older:
         demo.compress(original, "a", output, force=False)
-    for left in (".new.partial", "..new.incomplete-1"):  # what is kept of a run, and half a checkpoint
+    for left in (".new", ".new.partial", "..new.0123abcd"):
         (output / left).mkdir(parents=True)
-        (output / left / "run.json").write_text("{}")
+        (output / left / "run.json").touch()
     with caplog.at_level("INFO", logger="quad_modifiers"):
         demo.compress(original, "b", output, force=True)
     assert compressed[-1] == "b"
@@ -110,8 +110,9 @@ def test_a_demonstration_that_was_killed_starts_again(toy_checkpoint, compressed
     assert "cut off" in caplog.text
 
 
-def test_a_folder_that_is_no_checkpoint_is_never_replaced(toy_checkpoint, compressed, tmp_path):
-    (tmp_path / "mine.txt").touch()
+@pytest.mark.parametrize("name", ["mine.txt", ".news", ".new.txt", "..new.mine"])
+def test_a_folder_that_is_no_checkpoint_is_never_replaced(toy_checkpoint, compressed, tmp_path, name):
+    (tmp_path / name).touch()
     with pytest.raises(FileExistsError, match="holds no checkpoint"):
         demo.compress(toy_checkpoint("llama"), "a", tmp_path, force=True)
     assert not compressed

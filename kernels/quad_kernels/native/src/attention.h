@@ -68,14 +68,19 @@ void scores(const AttentionCall& call, int64_t sequence, int64_t cached, int64_t
     }
 }
 
-// Turns the scores of a head into weights: e^(score - greatest); `count` is a multiple of 16. Returns their sum.
-float weigh(float* score, int64_t count, float* greatest) {
-    Vector16 top = Vector16::all(-INFINITY), sum = Vector16::zero();
+// The greatest of `count` scores, a multiple of 16, and `least`; NaN is passed over.
+float greatest_of(const float* score, int64_t count, float least) {
+    Vector16 top = Vector16::all(least);
     for (int64_t i = 0; i < count; i += kChannels) top = top.or_greater(Vector16::load(score + i));
-    const float most = *greatest = top.greatest();
+    return top.greatest();
+}
+
+// Turns `count` scores, a multiple of 16, into weights: e^(score - greatest), 0 where nobody looks. Returns their sum.
+float weigh(float* score, int64_t count, float greatest) {
+    Vector16 sum = Vector16::zero();
     for (int64_t i = 0; i < count; i += kChannels) {
         Vector16 own = Vector16::load(score + i);
-        Vector16 weight = exponential(own - Vector16::all(most)).zero_where(own, -INFINITY);
+        Vector16 weight = exponential(own - Vector16::all(greatest)).zero_where(own, -INFINITY);
         weight.store(score + i);
         sum = sum + weight;
     }
@@ -113,8 +118,11 @@ void attend_part(const AttentionCall& call, int64_t unit) {
     PartResult result = PartResult::at(call.results + unit * call.unit_size(), call.shared);
     float* score = attention_memory().score.at_least(call.shared * kPart);
     scores(call, sequence, cached, begin, end, score);
-    for (int64_t h = 0; h < call.shared; ++h)
-        result.sum[h] = weigh(score + h * kPart, round_up(end - begin, kChannels), result.greatest + h);
+    const int64_t count = round_up(end - begin, kChannels);
+    for (int64_t h = 0; h < call.shared; ++h) {
+        result.greatest[h] = greatest_of(score + h * kPart, count, -INFINITY);
+        result.sum[h] = weigh(score + h * kPart, count, result.greatest[h]);
+    }
     std::memset(result.output, 0, call.shared * call.padded * sizeof(float));
     add_values(call, sequence, cached, begin, end, score, result.output);
 }

@@ -1,16 +1,11 @@
 #include "product_avx2.h"
 // The product comes first: what follows is written for it.
-#include "decode.h"
-#include "head.h"
-#include "prompt.h"
-#include "rounding.h"
+#include "table.h"
 
 namespace quad {
 
 const Kernels* avx2_kernels() {
-    static const Kernels kernels{"avx2",  linear, quantize,      hadamard_rows, head,          norm,           rotate,
-                                 gated,   add,    attend,        attend_prompt, decode,        round_columns,
-                                 descend_columns, rounding_errors};
+    static const Kernels kernels = table("avx2");
     return &kernels;
 }
 

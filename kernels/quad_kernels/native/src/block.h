@@ -225,7 +225,6 @@ struct BlockMemory {
     }
 };
 
-
 // Columns in memory, a multiple of 32, and those that are not all padding: the zeros behind them would change no sum.
 struct Width {
     int64_t all;

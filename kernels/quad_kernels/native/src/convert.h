@@ -147,7 +147,8 @@ struct Vector16 {
     // Zeros where `o` is `value`, also where this is NaN there.
     Vector16 zero_where(Vector16 o, float value) const {
         __m256 all = _mm256_set1_ps(value);
-        return {_mm256_and_ps(a, _mm256_cmp_ps(o.a, all, _CMP_NEQ_UQ)), _mm256_and_ps(b, _mm256_cmp_ps(o.b, all, _CMP_NEQ_UQ))};
+        return {_mm256_and_ps(a, _mm256_cmp_ps(o.a, all, _CMP_NEQ_UQ)),
+                _mm256_and_ps(b, _mm256_cmp_ps(o.b, all, _CMP_NEQ_UQ))};
     }
     // Between two numbers; NaN stays what it is.
     Vector16 clamped(float low, float high) const {

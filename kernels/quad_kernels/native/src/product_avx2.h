@@ -49,7 +49,7 @@ struct Product {
         __m256i narrow = _mm256_setzero_si256();
         void add(__m256i weights, __m256i inputs) {
             narrow = _mm256_add_epi16(narrow, _mm256_maddubs_epi16(weights, inputs));
-            asm("" : "+x"(narrow));  // one sum after the other: a compiler that adds products first runs out of registers
+            asm("" : "+x"(narrow));  // in this order: a compiler that adds products first runs out of registers
         }
         __m256i take() { return times(_mm256_set1_epi16(1)); }
         // Begins at twice `half`, one in each 16 bits. Behind a part of up to 32 inputs, less than 2^15 are left in
@@ -67,7 +67,7 @@ struct Product {
     };
 
     // How many products of four inputs are added up before their sum is widened, and what the sum begins at.
-    struct Run {
+    struct Narrow {
         int64_t steps;
         int16_t start;  // in each 16 bits
     };
@@ -75,7 +75,7 @@ struct Product {
     // Inputs are from -largest to largest - 1, and meet integers up to 15, or 24. What two products add lies between
     // -most largest and most (largest - 1); beginning in the middle, the sums use 16 bits to their ends.
     template <Form F>
-    static Run run_of(int32_t largest) {
+    static Narrow narrow_of(int32_t largest) {
 #ifdef __AVXVNNI__
         (void)largest;
         return {int64_t(1) << 40, 0};
@@ -119,13 +119,13 @@ struct Product {
                        const Ahead& ahead, int32_t* total) {
         constexpr bool Wide = F == Form::bytes;
         constexpr int kPer = Wide ? 16 : 8;
-        const Run run = run_of<F>(largest);
-        const int64_t lines_at_once = Wide ? run.steps : run.steps / 2;
+        const Narrow narrow = narrow_of<F>(largest);
+        const int64_t lines_at_once = Wide ? narrow.steps : narrow.steps / 2;
         for (int64_t start = begin; start < end; start += lines_at_once) {
             int64_t stop = smaller(end, start + lines_at_once);
             Sum low[T][2], high[T][2];
-            begin_at<T>(low, run.start);
-            if constexpr (Wide) begin_at<T>(high, run.start);
+            begin_at<T>(low, narrow.start);
+            if constexpr (Wide) begin_at<T>(high, narrow.start);
             for (int64_t l = start; l < stop;) {
                 const int8_t* x = a + l / kPer * chunk + l % kPer * (64 / kPer);
                 for (int64_t last = smaller(stop, (l / kPer + 1) * kPer); l < last; ++l, x += 64 / kPer) {
@@ -135,8 +135,8 @@ struct Product {
             }
             for (int t = 0; t < T; ++t)
                 for (int h = 0; h < 2; ++h) {
-                    accumulate(total + 16 * t + 8 * h, low[t][h].take(), run.start, 0, start == begin);
-                    if constexpr (Wide) accumulate(total + 16 * t + 8 * h, high[t][h].take(), run.start, 4, false);
+                    accumulate(total + 16 * t + 8 * h, low[t][h].take(), narrow.start, 0, start == begin);
+                    if constexpr (Wide) accumulate(total + 16 * t + 8 * h, high[t][h].take(), narrow.start, 4, false);
                 }
         }
     }
@@ -159,7 +159,8 @@ struct Product {
     }
 
     template <int T>
-    __attribute__((always_inline)) static void add_times(Sum (*sum)[2], const int8_t* sub_scales, bool first, int32_t* total) {
+    __attribute__((always_inline)) static void add_times(Sum (*sum)[2], const int8_t* sub_scales, bool first,
+                                                         int32_t* total) {
         for (int h = 0; h < 2; ++h) {
             __m256i factors = Sum::factors(sub_scales + 8 * h);
             for (int t = 0; t < T; ++t) accumulate(total + 16 * t + 8 * h, sum[t][h].times(factors), 0, 0, first);
@@ -198,8 +199,8 @@ struct Product {
         }
     }
 
-    // Likewise of some rows, which are inputs from `k` to `end`. Four at a time: where a core is shared, the number of
-    // instructions decides, and those of a loop are a quarter of those of a row.
+    // Likewise of some rows, which are inputs from `k` to `end`. Four at a time: with a loop for each, a fifth of the
+    // instructions would be the loop's.
     template <int T>
     __attribute__((always_inline)) static void add_rows(const uint8_t* rows, int64_t k, int64_t end, const int8_t* a,
                                                         int64_t chunk, Sum (*sum)[2]) {
@@ -216,15 +217,15 @@ struct Product {
     template <int T, Form F>
     static void plane(const uint8_t* panel, int64_t rows, const int8_t* a, int64_t chunk, int64_t first, int32_t largest,
                       int shift, bool add, int32_t* total) {
-        const Run run = run_of<F>(largest);
-        for (int64_t start = 0; start < rows; start += run.steps) {
-            int64_t stop = smaller(rows, start + run.steps);
+        const Narrow narrow = narrow_of<F>(largest);
+        for (int64_t start = 0; start < rows; start += narrow.steps) {
+            int64_t stop = smaller(rows, start + narrow.steps);
             Sum sum[T][2];
-            begin_at<T>(sum, run.start);
+            begin_at<T>(sum, narrow.start);
             add_rows<T>(panel + start * kLine, first + 4 * start, first + 4 * stop, a, chunk, sum);
             for (int t = 0; t < T; ++t)
                 for (int h = 0; h < 2; ++h)
-                    accumulate(total + 16 * t + 8 * h, sum[t][h].take(), run.start, shift, !add && start == 0);
+                    accumulate(total + 16 * t + 8 * h, sum[t][h].take(), narrow.start, shift, !add && start == 0);
         }
     }
 

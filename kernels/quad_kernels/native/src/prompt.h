@@ -1,6 +1,6 @@
-// The attention of a prompt over itself: each position sees itself and those before it. Keys are taken 64 at a time; a row
-// keeps the greatest score so far, the sum of its weights and the weighted values, and is scaled anew when a greater one
-// comes (online softmax). Everything is float32 between the inputs and the rounded output. A row's numbers depend on
+// The attention of a prompt over itself: each position sees itself and those before it. Keys are taken 64 at a time; a
+// row keeps the greatest score so far, the sum of its weights and the weighted values, and is scaled anew when a greater
+// one comes (online softmax). Everything is float32 between the inputs and the rounded output. A row's numbers depend on
 // nothing but its query and the keys in order: not on batch, threads or instruction set.
 #pragma once
 
@@ -29,8 +29,8 @@ PromptMemory& prompt_memory() {
 
 struct PromptCall {
     const Prompt& p;
-    int64_t shared;  // heads that share a cached one
-    int64_t padded;  // head_dim, filled up to whole vectors
+    int64_t shared;     // heads that share a cached one
+    int64_t padded;     // head_dim, filled up to whole vectors
     int64_t stretches;  // of queries
 };
 
@@ -50,7 +50,7 @@ struct PromptKeys {
     int64_t begin;
 };
 
-// score[t][k] = query[t] . key[k] for T rows and all keys of `panels`, [keys / 16][head_dim][16].
+// score[t][k] = query[t] . key[k] for T rows and the 64 keys of `panels`.
 template <int T>
 void score_rows(const float* query, const float* panels, int64_t head_dim, int64_t padded, float* score) {
     for (int64_t k = 0; k < kKeys; k += kChannels, panels += head_dim * kChannels) {
@@ -68,20 +68,10 @@ void score_rows(const float* query, const float* panels, int64_t head_dim, int64
 // Returns by what the row has to be multiplied that was gathered before.
 float weigh_row(float* score, int64_t seen, float* greatest, float* sum) {
     for (int64_t k = seen; k < kKeys; ++k) score[k] = -INFINITY;
-    Vector16 part[kKeys / kChannels], top = Vector16::all(*greatest), total = Vector16::zero();
-    for (int64_t i = 0; i < kKeys / kChannels; ++i) {
-        part[i] = Vector16::load(score + i * kChannels);
-        top = top.or_greater(part[i]);
-    }
-    const float most = top.greatest();
-    for (int64_t i = 0; i < kKeys / kChannels; ++i) {
-        Vector16 weight = exponential(part[i] - Vector16::all(most)).zero_where(part[i], -INFINITY);
-        weight.store(score + i * kChannels);
-        total = total + weight;
-    }
-    const float factor = *greatest == most ? 1.0f : exponential(*greatest - most);
-    *greatest = most;
-    *sum = *sum * factor + total.total();
+    const float before = *greatest;
+    *greatest = greatest_of(score, kKeys, before);
+    const float factor = before == *greatest ? 1.0f : exponential(before - *greatest);
+    *sum = *sum * factor + weigh(score, kKeys, *greatest);
     return factor;
 }
 
