@@ -3,7 +3,7 @@
 transformers spends most of a decode step of a small model on Python, and much of a long prompt on passes over memory
 between the linears. A block of a checkpoint therefore gets a class of its own, a child of its stock one: norm, q, k, v
 and rotary embedding are one call, everything behind the attention another. Cache and attention stay transformers', so
-every cache and every attention implementation works; if asked for, a prompt attends to itself natively, too.
+every cache and every attention implementation works; one of these is native (`native_attention.py`).
 
 It runs so where nothing can see the difference: without gradients, hooks, adapters, terms or offloading inside the
 block, and in graphs of torch.compile too. Everywhere else the stock forward runs. Norms and activations get native
@@ -19,13 +19,12 @@ import sys
 import weakref
 from collections.abc import Callable, Iterator
 from types import ModuleType
-from typing import Any
+from typing import Any, cast
 
 import torch
 from quad_kernels import QuantizedWeight, RMSNorm, block, choose_backend
 from quad_kernels.native import block as native
 from quad_kernels.native.block import BlockLinear
-from quad_kernels.native.library import attends_prompts
 from torch import nn
 from torch.nn.modules import module as torch_module
 
@@ -33,6 +32,7 @@ from quad_modifiers.nn import head_product
 from quad_modifiers.nn.cache_argument import cache_argument
 from quad_modifiers.nn.class_change import become
 from quad_modifiers.nn.head_product import runs_natively
+from quad_modifiers.nn.native_attention import install_native_attention, register, remove_native_attention
 from quad_modifiers.nn.packed_linear import PackedLinear
 from quad_modifiers.nn.quad_linear import QuadLinear
 from quad_modifiers.nn.transformed_norm import TransformedNorm, norm_class, transformed_class
@@ -80,7 +80,6 @@ class NativeBlock(nn.Module):
         past = cache if past_key_values is None else past_key_values
         groups = native_groups(self, hidden_states)
         kernels: ModuleType = native
-        natively = groups is not None
         if groups is None:
             groups, kernels = launched_groups(self, hidden_states), block
         if groups is None or position_embeddings is None:
@@ -104,25 +103,20 @@ class NativeBlock(nn.Module):
         query, key, value = (s.view(batch, positions, -1, attention.head_dim).transpose(1, 2) for s in states)
         if past is not None:
             key, value = past.update(key, value, attention.layer_idx)
-        dropout = attention.attention_dropout if attention.training else 0.0
-        if natively and attention_mask is None and not dropout and _attends_natively(attention, query, key, kwargs):
-            key, value = key[:, :, :positions], value[:, :, :positions]  # a static cache is longer
-            output = torch.ops.quad_native.attend_prompt(query, key, value, attention.scaling)
-        else:
-            if hasattr(attention, "sliding_window"):
-                kwargs["sliding_window"] = attention.sliding_window
-            output, _ = attention_function(attention)(
-                attention,
-                query,
-                key,
-                value,
-                attention_mask,
-                dropout=dropout,
-                scaling=attention.scaling,
-                position_ids=position_ids,
-                use_cache=use_cache,
-                **kwargs,
-            )
+        if hasattr(attention, "sliding_window"):
+            kwargs["sliding_window"] = attention.sliding_window
+        output, _ = attention_function(attention)(
+            attention,
+            query,
+            key,
+            value,
+            attention_mask,
+            dropout=attention.attention_dropout if attention.training else 0.0,
+            scaling=attention.scaling,
+            position_ids=position_ids,
+            use_cache=use_cache,
+            **kwargs,
+        )
         output = output.reshape(batch, positions, -1)
         return kernels.block_out(
             output, hidden_states, _norm(modules["post_attention_layernorm"]), o_proj, gate_up, down
@@ -177,6 +171,9 @@ def install_native_blocks(layers: list[nn.Module], head: nn.Module, final_norm: 
         become(layer, type(layer) if isinstance(layer, NativeBlock) else _native_class(NativeBlock, type(layer)))
     if not natively:
         return
+    for layer in known:
+        if calls_attention_function(attention := cast("nn.Module", layer.self_attn)):
+            install_native_attention(attention)
     for module in (*(module for layer in known for module in layer.modules()), final_norm, head):
         name = type(module).__name__
         if isinstance(module, NativeNorm | NativeSiLU | NativeHead):
@@ -193,7 +190,8 @@ def install_native_blocks(layers: list[nn.Module], head: nn.Module, final_norm: 
 
 
 def remove_native_blocks(model: nn.Module) -> None:
-    """Gives every module its stock class back."""
+    """Gives every module its stock class back, and PyTorch's attention."""
+    remove_native_attention(model)
     for module in model.modules():
         if type(module) is NativeHead:
             become(module, nn.Linear)
@@ -230,6 +228,7 @@ def _native_class(kind: type[nn.Module], stock: type[nn.Module]) -> type[nn.Modu
         members = {"__doc__": f"{stock.__name__} on native kernels.", "__module__": __name__}
         if kind is NativeBlock:
             members["cache_argument"] = cache_argument(stock.forward)
+            register()  # what a pickled configuration may name
         found = globals()[name] = type(name, (kind, stock), members)
     return found
 
@@ -350,27 +349,6 @@ def attention_function(attention: nn.Module) -> Any:
 
     eager = sys.modules[_stock_module(attention)].__dict__[_EAGER]
     return ALL_ATTENTION_FUNCTIONS.get_interface(attention.config._attn_implementation, eager)
-
-
-def is_stock_sdpa(config: Any) -> bool:
-    """Returns whether layers with this configuration call transformers' own attention function `sdpa`."""
-    from transformers.integrations.sdpa_attention import sdpa_attention_forward
-    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
-
-    name = config._attn_implementation
-    return name == "sdpa" and ALL_ATTENTION_FUNCTIONS[name] is sdpa_attention_forward
-
-
-def _attends_natively(attention: nn.Module, query: torch.Tensor, key: torch.Tensor, kwargs: dict[str, Any]) -> bool:
-    """True if that is wanted, and transformers' `sdpa` without a mask would let each position see those up to itself.
-
-    A graph of torch.compile gets a mask from transformers, so it takes that function everywhere.
-    """
-    if torch.compiler.is_compiling() or not 1 < query.shape[2] <= key.shape[2] or not attends_prompts():
-        return False
-    asked = any(value is not None and value is not False for value in kwargs.values()) or "is_causal" in kwargs
-    causal = getattr(attention, "is_causal", True) and is_stock_sdpa(attention.config)
-    return causal and not asked and key.dtype == query.dtype
 
 
 def _stock_module(module: nn.Module) -> str:

@@ -24,7 +24,8 @@ from torch.nn.modules import module as torch_module
 
 from quad_modifiers.nn.cache_argument import cache_argument, output_field
 from quad_modifiers.nn.cache_room import CacheShape, fitting_layers, room_for
-from quad_modifiers.nn.native_block import NativeBlock, has_listeners, is_stock_sdpa, native_groups
+from quad_modifiers.nn.native_attention import is_stock_sdpa
+from quad_modifiers.nn.native_block import NativeBlock, has_listeners, native_groups
 from quad_modifiers.nn.packed_linear import PackedLinear
 from quad_modifiers.nn.quad_linear import QuadLinear
 

@@ -117,7 +117,7 @@ def test_a_block_gives_the_hidden_states_of_the_stock_one(folder: Any, dtype: to
                 arguments = {"position_embeddings": angles, "use_cache": True}
                 with Recorder() as recorder:
                     own = block(x, past_key_values=copy.deepcopy(past), **arguments)
-                assert recorder.names == ["block_in", "block_out"]
+                assert [name for name in recorder.names if name != "attend_prompt"] == ["block_in", "block_out"]
                 hook = block.mlp.register_forward_hook(lambda module, args, output: None)
                 with Recorder() as recorder:
                     wanted = block(x, past_key_values=copy.deepcopy(past), **arguments)
@@ -142,40 +142,93 @@ def test_decoding_and_prompts_take_it_and_training_does_not(compressed) -> None:
     assert "block_in" not in recorder.names
 
 
-@pytest.mark.parametrize(
-    "how", ["plain", "static cache", "mask", "behind a cache", "eager", "own attention", "not causal"]
-)
-def test_the_attention_of_a_prompt_is_native_where_it_sees_itself_alone(compressed, monkeypatch, how: str) -> None:
+NATIVELY = ["plain", "static cache", "mask", "behind a cache", "modules", "no cache"]
+NOT_NATIVELY = ["float mask", "own attention", "dropout", "eager", "sdpa", "not causal", "gradients"]
+
+
+@pytest.mark.parametrize("how", NATIVELY + NOT_NATIVELY)
+def test_the_attention_of_a_prompt_is_native_in_inference(compressed, monkeypatch, how: str) -> None:
     monkeypatch.setenv("QUAD_KERNELS_PROMPTS", "1")
     model = AutoModelForCausalLM.from_pretrained(compressed.folder)
+    monkeypatch.setenv("QUAD_KERNELS_PROMPTS", "0")
+    other = AutoModelForCausalLM.from_pretrained(compressed.folder)
+    assert (model.config._attn_implementation, other.config._attn_implementation) == ("quad_sdpa", "sdpa")
     prompt = torch.tensor([PROMPTS[0] * 3])
-    arguments: dict[str, Any] = {"use_cache": False}
-    if how == "static cache":
-        arguments = {"past_key_values": StaticCache(model.config, prompt.shape[1] + 5), "use_cache": True}
-    elif how == "mask":
-        arguments["attention_mask"] = torch.ones_like(prompt)
-        arguments["attention_mask"][0, 0] = 0
-    elif how == "behind a cache":
-        with torch.no_grad():
-            arguments = {"past_key_values": model(prompt[:, :4]).past_key_values, "use_cache": True}
-    elif how == "eager":
-        model.set_attn_implementation("eager")
-    elif how == "own attention":
-        monkeypatch.setitem(ALL_ATTENTION_FUNCTIONS, "sdpa", loud_attention)
-    elif how == "not causal":
-        for block in blocks(model):
-            block.self_attn.is_causal = False
-    with torch.no_grad(), Recorder() as recorder:
-        logits = model(prompt, **arguments).logits
-    assert recorder.names.count("block_out") == 2
-    assert recorder.names.count("attend_prompt") == (2 if how in ("plain", "static cache") else 0)
-    if how == "plain":
-        monkeypatch.delenv("QUAD_KERNELS_PROMPTS")
-        with torch.no_grad(), Recorder() as recorder:
-            wanted = model(prompt, **arguments).logits
-        assert "attend_prompt" not in recorder.names
-        assert logits.dtype == torch.float32
-        assert float((logits - wanted).norm() / wanted.norm()) < 1e-5
+
+    def logits(model: PreTrainedModel) -> torch.Tensor:
+        arguments: dict[str, Any] = {"use_cache": how != "no cache"}
+        if how == "static cache":
+            arguments["past_key_values"] = StaticCache(model.config, prompt.shape[1] + 5)
+        elif how == "mask":
+            arguments["attention_mask"] = torch.ones_like(prompt)
+            arguments["attention_mask"][0, 0] = 0
+        elif how == "float mask":
+            mask = torch.ones(18, 18).triu(1) * torch.finfo(torch.float32).min
+            arguments["attention_mask"] = mask[None, None]
+        elif how == "behind a cache":
+            with torch.no_grad():
+                arguments["past_key_values"] = model(prompt[:, :4]).past_key_values
+        elif how == "modules":
+            stock(model)
+        elif how in ("eager", "sdpa"):
+            model.set_attn_implementation(how)
+        elif how == "own attention":
+            monkeypatch.setitem(ALL_ATTENTION_FUNCTIONS, "sdpa", loud_attention)
+        elif how == "not causal":
+            for block in blocks(model):
+                block.self_attn.is_causal = False
+        elif how == "dropout":
+            for block in blocks(model):
+                block.self_attn.attention_dropout = 1e-9
+            model.train()
+        with torch.set_grad_enabled(how == "gradients"):
+            return model(prompt, **arguments).logits.detach()
+
+    with Recorder() as recorder:
+        own = logits(model)
+    natively = how in NATIVELY
+    assert recorder.names.count("attend_prompt") == (0 if not natively else 4 if how == "behind a cache" else 2)
+    with Recorder() as recorder:
+        wanted = logits(other)
+    assert "attend_prompt" not in recorder.names
+    assert float((own - wanted).norm() / wanted.norm()) < 1e-5
+    if not natively:
+        assert torch.equal(own, wanted)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_prompts_have_the_same_bits_with_a_mask_and_without_one(compressed, monkeypatch, dtype: torch.dtype) -> None:
+    monkeypatch.setenv("QUAD_KERNELS_PROMPTS", "1")
+    model = AutoModelForCausalLM.from_pretrained(compressed.folder, dtype=dtype)
+    prompt = torch.randint(3, 300, (2, 70), generator=torch.Generator().manual_seed(0))
+    padded = torch.cat([torch.zeros(1, 9, dtype=torch.long), prompt[:1, :61]], dim=1)
+    mask = torch.ones(2, 70, dtype=torch.long)
+    mask[1, :9] = 0
+    with torch.no_grad():
+        wanted = model(prompt).logits
+        both = model(torch.cat([prompt[:1], padded]), attention_mask=mask).logits
+        assert torch.equal(both[0], wanted[0])
+        if dtype == torch.float32:  # in bfloat16 parts of a block and of a graph round more often than a whole block
+            compiled = torch.compile(model.forward, backend="eager", fullgraph=True)
+            assert torch.equal(compiled(prompt).logits, wanted)
+            assert torch.equal(stock(model)(prompt).logits, wanted)
+
+
+def test_a_model_that_was_dequantized_or_copied_finds_its_attention(compressed, monkeypatch, tmp_path) -> None:
+    monkeypatch.setenv("QUAD_KERNELS_PROMPTS", "1")
+    model = AutoModelForCausalLM.from_pretrained(compressed.folder)
+    assert copy.deepcopy(model).config._attn_implementation == "quad_sdpa"
+    model.save_pretrained(tmp_path)
+    assert "quad_sdpa" not in (tmp_path / "config.json").read_text()
+    (tmp_path / "model.pickle").write_bytes(pickle.dumps(model))
+    code = (
+        "import pickle, sys, torch; model = pickle.load(open(sys.argv[1], 'rb'));"
+        "print(model(torch.tensor([[5, 6, 7]])).logits.shape[1], model.config._attn_implementation)"
+    )
+    command = [sys.executable, "-W", "ignore", "-c", code, tmp_path / "model.pickle"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.stdout.split() == ["3", "quad_sdpa"], done.stderr
+    assert model.dequantize().config._attn_implementation == "sdpa"
 
 
 def test_generation_is_that_of_stock_blocks(compressed) -> None:

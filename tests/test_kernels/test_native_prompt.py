@@ -1,6 +1,8 @@
-"""The attention of a prompt over itself, with every instruction set."""
+"""The attention of the positions of a prompt, over itself and behind masks, with every instruction set."""
 
 from __future__ import annotations
+
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -8,6 +10,7 @@ import torch
 from .native_weights import MISSING, everywhere
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+Masks = Callable[[int, int, int], torch.Tensor]
 SHAPES = [
     (1, 9, 3, 64, 100),  # batch, heads, cached heads, head_dim, positions
     (2, 14, 2, 64, 2),
@@ -32,13 +35,39 @@ def random_heads(
     return query, keys[:, :, :positions], values
 
 
-def reference(query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, scale: float) -> torch.Tensor:
-    """`[batch, positions, heads * head_dim]`, float64."""
+def reference(
+    query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, scale: float, mask: torch.Tensor | None = None
+) -> torch.Tensor:
+    """`[batch, positions, heads * head_dim]`, float64; zeros where a mask shows nothing."""
     shared = query.shape[1] // keys.shape[1]
     keys, values = (x.double().repeat_interleave(shared, 1) for x in (keys, values))
     scores = query.double() @ keys.transpose(-1, -2) * scale
-    later = torch.ones(scores.shape[-2:], dtype=torch.bool).triu(1)
-    return (scores.masked_fill(later, -torch.inf).softmax(-1) @ values).transpose(1, 2).flatten(2)
+    seen = torch.ones(scores.shape[-2:], dtype=torch.bool).tril() if mask is None else mask
+    weights = scores.masked_fill(~seen, -torch.inf).softmax(-1).nan_to_num()
+    return (weights @ values).transpose(1, 2).flatten(2)
+
+
+def padded_left(batch: int, positions: int, keys: int) -> torch.Tensor:
+    """What transformers makes of sequences of different lengths behind a cache, `[batch, 1, positions, keys]`."""
+    seen = torch.ones(positions, keys, dtype=torch.bool).tril(keys - positions).repeat(batch, 1, 1, 1)
+    for i in range(batch):
+        seen[i, :, :, : i * keys // (batch + 1)] = False
+    return seen
+
+
+def windowed(batch: int, positions: int, keys: int) -> torch.Tensor:
+    """A window of 20 positions, for all sequences."""
+    return padded_left(1, positions, keys).triu(keys - positions - 19)
+
+
+def scattered(batch: int, positions: int, keys: int) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(keys)
+    return torch.rand(batch, 1, positions, keys, generator=generator) < 0.6
+
+
+def of_static_cache(batch: int, positions: int, keys: int) -> torch.Tensor:
+    """Room behind the prompt, and every key in between; its rows are not dense in memory."""
+    return torch.ones(positions, keys, dtype=torch.bool).tril(keys // 4).T.contiguous().T.expand(batch, 1, -1, -1)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -63,10 +92,64 @@ def test_each_position_sees_itself_and_those_before_it(
         assert torch.equal(first, output[:, :count])
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("mask_of", [padded_left, windowed, scattered, of_static_cache])
+@pytest.mark.parametrize("more", [0, 1, 90])
+def test_a_mask_says_what_is_seen(instruction_set: str, dtype: torch.dtype, mask_of: Masks, more: int) -> None:
+    query, _, _ = random_heads(3, 6, 2, 40, 101, dtype)
+    _, keys, values = random_heads(3, 2, 2, 40, 101 + more, dtype)
+    mask = mask_of(3, 101, 101 + more)
+    output = torch.ops.quad_native.attend_prompt(query, keys, values, 0.3, mask)
+    wanted = reference(query, keys, values, 0.3, mask)
+    error = (output.double() - wanted).abs().max() / wanted.abs().max()
+    assert error < (2e-6 if dtype == torch.float32 else torch.finfo(dtype).eps)
+    # Neither what nobody sees nor how much of it there is plays a part, and no sequence minds the others.
+    for i in range(3):
+        own = mask[i : i + 1] if len(mask) == 3 else mask
+        hidden = ~own.any(2)[:, 0]
+        parts = query[i : i + 1], *(x[i : i + 1].clone() for x in (keys, values))
+        for x in parts[1:]:
+            x.transpose(1, 2)[hidden] = torch.nan
+        assert torch.equal(torch.ops.quad_native.attend_prompt(*parts, 0.3, own), output[i : i + 1])
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_a_mask_of_what_goes_without_one_gives_the_same_bits(
+    instruction_set: str, dtype: torch.dtype, shape: tuple[int, ...]
+) -> None:
+    given = random_heads(*shape, dtype)
+    wanted = torch.ops.quad_native.attend_prompt(*given, 0.3)
+    positions = shape[4]
+    mask = torch.ones(1, 1, positions, positions, dtype=torch.bool).tril()
+    assert torch.equal(torch.ops.quad_native.attend_prompt(*given, 0.3, mask), wanted)
+    room = torch.nn.functional.pad(mask, (0, 70))
+    query, keys, values = given
+    wider = [torch.nn.functional.pad(x, (0, 0, 0, 70), value=torch.nan) for x in (keys, values)]
+    assert torch.equal(torch.ops.quad_native.attend_prompt(query, *wider, 0.3, room), wanted)
+
+
+def test_what_is_no_number_is_not_seen_through_a_mask(instruction_set: str) -> None:
+    query, keys, values = (x.contiguous() for x in random_heads(1, 4, 2, 32, 200))
+    mask = scattered(1, 200, 200)
+    mask[..., 0] = True
+    clean = torch.ops.quad_native.attend_prompt(query, keys, values, 0.2, mask)
+    for key in (5, 130):
+        for part in (keys, values):
+            kept = part[0, 1, key].clone()
+            part[0, 1, key] = torch.nan
+            output = torch.ops.quad_native.attend_prompt(query, keys, values, 0.2, mask)
+            seers = mask[0, 0, :, key]
+            assert torch.equal(output[:, ~seers], clean[:, ~seers])
+            assert output[:, seers, 64:].isnan().all()
+            part[0, 1, key] = kept
+
+
 def test_a_prompt_gives_the_same_bits_on_every_instruction_set_and_thread_count() -> None:
     given = random_heads(2, 6, 2, 64, 300, torch.bfloat16)
-    outputs = [torch.ops.quad_native.attend_prompt(*given, 0.125) for _ in everywhere((1, 2, 3))]
-    assert all(torch.equal(output, outputs[0]) for output in outputs)
+    for mask in (None, scattered(2, 300, 300)):
+        outputs = [torch.ops.quad_native.attend_prompt(*given, 0.125, mask) for _ in everywhere((1, 2, 3))]
+        assert all(torch.equal(output, outputs[0]) for output in outputs)
 
 
 def test_scores_far_apart_stay_finite(instruction_set: str) -> None:
@@ -107,10 +190,17 @@ def test_what_does_not_fit_is_refused() -> None:
             torch.ops.quad_native.attend_prompt(query, wrong, wrong, 0.2)
     with pytest.raises(RuntimeError, match="of one dtype"):
         torch.ops.quad_native.attend_prompt(query, keys.bfloat16(), values, 0.2)
+    mask = scattered(1, 20, 20)
+    for wrong in (mask[:, 0], mask[..., 1:], mask[:, :, 1:], mask.expand(1, 4, 20, 20), mask.expand(2, 1, 20, 20)):
+        with pytest.raises(RuntimeError, match="the mask must be bool, "):
+            torch.ops.quad_native.attend_prompt(query, keys, values, 0.2, wrong)
+    with pytest.raises(RuntimeError, match="the mask must be bool, "):
+        torch.ops.quad_native.attend_prompt(query, keys, values, 0.2, mask.float())
 
 
 def test_the_operator_is_declared_rightly() -> None:
     given = random_heads(2, 4, 2, 32, 20, torch.bfloat16)
     operator = torch.ops.quad_native.attend_prompt.default
-    checked = torch.library.opcheck(operator, (*given, 0.2), test_utils=("test_schema", "test_faketensor"))
-    assert set(checked.values()) == {"SUCCESS"}
+    for mask in (None, scattered(2, 20, 20)):
+        checked = torch.library.opcheck(operator, (*given, 0.2, mask), test_utils=("test_schema", "test_faketensor"))
+        assert set(checked.values()) == {"SUCCESS"}

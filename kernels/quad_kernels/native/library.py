@@ -22,7 +22,7 @@ ENVIRONMENT_VARIABLE = "QUAD_KERNELS_ISA"
 INSTRUCTION_SETS = ("amx", "avx512vnni", "avxvnni", "avx2")
 LIBRARY_VARIABLE = "QUAD_KERNELS_LIBRARY"
 PROMPTS_VARIABLE = "QUAD_KERNELS_PROMPTS"
-_INTERFACE = 7  # of the operators; an editable installation may hold an older library
+_INTERFACE = 8  # of the operators; an editable installation may hold an older library
 _BUILT = Path(__file__).with_name("_kernels.so")
 
 
@@ -128,12 +128,12 @@ def choose_instruction_set(name: str) -> None:
 
 
 def attends_prompts() -> bool:
-    """Whether prompts use `torch.ops.quad_native.attend_prompt`: with QUAD_KERNELS_PROMPTS=1.
+    """Whether prompts should use `torch.ops.quad_native.attend_prompt`.
 
-    Off by default: PyTorch's attention is what a model uses module by module, with adapters and in graphs, and the last
-    bits of the two differ.
+    That is so without AVX-512, where PyTorch's attention was the slower one, unless QUAD_KERNELS_PROMPTS is 1 or 0.
     """
-    return os.environ.get(PROMPTS_VARIABLE) == "1"
+    wanted = os.environ.get(PROMPTS_VARIABLE)
+    return wanted == "1" or (wanted != "0" and instruction_set() in ("avx2", "avxvnni"))
 
 
 def _choose(library: ctypes.CDLL, name: str) -> None:

@@ -138,13 +138,21 @@ struct Heads {
     int64_t position;
 };
 
-// The positions of a prompt, each of which sees itself and those before it.
+// Which positions of the keys those of the queries see: bytes, 0 for no.
+struct Mask {
+    const uint8_t* data;         // null where query i sees the keys up to i
+    int64_t sequence, position;  // bytes from one sequence, and one query, to the next
+};
+
+// The attention of several positions of each sequence.
 struct Prompt {
     Heads query, keys, values;  // keys and values of `cached_heads`
-    void* output;               // [batch, positions, heads, head_dim]
-    Dtype dtype;                // of everything here
+    Mask mask;
+    void* output;  // [batch, positions, heads, head_dim]
+    Dtype dtype;   // of everything here
     int64_t batch;
-    int64_t positions;
+    int64_t positions;  // of the queries
+    int64_t key_count;  // positions of the keys
     int64_t heads;
     int64_t cached_heads;
     int64_t head_dim;

@@ -1,7 +1,8 @@
-// The attention of a prompt over itself: each position sees itself and those before it. Keys are taken 64 at a time; a
-// row keeps the greatest score so far, the sum of its weights and the weighted values, and is scaled anew when a greater
-// one comes (online softmax). Everything is float32 between the inputs and the rounded output. A row's numbers depend on
-// nothing but its query and the keys in order: not on batch, threads or instruction set.
+// The attention of the positions of a prompt: each sees itself and those before it, or what a mask lets it see. Keys are
+// taken 64 at a time; a row keeps the greatest score so far, the sum of its weights and the weighted values, and is
+// scaled anew when a greater one comes (online softmax). Everything is float32 between the inputs and the rounded output.
+// A row's numbers depend on nothing but its query and the keys it sees, and on which 64 they lie in: not on batch,
+// threads or instruction set, and not on whether a mask says what goes without one.
 #pragma once
 
 #include "attention.h"
@@ -18,8 +19,17 @@ constexpr int kRows = 8;  // queries that share what is read of keys and values,
 constexpr int kRows = 6;
 #endif
 
+// Of 64 keys those that a position sees: [begin, end), and, where `torn`, not all between.
+struct Seen {
+    int64_t begin, end;
+    bool torn;
+
+    int64_t count() const { return end - begin; }
+};
+
 struct PromptMemory {
     Buffer<float> query, output, greatest, sum, keys, values, rows, score;
+    Seen seen[kQueries];
 };
 
 PromptMemory& prompt_memory() {
@@ -47,7 +57,8 @@ struct PromptRows {
 struct PromptKeys {
     const float* panels;  // [64 / 16][head_dim][16]
     const float* values;  // [64][padded]
-    int64_t begin;
+    const Seen* seen;     // of each position of the unit
+    const uint8_t* mask;  // of the unit's first position and the first key, or null
 };
 
 // score[t][k] = query[t] . key[k] for T rows and the 64 keys of `panels`.
@@ -64,10 +75,14 @@ void score_rows(const float* query, const float* panels, int64_t head_dim, int64
     }
 }
 
-// Turns the scores of a row into weights, of which the first `seen` count, and takes them into its greatest and sum.
+// Turns the scores of a row into weights and takes them into its greatest and sum; `mask` is that of these keys, or null.
 // Returns by what the row has to be multiplied that was gathered before.
-float weigh_row(float* score, int64_t seen, float* greatest, float* sum) {
-    for (int64_t k = seen; k < kKeys; ++k) score[k] = -INFINITY;
+float weigh_row(float* score, const Seen& seen, const uint8_t* mask, float* greatest, float* sum) {
+    if (!seen.count()) return 1.0f;
+    for (int64_t k = 0; k < seen.begin; ++k) score[k] = -INFINITY;
+    for (int64_t k = seen.end; k < kKeys; ++k) score[k] = -INFINITY;
+    for (int64_t k = seen.begin; seen.torn && k < seen.end; ++k)
+        if (!mask[k]) score[k] = -INFINITY;
     const float before = *greatest;
     *greatest = greatest_of(score, kKeys, before);
     const float factor = before == *greatest ? 1.0f : exponential(before - *greatest);
@@ -90,45 +105,92 @@ void value_rows(const float* weight, int64_t count, const float* values, const f
     }
 }
 
-// Rows [row, row + T), whose first has position `position`, meet keys, of which the last row sees at least one.
+// Adds the values of the keys that one row sees, in order; what it does not see may be no number.
+void value_row(const PromptCall& call, const float* weight, const Seen& seen, const uint8_t* mask, const float* values,
+               float factor, float* output) {
+    for (int64_t begin = seen.begin, end; begin < seen.end; begin = end) {
+        while (seen.torn && !mask[begin]) ++begin;  // the last key that it sees lies before the end
+        for (end = begin + 1; end < seen.end && !(seen.torn && !mask[end]);) ++end;
+        value_rows<1>(weight + begin, end - begin, values + begin * call.padded, &factor, call.padded, output);
+        factor = 1.0f;
+    }
+}
+
+// Rows [row, row + T) of a head meet keys, of which at least one of them sees one. `position` is that of the first.
 template <int T>
 void meet_tile(const PromptCall& call, const PromptRows& rows, const PromptKeys& keys, int64_t row, int64_t position) {
     float *score = prompt_memory().score.at_least(kRows * kKeys), factor[T];
     score_rows<T>(rows.query + row * call.padded, keys.panels, call.p.head_dim, call.padded, score);
-    int64_t seen[T];
+    const Seen* seen = keys.seen + position;
+    const uint8_t* mask[T] = {};
+    int64_t begin = 0, end = kKeys;  // what all of them see
     for (int t = 0; t < T; ++t) {
-        seen[t] = larger(0, smaller(kKeys, position + t + 1 - keys.begin));
-        factor[t] = weigh_row(score + t * kKeys, seen[t], rows.greatest + row + t, rows.sum + row + t);
+        if (keys.mask) mask[t] = keys.mask + (position + t) * call.p.mask.position;
+        begin = larger(begin, seen[t].begin);
+        end = seen[t].torn ? 0 : smaller(end, seen[t].end);
+        factor[t] = weigh_row(score + t * kKeys, seen[t], mask[t], rows.greatest + row + t, rows.sum + row + t);
     }
     float* output = rows.output + row * call.padded;
-    value_rows<T>(score, seen[0], keys.values, factor, call.padded, output);
-    // What only later rows of the tile see, which may be no number.
-    const float one = 1.0f;
-    for (int t = 1; t < T; ++t)
-        if (seen[t] > seen[0])
-            value_rows<1>(score + t * kKeys + seen[0], seen[t] - seen[0], keys.values + seen[0] * call.padded, &one,
-                          call.padded, output + t * call.padded);
+    auto add = [&](int t, const Seen& part) {
+        value_row(call, score + t * kKeys, part, mask[t], keys.values, factor[t], output + t * call.padded);
+    };
+    if (begin >= end) {
+        for (int t = 0; t < T; ++t) add(t, seen[t]);
+        return;
+    }
+    for (int t = 0; t < T; ++t) {
+        if (seen[t].begin == begin) continue;
+        add(t, {seen[t].begin, begin, false});
+        factor[t] = 1.0f;
+    }
+    value_rows<T>(score + begin, end - begin, keys.values + begin * call.padded, factor, call.padded, output);
+    for (int t = 0; t < T; ++t) {
+        factor[t] = 1.0f;
+        add(t, {end, seen[t].end, false});
+    }
 }
 
-// Rows [row, end) of one head.
+// Rows [row, end) of one head, positions from `position` on.
 template <int T = kRows>
 void meet_keys(const PromptCall& call, const PromptRows& rows, const PromptKeys& keys, int64_t row, int64_t end,
                int64_t position) {
     if constexpr (T > 0) {
-        for (; row + T <= end; row += T, position += T)
-            if (position + T > keys.begin) meet_tile<T>(call, rows, keys, row, position);
+        for (; row + T <= end; row += T, position += T) {
+            int64_t most = 0;
+            for (int t = 0; t < T; ++t) most = larger(most, keys.seen[position + t].count());
+            if (most) meet_tile<T>(call, rows, keys, row, position);
+        }
         if (row < end) meet_keys<T - 1>(call, rows, keys, row, end, position);
     }
 }
 
+// Finds out what the positions of a unit see of the keys [begin, begin + 64). Returns whether any sees one of them.
+bool look(const PromptRows& rows, const uint8_t* mask, const Prompt& p, int64_t begin, Seen* seen) {
+    const int64_t count = smaller(kKeys, p.key_count - begin);
+    bool any = false;
+    for (int64_t i = 0; i < rows.count; ++i) {
+        Seen own{0, larger(0, smaller(count, rows.first + i + 1 - begin)), false};
+        if (mask) {
+            const uint8_t* row = mask + i * p.mask.position;
+            own.end = count;
+            while (own.begin < own.end && !row[own.begin]) ++own.begin;
+            while (own.begin < own.end && !row[own.end - 1]) --own.end;
+            for (int64_t k = own.begin; k < own.end; ++k) own.torn = own.torn || !row[k];
+        }
+        seen[i] = own;
+        any = any || own.count();
+    }
+    return any;
+}
+
 // Brings keys to panels and their values to rows; zeros behind the last position.
-PromptKeys bring_keys(const PromptCall& call, int64_t sequence, int64_t cached, int64_t begin) {
+void bring_keys(const PromptCall& call, int64_t sequence, int64_t cached, int64_t begin, PromptKeys& brought) {
     const Prompt& p = call.p;
     PromptMemory& memory = prompt_memory();
     float* panels = memory.keys.at_least(kKeys * call.padded);
     float* values = memory.values.at_least(kKeys * call.padded);
     float* rows = memory.rows.at_least(kChannels * call.padded);
-    const int64_t count = smaller(kKeys, p.positions - begin);
+    const int64_t count = smaller(kKeys, p.key_count - begin);
     auto load = [&](const quad::Heads& heads, int64_t k, float* row) {
         int64_t index = sequence * heads.sequence + cached * heads.head + (begin + k) * heads.position;
         load_row(element(heads.data, p.dtype, index), p.dtype, p.head_dim, row);
@@ -151,7 +213,8 @@ PromptKeys bring_keys(const PromptCall& call, int64_t sequence, int64_t cached, 
         for (int64_t d = whole; d < p.head_dim; ++d)
             for (int64_t k = 0; k < kChannels; ++k) panel[d * kChannels + k] = rows[k * call.padded + d];
     }
-    return {panels, values, begin};
+    brought.panels = panels;
+    brought.values = values;
 }
 
 // A stretch of queries of the heads that share a cached one.
@@ -181,15 +244,21 @@ void attend_stretch(const PromptCall& call, int64_t unit) {
                  p.dtype, p.head_dim, query);
         for (int64_t d = 0; d < p.head_dim; ++d) query[d] *= p.scale;
     }
-    for (int64_t begin = 0; begin < rows.first + rows.count; begin += kKeys) {
-        PromptKeys keys = bring_keys(call, sequence, cached, begin);
+    const int64_t end = p.mask.data ? p.key_count : rows.first + rows.count;
+    for (int64_t begin = 0; begin < end; begin += kKeys) {
+        PromptKeys keys{};
+        if (p.mask.data) keys.mask = p.mask.data + sequence * p.mask.sequence + rows.first * p.mask.position + begin;
+        keys.seen = memory.seen;
+        if (!look(rows, keys.mask, p, begin, memory.seen)) continue;
+        bring_keys(call, sequence, cached, begin, keys);
         for (int64_t h = 0; h < call.shared; ++h)
-            meet_keys(call, rows, keys, h * rows.count, (h + 1) * rows.count, rows.first);
+            meet_keys(call, rows, keys, h * rows.count, (h + 1) * rows.count, 0);
     }
     for (int64_t row = 0; row < all; ++row) {
         float* output = rows.output + row * call.padded;
         int64_t head = cached * call.shared + row / rows.count, position = rows.first + row % rows.count;
-        for (int64_t d = 0; d < p.head_dim; ++d) output[d] /= rows.sum[row];
+        if (rows.sum[row] != 0.0f)  // it is where nothing is seen: zeros, as in PyTorch
+            for (int64_t d = 0; d < p.head_dim; ++d) output[d] /= rows.sum[row];
         int64_t index = ((sequence * p.positions + position) * p.heads + head) * p.head_dim;
         store_row(place_of(p.output, p.dtype, index), p.dtype, p.head_dim, output);
     }

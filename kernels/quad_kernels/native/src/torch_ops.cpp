@@ -508,8 +508,10 @@ quad::Heads heads_of(const Tensor& tensor) {
     return {tensor.const_data_ptr(), tensor.stride(0), tensor.stride(1), tensor.stride(2)};
 }
 
-// The attention of the positions of a prompt over themselves and those before them, [batch, positions, heads * head_dim].
-Tensor attend_prompt(const Tensor& query_, const Tensor& keys_, const Tensor& values_, double scale) {
+// The attention of several positions of each sequence, [batch, positions, heads * head_dim]: without a mask over themselves
+// and those before them, with one, [batch or 1, 1, positions, positions of the keys], over those that it lets them see.
+Tensor attend_prompt(const Tensor& query_, const Tensor& keys_, const Tensor& values_, double scale,
+                     const MaybeTensor& mask_) {
     auto dense_rows = [](const Tensor& t) { return t.dim() == 4 && t.stride(3) != 1 ? dense(t) : t; };
     Tensor query = dense_rows(query_), keys = dense_rows(keys_), values = dense_rows(values_);
     STD_TORCH_CHECK(query.dim() == 4 && keys.dim() == 4 && values.dim() == 4 &&
@@ -522,11 +524,22 @@ Tensor attend_prompt(const Tensor& query_, const Tensor& keys_, const Tensor& va
     call.positions = query.size(2);
     call.head_dim = query.size(3);
     call.cached_heads = keys.size(1);
+    call.key_count = keys.size(2);
     bool fits = call.cached_heads > 0 && call.heads % call.cached_heads == 0;
     for (const Tensor* each : {&keys, &values})
         fits = fits && each->size(0) == call.batch && each->size(1) == call.cached_heads &&
-               each->size(2) == call.positions && each->size(3) == call.head_dim;
-    STD_TORCH_CHECK(fits, "the keys and values do not fit the queries");
+               each->size(2) == call.key_count && each->size(3) == call.head_dim;
+    STD_TORCH_CHECK(fits && (mask_ || call.key_count == call.positions), "the keys and values do not fit the queries");
+    MaybeTensor mask = mask_;
+    if (mask) {
+        STD_TORCH_CHECK(mask->scalar_type() == ScalarType::Bool && mask->dim() == 4 &&
+                            (mask->size(0) == call.batch || mask->size(0) == 1) && mask->size(1) == 1 &&
+                            mask->size(2) == call.positions && mask->size(3) == call.key_count,
+                        "the mask must be bool, [batch or 1, 1, positions, positions of the keys]");
+        mask = dense_rows(*mask);
+        call.mask = {static_cast<const uint8_t*>(mask->const_data_ptr()), mask->size(0) == 1 ? 0 : mask->stride(0),
+                     mask->stride(2)};
+    }
     Tensor y = empty({call.batch, call.positions, call.heads * call.head_dim}, torch_dtype(call.dtype));
     call.query = heads_of(query);
     call.keys = heads_of(keys);
@@ -822,7 +835,7 @@ STABLE_TORCH_LIBRARY(quad_native, m) {
         "float[] clip_ratios) -> Tensor");
     m.def(
         "attend(Tensor query, Tensor keys, Tensor values, int positions, Tensor? mask, float scale) -> Tensor");
-    m.def("attend_prompt(Tensor query, Tensor keys, Tensor values, float scale) -> Tensor");
+    m.def("attend_prompt(Tensor query, Tensor keys, Tensor values, float scale, Tensor? mask=None) -> Tensor");
     m.def(
         "plan_blocks(Tensor[] norms, float eps, Tensor[] head_norms, Tensor[] parts, int[] numbers, "
         "float[] clip_ratios) -> int");
@@ -869,7 +882,7 @@ STABLE_TORCH_LIBRARY_IMPL(quad_native, CPU, m) {
 extern "C" {
 
 // Changes with the arguments of the operators.
-int quad_interface() { return 7; }
+int quad_interface() { return 8; }
 const char* quad_supported() { return quad::supported(); }
 const char* quad_chosen() { return quad::chosen() ? quad::chosen()->name : ""; }
 int quad_choose(const char* name) { return quad::choose(name); }
