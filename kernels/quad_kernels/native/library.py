@@ -56,6 +56,7 @@ def load() -> ctypes.CDLL:
     if not hasattr(library, "quad_interface") or library.quad_interface() != _INTERFACE:
         raise NativeLibraryError("they were built from another version; install it again")
     _register_shapes()
+    library.quad_planned_outputs.restype = ctypes.c_int64
     library.quad_supported.restype = library.quad_chosen.restype = ctypes.c_char_p
     library.quad_set_planner(_planner)
     wanted = os.environ.get(ENVIRONMENT_VARIABLE, "")
@@ -75,6 +76,10 @@ def _register_shapes() -> None:
     @torch.library.register_fake(ops.linear.default)
     def _(x: torch.Tensor, *arguments: Any) -> torch.Tensor:
         return x.new_empty(*x.shape[:-1], arguments[15])  # out_features
+
+    @torch.library.register_fake(ops.planned_linear.default)
+    def _(x: torch.Tensor, number: int) -> torch.Tensor:
+        return x.new_empty(*x.shape[:-1], load().quad_planned_outputs(ctypes.c_int64(number)))
 
     @torch.library.register_fake(ops.block_in.default)
     def _(x: torch.Tensor, *arguments: Any) -> list[torch.Tensor]:
@@ -106,6 +111,11 @@ def _register_shapes() -> None:
 def forget_blocks(number: int) -> None:
     """Frees what `torch.ops.quad_native.plan_blocks` keeps."""
     load().quad_forget_blocks(ctypes.c_int64(number))
+
+
+def forget_linear(number: int) -> None:
+    """Frees what `torch.ops.quad_native.plan_linear` keeps."""
+    load().quad_forget_linear(ctypes.c_int64(number))
 
 
 def supported() -> tuple[str, ...]:

@@ -10,7 +10,9 @@ with the sum of the inputs, one number per token.
 """
 
 import math
+import weakref
 from functools import partial
+from operator import is_
 from typing import Any
 
 import torch
@@ -18,6 +20,7 @@ import torch
 from quad_kernels.float4 import e2m1_codes, e2m1_numbers
 from quad_kernels.formats import InputQuantization, InputSplit, LowRank
 from quad_kernels.layouts import WeightForm, WeightLayout
+from quad_kernels.native import library
 from quad_kernels.native.pages import in_large_pages
 from quad_kernels.weight import QuantizedWeight
 
@@ -25,7 +28,7 @@ DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # and their nu
 CHANNELS = 16
 INPUTS = 64  # inputs are filled up to a multiple of this
 _STORED = {"lines4": 0, "lines8": 1, "lines_e2m1": 2}  # likewise
-_DESCRIBED = "_described"  # of a weight, what `_described` found last
+_KEPT = "_kept"  # of a weight, what it was last multiplied with
 
 
 def _padded(integers: torch.Tensor, offset: int) -> torch.Tensor:
@@ -158,31 +161,59 @@ def linear(
     branch: LowRank | None,
 ) -> torch.Tensor | None:
     """Returns a whole layer of `x`, `[..., width]`, as `[..., out]`, dtype of `x`; None if they do not take it."""
+    down, up = (None, None) if branch is None else branch
+    # A graph may be kept, and run in another process, where the number of a plan means nothing.
+    in_graph = torch.compiler.is_compiling() or torch.jit.is_tracing()
+    kept: _Kept | None = None if in_graph else weight.__dict__.get(_KEPT)
+    if kept is not None and x.dtype in DTYPES and kept.are(split, quantization, outlier_weight, bias, down, up):
+        return torch.ops.quad_native.planned_linear(x, kept.number())
     described = _described(weight, split, quantization)
     if described is None or x.dtype not in DTYPES:
         return None
-    down, up = (None, None) if branch is None else branch
     for tensor in (outlier_weight, bias, up):
         if tensor is not None and tensor.dtype not in DTYPES:
             return None
+    if not in_graph:
+        weight.__dict__[_KEPT] = _Kept(described, split, quantization, outlier_weight, bias, down, up)
     return torch.ops.quad_native.linear(x, *described, outlier_weight, bias, down, up)
 
 
 def _described(weight: QuantizedWeight, split: InputSplit, quantization: InputQuantization) -> tuple[Any, ...] | None:
-    """Returns the arguments that describe a layer's input and weight, None if the kernels do not take them.
-
-    They stay with the weight: for one token of a small layer it takes as long to put them together as to multiply.
-    """
-    known = weight.__dict__.get(_DESCRIBED)
-    if known is not None and known[0] is split and known[1] is quantization:
-        found: tuple[Any, ...] = known[2]
-        return found
+    """Returns the arguments that describe a layer's input and weight, None if the kernels do not take them."""
     if not takes(weight, quantization.scales(weight.in_features)):
         return None
-    described = (*settings(quantization, split), *operands(weight))
-    if not torch.compiler.is_compiling():
-        weight.__dict__[_DESCRIBED] = split, quantization, described
-    return described
+    return (*settings(quantization, split), *operands(weight))
+
+
+class _Kept:
+    """What a weight was last multiplied with. When it is again, it gets a plan: a number instead of twenty arguments.
+
+    To hand those over takes longer than to multiply one token by a small layer. The plan goes with this object, which
+    stays with the weight. Copies and pickles of the weight have none.
+    """
+
+    def __init__(self, described: tuple[Any, ...], *parts: Any) -> None:
+        self._described = described
+        self._parts = parts  # as `are` gets them
+        self._number: int | None = None
+
+    def are(self, *parts: Any) -> bool:
+        """Whether the parts are the same objects."""
+        return all(map(is_, self._parts, parts))
+
+    def number(self) -> int:
+        """The number of the plan."""
+        if self._number is None:
+            self._number = torch.ops.quad_native.plan_linear(*self._described, *self._parts[2:])
+            weakref.finalize(self, library.forget_linear, self._number).atexit = False
+        return self._number
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _nothing, ()
+
+
+def _nothing() -> None:
+    """What a copy of `_Kept` is."""
 
 
 LAYOUTS = {

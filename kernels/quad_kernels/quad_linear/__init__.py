@@ -62,6 +62,8 @@ def quad_linear(
     """
     if weight.in_features != split.residual_width:
         raise ValueError(f"the weight has {weight.in_features} inputs, the split's residual {split.residual_width}")
+    if split.rank and outlier_weight is None:
+        raise ValueError(f"outlier and outlier_weight go together; the split has {split.rank} outliers")
     if branch is not None:
         _check_branch(branch, weight, split)
         x, norm = x if norm is None else norm(x), None  # the branch reads it as well

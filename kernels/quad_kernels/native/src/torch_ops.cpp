@@ -200,7 +200,8 @@ void add_branch(quad::Rest& rest, const MaybeTensor& down, const MaybeTensor& up
 
 quad::Rest rest_of(const MaybeTensor& outlier_weight, const MaybeTensor& bias, int64_t rank, int64_t out_features) {
     quad::Rest rest{};
-    if (outlier_weight && rank) {
+    STD_TORCH_CHECK(outlier_weight || !rank, "the outlier coordinates have no weight");
+    if (rank) {
         STD_TORCH_CHECK(outlier_weight->numel() == out_features * rank, "the outlier weight does not fit");
         rest.outlier_weight = outlier_weight->const_data_ptr();
         rest.outlier_weight_dtype = dtype_of(*outlier_weight, "the outlier weight");
@@ -214,24 +215,143 @@ quad::Rest rest_of(const MaybeTensor& outlier_weight, const MaybeTensor& bias, i
     return rest;
 }
 
-Tensor linear(const Tensor& x_, int64_t bits, double clip_ratio, int64_t groups, int64_t largest_sub_scale,
-              bool symmetric, int64_t number_format, int64_t outliers, int64_t block, bool keep_width, bool hadamard,
-              const Tensor& lines, const Tensor& scale_, const MaybeTensor& zero_point_, const MaybeTensor& sub_scale_, int64_t in_features,
-              int64_t out_features, int64_t stored, const MaybeTensor& outlier_weight_, const MaybeTensor& bias_,
-              const MaybeTensor& down_, const MaybeTensor& up_) {
-    Tensor x = dense(x_), scale = dense(scale_);
-    MaybeTensor zero_point = dense(zero_point_), sub_scale = dense(sub_scale_);
-    MaybeTensor outlier_weight = dense(outlier_weight_), bias = dense(bias_), down = dense(down_), up = dense(up_);
-    quad::Input input = input_of(x, {bits, clip_ratio, groups, largest_sub_scale, symmetric, number_format, outliers,
-                                     block, keep_width, hadamard});
-    STD_TORCH_CHECK(input.residual() == in_features, "the weight does not fit the residual");
-    quad::Weight weight = weight_of(lines, scale, zero_point, sub_scale, in_features, out_features, stored);
-    quad::Rest rest = rest_of(outlier_weight, bias, input.rank(), out_features);
-    add_branch(rest, down, up, input.width, out_features);
-    Tensor y = empty(sizes_with(x, out_features), torch_dtype(input.dtype));
-    quad::Member member{weight, rest, {y.mutable_data_ptr(), input.dtype}};
+// A tensor whose data somebody may exchange (`parameter.data = ...`) while a pointer to it is kept.
+struct Held {
+    Tensor tensor;
+    void* data;
+
+    explicit Held(const Tensor& t) : tensor(t), data(current()) {}
+    bool stays() const { return current() == data; }
+
+  private:
+    void* current() const {
+        void* found = nullptr;
+        STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_data_ptr(tensor.get(), &found));
+        return found;
+    }
+};
+
+// What a linear is made of, as the operators get it: see `linear` in lines.py.
+struct LinearParts {
+    Settings settings;
+    Tensor lines, scale;
+    MaybeTensor zero_point, sub_scale;
+    int64_t in_features, out_features, stored;
+    MaybeTensor outlier_weight, bias, down, up;
+};
+
+// The parts of a linear with pointers to their tensors.
+struct ResolvedLinear {
+    quad::Weight weight;
+    quad::Rest rest;
+    int64_t width;  // of the input
+    std::vector<Held> held;
+
+    bool stays() const {
+        for (const Held& each : held)
+            if (!each.stays()) return false;
+        return true;
+    }
+};
+
+// The tensors must be contiguous.
+ResolvedLinear resolve(const LinearParts& parts, const quad::Input& input) {
+    STD_TORCH_CHECK(input.residual() == parts.in_features, "the weight does not fit the residual");
+    quad::Weight weight = weight_of(parts.lines, parts.scale, parts.zero_point, parts.sub_scale, parts.in_features,
+                                    parts.out_features, parts.stored);
+    quad::Rest rest = rest_of(parts.outlier_weight, parts.bias, input.rank(), parts.out_features);
+    add_branch(rest, parts.down, parts.up, input.width, parts.out_features);
+    return {weight, rest, input.width, {}};
+}
+
+Tensor apply(const Tensor& x, const quad::Input& input, const ResolvedLinear& linear) {
+    Tensor y = empty(sizes_with(x, linear.weight.out_features), torch_dtype(input.dtype));
+    quad::Member member{linear.weight, linear.rest, {y.mutable_data_ptr(), input.dtype}};
     kernels().linear(&input, nullptr, &member, 1, parallel_for);
     return y;
+}
+
+Tensor apply(const Tensor& x, const quad::Input& input, const LinearParts& parts) {
+    LinearParts whole = parts;
+    whole.scale = dense(parts.scale);
+    for (MaybeTensor LinearParts::*part : {&LinearParts::zero_point, &LinearParts::sub_scale, &LinearParts::outlier_weight,
+                                           &LinearParts::bias, &LinearParts::down, &LinearParts::up})
+        whole.*part = dense(parts.*part);
+    return apply(x, input, resolve(whole, input));
+}
+
+Tensor linear(const Tensor& x_, int64_t bits, double clip_ratio, int64_t groups, int64_t largest_sub_scale,
+              bool symmetric, int64_t number_format, int64_t outliers, int64_t block, bool keep_width, bool hadamard,
+              const Tensor& lines, const Tensor& scale, const MaybeTensor& zero_point, const MaybeTensor& sub_scale,
+              int64_t in_features, int64_t out_features, int64_t stored, const MaybeTensor& outlier_weight,
+              const MaybeTensor& bias, const MaybeTensor& down, const MaybeTensor& up) {
+    Tensor x = dense(x_);
+    LinearParts parts{{bits, clip_ratio, groups, largest_sub_scale, symmetric, number_format, outliers, block,
+                       keep_width, hadamard},
+                      lines, scale, zero_point, sub_scale, in_features, out_features, stored, outlier_weight, bias,
+                      down, up};
+    return apply(x, input_of(x, parts.settings), parts);
+}
+
+// A linear whose parts are kept here: to hand them over at each call took longer than some of the products.
+struct LinearPlan {
+    LinearParts parts;
+    std::shared_ptr<const ResolvedLinear> resolved;  // for the width of the last input
+
+    // Returns the parts with pointers, null where a tensor is not contiguous; tensors may have got other data since.
+    std::shared_ptr<const ResolvedLinear> for_input(const quad::Input& input) {
+        if (resolved && resolved->width == input.width && resolved->stays()) return resolved;
+        resolved = nullptr;
+        std::vector<Held> held;
+        held.emplace_back(parts.scale);
+        for (const MaybeTensor* part : {&parts.zero_point, &parts.sub_scale, &parts.outlier_weight, &parts.bias,
+                                        &parts.down, &parts.up})
+            if (*part) held.emplace_back(**part);
+        for (const Held& each : held)
+            if (!each.tensor.is_contiguous()) return nullptr;
+        auto made = std::make_shared<ResolvedLinear>(resolve(parts, input));
+        made->held = std::move(held);
+        return resolved = made;
+    }
+};
+
+std::mutex linears_mutex;
+auto& linear_plans = *new std::unordered_map<int64_t, std::shared_ptr<LinearPlan>>;  // never destroyed, like blocks'
+int64_t next_linear_plan = 1;
+
+int64_t plan_linear(int64_t bits, double clip_ratio, int64_t groups, int64_t largest_sub_scale, bool symmetric,
+                    int64_t number_format, int64_t outliers, int64_t block, bool keep_width, bool hadamard,
+                    const Tensor& lines, const Tensor& scale, const MaybeTensor& zero_point,
+                    const MaybeTensor& sub_scale, int64_t in_features, int64_t out_features, int64_t stored,
+                    const MaybeTensor& outlier_weight, const MaybeTensor& bias, const MaybeTensor& down,
+                    const MaybeTensor& up) {
+    LinearParts parts{{bits, clip_ratio, groups, largest_sub_scale, symmetric, number_format, outliers, block,
+                       keep_width, hadamard},
+                      lines, scale, zero_point, sub_scale, in_features, out_features, stored, outlier_weight, bias,
+                      down, up};
+    std::lock_guard<std::mutex> lock(linears_mutex);
+    linear_plans.emplace(next_linear_plan, std::make_shared<LinearPlan>(LinearPlan{parts, nullptr}));
+    return next_linear_plan++;
+}
+
+std::shared_ptr<LinearPlan> linear_plan(int64_t number) {
+    std::lock_guard<std::mutex> lock(linears_mutex);
+    auto found = linear_plans.find(number);
+    STD_TORCH_CHECK(found != linear_plans.end(), "there is no plan ", number);
+    return found->second;
+}
+
+// A linear of `plan_linear`.
+Tensor planned_linear(const Tensor& x_, int64_t number) {
+    Tensor x = dense(x_);
+    std::shared_ptr<LinearPlan> plan = linear_plan(number);
+    quad::Input input = input_of(x, plan->parts.settings);  // may call Python, so without the lock
+    std::shared_ptr<const ResolvedLinear> resolved;
+    {
+        std::lock_guard<std::mutex> lock(linears_mutex);
+        resolved = plan->for_input(input);
+    }
+    return resolved ? apply(x, input, *resolved) : apply(x, input, plan->parts);
 }
 
 Tensor integer_linear(const Tensor& x_, const Tensor& x_scale_, const Tensor& lines, const Tensor& scale_,
@@ -550,22 +670,6 @@ Tensor attend_prompt(const Tensor& query_, const Tensor& keys_, const Tensor& va
     return y;
 }
 
-// A tensor whose data somebody may exchange (`parameter.data = ...`) while a pointer to it is kept.
-struct Held {
-    Tensor tensor;
-    void* data;
-
-    explicit Held(const Tensor& t) : tensor(t), data(current()) {}
-    bool stays() const { return current() == data; }
-
-  private:
-    void* current() const {
-        void* found = nullptr;
-        STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_data_ptr(tensor.get(), &found));
-        return found;
-    }
-};
-
 // The blocks of a decoder, with pointers to their tensors.
 struct ResolvedBlocks {
     std::vector<quad::DecodeBlock> blocks;
@@ -821,6 +925,12 @@ STABLE_TORCH_LIBRARY(quad_native, m) {
         "Tensor? sub_scale, int in_features, int out_features, int stored, Tensor? outlier_weight, Tensor? bias, "
         "Tensor? down=None, Tensor? up=None) -> Tensor");
     m.def(
+        "plan_linear(int bits, float clip_ratio, int groups, int largest_sub_scale, bool symmetric, int number_format, "
+        "int outliers, int block, bool keep_width, bool hadamard, Tensor lines, Tensor scale, Tensor? zero_point, "
+        "Tensor? sub_scale, int in_features, int out_features, int stored, Tensor? outlier_weight, Tensor? bias, "
+        "Tensor? down=None, Tensor? up=None) -> int");
+    m.def("planned_linear(Tensor x, int number) -> Tensor");
+    m.def(
         "integer_linear(Tensor x, Tensor x_scale, Tensor lines, Tensor scale, Tensor? zero_point, "
         "Tensor? sub_scale, int in_features, int out_features, int stored, Tensor? outlier, Tensor? outlier_weight, "
         "Tensor? bias, int out_dtype) -> Tensor");
@@ -860,6 +970,8 @@ STABLE_TORCH_LIBRARY(quad_native, m) {
 
 STABLE_TORCH_LIBRARY_IMPL(quad_native, CPU, m) {
     m.impl("linear", TORCH_BOX(&linear));
+    m.impl("plan_linear", TORCH_BOX(&plan_linear));
+    m.impl("planned_linear", TORCH_BOX(&planned_linear));
     m.impl("integer_linear", TORCH_BOX(&integer_linear));
     m.impl("quantize", TORCH_BOX(&quantize));
     m.impl("block_in", TORCH_BOX(&block_in));
@@ -878,6 +990,14 @@ STABLE_TORCH_LIBRARY_IMPL(quad_native, CPU, m) {
     m.impl("rounding_errors", TORCH_BOX(&rounding_errors));
 }
 
+// Takes a plan out of those that are kept. It goes when the lock is free again: a tensor may ask for Python's.
+template <class Plans>
+void forget(Plans& plans, std::mutex& mutex, int64_t number) {
+    typename Plans::node_type dropped;
+    std::lock_guard<std::mutex> lock(mutex);
+    dropped = plans.extract(number);
+}
+
 // For library.py, by ctypes.
 extern "C" {
 
@@ -888,9 +1008,12 @@ const char* quad_chosen() { return quad::chosen() ? quad::chosen()->name : ""; }
 int quad_choose(const char* name) { return quad::choose(name); }
 void quad_set_planner(void (*function)(int64_t)) { planner = function; }
 
-void quad_forget_blocks(int64_t number) {
-    std::lock_guard<std::mutex> lock(blocks_mutex);
-    block_plans.erase(number);
+void quad_forget_blocks(int64_t number) { forget(block_plans, blocks_mutex, number); }
+void quad_forget_linear(int64_t number) { forget(linear_plans, linears_mutex, number); }
+int64_t quad_planned_outputs(int64_t number) {
+    std::lock_guard<std::mutex> lock(linears_mutex);
+    auto found = linear_plans.find(number);
+    return found == linear_plans.end() ? -1 : found->second->parts.out_features;
 }
 
 // `signs` holds the tables of the factors that are no powers of two, one after the other.
