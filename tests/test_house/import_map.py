@@ -84,6 +84,7 @@ FLOORS = (
     "quad_modifiers.tools.brief_waiting",
     "quad_modifiers.tools.console",
     "quad_modifiers.tools.support_table",
+    "quad_modifiers.tools.hub_errors",
     "quad_modifiers.tools.publishing",
     "quad_modifiers.tools.evaluation",
     "quad_modifiers.tools.inspection",

@@ -6,7 +6,7 @@ import logging
 from dataclasses import dataclass
 from pathlib import Path
 
-from quad_modifiers.tools.publishing.hub import HubError, hub_errors
+from quad_modifiers.tools.hub_errors import HubError, hub_errors
 
 logger = logging.getLogger(__name__)
 

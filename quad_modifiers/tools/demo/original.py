@@ -9,7 +9,7 @@ from typing import Literal, TypeAlias
 from quad_modifiers.output_folder import complete_or_absent
 from quad_modifiers.tools.demo.hub_models import HUB_MODELS, download
 from quad_modifiers.tools.demo.packaged_models import COMPLETE_FILES, fetch
-from quad_modifiers.tools.publishing.hub import HubError
+from quad_modifiers.tools.hub_errors import HubError
 
 logger = logging.getLogger(__name__)
 

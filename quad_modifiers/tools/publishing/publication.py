@@ -8,10 +8,11 @@ from huggingface_hub import HfApi, hf_hub_url
 
 from quad_modifiers.records.checksums import damages, read_checksums, refuse_damages
 from quad_modifiers.records.evaluation_record import read_evaluation
+from quad_modifiers.tools.hub_errors import hub_errors
 from quad_modifiers.tools.publishing.base_license import UNKNOWN, License, find_license
 from quad_modifiers.tools.publishing.card import build_card, read_card, write_card
 from quad_modifiers.tools.publishing.contents import CARD_NAME, check_contents, files_to_publish
-from quad_modifiers.tools.publishing.hub import check_rights, commit, hub_errors, prepare_repository, superseded_files
+from quad_modifiers.tools.publishing.hub import check_rights, commit, prepare_repository, superseded_files
 from quad_modifiers.tools.publishing.stranger import Impression, check_as_stranger
 
 logger = logging.getLogger(__name__)
