@@ -82,7 +82,8 @@ class _BlockErrors:
         _, residual = split_input(x, linears[0].split)
         weight = torch.cat([linear.residual.weight for linear in linears])
         grids = [replace(linears[0].input_quantization, clip_ratio=ratio) for ratio in CANDIDATES]
-        errors = torch.stack([_energy((fake_quantize(residual, grid) - residual) @ weight.T) for grid in grids])
+        energy = _energy_of(weight.to(residual.dtype))
+        errors = torch.stack([energy(fake_quantize(residual, grid) - residual) for grid in grids])
         output = _energy(torch.cat([linear(x) for linear in linears], dim=-1))
         keys = tuple(ratio_key(linear.role, linears[0].input_quantization) for linear in group.linears)
         self.errors[keys] = self.errors.get(keys, torch.zeros_like(errors)) + errors
@@ -91,6 +92,15 @@ class _BlockErrors:
     def relative(self) -> dict[_Keys, torch.Tensor]:
         """Errors over outputs, `[candidates]`, float64."""
         return {keys: errors / self.outputs[keys].clamp(min=1e-30) for keys, errors in self.errors.items()}
+
+
+def _energy_of(weight: torch.Tensor) -> Callable[[torch.Tensor], torch.Tensor]:
+    """Returns the function |x W^T|^2 of `x`, `[tokens, in]`, for a weight `[out, in]`: by W^T W if that is smaller."""
+    out_features, in_features = weight.shape
+    if out_features <= in_features:
+        return lambda x: _energy(x @ weight.T)
+    gram = weight.T @ weight
+    return lambda x: ((x @ gram) * x).sum(dtype=torch.float64)
 
 
 def _energy(y: torch.Tensor) -> torch.Tensor:
