@@ -95,11 +95,27 @@ def test_parts_may_change_their_content_and_their_storage() -> None:
         torch.testing.assert_close(layer(weight, x, **parts), reference(weight, x, **parts))
         part.data = torch.stack([part, part], dim=-1)[..., 0]  # no longer dense
         torch.testing.assert_close(layer(weight, x, **parts), reference(weight, x, **parts))
-        part.data = part.to(torch.bfloat16).contiguous()
-        part.data = part.to(torch.float32)
+        part.data = part.contiguous()
     with Operators() as operators:
         layer(weight, x, **parts)
     assert operators.names == ["planned_linear"]
+
+
+@pytest.mark.parametrize("name", ["outlier_weight", "bias", "scale"])
+def test_other_data_at_the_same_address_is_seen(name: str) -> None:
+    weight, x, parts = operands()
+    part = weight.scale if name == "scale" else parts[name]
+    for view in (
+        part.view(torch.bfloat16).flatten()[: part.numel()].view(part.shape),  # another dtype
+        part.flatten()[:1].expand(part.shape),  # other strides
+    ):
+        part.data = torch.randint(1, 9, part.shape).float()
+        planned(weight, x, **parts)
+        address = part.data_ptr()
+        part.data = torch.as_strided(part.view(view.dtype), part.shape, view.stride())
+        assert part.data_ptr() == address
+        assert torch.equal(layer(weight, x, **parts), layer(replace(weight), x, **parts))  # which has no plan
+        part.data = part.float().contiguous()
 
 
 def test_other_parts_are_not_taken_for_those_of_the_plan() -> None:

@@ -209,11 +209,7 @@ class _Kept:
         return self._number
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return _nothing, ()
-
-
-def _nothing() -> None:
-    """What a copy of `_Kept` is."""
+        return type(None), ()
 
 
 LAYOUTS = {

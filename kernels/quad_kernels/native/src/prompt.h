@@ -164,6 +164,8 @@ void meet_keys(const PromptCall& call, const PromptRows& rows, const PromptKeys&
     }
 }
 
+constexpr uint8_t kNone[kKeys] = {};  // a mask that shows nothing
+
 // Finds out what the positions of a unit see of the keys [begin, begin + 64). Returns whether any sees one of them.
 bool look(const PromptRows& rows, const uint8_t* mask, const Prompt& p, int64_t begin, Seen* seen) {
     const int64_t count = smaller(kKeys, p.key_count - begin);
@@ -172,10 +174,10 @@ bool look(const PromptRows& rows, const uint8_t* mask, const Prompt& p, int64_t 
         Seen own{0, larger(0, smaller(count, rows.first + i + 1 - begin)), false};
         if (mask) {
             const uint8_t* row = mask + i * p.mask.position;
-            own.end = count;
+            own.end = std::memcmp(row, kNone, count) == 0 ? 0 : count;
             while (own.begin < own.end && !row[own.begin]) ++own.begin;
             while (own.begin < own.end && !row[own.end - 1]) --own.end;
-            for (int64_t k = own.begin; k < own.end; ++k) own.torn = own.torn || !row[k];
+            own.torn = std::memchr(row + own.begin, 0, own.count()) != nullptr;
         }
         seen[i] = own;
         any = any || own.count();

@@ -215,13 +215,18 @@ quad::Rest rest_of(const MaybeTensor& outlier_weight, const MaybeTensor& bias, i
     return rest;
 }
 
-// A tensor whose data somebody may exchange (`parameter.data = ...`) while a pointer to it is kept.
+// A tensor whose data somebody may exchange (`parameter.data = ...`) while a pointer to it is kept. Other data may lie at
+// the same address: another view of it, or what came after it was freed.
 struct Held {
     Tensor tensor;
     void* data;
+    ScalarType dtype;
+    int64_t count;
 
-    explicit Held(const Tensor& t) : tensor(t), data(current()) {}
-    bool stays() const { return current() == data; }
+    explicit Held(const Tensor& t) : tensor(t), data(current()), dtype(t.scalar_type()), count(t.numel()) {}
+    bool stays() const {
+        return current() == data && tensor.scalar_type() == dtype && tensor.numel() == count && tensor.is_contiguous();
+    }
 
   private:
     void* current() const {
