@@ -19,7 +19,7 @@ import sys
 import weakref
 from collections.abc import Callable, Iterator
 from types import ModuleType
-from typing import Any, cast
+from typing import Any
 
 import torch
 from quad_kernels import QuantizedWeight, RMSNorm, block, choose_backend
@@ -172,7 +172,8 @@ def install_native_blocks(layers: list[nn.Module], head: nn.Module, final_norm: 
     if not natively:
         return
     for layer in known:
-        if calls_attention_function(attention := cast("nn.Module", layer.self_attn)):
+        attention: Any = layer.self_attn
+        if calls_attention_function(attention):
             install_native_attention(attention)
     for module in (*(module for layer in known for module in layer.modules()), final_norm, head):
         name = type(module).__name__

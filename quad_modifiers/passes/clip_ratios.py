@@ -82,7 +82,7 @@ class _BlockErrors:
         _, residual = split_input(x, linears[0].split)
         weight = torch.cat([linear.residual.weight for linear in linears])
         grids = [replace(linears[0].input_quantization, clip_ratio=ratio) for ratio in CANDIDATES]
-        energy = _energy_of(weight.to(residual.dtype))
+        energy = _energy_of(weight)
         errors = torch.stack([energy(fake_quantize(residual, grid) - residual) for grid in grids])
         output = _energy(torch.cat([linear(x) for linear in linears], dim=-1))
         keys = tuple(ratio_key(linear.role, linears[0].input_quantization) for linear in group.linears)

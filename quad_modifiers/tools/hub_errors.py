@@ -5,12 +5,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import httpx
-from huggingface_hub.errors import (
-    HfHubHTTPError,
-    HFValidationError,
-    LocalTokenNotFoundError,
-    OfflineModeIsEnabled,
-)
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalTokenNotFoundError, OfflineModeIsEnabled
 
 SAME_AGAIN = "run the same command again: what was uploaded completely is not sent again"
 

@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from quad_kernels.native import library
 
 from .native_weights import MISSING, everywhere
 
@@ -150,6 +151,14 @@ def test_a_prompt_gives_the_same_bits_on_every_instruction_set_and_thread_count(
     for mask in (None, scattered(2, 300, 300)):
         outputs = [torch.ops.quad_native.attend_prompt(*given, 0.125, mask) for _ in everywhere((1, 2, 3))]
         assert all(torch.equal(output, outputs[0]) for output in outputs)
+
+
+def test_it_is_wanted_where_it_was_the_faster_one(instruction_set: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("QUAD_KERNELS_PROMPTS", raising=False)
+    assert library.attends_prompts() == (instruction_set in ("avx2", "avxvnni"))
+    for value in ("0", "1"):
+        monkeypatch.setenv("QUAD_KERNELS_PROMPTS", value)
+        assert library.attends_prompts() == (value == "1")
 
 
 def test_scores_far_apart_stay_finite(instruction_set: str) -> None:

@@ -1,4 +1,4 @@
-"""The Hub: rights, repository, one commit.
+"""The Hub: rights, repository, one commit. Every failure becomes a `HubError` (`tools/hub_errors.py`).
 
 Why one commit through `create_commit`, and not `upload_folder` or `upload_large_folder`: nobody ever sees half of a
 checkpoint, weight files of an earlier version disappear in the same step, and nothing is left to resume but the
@@ -11,9 +11,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, ModelInfo
-from huggingface_hub.errors import (
-    RevisionNotFoundError,
-)
+from huggingface_hub.errors import RevisionNotFoundError
 
 from quad_modifiers.tools.hub_errors import HubError, hub_errors
 from quad_modifiers.tools.publishing.card import OUR_TAG

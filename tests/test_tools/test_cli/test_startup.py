@@ -31,6 +31,11 @@ def test_help_imports_nothing_heavy(arguments: list[str]) -> None:
     assert HEAVY & set(output.splitlines()[-1].split()) == set()
 
 
+def test_a_model_is_fetched_without_torch() -> None:
+    output = run("import sys, quad_modifiers.tools.demo.original; print(*sys.modules)")
+    assert {"torch", "transformers"} & set(output.split()) == set()
+
+
 IMPORTS = [
     "import quad_modifiers, transformers",
     "import transformers, quad_modifiers",
